@@ -1,0 +1,39 @@
+// From tokens to text: whole UTF-8 characters only, and stop strings found across pieces. Never needs the GIL.
+#pragma once
+
+#include "llama.h"
+
+#include <string>
+#include <vector>
+
+namespace triollama {
+
+// Appends the bytes of one token. Special tokens give text only if `special`.
+void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out);
+
+// Turns a stream of token bytes into text that may be shown: never half a character, nothing of a stop string.
+// Invalid bytes become U+FFFD, one per maximal subpart, as Python's errors="replace" does.
+class TextStream {
+public:
+    TextStream() = default;
+    explicit TextStream(std::vector<std::string> stops);
+
+    // Takes bytes, appends what may be shown to `out`. Returns true once a stop string is complete:
+    // text before it has been emitted, it and what follows has not, and nothing more may be fed.
+    bool feed(const char * bytes, size_t n, std::string & out);
+
+    // End of stream: emits what was held back (an unfinished character as U+FFFD, a partial stop string as text).
+    void flush(std::string & out);
+
+    bool stopped() const { return stop_index >= 0; }
+    int  matched_stop() const { return stop_index; }      // index into the stop strings, or -1
+    size_t pending() const { return held.size() + tail.size(); }   // bytes held back
+
+private:
+    std::vector<std::string> stops;
+    std::string tail;       // bytes of an unfinished character
+    std::string held;       // whole characters that may be the start of a stop string
+    int stop_index = -1;
+};
+
+}  // namespace triollama

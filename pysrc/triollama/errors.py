@@ -1,0 +1,143 @@
+"""Every exception triollama raises. A leaf: imports nothing of ours.
+
+Each class is also the builtin a caller would expect (``ParameterError`` is a
+``ValueError``), so code that knows only Python's own exceptions still works.
+Errors carry fields as well as text, so that a program need not parse messages.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "BusyError",
+    "ClosedError",
+    "ContextFullError",
+    "DecodeAborted",
+    "DecodeError",
+    "EngineError",
+    "ForkedError",
+    "GrammarError",
+    "LoadCancelled",
+    "ModelError",
+    "ModelFormatError",
+    "ModelNotFoundError",
+    "NoSlotError",
+    "OutOfMemoryError",
+    "ParameterError",
+    "StateError",
+    "TokenError",
+    "TriollamaError",
+    "UnsupportedError",
+]
+
+
+class TriollamaError(Exception):
+    """Base of every error of this package."""
+
+
+class ParameterError(TriollamaError, ValueError):
+    """An argument is out of range or makes no sense with the others.
+
+    ``parameter`` names it and ``value`` is what was given.
+    """
+
+    def __init__(self, message: str, *, parameter: str = "", value: object = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+        self.value = value
+
+
+class TokenError(ParameterError):
+    """A token id is outside the vocabulary."""
+
+
+class UnsupportedError(TriollamaError, NotImplementedError):
+    """The model, or the way the library was built, cannot do what was asked."""
+
+
+class ModelError(TriollamaError):
+    """A model cannot be loaded. ``path`` is the file asked for."""
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """No file at this path, or it cannot be opened."""
+
+
+class ModelFormatError(ModelError, ValueError):
+    """The file is no GGUF model that the pinned llama.cpp can load."""
+
+
+class LoadCancelled(ModelError):
+    """The progress callback asked for the load to stop."""
+
+
+class ClosedError(TriollamaError, RuntimeError):
+    """The object was closed; nothing can be done with it any more."""
+
+
+class ForkedError(ClosedError):
+    """The object belongs to the parent process: native threads and locks do not survive a fork."""
+
+
+class BusyError(TriollamaError, RuntimeError):
+    """Another thread is inside the object, or living children still use it."""
+
+
+class ContextFullError(TriollamaError):
+    """The context has no room. ``needed`` and ``n_ctx`` are counts of tokens."""
+
+    def __init__(self, message: str, *, needed: int = 0, n_ctx: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.n_ctx = n_ctx
+
+
+class EngineError(TriollamaError, RuntimeError):
+    """llama.cpp failed in a way that has no class of its own.
+
+    ``log`` is the last error or warning that llama.cpp printed, or an empty string.
+    """
+
+    def __init__(self, message: str, *, log: str = "") -> None:
+        super().__init__(f"{message}: {log}" if log else message)
+        self.log = log
+
+
+class OutOfMemoryError(EngineError, MemoryError):
+    """A buffer could not be allocated, or would not fit into this machine's memory."""
+
+
+class DecodeError(EngineError):
+    """``llama_decode`` failed; ``code`` is what it returned."""
+
+    def __init__(self, message: str, *, code: int = 0, log: str = "") -> None:
+        super().__init__(message, log=log)
+        self.code = code
+
+
+class NoSlotError(DecodeError):
+    """The KV cache has no free cells for this batch. Memory is as it was before the call."""
+
+
+class DecodeAborted(DecodeError):
+    """The abort flag stopped the computation. Cells written since must be removed by position."""
+
+
+class StateError(TriollamaError, ValueError):
+    """A saved state is damaged, or belongs to another model or another kind of context."""
+
+
+class GrammarError(TriollamaError, ValueError):
+    """A grammar cannot be parsed, or allows no continuation."""
+
+
+class AdapterError(TriollamaError, ValueError):
+    """An adapter cannot be loaded or does not fit the model. ``path`` is its file."""
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path

@@ -1,0 +1,289 @@
+"""What can be asked of a generation: frozen, validated, serialisable.
+
+``GenerationParams`` is one struct for the scripting API and the trio API alike.
+A value out of range raises :class:`~triollama.errors.ParameterError` on construction,
+so that nothing that reaches the engine needs checking again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from .errors import ParameterError
+
+__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "GenerationParams", "MAX_SEED"]
+
+MAX_SEED = 0xFFFF_FFFE
+"""Largest seed. 0xFFFFFFFF means "random" to llama.cpp, so it is never a seed here."""
+
+DEFAULT_SAMPLERS = (
+    "logit_bias",
+    "penalties",
+    "dry",
+    "top_n_sigma",
+    "top_k",
+    "typical_p",
+    "top_p",
+    "min_p",
+    "xtc",
+    "temperature",
+)
+"""The order in which samplers are applied: llama.cpp's own default (``common_params_sampling``)."""
+
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""Strings that interrupt a repetition for DRY: llama.cpp's own default."""
+
+
+class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters of one generation.
+
+    Length and end
+        ``max_tokens``: most new tokens, prompt not counted; ``None``: until the context is full.
+        ``stop``: strings that end the text; they are not part of it.
+        ``ignore_eos``: never end on an end-of-generation token: it is given no probability.
+        ``context_overflow``: when the context is full, ``"stop"`` (finish reason ``"context"``)
+        or ``"shift"``: drop the older half of what follows the first ``n_keep`` tokens and go on.
+
+    Sampling (paper or upstream pull request in parentheses)
+        ``seed``: of the random state (std::mt19937); ``None`` draws one, reported with the result.
+        ``temperature``: divides the logits; 0 is greedy.
+        ``dynatemp_range``, ``dynatemp_exponent``: temperature follows the entropy within
+        ``temperature ± range`` (arXiv:2309.02772); range 0 is off.
+        ``top_k``: keep the k most likely; 0 is off.
+        ``top_p``: smallest set with this probability (arXiv:1904.09751); 1 is off.
+        ``min_p``: keep what has this share of the maximum's probability (llama.cpp#3841); 0 is off.
+        ``typical_p``: locally typical sampling (arXiv:2202.00666); 1 is off.
+        ``top_n_sigma``: keep what is within n standard deviations of the maximum
+        (arXiv:2411.07641); 0 or below is off.
+        ``xtc_probability``, ``xtc_threshold``: exclude top choices
+        (text-generation-webui#6335); probability 0 or a threshold above 0.5 is off.
+        ``min_keep``: truncating samplers leave at least this many candidates.
+        ``repeat_penalty`` (1 is off), ``frequency_penalty``, ``presence_penalty`` (0 is off):
+        over the last ``repetition_lookback`` tokens, prompt included; 0 is off, -1 the whole context.
+        ``dry_multiplier`` (0 is off), ``dry_base``, ``dry_allowed_length``, ``dry_last_n``
+        (-1: the whole context), ``dry_breakers``: DRY (text-generation-webui#5677).
+        ``mirostat`` 1 or 2 with ``mirostat_tau``, ``mirostat_eta`` (arXiv:2007.14966): replaces
+        the truncating samplers, as in llama.cpp; 0 is off.
+        ``adaptive_target`` with ``adaptive_decay``: adaptive-p (llama.cpp#17927); below 0 is off.
+        ``logit_bias``: added to the logits of these token ids; ``-inf`` bans a token.
+        ``samplers``: the order; a name left out is not applied.
+        ``grammar``: GBNF that the text must match, from rule ``grammar_root``.
+
+    Reporting
+        ``logprobs``: with each token its log-probability under the model's own distribution
+        (before any sampler) and the n most likely alternatives; ``None`` is off, 0 gives the
+        chosen token's alone.
+        ``special``: special tokens appear in the text.
+        ``embeddings``: the result carries the final hidden state of the last token.
+
+    Evaluation
+        ``threads`` for single tokens and ``batch_threads`` for prompts; ``None`` leaves the
+        context's setting as it is.
+        ``causal_attention``: ``False`` lets each prompt token attend to the whole prompt
+        (prefix language models); generated tokens are causal in any case.
+    """
+
+    max_tokens: int | None = 100
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    context_overflow: str = "stop"
+    n_keep: int = 0
+
+    seed: int | None = 42
+    temperature: float = 0.7
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    top_k: int = 40
+    top_p: float = 0.9
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_keep: int = 1
+    repeat_penalty: float = 1.1
+    repetition_lookback: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = -1
+    dry_breakers: tuple[str, ...] = DRY_BREAKERS
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    adaptive_target: float = -1.0
+    adaptive_decay: float = 0.9
+    logit_bias: dict[int, float] = {}
+    samplers: tuple[str, ...] = DEFAULT_SAMPLERS
+    grammar: str | None = None
+    grammar_root: str = "root"
+
+    logprobs: int | None = None
+    special: bool = False
+    embeddings: bool = False
+
+    threads: int | None = None
+    batch_threads: int | None = None
+    causal_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _INT_RANGES.items():
+            _check_int(name, getattr(self, name), low, high)
+        for name, (low, high, why) in _FLOAT_RANGES.items():
+            _check_float(name, getattr(self, name), low, high, why)
+        if self.context_overflow not in ("stop", "shift"):
+            raise ParameterError(
+                f"context_overflow must be 'stop' or 'shift', not {self.context_overflow!r}",
+                parameter="context_overflow",
+                value=self.context_overflow,
+            )
+        if isinstance(self.stop, str):
+            raise ParameterError(
+                f"stop must be a sequence of strings, not the string {self.stop!r}; "
+                f"write ({self.stop!r},)",
+                parameter="stop",
+                value=self.stop,
+            )
+        for name in ("stop", "dry_breakers"):
+            for text in getattr(self, name):
+                if not isinstance(text, str) or not text or "\0" in text:
+                    raise ParameterError(
+                        f"{name} holds {text!r}; each must be a non-empty string without NUL",
+                        parameter=name,
+                        value=text,
+                    )
+        if len(set(self.samplers)) != len(self.samplers) or isinstance(self.samplers, str):
+            raise ParameterError(
+                f"samplers must name each sampler at most once, not {self.samplers!r}",
+                parameter="samplers",
+                value=self.samplers,
+            )
+        for name in self.samplers:
+            if name not in DEFAULT_SAMPLERS:
+                raise ParameterError(
+                    f"unknown sampler {name!r}; choose from {', '.join(DEFAULT_SAMPLERS)}",
+                    parameter="samplers",
+                    value=name,
+                )
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ParameterError(
+                    f"logit_bias has the key {token!r}; keys are token ids",
+                    parameter="logit_bias",
+                    value=token,
+                )
+            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+                raise ParameterError(
+                    f"logit_bias[{token}] is {bias!r}; it must be a finite number or -inf",
+                    parameter="logit_bias",
+                    value=bias,
+                )
+        if self.grammar is not None and (not self.grammar.strip() or "\0" in self.grammar):
+            raise ParameterError(
+                "grammar is blank or holds NUL; leave it None for free text",
+                parameter="grammar",
+                value=self.grammar,
+            )
+        if not self.grammar_root or "\0" in self.grammar_root:
+            raise ParameterError(
+                f"grammar_root must name a rule, not {self.grammar_root!r}",
+                parameter="grammar_root",
+                value=self.grammar_root,
+            )
+
+    def replace(self, **changes: Any) -> GenerationParams:
+        """A copy with ``changes`` made, validated like a new one."""
+        return make_params(self, changes)
+
+
+_TINY = 1e-6
+_HUGE = 1e6
+_I32 = 2**31 - 1
+
+# Bounds are inclusive; None as a value passes where the field allows None.
+_INT_RANGES: dict[str, tuple[int, int]] = {
+    "max_tokens": (0, _I32),
+    "n_keep": (-1, _I32),
+    "seed": (0, MAX_SEED),
+    "top_k": (0, _I32),
+    "min_keep": (1, _I32),
+    "repetition_lookback": (-1, _I32),
+    "dry_allowed_length": (0, _I32),
+    "dry_last_n": (-1, _I32),
+    "mirostat": (0, 2),
+    "logprobs": (0, 1000),
+    "threads": (1, 512),
+    "batch_threads": (1, 512),
+}
+_OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "threads", "batch_threads"})
+
+_FLOAT_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, _HUGE, "0 is greedy"),
+    "dynatemp_range": (0.0, _HUGE, "0 is off"),
+    "dynatemp_exponent": (0.0, _HUGE, "1 is linear"),
+    "top_p": (0.0, 1.0, "1 is off"),
+    "min_p": (0.0, 1.0, "0 is off"),
+    "typical_p": (0.0, 1.0, "1 is off"),
+    "top_n_sigma": (-_HUGE, _HUGE, "0 or below is off"),
+    "xtc_probability": (0.0, 1.0, "0 is off"),
+    "xtc_threshold": (0.0, 1.0, "above 0.5 is off"),
+    "repeat_penalty": (_TINY, _HUGE, "1 is off"),
+    "frequency_penalty": (-_HUGE, _HUGE, "0 is off"),
+    "presence_penalty": (-_HUGE, _HUGE, "0 is off"),
+    "dry_multiplier": (0.0, _HUGE, "0 is off"),
+    "dry_base": (1.0, _HUGE, "llama.cpp's default is 1.75"),
+    "mirostat_tau": (0.0, _HUGE, "llama.cpp's default is 5"),
+    "mirostat_eta": (0.0, _HUGE, "llama.cpp's default is 0.1"),
+    "adaptive_target": (-1.0, 1.0, "below 0 is off"),
+    "adaptive_decay": (0.0, 0.99, "llama.cpp's default is 0.9"),
+}
+
+
+def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> GenerationParams:
+    """``base`` (or the defaults) with ``changes``; an unknown name raises ParameterError."""
+    fields = GenerationParams.__struct_fields__
+    for name in changes:
+        if name not in fields:
+            raise ParameterError(
+                f"unknown parameter {name!r}; the parameters are {', '.join(fields)}",
+                parameter=name,
+                value=changes[name],
+            )
+    normal = dict(changes)
+    for name in ("stop", "dry_breakers", "samplers"):
+        value = normal.get(name)
+        if isinstance(value, str) and name == "stop":
+            normal[name] = (value,)
+        elif value is not None and not isinstance(value, (str, tuple)):
+            normal[name] = tuple(value)
+    if base is None:
+        return GenerationParams(**normal)
+    return msgspec.structs.replace(base, **normal) if normal else base
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ParameterError(
+            f"{name} must be an integer from {low} to {high}"
+            f"{' or None' if name in _OPTIONAL else ''}, not {value!r}",
+            parameter=name,
+            value=value,
+        )
+
+
+def _check_float(name: str, value: object, low: float, high: float, why: str) -> None:
+    # A NaN fails the comparison, so it is refused here too.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise ParameterError(
+            f"{name} must be a number from {low:g} to {high:g} ({why}), not {value!r}",
+            parameter=name,
+            value=value,
+        )
