@@ -70,8 +70,6 @@ struct TokenLogprob {
 
 // One sequence's sampler. Not thread-safe; owned by whoever drives the sequence.
 // Every method may throw std::invalid_argument (bad parameter), grammar_error, or std::bad_alloc.
-struct grammar_error;
-
 class Sampler {
 public:
     Sampler(const llama_vocab * vocab, SamplingParams params);

@@ -1,0 +1,15 @@
+"""gguf, as far as triollama uses it."""
+from libc.stdint cimport int64_t
+
+cdef extern from "gguf.h" nogil:
+    ctypedef struct gguf_context:
+        pass
+    ctypedef struct ggml_context_ "struct ggml_context":
+        pass
+    struct gguf_init_params:
+        bint no_alloc
+        ggml_context_ ** ctx
+
+    gguf_context * gguf_init_from_file(const char * fname, gguf_init_params params) except +
+    void gguf_free(gguf_context * ctx) noexcept
+    size_t gguf_get_data_offset(const gguf_context * ctx) noexcept

@@ -1,0 +1,69 @@
+// C++ exceptions that leave llama.cpp or our own native code become typed Python exceptions.
+#pragma once
+
+#include <Python.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace triollama {
+
+// What a Sampler throws when its grammar is at fault: cannot be parsed, or allows no continuation.
+struct grammar_error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A blob that is damaged or belongs elsewhere.
+struct state_error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A file that is not what it should be (model, adapter).
+struct format_error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// What the native library, or hardware, cannot do.
+struct unsupported_error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+inline void raise_typed(const char * class_name, const char * message) {
+    PyObject * module = PyImport_ImportModule("triollama.errors");
+    PyObject * cls    = module ? PyObject_GetAttrString(module, class_name) : nullptr;
+    if (cls) {
+        PyErr_SetString(cls, message);
+    }
+    Py_XDECREF(cls);
+    Py_XDECREF(module);
+}
+
+// The handler of every `except +raise_native_error` declaration. Called with the GIL, inside the catch block.
+inline void raise_native_error() {
+    try {
+        throw;
+    } catch (const grammar_error & e) {
+        raise_typed("GrammarError", e.what());
+    } catch (const state_error & e) {
+        raise_typed("StateError", e.what());
+    } catch (const format_error & e) {
+        raise_typed("ModelFormatError", e.what());
+    } catch (const unsupported_error & e) {
+        raise_typed("UnsupportedError", e.what());
+    } catch (const std::bad_alloc &) {
+        raise_typed("OutOfMemoryError", "the native library could not allocate memory");
+    } catch (const std::length_error & e) {
+        raise_typed("OutOfMemoryError", e.what());
+    } catch (const std::invalid_argument & e) {
+        raise_typed("ParameterError", e.what());
+    } catch (const std::out_of_range & e) {
+        raise_typed("ParameterError", e.what());
+    } catch (const std::exception & e) {
+        raise_typed("EngineError", e.what());
+    } catch (...) {
+        raise_typed("EngineError", "the native library threw something that is no std::exception");
+    }
+}
+
+}  // namespace triollama
