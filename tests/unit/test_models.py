@@ -1,4 +1,4 @@
-"""Paths of models: the user's and the default. A made-up default package stands for the real one."""
+"""Paths of models: the user's, and the default, for which a small made-up package stands."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_damaged_parts(package: list[Path], cache: Path) -> None:
 
 def test_missing_part(package: list[Path], cache: Path) -> None:
     package[1].unlink()
-    with pytest.raises(ModelNotFoundError, match="lacks .*part1"):
+    with pytest.raises(ModelNotFoundError, match=r"lacks .*part1"):
         models.default_model()
 
 

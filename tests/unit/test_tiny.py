@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-
-gguf = pytest.importorskip("gguf")
-np = pytest.importorskip("numpy")
-
 from triollama.testing import make_tiny_model
 from triollama.testing.tiny import ARCHITECTURES, _quantize_q4_k
 from triollama.testing.tiny_vocab import STYLES, make_vocab
+
+gguf = pytest.importorskip("gguf")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -30,7 +29,7 @@ def test_weights_are_pinned(tmp_path: Path) -> None:
     values = tensors["blk.0.attn_q.weight"][0, :3]
     np.testing.assert_array_equal(
         values,
-        np.array([-0.16651411354541779, 0.17608892917633057, 0.1768222153186798], dtype=np.float32),
+        np.float32([-0.16651411, 0.17608893, 0.17682222]),
     )
 
 
@@ -51,7 +50,7 @@ def test_quantised_weights_are_near(dtype: str, tmp_path: Path) -> None:
     rounded = gguf.GGUFReader(
         make_tiny_model(tmp_path / "b.gguf", n_embd=256, n_vocab=300, dtype=dtype)
     )
-    bound = {"F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q4_0": 0.1, "Q4_K": 0.1}[dtype]
+    bound = {"F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q4_0": 0.13, "Q4_K": 0.1}[dtype]
     n_rounded = 0
     for a, b in zip(exact.tensors, rounded.tensors, strict=True):
         assert a.name == b.name

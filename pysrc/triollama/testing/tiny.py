@@ -29,7 +29,7 @@ DTYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K")
 """Types of the weight matrices. Norms, biases and state-space parameters stay F32."""
 
 ROPE_SCALINGS = ("linear", "yarn", "llama3", "longrope")
-"""``llama3`` (llama only) writes per-frequency factors, ``longrope`` (phi3 only) two sets of them."""
+"""``llama3`` (llama only) has per-frequency factors, ``longrope`` (phi3 only) two sets of them."""
 
 
 class _Arch(NamedTuple):
@@ -465,7 +465,7 @@ def _post_gain(gain: float) -> float:
 
 
 def _add_mamba(t: _Tensors, s: _Shape, block: str) -> None:
-    """Selective state spaces (arXiv:2312.00752); jamba (arXiv:2403.19887) normalises dt, B and C."""
+    """Selective state spaces (arXiv:2312.00752); jamba (arXiv:2403.19887) norms dt, B and C."""
     t.matrix(block + "ssm_in.weight", 2 * s.d_inner, s.n_embd, 1.5)
     t.exact(
         block + "ssm_conv1d.weight", t.draw(block + "ssm_conv1d.weight", (s.d_inner, _D_CONV), 0.7)

@@ -281,7 +281,7 @@ def _learn_bpe() -> list[tuple[str, str]]:
 
 
 def _merge_pairs(words: Counter[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding: again and again the most frequent pair of neighbours becomes one symbol."""
+    """Byte pair encoding: the most frequent pair of neighbours becomes one symbol, and so on."""
     split = [(list(word), count) for word, count in words.items()]
     pairs: list[tuple[str, str]] = []
     while True:
