@@ -1,0 +1,412 @@
+"""Stage 1 of the build: llama.cpp as static libraries, once per source, flags and compiler.
+
+The result lives in the user's cache under a key made from everything that shapes it, so that any
+checkout, editable install or wheel build finds it again. Stage 2 (engine/CMakeLists.txt) links the
+extension against it. Needs the standard library only, since setup.py and the scripts both use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from _cache import cache_root, locked
+from fetch_llama_cpp import PIN_FILE, ROOT, Upstream, locate, read_pin, upstream_version
+
+RECIPE = PIN_FILE.parent / "CMakeLists.txt"
+CMAKE_MINIMUM = (3, 20)
+
+# Variables that change what CMake or a compiler makes of the same flags.
+ENVIRONMENT = (
+    "CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "HIPCXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "CUDAFLAGS",
+    "HIPFLAGS", "LDFLAGS", "ARCHFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH",
+    "CMAKE_PREFIX_PATH", "CMAKE_TOOLCHAIN_FILE", "CMAKE_BUILD_TYPE", "CUDA_PATH", "CUDAARCHS", "ROCM_PATH",
+    "VULKAN_SDK", "ONEAPI_ROOT", "MKLROOT", "SDKROOT", "MACOSX_DEPLOYMENT_TARGET", "SOURCE_DATE_EPOCH",
+)  # fmt: skip
+
+FALSE = {"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"}
+
+INSTALL_HINTS = {
+    "compiler": (
+        "Debian or Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; macOS: "
+        "`xcode-select --install`; Windows: the Visual Studio Build Tools, workload C++. "
+        "Or set CC and CXX to the compilers to use."
+    ),
+    "cmake": "`pip install cmake`, or your system's package `cmake`.",
+    "ninja": "`pip install ninja`, or your system's package `ninja-build`; `make` will do as well.",
+}
+
+
+class BuildError(RuntimeError):
+    """The build cannot go on; the message says what is missing and how to get it."""
+
+
+def cmake_args() -> list[str]:
+    """The user's CMAKE_ARGS, split as a shell would; refuses what can never work here."""
+    text = os.environ.get("CMAKE_ARGS", "")
+    try:
+        arguments = shlex.split(text)
+    except ValueError as error:
+        raise BuildError(f"CMAKE_ARGS is not well quoted ({error}): {text}") from error
+    flags = cache_entries(arguments)
+    for name in ("BUILD_SHARED_LIBS", "GGML_BACKEND_DL", "GGML_CPU_ALL_VARIANTS"):
+        if is_on(flags.get(name, "OFF")):
+            raise BuildError(
+                f"CMAKE_ARGS sets {name}={flags[name]}, but triollama links llama.cpp statically into one "
+                f"extension, so that it can share a process with other llama.cpp bindings. "
+                f"Remove -D{name}; backends are chosen with -DGGML_CUDA=ON and the like."
+            )
+    return arguments
+
+
+def cache_entries(arguments: Iterable[str]) -> dict[str, str]:
+    """The `-DNAME[:TYPE]=VALUE` among CMake arguments; the last one wins, as in CMake."""
+    entries = {}
+    joined = False
+    for argument in arguments:
+        if argument == "-D":
+            joined = True
+            continue
+        if joined or argument.startswith("-D"):
+            name, _, value = (argument if joined else argument[2:]).partition("=")
+            entries[name.partition(":")[0]] = value
+        joined = False
+    return entries
+
+
+def is_on(value: str) -> bool:
+    return value.upper() not in FALSE and not value.upper().endswith("-NOTFOUND")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The programs a build uses."""
+
+    cmake: str
+    generator: str  # "" where the user's CMAKE_ARGS or CMAKE_GENERATOR names one
+    make: str  # ninja or make; "" where the generator finds its own
+    ccache: str
+
+
+def _cmake_version(cmake: str) -> tuple[int, ...]:
+    try:
+        done = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ()
+    match = re.search(r"version (\d+)\.(\d+)", done.stdout)
+    return (int(match[1]), int(match[2])) if match else ()
+
+
+def usable_cmake() -> str | None:
+    """CMake on PATH, when it is new enough."""
+    found = shutil.which("cmake")
+    return found if found and _cmake_version(found) >= CMAKE_MINIMUM else None
+
+
+def find_tools(arguments: Sequence[str]) -> Tools:
+    """Find CMake, a make program and ccache, and check that there is a C++ compiler."""
+    cmake = usable_cmake()
+    if cmake is None:
+        found = shutil.which("cmake")
+        state = f"{found} is older" if found else "there is none on PATH"
+        wanted = ".".join(map(str, CMAKE_MINIMUM))
+        raise BuildError(f"CMake {wanted} or newer is needed, and {state}. Get it: {INSTALL_HINTS['cmake']}")
+    flags = cache_entries(arguments)
+    for language, names in (("C", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
+        chosen = flags.get(f"CMAKE_{language}_COMPILER") or os.environ.get("CC" if language == "C" else "CXX")
+        if chosen and not shutil.which(shlex.split(chosen)[0]):
+            raise BuildError(
+                f"the {'C' if language == 'C' else 'C++'} compiler {chosen!r}, set by CMAKE_ARGS, CC or CXX, "
+                f"is not there. Install it, or take the setting back."
+            )
+        toolchain = "CMAKE_TOOLCHAIN_FILE" in flags or "CMAKE_TOOLCHAIN_FILE" in os.environ
+        if not chosen and not toolchain and os.name != "nt" and not any(map(shutil.which, names)):
+            raise BuildError(
+                f"a {'C' if language == 'C' else 'C++'} compiler is needed, and there is none on PATH "
+                f"(looked for {', '.join(names)}). Get one: {INSTALL_HINTS['compiler']}"
+            )
+    if is_on(flags.get("GGML_CUDA", "OFF")) and not (
+        shutil.which("nvcc") or flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX")
+    ):
+        default = Path("/usr/local/cuda/bin/nvcc")
+        if not default.exists():
+            raise BuildError(
+                "-DGGML_CUDA=ON needs NVIDIA's compiler nvcc, which is not on PATH. Install the CUDA toolkit "
+                "and add its bin folder to PATH, or name it with -DCMAKE_CUDA_COMPILER=..."
+            )
+    ccache = shutil.which("ccache") or shutil.which("sccache") or ""
+    user_generator = any(a.startswith("-G") for a in arguments) or os.environ.get("CMAKE_GENERATOR")
+    if user_generator or "CMAKE_MAKE_PROGRAM" in flags:
+        return Tools(cmake, "", "", ccache)
+    if ninja := shutil.which("ninja") or shutil.which("ninja-build"):
+        return Tools(cmake, "Ninja", ninja, ccache)
+    if os.name == "nt":
+        return Tools(cmake, "", "", ccache)
+    if make := shutil.which("make") or shutil.which("gmake"):
+        return Tools(cmake, "Unix Makefiles", make, ccache)
+    raise BuildError(f"ninja or make is needed, and neither is on PATH. Get it: {INSTALL_HINTS['ninja']}")
+
+
+def common_arguments(tools: Tools, arguments: Sequence[str]) -> list[str]:
+    """What both stages pass to CMake before the user's own arguments."""
+    result = []
+    if tools.generator:
+        result += ["-G", tools.generator, f"-DCMAKE_MAKE_PROGRAM={tools.make}"]
+    if tools.ccache:
+        languages = ["C", "CXX"] + ["CUDA"] * is_on(cache_entries(arguments).get("GGML_CUDA", "OFF"))
+        result += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={tools.ccache}" for language in languages]
+    return result
+
+
+def tree_hash(root: Path, names: Iterable[str]) -> str:
+    """sha256 over the paths and contents of the files below root/name, in a fixed order."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        top = root / name
+        files = sorted(top.rglob("*")) if top.is_dir() else [top]
+        for file in files:
+            if file.is_file():
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+                digest.update(content)
+    return digest.hexdigest()
+
+
+def cpu_features() -> str:
+    """What -march=native depends on, as text."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "CPU implementer", "isa")
+    lines = {line.strip() for line in text.splitlines() if line.partition("\t")[0].strip() in wanted}
+    if not lines and sys.platform == "darwin":
+        command = ["sysctl", "-a", "machdep.cpu.brand_string", "hw.optional"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = set(done.stdout.splitlines())
+    return "\n".join([platform.machine(), platform.processor(), *sorted(lines)])
+
+
+def _compiler_identity(command: str) -> str:
+    program = shutil.which(shlex.split(command)[0])
+    if program is None:
+        return "none"
+    done = subprocess.run(
+        [*shlex.split(command), "--version"], capture_output=True, text=True, check=False
+    )
+    return f"{os.path.realpath(program)}\n{done.stdout}"
+
+
+def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targets: Sequence[str]) -> str:
+    """A digest of everything that shapes the libraries: source, recipe, flags, compilers, CPU."""
+    flags = cache_entries(arguments)
+    compilers = {
+        "C": flags.get("CMAKE_C_COMPILER") or os.environ.get("CC") or "cc",
+        "CXX": flags.get("CMAKE_CXX_COMPILER") or os.environ.get("CXX") or "c++",
+    }
+    if is_on(flags.get("GGML_CUDA", "OFF")):
+        compilers["CUDA"] = flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or "nvcc"
+    toolchain = flags.get("CMAKE_TOOLCHAIN_FILE") or os.environ.get("CMAKE_TOOLCHAIN_FILE")
+    parts = {
+        "source": tree_hash(upstream.path, read_pin().groups["build"]),
+        "tools": tree_hash(upstream.path, read_pin().groups["tools"]) if targets else "",
+        "commit": upstream.commit,
+        "recipe": RECIPE.read_text(encoding="utf-8"),
+        "arguments": list(arguments),
+        "targets": list(targets),
+        "compilers": {name: _compiler_identity(command) for name, command in compilers.items()},
+        "generator": tools.generator or os.environ.get("CMAKE_GENERATOR", ""),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "toolchain": Path(toolchain).read_text(encoding="utf-8") if toolchain else "",
+        "system": [platform.system(), platform.machine(), *platform.libc_ver()],
+        "cpu": cpu_features() if is_on(flags.get("GGML_NATIVE", "ON")) else "",
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Native:
+    """llama.cpp built: `folder` holds lib/, native.cmake (how to link) and native.json (how it was built)."""
+
+    key: str
+    folder: Path
+    upstream: Upstream
+    tools: Tools
+    arguments: tuple[str, ...]  # the user's
+
+
+def jobs() -> int:
+    """Compilations at a time: CMAKE_BUILD_PARALLEL_LEVEL, else the CPUs allowed, bounded by memory."""
+    if given := os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL"):
+        return max(1, int(given))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return cpus
+    return max(1, min(cpus, memory // 1_500_000_000))
+
+
+def run_cmake(command: Sequence[str], what: str) -> None:
+    """Run a step with its output shown as it comes; a failure becomes a BuildError."""
+    sys.stdout.flush()
+    environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    done = subprocess.run(command, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode:
+        raise BuildError(
+            f"{what} failed: the reason is in the lines above. The command was:\n  {shlex.join(command)}\n"
+            f"docs/building.md lists what each backend needs."
+        )
+
+
+def _api_reply(build: Path) -> dict[str, object]:
+    """The link_probe target as CMake's file API describes it."""
+    folder = build / ".cmake/api/v1/reply"
+    index = json.loads(max(folder.glob("index-*.json")).read_text(encoding="utf-8"))
+    model = json.loads((folder / index["reply"]["codemodel-v2"]["jsonFile"]).read_text(encoding="utf-8"))
+    targets = model["configurations"][0]["targets"]
+    file = next(target["jsonFile"] for target in targets if target["name"] == "link_probe")
+    reply: dict[str, object] = json.loads((folder / file).read_text(encoding="utf-8"))
+    return reply
+
+
+def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[str]) -> None:
+    """Copy the static libraries out of a finished build and write down how to link them."""
+    target = _api_reply(build)
+    link: list[str] = []
+    for fragment in target["link"]["commandFragments"]:  # type: ignore[index]
+        for item in shlex.split(fragment["fragment"]):
+            local = build / item
+            if not item.startswith("-") and not Path(item).is_absolute() and local.is_file():
+                kept = result / "lib" / item
+                if not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(local, kept)
+                link.append(f"${{CMAKE_CURRENT_LIST_DIR}}/lib/{item}")
+            elif fragment["role"] != "flags" or item not in ("-shared", "-fPIC"):
+                link.append(item)
+    group = target["compileGroups"][0]  # type: ignore[index]
+    defines = [d["define"] for d in group.get("defines", []) if d["define"] != "link_probe_EXPORTS"]
+
+    def cmake_list(name: str, items: Iterable[str]) -> str:
+        quoted = "".join(f'\n    "{item}"' for item in (i.replace("\\", "/").replace('"', '\\"') for i in items))
+        return f"set({name}{quoted})\n"
+
+    (result / "native.cmake").write_text(
+        cmake_list("TRIOLLAMA_NATIVE_LINK", link) + cmake_list("TRIOLLAMA_NATIVE_DEFINES", defines),
+        encoding="utf-8",
+    )
+    toolchain = dict(
+        line.split("=", 1) for line in (build / "toolchain.txt").read_text(encoding="utf-8").splitlines()
+    )
+    options = {}
+    for line in (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+        if match := re.match(r"((?:GGML|LLAMA)_\w+|CMAKE_CUDA_ARCHITECTURES):(?:BOOL|STRING|UNINITIALIZED)=(.*)", line):
+            options[match[1]] = match[2]
+    llama, ggml = upstream_version(upstream.path)
+    information = {
+        "commit": upstream.commit,
+        "pinned": upstream.pinned,
+        "llama_version": llama,
+        "ggml_version": ggml,
+        "compiler": toolchain["compiler"].strip(),
+        "cuda_compiler": toolchain["cuda_compiler"].strip(),
+        "system": toolchain["system"].strip(),
+        "build_type": toolchain["build_type"],
+        "cmake_args": list(arguments),
+        "options": options,
+    }
+    (result / "native.json").write_text(json.dumps(information, indent=1) + "\n", encoding="utf-8")
+
+
+def build_native(targets: Sequence[str] = ()) -> Native:
+    """llama.cpp's libraries for the present flags, from the cache or built now.
+
+    With `targets`, upstream's programs of these names are built instead, into `bin/`.
+    """
+    arguments = cmake_args()
+    tools = find_tools(arguments)
+    upstream = locate(["build", "tools"] if targets else ["build"])
+    key = native_key(upstream, tools, arguments, targets)
+    store = cache_root() / "native"
+    folder = store / key
+    native = Native(key, folder, upstream, tools, tuple(arguments))
+    marker = "bin" if targets else "native.json"
+    if (folder / marker).exists():
+        return native
+    with locked(store / f"{key}.lock"):
+        if (folder / marker).exists():
+            return native
+        print(f"building llama.cpp {upstream.commit} with {jobs()} jobs, once, into {folder}", flush=True)
+        if tools.ccache:
+            print(f"compiler cache: {tools.ccache}", flush=True)
+        start = time.monotonic()
+        # One name, so that an interrupted build goes on where it stopped; under the lock it is ours.
+        partial = store / f"{key}.partial"
+        build = partial / "build"
+        cached = build / "CMakeCache.txt"
+        if cached.exists() and f"={upstream.path}\n" not in cached.read_text(encoding="utf-8"):
+            shutil.rmtree(partial)  # begun from another copy of the same source
+        query = build / ".cmake/api/v1/query"
+        query.mkdir(parents=True, exist_ok=True)
+        (query / "codemodel-v2").touch()
+        recipe = partial / "recipe"
+        recipe.mkdir(exist_ok=True)
+        text = RECIPE.read_text(encoding="utf-8")
+        if not (recipe / RECIPE.name).exists():
+            (recipe / RECIPE.name).write_text(text, encoding="utf-8")
+        programs = "ON" if targets else "OFF"
+        configure = [
+            tools.cmake, "-S", str(upstream.path if targets else recipe), "-B", str(build),
+            *common_arguments(tools, arguments),
+            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF",
+            f"-DTRIOLLAMA_LLAMA_SOURCE={upstream.path}",
+            "-DLLAMA_BUILD_COMMON=ON", f"-DLLAMA_BUILD_TOOLS={programs}", f"-DLLAMA_BUILD_EXAMPLES={programs}",
+            "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
+            "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
+            # Without these, upstream records the commit of the repository around it, which is ours.
+            f"-DLLAMA_BUILD_COMMIT={upstream.commit}", "-DLLAMA_BUILD_NUMBER=0", "-DGIT_EXE=",
+            *arguments,
+        ]  # fmt: skip
+        run_cmake(configure, "configuring llama.cpp")
+        build_command = [tools.cmake, "--build", str(build), "--config", "Release", "--parallel", str(jobs())]
+        run_cmake([*build_command, "--target", *(targets or ["link_probe"])], "compiling llama.cpp")
+        result = partial / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        if targets:
+            shutil.copytree(build / "bin", result / "bin")
+        else:
+            _collect(build, result, upstream, arguments)
+        os.replace(result, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"llama.cpp is ready after {time.monotonic() - start:.0f} s", flush=True)
+    return native
+
+
+def build_extension(native: Native, folder: Path, python: str = sys.executable) -> Path:
+    """Stage 2: compile engine/ and link it to `native`; incremental in `folder`. Returns the extension."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        configure = [
+            native.tools.cmake, "-S", str(ROOT / "engine"), "-B", str(folder), "--no-warn-unused-cli",
+            *common_arguments(native.tools, native.arguments),
+            f"-DCMAKE_BUILD_TYPE={json.loads((native.folder / 'native.json').read_text())['build_type']}",
+            f"-DTRIOLLAMA_NATIVE={native.folder}", f"-DTRIOLLAMA_LLAMA_SOURCE={native.upstream.path}",
+            f"-DPython_EXECUTABLE={python}", *native.arguments,
+        ]  # fmt: skip
+        run_cmake(configure, "configuring the extension")
+        command = [native.tools.cmake, "--build", str(folder), "--config", "Release", "--parallel", str(jobs())]
+        run_cmake(command, "compiling the extension")
+        return next(path for path in (folder / "out").rglob("_engine.*") if path.suffix in (".so", ".pyd"))
