@@ -4,9 +4,9 @@ Functions out of which a C++ exception can escape are declared `except +raise_na
 all others cannot throw.
 """
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libcpp cimport bool
+from libcpp cimport bool as cpp_bool
 
-from .ggml cimport (
+from ggml cimport (
     ggml_abort_callback,
     ggml_backend_buffer_type_t,
     ggml_backend_dev_t,
@@ -68,6 +68,7 @@ cdef extern from "llama.h" nogil:
         LLAMA_FTYPE_MOSTLY_Q5_0
         LLAMA_FTYPE_MOSTLY_Q5_1
         LLAMA_FTYPE_MOSTLY_Q2_K
+        LLAMA_FTYPE_MOSTLY_Q2_K_S
         LLAMA_FTYPE_MOSTLY_Q3_K_S
         LLAMA_FTYPE_MOSTLY_Q3_K_M
         LLAMA_FTYPE_MOSTLY_Q3_K_L
@@ -119,7 +120,7 @@ cdef extern from "llama.h" nogil:
         LLAMA_LOAD_MODE_MMAP_MLOCK
         LLAMA_LOAD_MODE_DIRECT_IO
 
-    ctypedef bool (*llama_progress_callback)(float progress, void * user_data) noexcept
+    ctypedef cpp_bool (*llama_progress_callback)(float progress, void * user_data) noexcept
 
     struct llama_batch:
         int32_t n_tokens
@@ -141,7 +142,7 @@ cdef extern from "llama.h" nogil:
         char key[128]
         int64_t val_i64
         double val_f64
-        bool val_bool
+        cpp_bool val_bool
         char val_str[128]
 
     struct llama_model_tensor_buft_override:
@@ -159,9 +160,9 @@ cdef extern from "llama.h" nogil:
         llama_progress_callback progress_callback
         void * progress_callback_user_data
         const llama_model_kv_override * kv_overrides
-        bool vocab_only
-        bool check_tensors
-        bool use_extra_bufts
+        cpp_bool vocab_only
+        cpp_bool check_tensors
+        cpp_bool use_extra_bufts
 
     struct llama_context_params:
         uint32_t n_ctx
@@ -186,22 +187,22 @@ cdef extern from "llama.h" nogil:
         ggml_type type_v
         ggml_abort_callback abort_callback
         void * abort_callback_data
-        bool embeddings
-        bool offload_kqv
-        bool no_perf
-        bool op_offload
-        bool swa_full
-        bool kv_unified
+        cpp_bool embeddings
+        cpp_bool offload_kqv
+        cpp_bool no_perf
+        cpp_bool op_offload
+        cpp_bool swa_full
+        cpp_bool kv_unified
 
     struct llama_model_quantize_params:
         int32_t nthread
         llama_ftype ftype
         ggml_type output_tensor_type
         ggml_type token_embedding_type
-        bool allow_requantize
-        bool quantize_output_tensor
-        bool only_copy
-        bool pure
+        cpp_bool allow_requantize
+        cpp_bool quantize_output_tensor
+        cpp_bool only_copy
+        cpp_bool pure
 
     struct llama_logit_bias:
         llama_token token
@@ -222,9 +223,9 @@ cdef extern from "llama.h" nogil:
     int64_t llama_time_us() noexcept
     size_t llama_max_devices() noexcept
     size_t llama_max_parallel_sequences() noexcept
-    bool llama_supports_gpu_offload() noexcept
-    bool llama_supports_mmap() noexcept
-    bool llama_supports_mlock() noexcept
+    cpp_bool llama_supports_gpu_offload() noexcept
+    cpp_bool llama_supports_mmap() noexcept
+    cpp_bool llama_supports_mlock() noexcept
     const char * llama_print_system_info() noexcept
     void llama_log_set(ggml_log_callback log_callback, void * user_data) noexcept
 
@@ -252,12 +253,12 @@ cdef extern from "llama.h" nogil:
     uint64_t llama_model_n_params(const llama_model * model) noexcept
     const char * llama_model_chat_template(
         const llama_model * model, const char * name) except +raise_native_error
-    bool llama_model_has_encoder(const llama_model * model) noexcept
-    bool llama_model_has_decoder(const llama_model * model) noexcept
+    cpp_bool llama_model_has_encoder(const llama_model * model) noexcept
+    cpp_bool llama_model_has_decoder(const llama_model * model) noexcept
     llama_token llama_model_decoder_start_token(const llama_model * model) noexcept
-    bool llama_model_is_recurrent(const llama_model * model) noexcept
-    bool llama_model_is_hybrid(const llama_model * model) noexcept
-    bool llama_model_is_diffusion(const llama_model * model) noexcept
+    cpp_bool llama_model_is_recurrent(const llama_model * model) noexcept
+    cpp_bool llama_model_is_hybrid(const llama_model * model) noexcept
+    cpp_bool llama_model_is_diffusion(const llama_model * model) noexcept
     llama_model_quantize_params llama_model_quantize_default_params() noexcept
     uint32_t llama_model_quantize(
         const char * fname_inp,
@@ -305,9 +306,9 @@ cdef extern from "llama.h" nogil:
         llama_context * ctx, int32_t n_threads, int32_t n_threads_batch) noexcept
     int32_t llama_n_threads(llama_context * ctx) noexcept
     int32_t llama_n_threads_batch(llama_context * ctx) noexcept
-    void llama_set_embeddings(llama_context * ctx, bool embeddings) noexcept
-    void llama_set_causal_attn(llama_context * ctx, bool causal_attn) noexcept
-    bool llama_get_causal_attn(const llama_context * ctx) noexcept
+    void llama_set_embeddings(llama_context * ctx, cpp_bool embeddings) noexcept
+    void llama_set_causal_attn(llama_context * ctx, cpp_bool causal_attn) noexcept
+    cpp_bool llama_get_causal_attn(const llama_context * ctx) noexcept
     void llama_set_abort_callback(
         llama_context * ctx, ggml_abort_callback abort_callback, void * abort_callback_data) noexcept
     void llama_synchronize(llama_context * ctx) except +raise_native_error
@@ -318,8 +319,8 @@ cdef extern from "llama.h" nogil:
     void llama_perf_context_reset(llama_context * ctx) noexcept
 
     # memory
-    void llama_memory_clear(llama_memory_t mem, bool data) except +raise_native_error
-    bool llama_memory_seq_rm(
+    void llama_memory_clear(llama_memory_t mem, cpp_bool data) except +raise_native_error
+    cpp_bool llama_memory_seq_rm(
         llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) except +raise_native_error
     void llama_memory_seq_cp(
         llama_memory_t mem,
@@ -336,7 +337,7 @@ cdef extern from "llama.h" nogil:
         llama_pos delta) except +raise_native_error
     llama_pos llama_memory_seq_pos_min(llama_memory_t mem, llama_seq_id seq_id) noexcept
     llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq_id) noexcept
-    bool llama_memory_can_shift(llama_memory_t mem) noexcept
+    cpp_bool llama_memory_can_shift(llama_memory_t mem) noexcept
 
     # state
     size_t llama_state_get_size(llama_context * ctx) except +raise_native_error
@@ -363,8 +364,8 @@ cdef extern from "llama.h" nogil:
         const llama_vocab * vocab, llama_token token) except +raise_native_error
     llama_token_attr llama_vocab_get_attr(
         const llama_vocab * vocab, llama_token token) except +raise_native_error
-    bool llama_vocab_is_eog(const llama_vocab * vocab, llama_token token) noexcept
-    bool llama_vocab_is_control(
+    cpp_bool llama_vocab_is_eog(const llama_vocab * vocab, llama_token token) noexcept
+    cpp_bool llama_vocab_is_control(
         const llama_vocab * vocab, llama_token token) except +raise_native_error
     llama_token llama_vocab_bos(const llama_vocab * vocab) noexcept
     llama_token llama_vocab_eos(const llama_vocab * vocab) noexcept
@@ -376,28 +377,28 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_fim_pre(const llama_vocab * vocab) noexcept
     llama_token llama_vocab_fim_suf(const llama_vocab * vocab) noexcept
     llama_token llama_vocab_fim_mid(const llama_vocab * vocab) noexcept
-    bool llama_vocab_get_add_bos(const llama_vocab * vocab) noexcept
-    bool llama_vocab_get_add_eos(const llama_vocab * vocab) noexcept
+    cpp_bool llama_vocab_get_add_bos(const llama_vocab * vocab) noexcept
+    cpp_bool llama_vocab_get_add_eos(const llama_vocab * vocab) noexcept
     int32_t llama_tokenize(
         const llama_vocab * vocab,
         const char * text,
         int32_t text_len,
         llama_token * tokens,
         int32_t n_tokens_max,
-        bool add_special,
-        bool parse_special) except +raise_native_error
+        cpp_bool add_special,
+        cpp_bool parse_special) except +raise_native_error
     int32_t llama_token_to_piece(
         const llama_vocab * vocab,
         llama_token token,
         char * buf,
         int32_t length,
         int32_t lstrip,
-        bool special) except +raise_native_error
+        cpp_bool special) except +raise_native_error
     int32_t llama_detokenize(
         const llama_vocab * vocab,
         const llama_token * tokens,
         int32_t n_tokens,
         char * text,
         int32_t text_len_max,
-        bool remove_special,
-        bool unparse_special) except +raise_native_error
+        cpp_bool remove_special,
+        cpp_bool unparse_special) except +raise_native_error

@@ -28,6 +28,7 @@ __all__ = [
     "TokenError",
     "TriollamaError",
     "UnsupportedError",
+    "ViewError",
 ]
 
 
@@ -85,6 +86,10 @@ class ForkedError(ClosedError):
 
 class BusyError(TriollamaError, RuntimeError):
     """Another thread is inside the object, or living children still use it."""
+
+
+class ViewError(BusyError, BufferError):
+    """A numpy view of logits or embeddings is alive, and the call would overwrite what it shows."""
 
 
 class ContextFullError(TriollamaError):

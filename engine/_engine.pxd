@@ -1,0 +1,121 @@
+"""Every owner of a native object. One extension, so that ggml's backend registry exists once."""
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool as cpp_bool
+from libcpp.atomic cimport atomic
+from libcpp.vector cimport vector
+
+from llama cimport (
+    llama_adapter_lora,
+    llama_batch,
+    llama_context,
+    llama_memory_t,
+    llama_model,
+    llama_pos,
+    llama_seq_id,
+    llama_token,
+    llama_vocab,
+)
+
+
+cdef class Owner:
+    """What every owner of a native object shares: whether it lives, who is inside, who depends on it."""
+    cdef object __weakref__
+    cdef bint closed
+    cdef bint busy              # a thread is inside a blocking call; guarded by the GIL
+    cdef int children           # living objects that hold native pointers into this one
+    cdef unsigned int forks     # forks of this process before the object was made
+
+    cdef int alive(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
+    cdef int check_childless(self) except -1
+
+
+cdef class Model(Owner):
+    cdef llama_model * ptr
+    cdef readonly str path
+    cdef readonly bint vocab_only
+    cdef readonly bint repacked         # weights may be repacked for speed: not for training
+    cdef int n_gpu_layers_
+    cdef dict metadata_
+    cdef bytes fingerprint_
+
+    cdef void free(self) noexcept
+
+
+cdef class Vocab:
+    cdef Model model
+    cdef const llama_vocab * ptr
+    cdef readonly int n_tokens
+
+    cdef int alive(self) except -1
+    cdef int check_token(self, llama_token token) except -1
+
+
+cdef class Context(Owner):
+    cdef llama_context * ptr
+    cdef llama_memory_t mem
+    cdef readonly Model model
+    cdef readonly int n_ctx
+    cdef readonly int n_batch
+    cdef readonly int n_ubatch
+    cdef readonly int n_seq_max
+    cdef readonly int n_outputs_max
+    cdef readonly bint kv_unified
+    cdef readonly bint swa_full
+    cdef readonly str type_k
+    cdef readonly str type_v
+    cdef readonly str flash_attn
+    cdef int n_vocab
+    cdef int n_embd
+    cdef bint embeddings_
+    cdef bint causal_
+    cdef int views                      # numpy arrays that show our output buffers
+    cdef atomic[cpp_bool] aborting
+    cdef vector[int32_t] output_rows    # batch indices that have an output, of the last decode
+    cdef int last_n_tokens
+    cdef vector[uint8_t] last_sequences # of the last decode: 1 where the sequence had tokens
+    cdef object adapters_               # tuple of (Adapter, scale) now applied
+    cdef object control_vector_
+
+    cdef int check_batch(self, Batch batch, bint encode) except -1
+    cdef int check_seq(self, int seq_id, bint any_allowed) except -1
+    cdef int note_outputs(self, Batch batch, bint all_outputs) except -1
+    cdef int row(self, int i) except -1
+    cdef float * logits_row(self, int i) except NULL
+    cdef object view(self, float * data, int n, bint copy)
+
+
+cdef class Memory:
+    cdef Context context
+
+    cdef int enter(self, object seq_id, bint any_allowed) except -1
+
+
+cdef class Batch:
+    cdef llama_batch c
+    cdef readonly int capacity
+    cdef readonly int n_seq_max
+    cdef vector[llama_token] token
+    cdef vector[llama_pos] pos
+    cdef vector[int32_t] n_seq_id
+    cdef vector[llama_seq_id] seq_id_data
+    cdef vector[llama_seq_id *] seq_id
+    cdef vector[int8_t] logits
+
+    cdef int reserve(self, int n) except -1
+    cdef void put(self, llama_token token, llama_pos pos, llama_seq_id seq_id, bint output) noexcept nogil
+
+
+cdef class FloatView:
+    cdef Context context
+    cdef float * data
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+
+cdef class Adapter(Owner):
+    cdef llama_adapter_lora * ptr
+    cdef readonly Model model
+    cdef readonly str path
+    cdef dict metadata_

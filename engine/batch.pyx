@@ -1,0 +1,114 @@
+"""What one decode computes: tokens with their positions, sequences and whether they have an output."""
+
+
+cdef class Batch:
+    """Tokens for ``Context.decode``.
+
+    capacity: most tokens it will hold. n_seq_max: most sequences one token may belong to.
+    A batch owns its memory and may be reused: ``clear`` and fill again.
+    """
+
+    def __init__(self, capacity: int, n_seq_max: int = 1):
+        self.capacity = check_int("capacity", capacity, 1, 2**24)
+        self.n_seq_max = check_int("n_seq_max", n_seq_max, 1, 256)
+        self.token.resize(self.capacity)
+        self.pos.resize(self.capacity)
+        self.n_seq_id.resize(self.capacity)
+        self.seq_id_data.resize(self.capacity * self.n_seq_max)
+        self.seq_id.resize(self.capacity)
+        self.logits.resize(self.capacity)
+        cdef int i
+        for i in range(self.capacity):
+            self.seq_id[i] = self.seq_id_data.data() + i * self.n_seq_max
+        self.c.n_tokens = 0
+        self.c.token = self.token.data()
+        self.c.embd = NULL
+        self.c.pos = self.pos.data()
+        self.c.n_seq_id = self.n_seq_id.data()
+        self.c.seq_id = self.seq_id.data()
+        self.c.logits = self.logits.data()
+
+    cdef int reserve(self, int n) except -1:
+        if self.c.n_tokens + n > self.capacity:
+            raise ParameterError(
+                f"the batch holds {self.c.n_tokens} of {self.capacity} tokens; {n} more do not fit",
+                parameter="tokens", value=n)
+        return 0
+
+    cdef void put(self, llama_token token, llama_pos pos, llama_seq_id seq_id,
+                  bint output) noexcept nogil:
+        cdef int i = self.c.n_tokens
+        self.token[i] = token
+        self.pos[i] = pos
+        self.n_seq_id[i] = 1
+        self.seq_id[i][0] = seq_id
+        self.logits[i] = output
+        self.c.n_tokens = i + 1
+
+    def __len__(self) -> int:
+        return self.c.n_tokens
+
+    def clear(self) -> None:
+        """Empty the batch."""
+        self.c.n_tokens = 0
+
+    def add(self, token: int, pos: int, seq_id: int = 0, output: bool = False) -> int:
+        """Append one token; returns its index in the batch."""
+        self.reserve(1)
+        self.put(check_int("token", token, 0, 2**31 - 1), check_int("pos", pos, 0, 2**31 - 1),
+                 check_int("seq_id", seq_id, 0, 255), output)
+        return self.c.n_tokens - 1
+
+    def extend(self, tokens, pos: int, seq_id: int | tuple[int, ...] = 0,
+               output: str = "last") -> int:
+        """Append ``tokens`` (int32 buffer or any iterable) at positions pos, pos + 1, ...
+
+        ``seq_id`` may be a tuple: the tokens then belong to each of these sequences.
+        ``output`` is "last", "all" or "none": which tokens have logits afterwards.
+        Returns the index of the last token.
+        """
+        cdef vector[llama_token] ids = token_vector(tokens)
+        cdef int first = check_int("pos", pos, 0, 2**31 - 1)
+        cdef int n = <int>ids.size()
+        cdef int i
+        cdef int s
+        cdef bint all_outputs = output == "all"
+        if output not in ("last", "all", "none"):
+            raise ParameterError(
+                f'output must be "last", "all" or "none", not {output!r}',
+                parameter="output", value=output)
+        self.reserve(n)
+        sequences = seq_id if isinstance(seq_id, tuple) else (seq_id,)
+        if not 0 < len(sequences) <= self.n_seq_max:
+            raise ParameterError(
+                f"a token of this batch may belong to 1 to {self.n_seq_max} sequences,"
+                f" not {len(sequences)}", parameter="seq_id", value=seq_id)
+        cdef vector[llama_seq_id] seqs
+        for one in sequences:
+            seqs.push_back(check_int("seq_id", one, 0, 255))
+        for i in range(n):
+            self.put(ids[i], first + i, seqs[0], all_outputs)
+            for s in range(1, <int>seqs.size()):
+                self.seq_id[self.c.n_tokens - 1][s] = seqs[s]
+            self.n_seq_id[self.c.n_tokens - 1] = <int>seqs.size()
+        if n and output == "last":
+            self.logits[self.c.n_tokens - 1] = True
+        return self.c.n_tokens - 1
+
+    def set(self, tokens, positions, seq_ids, outputs) -> None:
+        """Replace the content by four buffers of equal length: tokens, positions and sequence ids
+        (int32) and outputs (int8 or bool). Nothing is copied token by token in Python."""
+        cdef const int32_t[::1] token_view = tokens
+        cdef const int32_t[::1] pos_view = positions
+        cdef const int32_t[::1] seq_view = seq_ids
+        cdef const int8_t[::1] output_view = memoryview(outputs).cast("B").cast("b")
+        cdef Py_ssize_t n = token_view.shape[0]
+        cdef Py_ssize_t i
+        if not n == pos_view.shape[0] == seq_view.shape[0] == output_view.shape[0]:
+            raise ParameterError(
+                f"the buffers have different lengths: {n}, {pos_view.shape[0]},"
+                f" {seq_view.shape[0]}, {output_view.shape[0]}", parameter="tokens")
+        self.c.n_tokens = 0
+        self.reserve(n)
+        for i in range(n):
+            self.put(token_view[i], pos_view[i], seq_view[i], output_view[i] != 0)

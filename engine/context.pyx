@@ -1,0 +1,682 @@
+"""The context: a model's working memory, and the calls that compute."""
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+
+from ggml cimport (
+    GGML_TYPE_BF16,
+    GGML_TYPE_F16,
+    GGML_TYPE_F32,
+    GGML_TYPE_IQ4_NL,
+    GGML_TYPE_Q4_0,
+    GGML_TYPE_Q4_1,
+    GGML_TYPE_Q5_0,
+    GGML_TYPE_Q5_1,
+    GGML_TYPE_Q8_0,
+    ggml_blck_size,
+    ggml_type,
+    ggml_type_size,
+)
+from llama cimport (
+    LLAMA_ATTENTION_TYPE_CAUSAL,
+    LLAMA_ATTENTION_TYPE_NON_CAUSAL,
+    LLAMA_ATTENTION_TYPE_UNSPECIFIED,
+    LLAMA_FLASH_ATTN_TYPE_AUTO,
+    LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    LLAMA_POOLING_TYPE_CLS,
+    LLAMA_POOLING_TYPE_LAST,
+    LLAMA_POOLING_TYPE_MEAN,
+    LLAMA_POOLING_TYPE_NONE,
+    LLAMA_POOLING_TYPE_RANK,
+    LLAMA_POOLING_TYPE_UNSPECIFIED,
+    LLAMA_ROPE_SCALING_TYPE_LINEAR,
+    LLAMA_ROPE_SCALING_TYPE_LONGROPE,
+    LLAMA_ROPE_SCALING_TYPE_NONE,
+    LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
+    LLAMA_ROPE_SCALING_TYPE_YARN,
+    llama_attention_type,
+    llama_context_default_params,
+    llama_context_params,
+    llama_decode,
+    llama_encode,
+    llama_flash_attn_type,
+    llama_free,
+    llama_get_causal_attn,
+    llama_get_embeddings_ith,
+    llama_get_embeddings_seq,
+    llama_get_logits_ith,
+    llama_get_memory,
+    llama_get_pooling_type,
+    llama_init_from_model,
+    llama_max_parallel_sequences,
+    llama_n_batch,
+    llama_n_ctx,
+    llama_n_ctx_seq,
+    llama_n_threads,
+    llama_n_threads_batch,
+    llama_n_ubatch,
+    llama_perf_context,
+    llama_perf_context_data,
+    llama_perf_context_reset,
+    llama_pooling_type,
+    llama_rope_scaling_type,
+    llama_set_causal_attn,
+    llama_set_embeddings,
+    llama_set_n_threads,
+    llama_supports_gpu_offload,
+    llama_synchronize,
+)
+
+cdef dict _KV_TYPES = {
+    "f32": <int>GGML_TYPE_F32,
+    "f16": <int>GGML_TYPE_F16,
+    "bf16": <int>GGML_TYPE_BF16,
+    "q8_0": <int>GGML_TYPE_Q8_0,
+    "q5_1": <int>GGML_TYPE_Q5_1,
+    "q5_0": <int>GGML_TYPE_Q5_0,
+    "q4_1": <int>GGML_TYPE_Q4_1,
+    "q4_0": <int>GGML_TYPE_Q4_0,
+    "iq4_nl": <int>GGML_TYPE_IQ4_NL,
+}
+cdef dict _FLASH_ATTN = {
+    "auto": <int>LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "off": <int>LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    "on": <int>LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
+cdef dict _POOLING = {
+    "model": <int>LLAMA_POOLING_TYPE_UNSPECIFIED,
+    "none": <int>LLAMA_POOLING_TYPE_NONE,
+    "mean": <int>LLAMA_POOLING_TYPE_MEAN,
+    "cls": <int>LLAMA_POOLING_TYPE_CLS,
+    "last": <int>LLAMA_POOLING_TYPE_LAST,
+    "rank": <int>LLAMA_POOLING_TYPE_RANK,
+}
+cdef dict _ROPE_SCALING = {
+    "model": <int>LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
+    "none": <int>LLAMA_ROPE_SCALING_TYPE_NONE,
+    "linear": <int>LLAMA_ROPE_SCALING_TYPE_LINEAR,
+    "yarn": <int>LLAMA_ROPE_SCALING_TYPE_YARN,
+    "longrope": <int>LLAMA_ROPE_SCALING_TYPE_LONGROPE,
+}
+
+# Beyond this no machine has memory, and sums of sizes could overflow.
+cdef int _MAX_CTX = 2**28
+
+
+def default_threads() -> int:
+    """Threads used unless told otherwise: the processors this process may run on, at most 16."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    return max(1, min(count, 16))
+
+
+cdef cpp_bool on_abort_check(void * flag) noexcept nogil:
+    """Asked by ggml between the nodes of a graph (CPU and Metal)."""
+    return (<atomic[cpp_bool] *>flag).load()
+
+
+cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outputs,
+                           ggml_type type_k, ggml_type type_v, int n_layer) except -1:
+    """Refuses what this machine could never hold, before Linux kills the process for trying."""
+    if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0:
+        return 0        # the cache lives elsewhere, and a failed allocation is reported
+    cdef long long n_head = max(1, model.n_head)
+    metadata = model.metadata
+    arch = metadata.get("general.architecture", "")
+
+    def head_width(name):
+        text = metadata.get(f"{arch}.attention.{name}", "")
+        return int(text) if text.isdigit() else model.n_embd // n_head
+
+    per_cell = n_layer * model.n_head_kv * (
+        head_width("key_length") * ggml_type_size(type_k) / ggml_blck_size(type_k)
+        + head_width("value_length") * ggml_type_size(type_v) / ggml_blck_size(type_v))
+    needed = cells * per_cell + 4 * cells * n_ubatch + 8 * outputs * len(model.vocab)
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+    if needed > total:
+        raise OutOfMemoryError(
+            f"this context would need about {needed / 2**30:.1f} GiB and the machine has"
+            f" {total / 2**30:.1f} GiB; ask for a smaller n_ctx, n_seq_max or n_batch")
+    return 0
+
+
+@cython.no_gc_clear
+cdef class Context(Owner):
+    """A model's KV cache and compute buffers, for up to ``n_seq_max`` sequences.
+
+    model: keeps it open for as long as the context is.
+    n_ctx: tokens of one sequence. The cache has room for n_ctx * n_seq_max tokens (rounded up to
+        256 each), unless n_ctx_total says otherwise; with kv_unified any sequence may use all of it.
+    n_batch: most tokens of one ``decode``, at most n_ctx_total; n_ubatch: most computed at once.
+    n_outputs_max: most outputs of one decode; None is n_batch. Fewer need less memory.
+    n_threads, n_threads_batch: for one token and for more; None is ``default_threads()``.
+    type_k, type_v: cache types: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+        "iq4_nl". A quantised V cache needs flash attention.
+    flash_attn: "auto", "on" or "off".
+    embeddings: decode puts out embeddings beside logits, for every token.
+    pooling: "model", "none", "mean", "cls", "last", "rank": how token embeddings become one.
+    causal: None leaves attention as the model has it.
+    swa_full: keep the whole cache of sliding-window layers: needed to roll back past the window.
+    kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
+    offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
+    rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
+    perf: measure (see ``perf_counters``).
+
+    Raises ParameterError, UnsupportedError, OutOfMemoryError, EngineError.
+    One thread at a time: a second gets BusyError.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int = 2048,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_seq_max: int = 1,
+        n_ctx_total: int | None = None,
+        n_outputs_max: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: str = "auto",
+        embeddings: bool = False,
+        pooling: str = "model",
+        causal: bool | None = None,
+        swa_full: bool = True,
+        kv_unified: bool = True,
+        offload_kqv: bool = True,
+        op_offload: bool = True,
+        rope_scaling: str = "model",
+        rope_freq_base: float = 0.0,
+        rope_freq_scale: float = 0.0,
+        yarn_ext_factor: float | None = None,
+        yarn_attn_factor: float | None = None,
+        yarn_beta_fast: float | None = None,
+        yarn_beta_slow: float | None = None,
+        yarn_orig_ctx: int = 0,
+        perf: bool = True,
+    ):
+        if self.ptr != NULL:
+            raise BusyError("this Context is already open")
+        if model is None:
+            raise ParameterError("model is None", parameter="model")
+        model.alive()
+        if model.vocab_only:
+            raise UnsupportedError(
+                "the model was loaded with vocab_only=True: it has no weights to decode with")
+        cdef llama_context_params params = llama_context_default_params()
+        cdef int max_seq = <int>llama_max_parallel_sequences()
+        self.n_ctx = check_int("n_ctx", n_ctx, 1, _MAX_CTX)
+        self.n_seq_max = check_int("n_seq_max", n_seq_max, 1, max_seq)
+        cdef long long padded = (self.n_ctx + 255) // 256 * 256
+        cdef long long total = padded * self.n_seq_max
+        if n_ctx_total is not None:
+            if not kv_unified:
+                raise ParameterError(
+                    "n_ctx_total needs kv_unified=True: separate caches all have n_ctx",
+                    parameter="n_ctx_total", value=n_ctx_total)
+            total = check_int("n_ctx_total", n_ctx_total, self.n_ctx, 2**31 - 1)
+        if total > 2**31 - 256:
+            raise ParameterError(
+                f"n_ctx {n_ctx} times n_seq_max {n_seq_max} is more than llama.cpp can count",
+                parameter="n_ctx", value=n_ctx)
+        params.n_ctx = <uint32_t>total
+        params.n_batch = check_int("n_batch", n_batch, 1, _MAX_CTX)
+        params.n_ubatch = check_int("n_ubatch", n_ubatch, 1, _MAX_CTX)
+        params.n_seq_max = self.n_seq_max
+        params.n_outputs_max = (
+            0 if n_outputs_max is None else check_int("n_outputs_max", n_outputs_max, 1, _MAX_CTX))
+        if 0 < <int>params.n_outputs_max < self.n_seq_max:
+            raise ParameterError(
+                f"n_outputs_max is {n_outputs_max}: fewer than one output for each of"
+                f" {self.n_seq_max} sequences", parameter="n_outputs_max", value=n_outputs_max)
+        threads = default_threads() if n_threads is None else n_threads
+        params.n_threads = check_int("n_threads", threads, 1, 512)
+        batch_threads = threads if n_threads_batch is None else n_threads_batch
+        params.n_threads_batch = check_int("n_threads_batch", batch_threads, 1, 512)
+        params.type_k = <ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
+        params.type_v = <ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
+        params.flash_attn_type = <llama_flash_attn_type><int>check_choice(
+            "flash_attn", flash_attn, _FLASH_ATTN)
+        if ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
+            raise ParameterError(
+                f"type_v={type_v!r} is quantised, which needs flash attention",
+                parameter="type_v", value=type_v)
+        params.embeddings = embeddings
+        params.pooling_type = <llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
+        params.attention_type = (
+            LLAMA_ATTENTION_TYPE_UNSPECIFIED if causal is None
+            else LLAMA_ATTENTION_TYPE_CAUSAL if causal else LLAMA_ATTENTION_TYPE_NON_CAUSAL)
+        params.swa_full = swa_full
+        params.kv_unified = kv_unified
+        params.offload_kqv = offload_kqv
+        params.op_offload = op_offload
+        params.rope_scaling_type = <llama_rope_scaling_type><int>check_choice(
+            "rope_scaling", rope_scaling, _ROPE_SCALING)
+        params.rope_freq_base = check_float("rope_freq_base", rope_freq_base, 0.0, 1e12)
+        params.rope_freq_scale = check_float("rope_freq_scale", rope_freq_scale, 0.0, 1e6)
+        if yarn_ext_factor is not None:
+            params.yarn_ext_factor = check_float("yarn_ext_factor", yarn_ext_factor, 0.0, 1e6)
+        if yarn_attn_factor is not None:
+            params.yarn_attn_factor = check_float("yarn_attn_factor", yarn_attn_factor, 0.0, 1e6)
+        if yarn_beta_fast is not None:
+            params.yarn_beta_fast = check_float("yarn_beta_fast", yarn_beta_fast, 0.0, 1e6)
+        if yarn_beta_slow is not None:
+            params.yarn_beta_slow = check_float("yarn_beta_slow", yarn_beta_slow, 0.0, 1e6)
+        params.yarn_orig_ctx = check_int("yarn_orig_ctx", yarn_orig_ctx, 0, _MAX_CTX)
+        params.no_perf = not perf
+        params.abort_callback = on_abort_check
+        params.abort_callback_data = &self.aborting
+        self.aborting.store(False)
+
+        cdef int n_batch_clipped = min(<int>params.n_batch, <int>total)
+        cdef int outputs = <int>params.n_outputs_max if params.n_outputs_max else n_batch_clipped
+        check_fits_memory(model, total, min(<int>params.n_ubatch, n_batch_clipped), outputs,
+                          params.type_k, params.type_v, model.n_layer)
+        begin_log()
+        try:
+            with nogil:
+                self.ptr = llama_init_from_model(model.ptr, params)
+        finally:
+            flush_log()
+        if self.ptr == NULL:
+            problem = native_problem()
+            if "alloc" in problem:
+                raise OutOfMemoryError("the context's buffers could not be allocated", log=problem)
+            raise EngineError("llama.cpp could not make the context", log=problem)
+        self.model = model
+        self.mem = llama_get_memory(self.ptr)
+        self.n_batch = llama_n_batch(self.ptr)
+        self.n_ubatch = llama_n_ubatch(self.ptr)
+        self.n_outputs_max = (
+            self.n_batch if not params.n_outputs_max or model.has_encoder
+            else <int>params.n_outputs_max)
+        self.kv_unified = kv_unified
+        self.swa_full = swa_full
+        self.type_k = type_k
+        self.type_v = type_v
+        self.flash_attn = flash_attn
+        self.n_vocab = len(model.vocab) if model.vocab.type != "none" else 0
+        self.n_embd = model.n_embd_out
+        self.embeddings_ = embeddings
+        self.causal_ = llama_get_causal_attn(self.ptr)
+        self.last_sequences.resize(self.n_seq_max)
+        self.adapters_ = ()
+        self.closed = False
+        model.children += 1
+        count_live("Context", 1)
+
+    def __dealloc__(self):
+        if not self.closed and self.forks == fork_count:
+            self.model.children -= 1
+            count_live("Context", -1)
+            llama_free(self.ptr)
+
+    def close(self) -> None:
+        """Free the memory. Idempotent. Raises ViewError while views of it are alive."""
+        if self.closed or self.forks != fork_count:
+            return
+        self.check_childless()
+        self.check_no_views()
+        self.closed = True
+        self.model.children -= 1
+        count_live("Context", -1)
+        with nogil:
+            llama_free(self.ptr)
+        self.ptr = NULL
+
+    def __enter__(self) -> Context:
+        self.alive()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.is_closed:
+            return "<Context, closed>"
+        return (f"<Context of {self.n_seq_max} sequence(s) of {self.n_ctx} tokens,"
+                f" n_batch {self.n_batch}, n_ubatch {self.n_ubatch}>")
+
+    # What it is
+
+    @property
+    def n_ctx_total(self) -> int:
+        """Cells of the cache, all sequences together, as llama.cpp rounded them."""
+        self.alive()
+        return llama_n_ctx(self.ptr)
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """Cells one sequence can reach, as llama.cpp rounded them; ``n_ctx`` is what was asked."""
+        self.alive()
+        return llama_n_ctx_seq(self.ptr)
+
+    @property
+    def memory(self) -> Memory:
+        """The cache, by sequences and positions."""
+        self.alive()
+        return memory_of(self)
+
+    @property
+    def pooling(self) -> str:
+        """How token embeddings become one: "none", "mean", "cls", "last" or "rank"."""
+        self.alive()
+        cdef int found = <int>llama_get_pooling_type(self.ptr)
+        return next((name for name, value in _POOLING.items() if value == found), "none")
+
+    # What can change
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that compute one token."""
+        self.alive()
+        return llama_n_threads(self.ptr)
+
+    @property
+    def n_threads_batch(self) -> int:
+        """Threads that compute more than one token."""
+        self.alive()
+        return llama_n_threads_batch(self.ptr)
+
+    def set_threads(self, n_threads: int | None = None, n_threads_batch: int | None = None) -> None:
+        """Change the thread counts; None leaves one as it is."""
+        self.enter()
+        try:
+            one = llama_n_threads(self.ptr) if n_threads is None else n_threads
+            many = llama_n_threads_batch(self.ptr) if n_threads_batch is None else n_threads_batch
+            llama_set_n_threads(self.ptr, check_int("n_threads", one, 1, 512),
+                                check_int("n_threads_batch", many, 1, 512))
+        finally:
+            self.leave()
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether decode puts out embeddings, for every token, beside the logits."""
+        return self.embeddings_
+
+    @embeddings.setter
+    def embeddings(self, value: bool) -> None:
+        self.enter()
+        try:
+            llama_set_embeddings(self.ptr, value)
+            self.embeddings_ = value
+        finally:
+            self.leave()
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens attend only to those before them."""
+        return self.causal_
+
+    @causal.setter
+    def causal(self, value: bool) -> None:
+        self.enter()
+        try:
+            llama_set_causal_attn(self.ptr, value)
+            self.causal_ = value
+        finally:
+            self.leave()
+
+    @property
+    def aborting(self) -> bool:
+        """While True, a decode stops within milliseconds (CPU and Metal; elsewhere at its end) and
+        raises DecodeAborted. May be set from any thread; stays until set to False."""
+        return self.aborting.load()
+
+    @aborting.setter
+    def aborting(self, value: bool) -> None:
+        self.aborting.store(value)
+
+    # What it computes
+
+    cdef int check_seq(self, int seq_id, bint any_allowed) except -1:
+        if seq_id < (-1 if any_allowed else 0) or seq_id >= self.n_seq_max:
+            raise ParameterError(
+                f"sequence {seq_id} does not exist: the context has n_seq_max={self.n_seq_max},"
+                f" so 0 to {self.n_seq_max - 1}", parameter="seq_id", value=seq_id)
+        return 0
+
+    def check_no_views(self) -> None:
+        """Raise ViewError if numpy views of logits or embeddings are alive."""
+        if self.views:
+            raise ViewError(
+                f"{self.views} numpy view(s) of this context's logits or embeddings are alive and"
+                " would be overwritten; delete them first, or ask for copy=True")
+
+    cdef int check_batch(self, Batch batch, bint encode) except -1:
+        cdef int i
+        cdef int s
+        cdef int n = batch.c.n_tokens
+        cdef int n_outputs = 0
+        cdef int n_cells = 0
+        if n == 0:
+            raise ParameterError("the batch is empty", parameter="batch", value=0)
+        if n > self.n_batch:
+            raise ParameterError(
+                f"the batch has {n} tokens; this context takes n_batch={self.n_batch} at once",
+                parameter="batch", value=n)
+        if n > self.n_ubatch and (encode or not self.causal_):
+            raise ParameterError(
+                f"the batch has {n} tokens; without causal attention at most"
+                f" n_ubatch={self.n_ubatch} can be computed", parameter="batch", value=n)
+        for i in range(n):
+            if batch.token[i] < 0 or batch.token[i] >= self.n_vocab:
+                raise TokenError(
+                    f"token {batch.token[i]} at index {i} of the batch is outside the vocabulary"
+                    f" of {self.n_vocab} tokens", parameter="token", value=batch.token[i])
+            if batch.pos[i] < 0 or batch.pos[i] >= self.n_ctx:
+                raise ContextFullError(
+                    f"position {batch.pos[i]} at index {i} of the batch is outside the context of"
+                    f" n_ctx={self.n_ctx} tokens", needed=batch.pos[i] + 1, n_ctx=self.n_ctx)
+            for s in range(batch.n_seq_id[i]):
+                self.check_seq(batch.seq_id[i][s], False)
+            n_outputs += batch.logits[i] != 0
+        if encode or self.embeddings_:
+            n_outputs = n
+        if n_outputs > self.n_outputs_max:
+            raise ParameterError(
+                f"the batch asks for {n_outputs} outputs; this context was made for"
+                f" n_outputs_max={self.n_outputs_max}", parameter="batch", value=n_outputs)
+        return 0
+
+    def decode(self, batch: Batch) -> None:
+        """Compute ``batch``, and keep its tokens in memory. Releases the GIL.
+
+        Raises ParameterError and TokenError before anything is done, NoSlotError (memory as
+        before), DecodeAborted, DecodeError (tokens of the batch may be in memory: remove them by
+        position), ContextFullError, ViewError.
+        """
+        cdef int code
+        self.enter()
+        try:
+            if batch is None:
+                raise ParameterError("batch is None", parameter="batch")
+            self.check_no_views()
+            if not self.model.has_decoder:
+                raise UnsupportedError("this model has no decoder; use encode")
+            self.check_batch(batch, False)
+            self.output_rows.clear()
+            LogQueue.instance().forget_problem()
+            with nogil:
+                code = llama_decode(self.ptr, batch.c)
+            flush_log()
+            if code != 0:
+                raise decode_error(code)
+            self.note_outputs(batch, False)
+        finally:
+            self.leave()
+
+    def encode(self, batch: Batch) -> None:
+        """Compute ``batch`` without the cache: encoders and embedding models. Errors as decode."""
+        cdef int code
+        self.enter()
+        try:
+            if batch is None:
+                raise ParameterError("batch is None", parameter="batch")
+            self.check_no_views()
+            self.check_batch(batch, True)
+            self.output_rows.clear()
+            LogQueue.instance().forget_problem()
+            with nogil:
+                code = llama_encode(self.ptr, batch.c)
+            flush_log()
+            if code != 0:
+                raise decode_error(code)
+            self.note_outputs(batch, True)
+        finally:
+            self.leave()
+
+    cdef int note_outputs(self, Batch batch, bint all_outputs) except -1:
+        cdef int i
+        cdef int s
+        self.last_n_tokens = batch.c.n_tokens
+        for s in range(self.n_seq_max):
+            self.last_sequences[s] = 0
+        for i in range(batch.c.n_tokens):
+            if all_outputs or self.embeddings_ or batch.logits[i]:
+                self.output_rows.push_back(i)
+            for s in range(batch.n_seq_id[i]):
+                self.last_sequences[batch.seq_id[i][s]] = 1
+        return 0
+
+    cdef int row(self, int i) except -1:
+        """The batch index of output ``i``: checked, negative ones counted from the last output."""
+        cdef size_t j
+        if self.output_rows.empty():
+            raise EngineError("there are no outputs: nothing was decoded since the last failure")
+        if i < 0 and -i <= <int>self.output_rows.size():
+            return self.output_rows[self.output_rows.size() + i]
+        for j in range(self.output_rows.size()):
+            if self.output_rows[j] == i:
+                return i
+        raise ParameterError(
+            f"index {i} of the last batch has no output; ask for it when filling the batch",
+            parameter="i", value=i)
+
+    cdef float * logits_row(self, int i) except NULL:
+        cdef float * data = llama_get_logits_ith(self.ptr, self.row(i))
+        if data == NULL:
+            raise EngineError("the last decode put out no logits")
+        return data
+
+    cdef object view(self, float * data, int n, bint copy):
+        import numpy
+        cdef FloatView exporter = FloatView.__new__(FloatView)
+        exporter.context = self
+        exporter.data = data
+        exporter.shape[0] = n
+        exporter.strides[0] = sizeof(float)
+        array = numpy.asarray(exporter)
+        return array.copy() if copy else array
+
+    def logits(self, i: int = -1, *, copy: bool = False):
+        """Logits of index ``i`` of the last batch (-1: its last output), float32 of shape
+        [n_vocab]. A read-only view without copying: while it lives, ``decode`` and ``close`` raise
+        ViewError; ``copy=True`` gives an array of your own."""
+        self.enter()
+        try:
+            return self.view(self.logits_row(check_int("i", i, -2**31, 2**31 - 1)),
+                             self.n_vocab, copy)
+        finally:
+            self.leave()
+
+    def token_embedding(self, i: int = -1, *, copy: bool = False):
+        """Final hidden state of index ``i`` of the last batch, float32 of shape [n_embd]. Needs
+        ``embeddings`` and pooling "none". A view, as with ``logits``."""
+        cdef float * data
+        self.enter()
+        try:
+            data = llama_get_embeddings_ith(
+                self.ptr, self.row(check_int("i", i, -2**31, 2**31 - 1)))
+            if data == NULL:
+                raise EngineError(
+                    "the last decode put out no token embeddings; set embeddings=True and"
+                    ' pooling="none"')
+            return self.view(data, self.n_embd, copy)
+        finally:
+            self.leave()
+
+    def sequence_embedding(self, seq_id: int = 0, *, copy: bool = False):
+        """Pooled embedding of a sequence of the last batch, float32 of shape [n_embd] (pooling
+        "rank": [n_cls_out]). A view, as with ``logits``."""
+        cdef float * data
+        self.enter()
+        try:
+            self.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
+            if not self.last_sequences[<int>seq_id]:
+                raise ParameterError(
+                    f"sequence {seq_id} was not in the last batch",
+                    parameter="seq_id", value=seq_id)
+            data = llama_get_embeddings_seq(self.ptr, seq_id)
+            if data == NULL:
+                raise EngineError(
+                    "the last decode put out no pooled embedding; set embeddings=True and a"
+                    ' pooling other than "none"')
+            n = self.model.n_cls_out if self.pooling == "rank" else self.n_embd
+            return self.view(data, n, copy)
+        finally:
+            self.leave()
+
+    def synchronize(self) -> None:
+        """Wait until all computation is finished (it may be asynchronous on GPUs)."""
+        self.enter()
+        try:
+            with nogil:
+                llama_synchronize(self.ptr)
+        finally:
+            self.leave()
+
+    def perf_counters(self) -> dict[str, float]:
+        """llama.cpp's counters since the last reset: "t_p_eval_ms" and "n_p_eval" of batches of
+        more than one token, "t_eval_ms" and "n_eval" of single tokens, "n_reused" graphs."""
+        self.alive()
+        cdef llama_perf_context_data data = llama_perf_context(self.ptr)
+        return {
+            "t_load_ms": data.t_load_ms,
+            "t_p_eval_ms": data.t_p_eval_ms,
+            "t_eval_ms": data.t_eval_ms,
+            "n_p_eval": data.n_p_eval,
+            "n_eval": data.n_eval,
+            "n_reused": data.n_reused,
+        }
+
+    def reset_perf_counters(self) -> None:
+        """Set the counters to zero."""
+        self.alive()
+        llama_perf_context_reset(self.ptr)
+
+
+cdef class FloatView:
+    """Exports a row of a context's output buffer; counts how many arrays look at it."""
+
+    def __getbuffer__(self, Py_buffer * buffer, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("logits and embeddings are read-only; take a copy to change them")
+        buffer.buf = <char *>self.data
+        buffer.format = NULL
+        if flags & PyBUF_FORMAT:
+            buffer.format = <char *>"f"
+        buffer.internal = NULL
+        buffer.itemsize = sizeof(float)
+        buffer.len = self.shape[0] * sizeof(float)
+        buffer.ndim = 1
+        buffer.obj = self
+        buffer.readonly = 1
+        buffer.shape = NULL
+        if flags & PyBUF_ND:
+            buffer.shape = self.shape
+        buffer.strides = NULL
+        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+            buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        self.context.views += 1
+
+    def __releasebuffer__(self, Py_buffer * buffer):
+        self.context.views -= 1

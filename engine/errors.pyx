@@ -1,0 +1,72 @@
+"""The one place where native results become exceptions."""
+from triollama.errors import (
+    AdapterError,
+    BusyError,
+    ClosedError,
+    ContextFullError,
+    DecodeAborted,
+    DecodeError,
+    EngineError,
+    ForkedError,
+    GrammarError,
+    LoadCancelled,
+    ModelError,
+    ModelFormatError,
+    ModelNotFoundError,
+    NoSlotError,
+    OutOfMemoryError,
+    ParameterError,
+    StateError,
+    TokenError,
+    UnsupportedError,
+    ViewError,
+)
+
+
+cdef object decode_error(int code):
+    """The exception for a non-zero result of llama_decode or llama_encode."""
+    log = native_problem()
+    if code == 1:
+        return NoSlotError(
+            "the KV cache has no room for this batch; make n_ctx larger, or remove sequences",
+            code=code, log=log)
+    if code == 2:
+        return DecodeAborted("the abort flag stopped the computation", code=code)
+    if code == -1:
+        return DecodeError(
+            "llama.cpp refused the batch: positions must continue those in memory",
+            code=code, log=log)
+    if code == -2:
+        return DecodeError("llama.cpp could not allocate what the batch needs", code=code, log=log)
+    return DecodeError(f"llama.cpp failed with code {code}", code=code, log=log)
+
+
+cdef object check_int(str name, object value, long long low, long long high):
+    """``value`` as an int within bounds; ParameterError otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ParameterError(
+            f"{name} must be an integer, not {value!r}", parameter=name, value=value)
+    number = value.__index__()
+    if not low <= number <= high:
+        raise ParameterError(
+            f"{name} must be from {low} to {high}, not {number}", parameter=name, value=value)
+    return number
+
+
+cdef double check_float(str name, object value, double low, double high) except? -1.0:
+    """``value`` as a finite number within bounds; ParameterError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ParameterError(
+            f"{name} must be a number from {low:g} to {high:g}, not {value!r}",
+            parameter=name, value=value)
+    return value
+
+
+cdef object check_choice(str name, object value, dict choices):
+    """``choices[value]``; ParameterError naming the choices otherwise."""
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ParameterError(
+            f"{name} must be one of {known}, not {value!r}", parameter=name, value=value) from None

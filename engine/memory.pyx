@@ -1,0 +1,164 @@
+"""What a context remembers: the KV cache or recurrent state, by sequence and position."""
+from llama cimport (
+    llama_memory_can_shift,
+    llama_memory_clear,
+    llama_memory_seq_add,
+    llama_memory_seq_cp,
+    llama_memory_seq_keep,
+    llama_memory_seq_pos_max,
+    llama_memory_seq_pos_min,
+    llama_memory_seq_rm,
+)
+
+
+cdef class Memory:
+    """The memory of a context. Obtained as ``context.memory``.
+
+    Positions are half-open ranges [p0, p1); p0 None is 0, p1 None is the end. Sequence ids are
+    checked; ``ParameterError`` otherwise.
+    """
+
+    def __init__(self):
+        raise TypeError("a Memory comes from Context.memory")
+
+    cdef int enter(self, object seq_id, bint any_allowed) except -1:
+        self.context.enter()
+        try:
+            self.context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), any_allowed)
+        except BaseException:
+            self.context.leave()
+            raise
+        return 0
+
+    def seq_pos_min(self, seq_id: int) -> int:
+        """Smallest position held, -1 if none. Above 0 where a sliding window dropped the rest."""
+        self.enter(seq_id, False)
+        try:
+            return llama_memory_seq_pos_min(self.context.mem, seq_id)
+        finally:
+            self.context.leave()
+
+    def seq_pos_max(self, seq_id: int) -> int:
+        """Largest position held, -1 if none."""
+        self.enter(seq_id, False)
+        try:
+            return llama_memory_seq_pos_max(self.context.mem, seq_id)
+        finally:
+            self.context.leave()
+
+    def seq_rm(self, seq_id: int, p0: int | None = None, p1: int | None = None) -> bool:
+        """Forget [p0, p1) of a sequence (-1: of all). False if the memory cannot forget a part (recurrent
+        models). True is no promise on sliding windows: see ``can_continue_at``."""
+        self.enter(seq_id, True)
+        cdef cpp_bool done
+        cdef llama_seq_id s = seq_id
+        cdef llama_pos a = bound("p0", p0)
+        cdef llama_pos b = bound("p1", p1)
+        try:
+            with nogil:
+                done = llama_memory_seq_rm(self.context.mem, s, a, b)
+            return done
+        finally:
+            self.context.leave()
+
+    def can_continue_at(self, seq_id: int, pos: int) -> bool:
+        """Whether decoding may go on at ``pos`` after removing what follows: everything that the
+        sliding window reaches back to must still be held. The rule is
+        seq_pos_min <= max(0, pos - n_swa + 1); ``seq_rm``'s answer does not tell (llama.cpp)."""
+        self.enter(seq_id, False)
+        cdef llama_pos low
+        cdef llama_pos high
+        cdef llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
+        try:
+            low = llama_memory_seq_pos_min(self.context.mem, seq_id)
+            high = llama_memory_seq_pos_max(self.context.mem, seq_id)
+        finally:
+            self.context.leave()
+        if p == 0:
+            return True
+        if high < p - 1:
+            return False
+        if self.context.model.is_recurrent or self.context.model.is_hybrid:
+            return p == high + 1
+        n_swa = self.context.model.n_swa
+        return low <= (max(0, p - n_swa + 1) if n_swa else 0)
+
+    def seq_cp(self, source: int, target: int, p0: int | None = None, p1: int | None = None) -> None:
+        """Let ``target`` share [p0, p1) of ``source``. In a unified cache this costs nothing; with
+        separate caches the whole sequence is copied, and a part raises UnsupportedError."""
+        self.enter(source, False)
+        cdef llama_seq_id s = source
+        cdef llama_seq_id t
+        cdef llama_pos a = bound("p0", p0)
+        cdef llama_pos b = bound("p1", p1)
+        try:
+            self.context.check_seq(check_int("target", target, -2**31, 2**31 - 1), False)
+            t = target
+            if not self.context.kv_unified and s != t:
+                # llama.cpp aborts the process on a partial copy between separate streams.
+                high = llama_memory_seq_pos_max(self.context.mem, s)
+                if (a > 0 and a > llama_memory_seq_pos_min(self.context.mem, s)) or (
+                        0 <= b <= high):
+                    raise UnsupportedError(
+                        "with kv_unified=False only a whole sequence can be copied")
+                a = -1
+                b = -1
+            with nogil:
+                llama_memory_seq_cp(self.context.mem, s, t, a, b)
+        finally:
+            self.context.leave()
+
+    def seq_keep(self, seq_id: int) -> None:
+        """Forget all sequences but this one."""
+        self.enter(seq_id, False)
+        cdef llama_seq_id s = seq_id
+        try:
+            with nogil:
+                llama_memory_seq_keep(self.context.mem, s)
+        finally:
+            self.context.leave()
+
+    def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None:
+        """Move the positions [p0, p1) by ``delta`` (context shift). Raises UnsupportedError where
+        ``can_shift`` is False."""
+        self.enter(seq_id, False)
+        cdef llama_seq_id s = seq_id
+        cdef llama_pos a = bound("p0", p0)
+        cdef llama_pos b = bound("p1", p1)
+        cdef llama_pos d
+        try:
+            d = check_int("delta", delta, -2**30, 2**30)
+            if not llama_memory_can_shift(self.context.mem):
+                raise UnsupportedError("this model's memory cannot be shifted")
+            with nogil:
+                llama_memory_seq_add(self.context.mem, s, a, b, d)
+        finally:
+            self.context.leave()
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether positions can be moved."""
+        self.context.alive()
+        return llama_memory_can_shift(self.context.mem)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.context.enter()
+        try:
+            with nogil:
+                llama_memory_clear(self.context.mem, True)
+        finally:
+            self.context.leave()
+
+
+cdef llama_pos bound(str name, object value) except? -2:
+    """None, llama.cpp's "open end", is -1."""
+    return -1 if value is None else check_int(name, value, 0, 2**31 - 1)
+
+
+cdef Memory memory_of(Context context):
+    cdef Memory memory = Memory.__new__(Memory)
+    memory.context = context
+    if context.mem == NULL:
+        raise UnsupportedError("this model has no memory: it only encodes")
+    return memory

@@ -1,0 +1,536 @@
+"""The model: a GGUF file mapped into memory."""
+import hashlib
+import re
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.string cimport memcpy
+
+from ggml cimport (
+    ggml_backend_buffer_type_t,
+    ggml_backend_buft_name,
+    ggml_backend_dev_buffer_type,
+    ggml_backend_dev_count,
+    ggml_backend_dev_get,
+    ggml_backend_dev_name,
+    ggml_backend_dev_t,
+)
+from gguf cimport gguf_context, gguf_free, gguf_get_data_offset, gguf_init_from_file, gguf_init_params
+from llama cimport (
+    LLAMA_KV_OVERRIDE_TYPE_BOOL,
+    LLAMA_KV_OVERRIDE_TYPE_FLOAT,
+    LLAMA_KV_OVERRIDE_TYPE_INT,
+    LLAMA_KV_OVERRIDE_TYPE_STR,
+    LLAMA_LOAD_MODE_AUTO,
+    LLAMA_LOAD_MODE_DIRECT_IO,
+    LLAMA_LOAD_MODE_MLOCK,
+    LLAMA_LOAD_MODE_MMAP,
+    LLAMA_LOAD_MODE_MMAP_MLOCK,
+    LLAMA_LOAD_MODE_NONE,
+    LLAMA_SPLIT_MODE_LAYER,
+    LLAMA_SPLIT_MODE_NONE,
+    LLAMA_SPLIT_MODE_ROW,
+    LLAMA_SPLIT_MODE_TENSOR,
+    llama_load_mode,
+    llama_max_devices,
+    llama_model_chat_template,
+    llama_model_decoder_start_token,
+    llama_model_default_params,
+    llama_model_desc,
+    llama_model_free,
+    llama_model_has_decoder,
+    llama_model_has_encoder,
+    llama_model_is_diffusion,
+    llama_model_is_hybrid,
+    llama_model_is_recurrent,
+    llama_model_kv_override,
+    llama_model_load_from_file,
+    llama_model_meta_count,
+    llama_model_meta_key_by_index,
+    llama_model_meta_val_str_by_index,
+    llama_model_n_cls_out,
+    llama_model_n_ctx_train,
+    llama_model_n_embd,
+    llama_model_n_embd_out,
+    llama_model_n_head,
+    llama_model_n_head_kv,
+    llama_model_n_layer,
+    llama_model_n_params,
+    llama_model_n_swa,
+    llama_model_params,
+    llama_model_size,
+    llama_model_tensor_buft_override,
+    llama_split_mode,
+)
+
+cdef dict _SPLIT_MODES = {
+    "none": <int>LLAMA_SPLIT_MODE_NONE,
+    "layer": <int>LLAMA_SPLIT_MODE_LAYER,
+    "row": <int>LLAMA_SPLIT_MODE_ROW,
+    "tensor": <int>LLAMA_SPLIT_MODE_TENSOR,
+}
+
+
+cdef struct LoadProgress:
+    void * callback     # a Python callable, or NULL
+    void * error        # the exception it raised, owned, or NULL
+    bint cancelled
+
+
+cdef cpp_bool on_load_progress(float progress, void * user_data) noexcept with gil:
+    """Called by llama.cpp between tensors. Returning false ends the load."""
+    cdef LoadProgress * load = <LoadProgress *>user_data
+    try:
+        PyErr_CheckSignals()
+        if load.callback != NULL and (<object>load.callback)(progress) is False:
+            load.cancelled = True
+            return False
+        return True
+    except BaseException as error:
+        # Carried through C and raised again once the load has been undone.
+        Py_INCREF(error)
+        load.error = <void *>error
+        return False
+
+
+def list_devices() -> list[str]:
+    """Names of the devices a model can be placed on ("CPU", "CUDA0", ...)."""
+    cdef size_t i
+    return [ggml_backend_dev_name(ggml_backend_dev_get(i)).decode()
+            for i in range(ggml_backend_dev_count())]
+
+
+cdef ggml_backend_dev_t find_device(str name) except *:
+    cdef size_t i
+    cdef ggml_backend_dev_t device
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        if ggml_backend_dev_name(device).decode() == name:
+            return device
+    raise ParameterError(
+        f"no device is named {name!r}; this build and machine have {', '.join(list_devices())}",
+        parameter="devices", value=name)
+
+
+cdef ggml_backend_buffer_type_t find_buffer_type(str name) except *:
+    cdef size_t i
+    cdef ggml_backend_dev_t device
+    cdef ggml_backend_buffer_type_t buft
+    known = []
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        buft = ggml_backend_dev_buffer_type(device)
+        buft_name = ggml_backend_buft_name(buft).decode()
+        if name in (buft_name, ggml_backend_dev_name(device).decode()):
+            return buft
+        known.append(buft_name)
+    raise ParameterError(
+        f"no device has buffers of type {name!r}; there are {', '.join(known)}",
+        parameter="tensor_overrides", value=name)
+
+
+cdef int fill_override(llama_model_kv_override * out, str key, object value) except -1:
+    cdef bytes raw_key = key.encode()
+    cdef bytes raw
+    if not 0 < len(raw_key) < 128 or b"\0" in raw_key:
+        raise ParameterError(
+            f"kv_overrides has the key {key!r}; keys have 1 to 127 bytes",
+            parameter="kv_overrides", value=key)
+    memcpy(out.key, <const char *>raw_key, len(raw_key) + 1)
+    if isinstance(value, bool):
+        out.tag = LLAMA_KV_OVERRIDE_TYPE_BOOL
+        out.val_bool = value
+    elif isinstance(value, int):
+        out.tag = LLAMA_KV_OVERRIDE_TYPE_INT
+        out.val_i64 = check_int(f"kv_overrides[{key!r}]", value, -2**63, 2**63 - 1)
+    elif isinstance(value, float):
+        out.tag = LLAMA_KV_OVERRIDE_TYPE_FLOAT
+        out.val_f64 = value
+    elif isinstance(value, str):
+        raw = value.encode()
+        if len(raw) > 127 or b"\0" in raw:
+            raise ParameterError(
+                f"kv_overrides[{key!r}] is longer than 127 bytes or holds NUL",
+                parameter="kv_overrides", value=value)
+        out.tag = LLAMA_KV_OVERRIDE_TYPE_STR
+        memcpy(out.val_str, <const char *>raw, len(raw) + 1)
+    else:
+        raise ParameterError(
+            f"kv_overrides[{key!r}] must be bool, int, float or str, not {value!r}",
+            parameter="kv_overrides", value=value)
+    return 0
+
+
+cdef llama_load_mode load_mode(bint use_mmap, bint use_mlock, bint direct_io) except *:
+    if direct_io:
+        if use_mlock:
+            raise ParameterError("direct_io cannot be combined with use_mlock",
+                                 parameter="direct_io", value=True)
+        return LLAMA_LOAD_MODE_DIRECT_IO
+    if use_mmap:
+        return LLAMA_LOAD_MODE_MMAP_MLOCK if use_mlock else LLAMA_LOAD_MODE_MMAP
+    return LLAMA_LOAD_MODE_MLOCK if use_mlock else LLAMA_LOAD_MODE_NONE
+
+
+@cython.no_gc_clear
+cdef class Model(Owner):
+    """A model, loaded from a GGUF file. Contexts, adapters and samplers are made from it.
+
+    path: the file; of a split model, its first part.
+    n_gpu_layers: layers to place on GPUs; -1 is all. No effect on a build without a GPU backend.
+    devices: names of the devices to use (see ``list_devices``); None is all.
+    split_mode: "none", "layer", "row" or "tensor": how several GPUs share the model.
+    main_gpu: the GPU that holds everything when split_mode is "none".
+    tensor_split: share of each device; at most ``llama_max_devices`` numbers.
+    tensor_overrides: {regular expression over tensor names: device or buffer type name}.
+    kv_overrides: {metadata key: bool, int, float or str} read instead of the file's.
+    use_mmap: map the file rather than read it. use_mlock: keep it in RAM. direct_io: read past
+        the page cache (excludes use_mmap).
+    vocab_only: load the vocabulary alone; such a model cannot make contexts.
+    check_tensors: validate all weights while loading (slower).
+    repack: rearrange weights in memory for speed (CPU); training needs False.
+    progress: called with a float from 0 to 1, from the loading thread; returning False cancels.
+
+    Raises ModelNotFoundError, ModelFormatError, LoadCancelled, OutOfMemoryError, ParameterError,
+    or whatever ``progress`` raises. Releases the GIL while loading. Ctrl-C ends the load.
+    """
+
+    def __init__(
+        self,
+        path,
+        *,
+        n_gpu_layers: int = -1,
+        devices: list[str] | None = None,
+        split_mode: str = "layer",
+        main_gpu: int = 0,
+        tensor_split: list[float] | None = None,
+        tensor_overrides: dict[str, str] | None = None,
+        kv_overrides: dict[str, bool | int | float | str] | None = None,
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+        direct_io: bool = False,
+        vocab_only: bool = False,
+        check_tensors: bool = False,
+        repack: bool = True,
+        progress=None,
+    ):
+        if self.ptr != NULL:
+            raise BusyError("this Model is already loaded")
+        self.path = os.fspath(path) if not isinstance(path, bytes) else os.fsdecode(path)
+        self.vocab_only = vocab_only
+        self.repacked = repack
+        cdef bytes raw_path = os.fsencode(self.path)
+        if b"\0" in raw_path:
+            raise ParameterError("path holds NUL", parameter="path", value=path)
+
+        cdef llama_model_params params = llama_model_default_params()
+        params.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
+        self.n_gpu_layers_ = params.n_gpu_layers
+        params.split_mode = <llama_split_mode><int>check_choice(
+            "split_mode", split_mode, _SPLIT_MODES)
+        params.main_gpu = check_int("main_gpu", main_gpu, 0, 1023)
+        params.load_mode = load_mode(use_mmap and not direct_io, use_mlock, direct_io)
+        params.vocab_only = vocab_only
+        params.check_tensors = check_tensors
+        params.use_extra_bufts = repack
+
+        cdef vector[ggml_backend_dev_t] device_list
+        if devices is not None:
+            for name in devices:
+                device_list.push_back(find_device(name))
+            device_list.push_back(NULL)
+            params.devices = device_list.data()
+
+        cdef vector[float] split
+        if tensor_split is not None:
+            split.resize(llama_max_devices(), 0.0)
+            if len(tensor_split) > <Py_ssize_t>split.size():
+                raise ParameterError(
+                    f"tensor_split has {len(tensor_split)} numbers; at most {split.size()} devices",
+                    parameter="tensor_split", value=tensor_split)
+            for i, share in enumerate(tensor_split):
+                split[<size_t>i] = check_float("tensor_split", share, 0.0, 1e9)
+            params.tensor_split = split.data()
+
+        cdef vector[llama_model_tensor_buft_override] buft_overrides
+        patterns = []       # keeps the bytes alive while llama.cpp reads them
+        if tensor_overrides:
+            buft_overrides.resize(len(tensor_overrides) + 1)
+            for i, (pattern, target) in enumerate(tensor_overrides.items()):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError, RecursionError) as error:
+                    raise ParameterError(
+                        f"tensor_overrides has the bad regular expression {pattern!r}: {error}",
+                        parameter="tensor_overrides", value=pattern) from None
+                if len(pattern) > 1000:     # std::regex recurses
+                    raise ParameterError(
+                        "tensor_overrides has a regular expression of more than 1000 characters",
+                        parameter="tensor_overrides", value=pattern)
+                patterns.append(pattern.encode())
+                buft_overrides[<size_t>i].pattern = <const char *>(<bytes>patterns[i])
+                buft_overrides[<size_t>i].buft = find_buffer_type(target)
+            buft_overrides.back().pattern = NULL
+            buft_overrides.back().buft = NULL
+            params.tensor_buft_overrides = buft_overrides.data()
+
+        cdef vector[llama_model_kv_override] overrides
+        if kv_overrides:
+            overrides.resize(len(kv_overrides) + 1)
+            for i, (key, value) in enumerate(kv_overrides.items()):
+                fill_override(&overrides[<size_t>i], key, value)
+            overrides.back().key[0] = 0
+            params.kv_overrides = overrides.data()
+
+        if os.path.isdir(self.path):
+            raise ModelNotFoundError(f"{self.path} is a directory, not a GGUF file", path=self.path)
+        try:
+            with open(self.path, "rb"):
+                pass
+        except OSError as error:
+            raise ModelNotFoundError(
+                f"cannot open the model {self.path}: {error.strerror or error}",
+                path=self.path) from error
+
+        cdef LoadProgress load
+        load.callback = <void *>progress if progress is not None else NULL
+        load.error = NULL
+        load.cancelled = False
+        params.progress_callback = on_load_progress
+        params.progress_callback_user_data = &load
+
+        cdef const char * c_path = raw_path
+        begin_log()
+        try:
+            with nogil:
+                self.ptr = llama_model_load_from_file(c_path, params)
+        finally:
+            flush_log()
+        if load.error != NULL:
+            error = <object>load.error
+            Py_DECREF(error)
+            self.free()
+            raise error
+        if load.cancelled:
+            self.free()
+            raise LoadCancelled(f"loading {self.path} was cancelled", path=self.path)
+        if self.ptr == NULL:
+            raise ModelFormatError(
+                f"llama.cpp cannot load {self.path}: {native_problem() or 'no reason given'}",
+                path=self.path)
+        self.closed = False
+        count_live("Model", 1)
+
+    cdef void free(self) noexcept:
+        if self.ptr != NULL:
+            with nogil:
+                llama_model_free(self.ptr)
+            self.ptr = NULL
+
+    def __dealloc__(self):
+        if not self.closed and self.forks == fork_count:
+            count_live("Model", -1)
+            llama_model_free(self.ptr)
+
+    def close(self) -> None:
+        """Free the model. Idempotent; raises BusyError while contexts or adapters of it are open."""
+        if self.closed or self.forks != fork_count:
+            return
+        self.check_childless()
+        self.closed = True
+        count_live("Model", -1)
+        self.free()
+
+    def __enter__(self) -> Model:
+        self.alive()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.is_closed:
+            return f"<Model {self.path!r}, closed>"
+        return f"<Model {self.description} from {self.path!r}>"
+
+    @property
+    def vocab(self) -> Vocab:
+        """The vocabulary."""
+        self.alive()
+        return vocab_of(self)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """All scalar metadata of the file, as text. (Arrays, such as the token list, are absent.)"""
+        self.alive()
+        cdef int32_t i
+        cdef int32_t n
+        cdef vector[char] buffer
+        if self.metadata_ is None:
+            found = {}
+            buffer.resize(256)
+            for i in range(llama_model_meta_count(self.ptr)):
+                n = llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                if n >= <int32_t>buffer.size():
+                    buffer.resize(n + 1)
+                    llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                key = buffer.data()[:n].decode("utf-8", "replace")
+                n = llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                if n >= <int32_t>buffer.size():
+                    buffer.resize(n + 1)
+                    llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                found[key] = buffer.data()[:n].decode("utf-8", "replace")
+            self.metadata_ = found
+        return dict(self.metadata_)
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``, such as "llama" or "gemma3"."""
+        return self.metadata.get("general.architecture", "")
+
+    @property
+    def description(self) -> str:
+        """llama.cpp's short description: architecture, size, quantisation."""
+        self.alive()
+        cdef char buffer[256]
+        llama_model_desc(self.ptr, buffer, 256)
+        return (<bytes>buffer).decode("utf-8", "replace")
+
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The Jinja chat template in the file (the default one, or that of this name), or None."""
+        self.alive()
+        cdef bytes raw = name.encode() if name is not None else b""
+        cdef const char * found = llama_model_chat_template(
+            self.ptr, <const char *>raw if name is not None else NULL)
+        return found.decode("utf-8", "replace") if found != NULL else None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that identify the model: SHA-256 over the file's size, its header (metadata,
+        vocabulary, tensor table) and 256 samples of 4 KiB spread evenly over the weights."""
+        self.alive()
+        if self.fingerprint_ is None:
+            self.fingerprint_ = fingerprint_file(self.path)
+        return self.fingerprint_
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors together."""
+        self.alive()
+        return llama_model_size(self.ptr)
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights."""
+        self.alive()
+        return llama_model_n_params(self.ptr)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Context length the model was trained with, in tokens."""
+        self.alive()
+        return llama_model_n_ctx_train(self.ptr)
+
+    @property
+    def n_embd(self) -> int:
+        """Width of the hidden state."""
+        self.alive()
+        return llama_model_n_embd(self.ptr)
+
+    @property
+    def n_embd_out(self) -> int:
+        """Width of an embedding that the model puts out."""
+        self.alive()
+        return llama_model_n_embd_out(self.ptr)
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers."""
+        self.alive()
+        return llama_model_n_layer(self.ptr)
+
+    @property
+    def n_head(self) -> int:
+        """Attention heads of the first layer."""
+        self.alive()
+        return llama_model_n_head(self.ptr)
+
+    @property
+    def n_head_kv(self) -> int:
+        """Key and value heads of the first layer."""
+        self.alive()
+        return llama_model_n_head_kv(self.ptr)
+
+    @property
+    def n_swa(self) -> int:
+        """Sliding window in tokens; 0 where there is none."""
+        self.alive()
+        return llama_model_n_swa(self.ptr)
+
+    @property
+    def n_cls_out(self) -> int:
+        """Outputs of a classifier or reranker head."""
+        self.alive()
+        return llama_model_n_cls_out(self.ptr)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts go through ``Context.encode`` first."""
+        self.alive()
+        return llama_model_has_encoder(self.ptr)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model can decode at all."""
+        self.alive()
+        return llama_model_has_decoder(self.ptr)
+
+    @property
+    def decoder_start_token(self) -> int | None:
+        """For encoder-decoder models, the token that begins decoding."""
+        self.alive()
+        token = llama_model_decoder_start_token(self.ptr)
+        return token if token >= 0 else None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the memory is a recurrent state (Mamba, RWKV): it cannot be rolled back."""
+        self.alive()
+        return llama_model_is_recurrent(self.ptr)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some layers are recurrent and others attend."""
+        self.alive()
+        return llama_model_is_hybrid(self.ptr)
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether the model generates by diffusion, not token by token."""
+        self.alive()
+        return llama_model_is_diffusion(self.ptr)
+
+
+cdef bytes fingerprint_file(str path):
+    cdef gguf_init_params params
+    params.no_alloc = True
+    params.ctx = NULL
+    cdef bytes raw_path = os.fsencode(path)
+    cdef const char * c_path = raw_path
+    cdef gguf_context * gguf
+    cdef size_t offset
+    with nogil:
+        gguf = gguf_init_from_file(c_path, params)
+    if gguf == NULL:
+        raise ModelFormatError(f"{path} is no longer the GGUF file it was", path=path)
+    offset = gguf_get_data_offset(gguf)
+    gguf_free(gguf)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        digest.update(file.read(offset))
+        for i in range(256):
+            file.seek(offset + (size - offset) * i // 256)
+            digest.update(file.read(4096))
+    return digest.digest()

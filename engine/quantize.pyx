@@ -1,0 +1,102 @@
+"""Requantising a model file."""
+from llama cimport (
+    LLAMA_FTYPE_ALL_F32,
+    LLAMA_FTYPE_MOSTLY_BF16,
+    LLAMA_FTYPE_MOSTLY_F16,
+    LLAMA_FTYPE_MOSTLY_IQ4_NL,
+    LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    LLAMA_FTYPE_MOSTLY_Q2_K,
+    LLAMA_FTYPE_MOSTLY_Q2_K_S,
+    LLAMA_FTYPE_MOSTLY_Q3_K_L,
+    LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    LLAMA_FTYPE_MOSTLY_Q3_K_S,
+    LLAMA_FTYPE_MOSTLY_Q4_0,
+    LLAMA_FTYPE_MOSTLY_Q4_1,
+    LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    LLAMA_FTYPE_MOSTLY_Q5_0,
+    LLAMA_FTYPE_MOSTLY_Q5_1,
+    LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    LLAMA_FTYPE_MOSTLY_Q5_K_S,
+    LLAMA_FTYPE_MOSTLY_Q6_K,
+    LLAMA_FTYPE_MOSTLY_Q8_0,
+    llama_ftype,
+    llama_model_quantize,
+    llama_model_quantize_default_params,
+    llama_model_quantize_params,
+)
+
+cdef dict _FTYPES = {
+    "f32": <int>LLAMA_FTYPE_ALL_F32,
+    "f16": <int>LLAMA_FTYPE_MOSTLY_F16,
+    "bf16": <int>LLAMA_FTYPE_MOSTLY_BF16,
+    "q8_0": <int>LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q6_k": <int>LLAMA_FTYPE_MOSTLY_Q6_K,
+    "q5_k_m": <int>LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "q5_k_s": <int>LLAMA_FTYPE_MOSTLY_Q5_K_S,
+    "q5_1": <int>LLAMA_FTYPE_MOSTLY_Q5_1,
+    "q5_0": <int>LLAMA_FTYPE_MOSTLY_Q5_0,
+    "q4_k_m": <int>LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q4_k_s": <int>LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    "q4_1": <int>LLAMA_FTYPE_MOSTLY_Q4_1,
+    "q4_0": <int>LLAMA_FTYPE_MOSTLY_Q4_0,
+    "iq4_nl": <int>LLAMA_FTYPE_MOSTLY_IQ4_NL,
+    "iq4_xs": <int>LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "q3_k_l": <int>LLAMA_FTYPE_MOSTLY_Q3_K_L,
+    "q3_k_m": <int>LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "q3_k_s": <int>LLAMA_FTYPE_MOSTLY_Q3_K_S,
+    "q2_k": <int>LLAMA_FTYPE_MOSTLY_Q2_K,
+    "q2_k_s": <int>LLAMA_FTYPE_MOSTLY_Q2_K_S,
+}
+
+
+def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = None,
+             allow_requantize: bool = False, quantize_output: bool = True,
+             pure: bool = False) -> None:
+    """Write the model file ``source`` to ``target`` with another quantisation.
+
+    ftype: one of "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", ... (as llama-quantize names them).
+    allow_requantize: accept a source that is already quantised (quality suffers).
+    quantize_output: quantise the output matrix too. pure: no mixture, one type for all.
+    The target appears under its name only when complete. Raises ParameterError,
+    ModelNotFoundError, ModelFormatError, EngineError. Releases the GIL.
+    """
+    cdef llama_model_quantize_params params = llama_model_quantize_default_params()
+    params.ftype = <llama_ftype><int>check_choice("ftype", ftype, _FTYPES)
+    params.nthread = check_int("threads", default_threads() if threads is None else threads, 1, 512)
+    params.allow_requantize = allow_requantize
+    params.quantize_output_tensor = quantize_output
+    params.pure = pure
+    source_path = os.fspath(source)
+    target_path = os.fspath(target)
+    if os.path.realpath(source_path) == os.path.realpath(target_path):
+        raise ParameterError("target is the source itself", parameter="target", value=target)
+    try:
+        with open(source_path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"cannot open the model {source_path}: {error.strerror or error}",
+            path=source_path) from error
+    if magic != b"GGUF":
+        raise ModelFormatError(f"{source_path} is no GGUF file", path=source_path)
+    partial = f"{target_path}.{os.getpid()}.partial"
+    cdef bytes raw_source = os.fsencode(source_path)
+    cdef bytes raw_target = os.fsencode(partial)
+    cdef const char * c_source = raw_source
+    cdef const char * c_target = raw_target
+    cdef uint32_t code
+    begin_log()
+    try:
+        with nogil:
+            code = llama_model_quantize(c_source, c_target, &params)
+        if code != 0:
+            raise EngineError(
+                f"llama.cpp could not quantise {source_path} to {ftype}", log=native_problem())
+        os.replace(partial, target_path)
+    finally:
+        flush_log()
+        try:
+            os.unlink(partial)
+        except FileNotFoundError:
+            pass

@@ -1,0 +1,156 @@
+"""Saved states: a context's memory as bytes that cannot be mistaken for another's.
+
+llama.cpp's own blobs carry too little to be trusted: a foreign or damaged one can wipe the
+sequence it is loaded into, or worse. Ours begin with a header:
+
+    magic "TLKV" | version u32 | kind u32 | key 32 bytes | payload length u64 | CRC-32 u32
+
+The key is a SHA-256 over the model's fingerprint and the settings that decide a blob's layout.
+"""
+import struct
+import zlib
+
+from llama cimport (
+    llama_state_get_data,
+    llama_state_get_size,
+    llama_state_seq_get_data,
+    llama_state_seq_get_size,
+    llama_state_seq_set_data,
+    llama_state_set_data,
+)
+
+_HEADER = struct.Struct("<4sII32sQI")
+_MAGIC = b"TLKV"
+_VERSION = 1
+cdef int _KIND_SEQUENCE = 1
+cdef int _KIND_CONTEXT = 2
+
+
+cdef bytes state_key(Context context, int kind):
+    """Who may load a blob: portable across n_ctx, swa_full and, in a unified cache, n_seq_max."""
+    layout = [context.kv_unified, context.flash_attn, context.type_k, context.type_v]
+    if not context.kv_unified:
+        layout.append(context.n_seq_max)
+    if kind == _KIND_CONTEXT:
+        layout += [context.n_ctx, context.n_seq_max, context.n_batch, context.embeddings_]
+    digest = hashlib.sha256(context.model.fingerprint)
+    digest.update(repr(layout).encode())
+    return digest.digest()
+
+
+cdef bytes pack_state(Context context, int kind, int seq_id):
+    context.enter()
+    cdef size_t size
+    cdef size_t written
+    cdef uint8_t * data
+    cdef bytes blob
+    cdef int header = _HEADER.size
+    try:
+        key = state_key(context, kind)
+        with nogil:
+            if kind == _KIND_SEQUENCE:
+                size = llama_state_seq_get_size(context.ptr, seq_id)
+            else:
+                size = llama_state_get_size(context.ptr)
+        blob = PyBytes_FromStringAndSize(NULL, header + size)
+        data = <uint8_t *>PyBytes_AS_STRING(blob)
+        with nogil:
+            if kind == _KIND_SEQUENCE:
+                written = llama_state_seq_get_data(context.ptr, data + header, size, seq_id)
+            else:
+                written = llama_state_get_data(context.ptr, data + header, size)
+        if written == 0 or written > size:
+            raise EngineError("llama.cpp could not save the state", log=native_problem())
+        payload = memoryview(blob)[header:header + written]
+        packed = _HEADER.pack(_MAGIC, _VERSION, kind, key, written, zlib.crc32(payload))
+        # The bytes object is not shared with anyone yet, so its header may still be written.
+        memcpy(data, <const char *>(<bytes>packed), header)
+        return blob if written == size else blob[:header + written]
+    finally:
+        context.leave()
+
+
+cdef int unpack_state(Context context, object blob, int kind, int seq_id) except -1:
+    cdef const uint8_t[::1] view
+    cdef size_t read = 0
+    cdef size_t length
+    cdef const uint8_t * data
+    cdef int header = _HEADER.size
+    try:
+        view = blob
+    except (TypeError, ValueError, BufferError):
+        raise ParameterError(
+            f"a state is bytes, not {type(blob).__name__}", parameter="blob", value=None) from None
+    if view.shape[0] < header:
+        raise StateError(f"the state has {view.shape[0]} bytes, fewer than its header")
+    magic, version, found_kind, key, size, crc = _HEADER.unpack_from(view)
+    if magic != _MAGIC:
+        raise StateError("this is no state saved by triollama")
+    if version != _VERSION:
+        raise StateError(f"the state has version {version}; this triollama reads {_VERSION}")
+    if found_kind != kind:
+        raise StateError(
+            "the state is of a whole context, not of one sequence" if kind == _KIND_SEQUENCE
+            else "the state is of one sequence, not of a whole context")
+    if view.shape[0] != header + size:
+        raise StateError(
+            f"the state has {view.shape[0] - header} bytes after its header; it says {size}")
+    context.enter()
+    try:
+        context.check_no_views()
+        if key != state_key(context, kind):
+            raise StateError(
+                "the state belongs to another model, or to a context with another kv_unified,"
+                " flash_attn, type_k, type_v or size")
+        if zlib.crc32(memoryview(blob)[header:]) != crc:
+            raise StateError("the state is damaged: its checksum does not match")
+        context.output_rows.clear()
+        begin_log()
+        length = size
+        data = &view[0] + header
+        with nogil:
+            if kind == _KIND_SEQUENCE:
+                read = llama_state_seq_set_data(context.ptr, data, length, seq_id)
+            else:
+                read = llama_state_set_data(context.ptr, data, length)
+        flush_log()
+        if read == 0:
+            raise NoSlotError(
+                "the state could not be restored: the cache has too few free cells, and the"
+                " sequence is empty now", code=1, log=native_problem())
+    finally:
+        context.leave()
+    return 0
+
+
+def save_sequence(context: Context, seq_id: int) -> bytes:
+    """One sequence's memory as bytes, for ``load_sequence``. Releases the GIL.
+
+    With separate caches a copy by ``seq_cp`` takes effect at the next decode: save after it.
+    """
+    context.alive()
+    context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
+    return pack_state(context, _KIND_SEQUENCE, seq_id)
+
+
+def load_sequence(context: Context, blob, seq_id: int) -> None:
+    """Replace a sequence's memory by a saved one, from this or another context of the model.
+
+    Raises StateError, before anything is changed, if the bytes are damaged or belong elsewhere;
+    NoSlotError if the cache has no room (the sequence is then empty).
+    """
+    context.alive()
+    context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
+    unpack_state(context, blob, _KIND_SEQUENCE, seq_id)
+
+
+def save_context(context: Context) -> bytes:
+    """All sequences' memory as bytes, for ``load_context``. Releases the GIL."""
+    context.alive()
+    return pack_state(context, _KIND_CONTEXT, 0)
+
+
+def load_context(context: Context, blob) -> None:
+    """Replace all memory by a saved one; the context must be of the same shape. Raises StateError."""
+    context.alive()
+    unpack_state(context, blob, _KIND_CONTEXT, 0)
