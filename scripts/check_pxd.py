@@ -22,7 +22,6 @@ import argparse
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -144,25 +143,18 @@ def load_scopes(pxd_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """Cython's module scope for each of ``names`` (``llama`` for ``llama.pxd``)."""
     errors_module: Any = importlib.import_module("Cython.Compiler.Errors")
     main: Any = importlib.import_module("Cython.Compiler.Main")
-    with tempfile.TemporaryDirectory() as tmp:
-        # Relative cimports need a package around the files.
-        package = Path(tmp) / "triollama"
-        package.mkdir()
-        (package / "__init__.py").touch()
-        for path in pxd_dir.glob("*.pxd"):
-            shutil.copyfile(path, package / path.name)
-        options = main.CompilationOptions(
-            main.default_options, include_path=[tmp], language_level=3, cplus=True
-        )
-        context = main.Context.from_options(options)
-        errors_module.init_thread()
-        errors_module.open_listing_file(None, echo_to_stderr=False)
-        scopes = {}
-        with errors_module.local_errors() as errors:
-            for name in names:
-                scopes[name] = context.find_module(f"triollama.{name}", need_pxd=1)
-        if errors:
-            raise CheckError("\n".join(_cython_error(error) for error in errors[:10]))
+    options = main.CompilationOptions(
+        main.default_options, include_path=[str(pxd_dir)], language_level=3, cplus=True
+    )
+    context = main.Context.from_options(options)
+    errors_module.init_thread()
+    errors_module.open_listing_file(None, echo_to_stderr=False)
+    scopes = {}
+    with errors_module.local_errors() as errors:
+        for name in names:
+            scopes[name] = context.find_module(name, need_pxd=1)
+    if errors:
+        raise CheckError("\n".join(_cython_error(error) for error in errors[:10]))
     return scopes
 
 
