@@ -27,7 +27,7 @@ from llama cimport (
 include "errors.pyx"
 include "log.pyx"
 include "owner.pyx"
-# include "build_info.pyx"
+include "build_info.pyx"
 include "vocab.pyx"
 include "model.pyx"
 include "batch.pyx"

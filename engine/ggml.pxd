@@ -45,6 +45,13 @@ cdef extern from "ggml-backend.h" nogil:
         GGML_BACKEND_DEVICE_TYPE_IGPU
         GGML_BACKEND_DEVICE_TYPE_ACCEL
 
+    ctypedef struct ggml_backend_reg:
+        pass
+    ctypedef ggml_backend_reg * ggml_backend_reg_t
+
+    size_t ggml_backend_reg_count() noexcept
+    ggml_backend_reg_t ggml_backend_reg_get(size_t index) noexcept
+    const char * ggml_backend_reg_name(ggml_backend_reg_t reg) noexcept
     size_t ggml_backend_dev_count() noexcept
     ggml_backend_dev_t ggml_backend_dev_get(size_t index) noexcept
     const char * ggml_backend_dev_name(ggml_backend_dev_t device) noexcept

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _cache import cache_root, locked
-from fetch_llama_cpp import PIN_FILE, ROOT, Upstream, locate, read_pin, upstream_version
+from fetch_llama_cpp import PIN_FILE, ROOT, Upstream, locate, read_pin
 
 RECIPE = PIN_FILE.parent / "CMakeLists.txt"
 CMAKE_MINIMUM = (3, 20)
+FORMAT = 1  # of what _collect writes; part of the key
 
 # Variables that change what CMake or a compiler makes of the same flags.
 ENVIRONMENT = (
@@ -219,6 +220,7 @@ def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targe
         compilers["CUDA"] = flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or "nvcc"
     toolchain = flags.get("CMAKE_TOOLCHAIN_FILE") or os.environ.get("CMAKE_TOOLCHAIN_FILE")
     parts = {
+        "format": FORMAT,
         "source": tree_hash(upstream.path, read_pin().groups["build"]),
         "tools": tree_hash(upstream.path, read_pin().groups["tools"]) if targets else "",
         "commit": upstream.commit,
@@ -310,16 +312,14 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
     toolchain = dict(
         line.split("=", 1) for line in (build / "toolchain.txt").read_text(encoding="utf-8").splitlines()
     )
-    options = {}
+    options: dict[str, bool | str] = {}
+    entry = re.compile(r"(GGML_\w+|CMAKE_CUDA_ARCHITECTURES):(BOOL|STRING|UNINITIALIZED)=(.*)")
     for line in (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace").splitlines():
-        if match := re.match(r"((?:GGML|LLAMA)_\w+|CMAKE_CUDA_ARCHITECTURES):(?:BOOL|STRING|UNINITIALIZED)=(.*)", line):
-            options[match[1]] = match[2]
-    llama, ggml = upstream_version(upstream.path)
+        if match := entry.fullmatch(line):
+            name, kind, value = match.groups()
+            options[name] = is_on(value) if kind == "BOOL" or value in ("ON", "OFF") else value
     information = {
-        "commit": upstream.commit,
         "pinned": upstream.pinned,
-        "llama_version": llama,
-        "ggml_version": ggml,
         "compiler": toolchain["compiler"].strip(),
         "cuda_compiler": toolchain["cuda_compiler"].strip(),
         "system": toolchain["system"].strip(),

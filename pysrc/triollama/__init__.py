@@ -9,11 +9,11 @@ from __future__ import annotations
 from ._openmp import short_spin
 
 with short_spin():
-    from . import _engine as _engine
+    from ._engine import build_info
 
 from .errors import TriollamaError
 from .params import GenerationParams
 
-__all__ = ["GenerationParams", "TriollamaError", "__version__"]
+__all__ = ["GenerationParams", "TriollamaError", "__version__", "build_info"]
 
 __version__ = "0.1.0"

@@ -1,0 +1,88 @@
+"""How this extension was built, and what it finds on this machine."""
+import json
+
+from ggml cimport (
+    GGML_BACKEND_DEVICE_TYPE_ACCEL,
+    GGML_BACKEND_DEVICE_TYPE_CPU,
+    GGML_BACKEND_DEVICE_TYPE_GPU,
+    GGML_BACKEND_DEVICE_TYPE_IGPU,
+    ggml_backend_dev_count,
+    ggml_backend_dev_description,
+    ggml_backend_dev_get,
+    ggml_backend_dev_get_type,
+    ggml_backend_dev_memory,
+    ggml_backend_dev_name,
+    ggml_backend_dev_t,
+    ggml_backend_reg_count,
+    ggml_backend_reg_get,
+    ggml_backend_reg_name,
+    ggml_commit,
+    ggml_version,
+)
+from llama cimport llama_print_system_info, llama_version
+
+cdef extern from "build_info.h":
+    const char * TRIOLLAMA_BUILD_JSON
+
+cdef dict _DEVICE_TYPES = {
+    <int>GGML_BACKEND_DEVICE_TYPE_CPU: "cpu",
+    <int>GGML_BACKEND_DEVICE_TYPE_GPU: "gpu",
+    <int>GGML_BACKEND_DEVICE_TYPE_IGPU: "igpu",
+    <int>GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
+}
+
+
+def _features(str text) -> dict:
+    """`CPU : AVX2 = 1 | OPENMP = 1 | CUDA : ARCHS = 900 |` as {"CPU": {"AVX2": "1", ...}, ...}."""
+    result = {}
+    features = {}
+    for item in text.split("|"):
+        head, colon, rest = item.rpartition(" : ")
+        if colon:
+            features = result.setdefault(head.strip(), {})
+        name, equals, value = rest.partition("=")
+        if equals:
+            features[name.strip()] = value.strip()
+    return result
+
+
+def build_info() -> dict:
+    """Report what this build is and what it can use here.
+
+    Returns a new dict: ``commit``, ``llama_version``, ``ggml_version`` of the llama.cpp inside,
+    and ``pinned``, whether that is the one this release names; ``compiler``, ``cuda_compiler`` (""
+    without CUDA), ``system``, ``build_type``; ``cmake_args``, the user's flags, and ``options``, the
+    effective value of each ggml option; ``backends``, the names of those compiled in; ``features``, for
+    each backend what it was compiled for, and ``cpu_features``, the names of the CPU's; ``devices``, a
+    dict for each device found: ``name``, ``description``, ``type`` ("cpu", "gpu", "igpu", "accel"),
+    ``memory_free`` and ``memory_total`` in bytes (0 where the backend does not say).
+
+    Asking a GPU for its memory may start its driver in this process.
+    """
+    cdef size_t i, free, total
+    cdef ggml_backend_dev_t device
+    info = json.loads(TRIOLLAMA_BUILD_JSON.decode())
+    # What the linked libraries say of themselves outranks what the build wrote down.
+    info["llama_version"] = llama_version().decode()
+    info["ggml_version"] = ggml_version().decode()
+    info["commit"] = ggml_commit().decode()
+    info["backends"] = [
+        ggml_backend_reg_name(ggml_backend_reg_get(i)).decode() for i in range(ggml_backend_reg_count())
+    ]
+    features = _features(llama_print_system_info().decode())
+    info["features"] = features
+    info["cpu_features"] = [name for name, value in features.get("CPU", {}).items() if value != "0"]
+    devices = []
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        free = total = 0
+        ggml_backend_dev_memory(device, &free, &total)
+        devices.append({
+            "name": ggml_backend_dev_name(device).decode(),
+            "description": ggml_backend_dev_description(device).decode(errors="replace"),
+            "type": _DEVICE_TYPES.get(<int>ggml_backend_dev_get_type(device), "other"),
+            "memory_free": free,
+            "memory_total": total,
+        })
+    info["devices"] = devices
+    return info
