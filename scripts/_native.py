@@ -363,16 +363,15 @@ def build_native(targets: Sequence[str] = ()) -> Native:
         (query / "codemodel-v2").touch()
         recipe = partial / "recipe"
         recipe.mkdir(exist_ok=True)
-        text = RECIPE.read_text(encoding="utf-8")
         if not (recipe / RECIPE.name).exists():
-            (recipe / RECIPE.name).write_text(text, encoding="utf-8")
+            shutil.copyfile(RECIPE, recipe / RECIPE.name)
         programs = "ON" if targets else "OFF"
         configure = [
-            tools.cmake, "-S", str(upstream.path if targets else recipe), "-B", str(build),
+            tools.cmake, "-S", str(recipe), "-B", str(build),
             *common_arguments(tools, arguments),
             "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF",
             f"-DTRIOLLAMA_LLAMA_SOURCE={upstream.path}",
-            "-DLLAMA_BUILD_COMMON=ON", f"-DLLAMA_BUILD_TOOLS={programs}", f"-DLLAMA_BUILD_EXAMPLES={programs}",
+            "-DLLAMA_BUILD_COMMON=ON", f"-DLLAMA_BUILD_TOOLS={programs}", "-DLLAMA_BUILD_EXAMPLES=OFF",
             "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
             "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
             # Without these, upstream records the commit of the repository around it, which is ours.
@@ -386,7 +385,7 @@ def build_native(targets: Sequence[str] = ()) -> Native:
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
         if targets:
-            shutil.copytree(build / "bin", result / "bin")
+            shutil.copytree(build / "bin", result / "bin", symlinks=True)
         else:
             _collect(build, result, upstream, arguments)
         os.replace(result, folder)
