@@ -24,7 +24,7 @@ from pathlib import Path
 from _cache import cache_root, locked
 from fetch_llama_cpp import PIN_FILE, ROOT, Upstream, locate, read_pin
 
-RECIPE = PIN_FILE.parent / "CMakeLists.txt"
+RECIPE = (PIN_FILE.parent / "CMakeLists.txt", PIN_FILE.parent / "amx_tile_config.h")
 CMAKE_MINIMUM = (3, 20)
 FORMAT = 1  # of what _collect writes; part of the key
 
@@ -224,7 +224,7 @@ def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targe
         "source": tree_hash(upstream.path, read_pin().groups["build"]),
         "tools": tree_hash(upstream.path, read_pin().groups["tools"]) if targets else "",
         "commit": upstream.commit,
-        "recipe": RECIPE.read_text(encoding="utf-8"),
+        "recipe": [path.read_text(encoding="utf-8") for path in RECIPE],
         "arguments": list(arguments),
         "targets": list(targets),
         "compilers": {name: _compiler_identity(command) for name, command in compilers.items()},
