@@ -363,8 +363,9 @@ def build_native(targets: Sequence[str] = ()) -> Native:
         (query / "codemodel-v2").touch()
         recipe = partial / "recipe"
         recipe.mkdir(exist_ok=True)
-        if not (recipe / RECIPE.name).exists():
-            shutil.copyfile(RECIPE, recipe / RECIPE.name)
+        for path in RECIPE:
+            if not (recipe / path.name).exists():
+                shutil.copyfile(path, recipe / path.name)
         programs = "ON" if targets else "OFF"
         configure = [
             tools.cmake, "-S", str(recipe), "-B", str(build),
