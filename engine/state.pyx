@@ -115,6 +115,9 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
                 read = llama_state_set_data(context.ptr, data, length)
         flush_log()
         if read == 0:
+            if kind == _KIND_SEQUENCE:
+                # With a sliding window llama.cpp empties only one of the two caches.
+                llama_memory_seq_rm(context.mem, seq_id, -1, -1)
             raise NoSlotError(
                 "the state could not be restored: the cache has too few free cells, and the"
                 " sequence is empty now", code=1, log=native_problem())
