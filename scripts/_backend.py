@@ -1,4 +1,4 @@
-"""The build backend: setuptools', plus CMake and Ninja from the package index where PATH has none."""
+"""The build backend: setuptools', and CMake and Ninja from the index where PATH has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache shared by the scripts and the build: where it is, and a lock between processes."""
+"""What the scripts and the build share: where things are, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # the checkout
+
 
 def cache_root() -> Path:
     """TRIOLLAMA_CACHE_DIR, or `triollama` in the platform's cache folder of the user."""
@@ -15,7 +17,7 @@ def cache_root() -> Path:
         return Path(given).expanduser().resolve()
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
-    elif os.name == "nt":
+    elif sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -27,7 +29,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold `path` exclusively among processes; waits. The system frees it if the holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             while True:

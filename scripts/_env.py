@@ -1,4 +1,4 @@
-"""What the scripts share: one environment in the checkout, kept in step with what it was made from."""
+"""What the scripts share: one environment in the checkout, in step with what it was made from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import venv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from _cache import locked
-from _native import ENVIRONMENT, ROOT, build_native, tree_hash
+from _cache import ROOT, locked
+from _native import ENVIRONMENT, build_native, tree_hash
 
 VENV = ROOT / ".venv"
 STAMP = VENV / "triollama.json"
@@ -23,11 +23,14 @@ LOG = ROOT / "build" / "install.log"
 # Everything that the installed package is made from, but for its Python files, which run in place.
 SHAPING = (
     "pyproject.toml", "setup.py", "engine", "llama.cpp/PIN.toml", "llama.cpp/CMakeLists.txt",
+    "llama.cpp/amx_tile_config.h",
     "scripts/_backend.py", "scripts/_cache.py", "scripts/_native.py", "scripts/fetch_llama_cpp.py",
 )  # fmt: skip
 
 STEP = re.compile(r"\s*\[(\d+)/(\d+)\] (\S.*)")
-SHOWN = re.compile(r"\s*(fetching llama.cpp|building llama.cpp|compiler cache|llama.cpp .* files|llama.cpp is ready)")
+SHOWN = re.compile(
+    r"\s*(fetching|building) llama.cpp|\s*compiler cache|\s*llama.cpp (.* files|is ready)"
+)
 
 
 class SetupError(RuntimeError):
@@ -109,8 +112,8 @@ def _make_environment(progress: Progress) -> None:
     except (subprocess.CalledProcessError, OSError) as error:
         shutil.rmtree(VENV, ignore_errors=True)
         raise SetupError(
-            f"this Python cannot make an environment with pip ({error}). Debian and Ubuntu keep that in a "
-            f"package of its own: `apt install python3-venv`."
+            f"this Python cannot make an environment with pip ({error}). Debian and Ubuntu keep "
+            f"that in a package of its own: `apt install python3-venv`."
         ) from error
 
 
@@ -148,7 +151,9 @@ def ensure_environment(extras: Iterable[str]) -> Path:
         progress.end()
         if process.returncode:
             raise SetupError(_explain(tail))
-        STAMP.write_text(json.dumps({"state": state, "extras": chosen, "version": sys.version}), encoding="utf-8")
+        STAMP.write_text(
+            json.dumps({"state": state, "extras": chosen, "version": sys.version}), encoding="utf-8"
+        )
     return python
 
 
@@ -158,11 +163,17 @@ def _explain(tail: Sequence[str]) -> str:
     if reason is None:
         lines = [line for line in tail if line.strip()][-25:]
     else:
-        end = next((i for i in range(reason, len(tail)) if "error: subprocess-exited" in tail[i]), len(tail))
+        end = next(
+            (i for i in range(reason, len(tail)) if "error: subprocess-exited" in tail[i]),
+            len(tail),
+        )
         lines = [line for line in tail[max(0, reason - 15) : end] if line.strip()]
     return "\n".join(lines) + f"\n\nthe installation failed; its whole output is in {LOG}"
 
 
 def build_upstream_tools(targets: Sequence[str]) -> Path:
-    """Upstream's own programs, such as llama-bench, from the same source and flags; returns their folder."""
+    """Build upstream's own programs, such as llama-bench, from the same source and flags.
+
+    Returns the folder that they are in; cached as the libraries are.
+    """
     return build_native(sorted(targets)).folder / "bin"

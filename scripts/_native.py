@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _cache import cache_root, locked
-from fetch_llama_cpp import PIN_FILE, ROOT, Upstream, locate, read_pin
+from _cache import ROOT, cache_root, locked
+from fetch_llama_cpp import PIN_FILE, Upstream, locate, read_pin
 
 RECIPE = (PIN_FILE.parent / "CMakeLists.txt", PIN_FILE.parent / "amx_tile_config.h")
 CMAKE_MINIMUM = (3, 20)
@@ -30,11 +30,27 @@ FORMAT = 1  # of what _collect writes; part of the key
 
 # Variables that change what CMake or a compiler makes of the same flags.
 ENVIRONMENT = (
-    "CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "HIPCXX", "CPP", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "CUDAFLAGS",
-    "HIPFLAGS", "LDFLAGS", "ARCHFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH",
-    "CMAKE_PREFIX_PATH", "CMAKE_TOOLCHAIN_FILE", "CMAKE_BUILD_TYPE", "CUDA_PATH", "CUDAARCHS", "ROCM_PATH",
-    "VULKAN_SDK", "ONEAPI_ROOT", "MKLROOT", "SDKROOT", "MACOSX_DEPLOYMENT_TARGET", "SOURCE_DATE_EPOCH",
+    "CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "HIPCXX", "CPP",
+    "CFLAGS", "CXXFLAGS", "CPPFLAGS", "CUDAFLAGS", "HIPFLAGS", "LDFLAGS", "ARCHFLAGS",
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH",
+    "CMAKE_PREFIX_PATH", "CMAKE_TOOLCHAIN_FILE", "CMAKE_BUILD_TYPE",
+    "CUDA_PATH", "CUDAARCHS", "ROCM_PATH", "VULKAN_SDK", "ONEAPI_ROOT", "MKLROOT",
+    "SDKROOT", "MACOSX_DEPLOYMENT_TARGET", "SOURCE_DATE_EPOCH",
 )  # fmt: skip
+
+# What stage 1 asks of upstream: the libraries, nothing that talks to a network, no programs.
+UPSTREAM_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_COMMON=ON",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
 
 FALSE = {"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"}
 
@@ -64,9 +80,9 @@ def cmake_args() -> list[str]:
     for name in ("BUILD_SHARED_LIBS", "GGML_BACKEND_DL", "GGML_CPU_ALL_VARIANTS"):
         if is_on(flags.get(name, "OFF")):
             raise BuildError(
-                f"CMAKE_ARGS sets {name}={flags[name]}, but triollama links llama.cpp statically into one "
-                f"extension, so that it can share a process with other llama.cpp bindings. "
-                f"Remove -D{name}; backends are chosen with -DGGML_CUDA=ON and the like."
+                f"CMAKE_ARGS sets {name}={flags[name]}, but triollama links llama.cpp statically "
+                f"into one extension, so that it can share a process with other llama.cpp "
+                f"bindings. Remove -D{name}; backends are chosen with -DGGML_CUDA=ON and the like."
             )
     return arguments
 
@@ -115,6 +131,36 @@ def usable_cmake() -> str | None:
     return found if found and _cmake_version(found) >= CMAKE_MINIMUM else None
 
 
+def _check_compilers(flags: dict[str, str]) -> None:
+    """Raise BuildError, saying what to install, where CMake would only say that it failed."""
+    toolchain = flags.get("CMAKE_TOOLCHAIN_FILE") or os.environ.get("CMAKE_TOOLCHAIN_FILE")
+    for language, entry, variable, names in (
+        ("C", "CMAKE_C_COMPILER", "CC", ("cc", "gcc", "clang")),
+        ("C++", "CMAKE_CXX_COMPILER", "CXX", ("c++", "g++", "clang++")),
+    ):
+        chosen = flags.get(entry) or os.environ.get(variable)
+        if chosen:
+            if shutil.which(shlex.split(chosen)[0]) is None:
+                raise BuildError(
+                    f"the {language} compiler {chosen!r}, set by CMAKE_ARGS or {variable}, is not "
+                    f"there. Install it, or take the setting back."
+                )
+        elif not toolchain and os.name != "nt" and not any(map(shutil.which, names)):
+            raise BuildError(
+                f"a {language} compiler is needed, and there is none on PATH (looked for "
+                f"{', '.join(names)}). Get one: {INSTALL_HINTS['compiler']}"
+            )
+    if is_on(flags.get("GGML_CUDA", "OFF")):
+        named = flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX")
+        usual = Path("/usr/local/cuda/bin/nvcc")
+        if not named and shutil.which("nvcc") is None and not usual.exists():
+            raise BuildError(
+                "-DGGML_CUDA=ON needs NVIDIA's compiler nvcc, which is not on PATH. Install the "
+                "CUDA toolkit and add its bin folder to PATH, or name the compiler with "
+                "-DCMAKE_CUDA_COMPILER=..."
+            )
+
+
 def find_tools(arguments: Sequence[str]) -> Tools:
     """Find CMake, a make program and ccache, and check that there is a C++ compiler."""
     cmake = usable_cmake()
@@ -122,30 +168,11 @@ def find_tools(arguments: Sequence[str]) -> Tools:
         found = shutil.which("cmake")
         state = f"{found} is older" if found else "there is none on PATH"
         wanted = ".".join(map(str, CMAKE_MINIMUM))
-        raise BuildError(f"CMake {wanted} or newer is needed, and {state}. Get it: {INSTALL_HINTS['cmake']}")
+        raise BuildError(
+            f"CMake {wanted} or newer is needed, and {state}. Get it: {INSTALL_HINTS['cmake']}"
+        )
     flags = cache_entries(arguments)
-    for language, names in (("C", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
-        chosen = flags.get(f"CMAKE_{language}_COMPILER") or os.environ.get("CC" if language == "C" else "CXX")
-        if chosen and not shutil.which(shlex.split(chosen)[0]):
-            raise BuildError(
-                f"the {'C' if language == 'C' else 'C++'} compiler {chosen!r}, set by CMAKE_ARGS, CC or CXX, "
-                f"is not there. Install it, or take the setting back."
-            )
-        toolchain = "CMAKE_TOOLCHAIN_FILE" in flags or "CMAKE_TOOLCHAIN_FILE" in os.environ
-        if not chosen and not toolchain and os.name != "nt" and not any(map(shutil.which, names)):
-            raise BuildError(
-                f"a {'C' if language == 'C' else 'C++'} compiler is needed, and there is none on PATH "
-                f"(looked for {', '.join(names)}). Get one: {INSTALL_HINTS['compiler']}"
-            )
-    if is_on(flags.get("GGML_CUDA", "OFF")) and not (
-        shutil.which("nvcc") or flags.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX")
-    ):
-        default = Path("/usr/local/cuda/bin/nvcc")
-        if not default.exists():
-            raise BuildError(
-                "-DGGML_CUDA=ON needs NVIDIA's compiler nvcc, which is not on PATH. Install the CUDA toolkit "
-                "and add its bin folder to PATH, or name it with -DCMAKE_CUDA_COMPILER=..."
-            )
+    _check_compilers(flags)
     ccache = shutil.which("ccache") or shutil.which("sccache") or ""
     user_generator = any(a.startswith("-G") for a in arguments) or os.environ.get("CMAKE_GENERATOR")
     if user_generator or "CMAKE_MAKE_PROGRAM" in flags:
@@ -156,7 +183,9 @@ def find_tools(arguments: Sequence[str]) -> Tools:
         return Tools(cmake, "", "", ccache)
     if make := shutil.which("make") or shutil.which("gmake"):
         return Tools(cmake, "Unix Makefiles", make, ccache)
-    raise BuildError(f"ninja or make is needed, and neither is on PATH. Get it: {INSTALL_HINTS['ninja']}")
+    raise BuildError(
+        f"ninja or make is needed, and neither is on PATH. Get it: {INSTALL_HINTS['ninja']}"
+    )
 
 
 def common_arguments(tools: Tools, arguments: Sequence[str]) -> list[str]:
@@ -165,7 +194,9 @@ def common_arguments(tools: Tools, arguments: Sequence[str]) -> list[str]:
     if tools.generator:
         result += ["-G", tools.generator, f"-DCMAKE_MAKE_PROGRAM={tools.make}"]
     if tools.ccache:
-        languages = ["C", "CXX"] + ["CUDA"] * is_on(cache_entries(arguments).get("GGML_CUDA", "OFF"))
+        languages = ["C", "CXX"] + ["CUDA"] * is_on(
+            cache_entries(arguments).get("GGML_CUDA", "OFF")
+        )
         result += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={tools.ccache}" for language in languages]
     return result
 
@@ -190,13 +221,32 @@ def cpu_features() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "CPU implementer", "isa")
-    lines = {line.strip() for line in text.splitlines() if line.partition("\t")[0].strip() in wanted}
+    wanted = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "flags",
+        "Features",
+        "CPU part",
+        "CPU implementer",
+        "isa",
+    )
+    lines = {
+        line.strip() for line in text.splitlines() if line.partition("\t")[0].strip() in wanted
+    }
     if not lines and sys.platform == "darwin":
         command = ["sysctl", "-a", "machdep.cpu.brand_string", "hw.optional"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = set(done.stdout.splitlines())
-    return "\n".join([platform.machine(), platform.processor(), *sorted(lines)])
+    return "\n".join(sorted(lines)) or platform.processor()
+
+
+def _libc() -> str:
+    """The C library's version; platform.libc_ver() would tell what Python was built against."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):
+        return platform.release() if sys.platform == "darwin" else ""
 
 
 def _compiler_identity(command: str) -> str:
@@ -209,7 +259,9 @@ def _compiler_identity(command: str) -> str:
     return f"{os.path.realpath(program)}\n{done.stdout}"
 
 
-def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targets: Sequence[str]) -> str:
+def native_key(
+    upstream: Upstream, tools: Tools, arguments: Sequence[str], targets: Sequence[str]
+) -> str:
     """A digest of everything that shapes the libraries: source, recipe, flags, compilers, CPU."""
     flags = cache_entries(arguments)
     compilers = {
@@ -225,13 +277,13 @@ def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targe
         "tools": tree_hash(upstream.path, read_pin().groups["tools"]) if targets else "",
         "commit": upstream.commit,
         "recipe": [path.read_text(encoding="utf-8") for path in RECIPE],
-        "arguments": list(arguments),
+        "arguments": [*UPSTREAM_FLAGS, *arguments],
         "targets": list(targets),
         "compilers": {name: _compiler_identity(command) for name, command in compilers.items()},
         "generator": tools.generator or os.environ.get("CMAKE_GENERATOR", ""),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "toolchain": Path(toolchain).read_text(encoding="utf-8") if toolchain else "",
-        "system": [platform.system(), platform.machine(), *platform.libc_ver()],
+        "system": [platform.system(), platform.machine(), _libc()],
         "cpu": cpu_features() if is_on(flags.get("GGML_NATIVE", "ON")) else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -239,7 +291,10 @@ def native_key(upstream: Upstream, tools: Tools, arguments: Sequence[str], targe
 
 @dataclass(frozen=True)
 class Native:
-    """llama.cpp built: `folder` holds lib/, native.cmake (how to link) and native.json (how it was built)."""
+    """llama.cpp, built.
+
+    `folder` holds lib/, native.cmake (how to link it) and native.json (how it was made).
+    """
 
     key: str
     folder: Path
@@ -249,7 +304,7 @@ class Native:
 
 
 def jobs() -> int:
-    """Compilations at a time: CMAKE_BUILD_PARALLEL_LEVEL, else the CPUs allowed, bounded by memory."""
+    """Compilations at a time: CMAKE_BUILD_PARALLEL_LEVEL, else the CPUs, as memory allows."""
     if given := os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL"):
         return max(1, int(given))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -267,16 +322,33 @@ def run_cmake(command: Sequence[str], what: str) -> None:
     done = subprocess.run(command, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         raise BuildError(
-            f"{what} failed: the reason is in the lines above. The command was:\n  {shlex.join(command)}\n"
-            f"docs/building.md lists what each backend needs."
+            f"{what} failed: the reason is in the lines above. The command was:\n"
+            f"  {shlex.join(command)}\ndocs/building.md lists what each backend needs."
         )
+
+
+def _discard_foreign(build: Path, source: Path) -> None:
+    """Remove a build folder that CMake made for another source folder: it would refuse it."""
+    try:
+        cached = (build / "CMakeCache.txt").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    if f"CMAKE_HOME_DIRECTORY:INTERNAL={source.as_posix()}\n" not in cached:
+        shutil.rmtree(build)
+
+
+def _compile(tools: Tools, build: Path, what: str, targets: Sequence[str]) -> None:
+    command = [tools.cmake, "--build", str(build), "--config", "Release", "--parallel", str(jobs())]
+    run_cmake([*command, "--target", *targets], f"compiling {what}")
 
 
 def _api_reply(build: Path) -> dict[str, object]:
     """The link_probe target as CMake's file API describes it."""
     folder = build / ".cmake/api/v1/reply"
     index = json.loads(max(folder.glob("index-*.json")).read_text(encoding="utf-8"))
-    model = json.loads((folder / index["reply"]["codemodel-v2"]["jsonFile"]).read_text(encoding="utf-8"))
+    model = json.loads(
+        (folder / index["reply"]["codemodel-v2"]["jsonFile"]).read_text(encoding="utf-8")
+    )
     targets = model["configurations"][0]["targets"]
     file = next(target["jsonFile"] for target in targets if target["name"] == "link_probe")
     reply: dict[str, object] = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -302,7 +374,9 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
     defines = [d["define"] for d in group.get("defines", []) if d["define"] != "link_probe_EXPORTS"]
 
     def cmake_list(name: str, items: Iterable[str]) -> str:
-        quoted = "".join(f'\n    "{item}"' for item in (i.replace("\\", "/").replace('"', '\\"') for i in items))
+        quoted = "".join(
+            f'\n    "{item}"' for item in (i.replace("\\", "/").replace('"', '\\"') for i in items)
+        )
         return f"set({name}{quoted})\n"
 
     (result / "native.cmake").write_text(
@@ -310,11 +384,14 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
         encoding="utf-8",
     )
     toolchain = dict(
-        line.split("=", 1) for line in (build / "toolchain.txt").read_text(encoding="utf-8").splitlines()
+        line.split("=", 1)
+        for line in (build / "toolchain.txt").read_text(encoding="utf-8").splitlines()
     )
     options: dict[str, bool | str] = {}
     entry = re.compile(r"(GGML_\w+|CMAKE_CUDA_ARCHITECTURES):(BOOL|STRING|UNINITIALIZED)=(.*)")
-    for line in (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in (
+        (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    ):
         if match := entry.fullmatch(line):
             name, kind, value = match.groups()
             options[name] = is_on(value) if kind == "BOOL" or value in ("ON", "OFF") else value
@@ -348,40 +425,33 @@ def build_native(targets: Sequence[str] = ()) -> Native:
     with locked(store / f"{key}.lock"):
         if (folder / marker).exists():
             return native
-        print(f"building llama.cpp {upstream.commit} with {jobs()} jobs, once, into {folder}", flush=True)
+        print(
+            f"building llama.cpp {upstream.commit} with {jobs()} jobs, once, into {folder}",
+            flush=True,
+        )
         if tools.ccache:
             print(f"compiler cache: {tools.ccache}", flush=True)
         start = time.monotonic()
-        # One name, so that an interrupted build goes on where it stopped; under the lock it is ours.
+        # One name, so that an interrupted build goes on where it stopped; the lock makes it ours.
         partial = store / f"{key}.partial"
         build = partial / "build"
-        cached = build / "CMakeCache.txt"
-        if cached.exists() and f"={upstream.path}\n" not in cached.read_text(encoding="utf-8"):
-            shutil.rmtree(partial)  # begun from another copy of the same source
+        _discard_foreign(build, PIN_FILE.parent)
         query = build / ".cmake/api/v1/query"
         query.mkdir(parents=True, exist_ok=True)
         (query / "codemodel-v2").touch()
-        recipe = partial / "recipe"
-        recipe.mkdir(exist_ok=True)
-        for path in RECIPE:
-            if not (recipe / path.name).exists():
-                shutil.copyfile(path, recipe / path.name)
         programs = "ON" if targets else "OFF"
         configure = [
-            tools.cmake, "-S", str(recipe), "-B", str(build),
+            tools.cmake, "-S", str(PIN_FILE.parent), "-B", str(build),
             *common_arguments(tools, arguments),
-            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF",
+            *UPSTREAM_FLAGS,
             f"-DTRIOLLAMA_LLAMA_SOURCE={upstream.path}",
-            "-DLLAMA_BUILD_COMMON=ON", f"-DLLAMA_BUILD_TOOLS={programs}", "-DLLAMA_BUILD_EXAMPLES=OFF",
-            "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
-            "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
+            f"-DLLAMA_BUILD_TOOLS={programs}",
             # Without these, upstream records the commit of the repository around it, which is ours.
             f"-DLLAMA_BUILD_COMMIT={upstream.commit}", "-DLLAMA_BUILD_NUMBER=0", "-DGIT_EXE=",
             *arguments,
         ]  # fmt: skip
         run_cmake(configure, "configuring llama.cpp")
-        build_command = [tools.cmake, "--build", str(build), "--config", "Release", "--parallel", str(jobs())]
-        run_cmake([*build_command, "--target", *(targets or ["link_probe"])], "compiling llama.cpp")
+        _compile(tools, build, "llama.cpp", targets or ["link_probe"])
         result = partial / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
@@ -396,17 +466,24 @@ def build_native(targets: Sequence[str] = ()) -> Native:
 
 
 def build_extension(native: Native, folder: Path, python: str = sys.executable) -> Path:
-    """Stage 2: compile engine/ and link it to `native`; incremental in `folder`. Returns the extension."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
+    """Stage 2: compile engine/ and link it to `native`, incrementally in `folder`.
+
+    Returns the extension's file.
+    """
+    information = json.loads((native.folder / "native.json").read_text(encoding="utf-8"))
+    with locked(folder.with_suffix(".lock")):
+        _discard_foreign(folder, ROOT / "engine")
         configure = [
-            native.tools.cmake, "-S", str(ROOT / "engine"), "-B", str(folder), "--no-warn-unused-cli",
+            native.tools.cmake, "-S", str(ROOT / "engine"), "-B", str(folder),
+            "--no-warn-unused-cli",
             *common_arguments(native.tools, native.arguments),
-            f"-DCMAKE_BUILD_TYPE={json.loads((native.folder / 'native.json').read_text())['build_type']}",
-            f"-DTRIOLLAMA_NATIVE={native.folder}", f"-DTRIOLLAMA_LLAMA_SOURCE={native.upstream.path}",
+            f"-DCMAKE_BUILD_TYPE={information['build_type']}",
+            f"-DTRIOLLAMA_NATIVE={native.folder}",
+            f"-DTRIOLLAMA_LLAMA_SOURCE={native.upstream.path}",
             f"-DPython_EXECUTABLE={python}", *native.arguments,
         ]  # fmt: skip
         run_cmake(configure, "configuring the extension")
-        command = [native.tools.cmake, "--build", str(folder), "--config", "Release", "--parallel", str(jobs())]
-        run_cmake(command, "compiling the extension")
-        return next(path for path in (folder / "out").rglob("_engine.*") if path.suffix in (".so", ".pyd"))
+        _compile(native.tools, folder, "the extension", ["_engine"])
+        return next(
+            path for path in (folder / "out").rglob("_engine.*") if path.suffix in (".so", ".pyd")
+        )

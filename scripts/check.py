@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Set up as quickstart.py does, then run every test: python scripts/check.py [pytest's arguments]."""
+"""Set up as quickstart.py does, then run every test.
+
+python scripts/check.py [pytest's arguments]
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-if sys.version_info < (3, 11):  # before anything that an older Python cannot read
+if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Python cannot read
     sys.exit("triollama needs Python 3.11 or newer; this is " + sys.version.split()[0])
 
-from _env import ROOT, SetupError, ensure_environment
+from _cache import ROOT
+from _env import SetupError, ensure_environment
 from fetch_llama_cpp import FetchError, fetch
 
 

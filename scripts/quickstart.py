@@ -14,7 +14,7 @@ import argparse
 import subprocess
 import sys
 
-if sys.version_info < (3, 11):  # before anything that an older Python cannot read
+if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Python cannot read
     sys.exit("triollama needs Python 3.11 or newer; this is " + sys.version.split()[0])
 
 from _env import SetupError, ensure_environment, inside
@@ -35,7 +35,9 @@ def stream(prompt: str, max_tokens: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Stream text from the embedded default model.")
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="text to continue")
-    parser.add_argument("--max-tokens", type=int, default=120, help="new tokens at most (default 120)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=120, help="new tokens at most (default 120)"
+    )
     options = parser.parse_args()
     try:
         python = ensure_environment(["demo"])
@@ -44,7 +46,10 @@ def main() -> int:
         return 1
     if not inside():
         return subprocess.run([python, *sys.orig_argv[1:]], check=False).returncode
-    print("model: Gemma 3 270M, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms)\n", file=sys.stderr)
+    print(
+        "model: Gemma 3 270M, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms)\n",
+        file=sys.stderr,
+    )
     stream(options.prompt, options.max_tokens)
     return 0
 
