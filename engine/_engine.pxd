@@ -74,7 +74,7 @@ cdef class Context(Owner):
     cdef atomic[cpp_bool] aborting
     cdef vector[int32_t] output_rows    # batch indices that have an output, of the last decode
     cdef int last_n_tokens
-    cdef vector[uint8_t] last_sequences # of the last decode: 1 where the sequence had tokens
+    cdef vector[uint8_t] last_sequences  # of the last decode: 1 where the sequence had tokens
     cdef object adapters_               # tuple of (Adapter, scale) now applied
     cdef object control_vector_
 

@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True, embedsignature.format=python
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: embedsignature=True, embedsignature.format=python
 # cython: freethreading_compatible=False
 # distutils: language=c++
 """triollama's only extension: Cython classes over llama.cpp's C API.
@@ -6,23 +7,11 @@
 The rooms are separate files; this one only puts them together, lower rooms first.
 Nothing outside engine/ calls C.
 """
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t  # no-cython-lint
 from libcpp cimport bool as cpp_bool
 from libcpp.atomic cimport atomic
 from libcpp.string cimport string
 from libcpp.vector cimport vector
-
-from llama cimport (
-    llama_adapter_lora,
-    llama_batch,
-    llama_context,
-    llama_memory_t,
-    llama_model,
-    llama_pos,
-    llama_seq_id,
-    llama_token,
-    llama_vocab,
-)
 
 include "errors.pyx"
 include "log.pyx"

@@ -33,7 +33,6 @@ from llama cimport (
     LLAMA_ROPE_SCALING_TYPE_NONE,
     LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
     LLAMA_ROPE_SCALING_TYPE_YARN,
-    llama_attention_type,
     llama_context_default_params,
     llama_context_params,
     llama_decode,
@@ -455,7 +454,6 @@ cdef class Context(Owner):
         cdef int s
         cdef int n = batch.c.n_tokens
         cdef int n_outputs = 0
-        cdef int n_cells = 0
         if n == 0:
             raise ParameterError("the batch is empty", parameter="batch", value=0)
         if n > self.n_batch:

@@ -1,25 +1,10 @@
 """The one place where native results become exceptions."""
+# Most are raised in the other rooms.
 from triollama.errors import (
-    AdapterError,
-    BusyError,
-    ClosedError,
-    ContextFullError,
-    DecodeAborted,
-    DecodeError,
-    EngineError,
-    ForkedError,
-    GrammarError,
-    LoadCancelled,
-    ModelError,
-    ModelFormatError,
-    ModelNotFoundError,
-    NoSlotError,
-    OutOfMemoryError,
-    ParameterError,
-    StateError,
-    TokenError,
-    UnsupportedError,
-    ViewError,
+    AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint
+    DecodeError, EngineError, ForkedError, GrammarError, LoadCancelled, ModelError,  # no-cython-lint
+    ModelFormatError, ModelNotFoundError, NoSlotError, OutOfMemoryError,  # no-cython-lint
+    ParameterError, StateError, TokenError, UnsupportedError, ViewError,  # no-cython-lint
 )
 
 

@@ -2,7 +2,6 @@
 import os
 
 import cython
-from libc.stddef cimport size_t
 
 from llama cimport llama_backend_init
 

@@ -15,7 +15,7 @@ import warnings
 __all__ = ["SPIN_COUNT", "short_spin"]
 
 SPIN_COUNT = "1000"
-"""Turns of libgomp's waiting loop before a thread sleeps (libgomp's own default is 300,000 or more)."""
+"""Turns of libgomp's waiting loop before a thread sleeps (its own default: 300,000 or more)."""
 
 _USER_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -52,7 +52,7 @@ class short_spin:
 
 
 def _is_libgomp_loaded() -> bool:
-    """Whether the system's libgomp is mapped. (torch's own copy has another name and is separate.)"""
+    """Whether the system's libgomp is mapped. (torch brings its own, under another name.)"""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             return any("/libgomp.so" in line for line in maps)

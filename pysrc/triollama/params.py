@@ -15,7 +15,7 @@ import msgspec
 
 from .errors import ParameterError
 
-__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "GenerationParams", "MAX_SEED"]
+__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "MAX_SEED", "GenerationParams"]
 
 MAX_SEED = 0xFFFF_FFFE
 """Largest seed. 0xFFFFFFFF means "random" to llama.cpp, so it is never a seed here."""
@@ -63,7 +63,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         (text-generation-webui#6335); probability 0 or a threshold above 0.5 is off.
         ``min_keep``: truncating samplers leave at least this many candidates.
         ``repeat_penalty`` (1 is off), ``frequency_penalty``, ``presence_penalty`` (0 is off):
-        over the last ``repetition_lookback`` tokens, prompt included; 0 is off, -1 the whole context.
+        over the last ``repetition_lookback`` tokens, prompt included; 0 is off, -1 the whole
+        context.
         ``dry_multiplier`` (0 is off), ``dry_base``, ``dry_allowed_length``, ``dry_last_n``
         (-1: the whole context), ``dry_breakers``: DRY (text-generation-webui#5677).
         ``mirostat`` 1 or 2 with ``mirostat_tau``, ``mirostat_eta`` (arXiv:2007.14966): replaces
@@ -133,10 +134,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     causal_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _INT_RANGES.items():
-            _check_int(name, getattr(self, name), low, high)
-        for name, (low, high, why) in _FLOAT_RANGES.items():
-            _check_float(name, getattr(self, name), low, high, why)
+        for name, int_range in _INT_RANGES.items():
+            _check_int(name, getattr(self, name), *int_range)
+        for name, float_range in _FLOAT_RANGES.items():
+            _check_float(name, getattr(self, name), *float_range)
         if self.context_overflow not in ("stop", "shift"):
             raise ParameterError(
                 f"context_overflow must be 'stop' or 'shift', not {self.context_overflow!r}",

@@ -1,4 +1,4 @@
-"""The linters have nothing to say: ruff on Python, cython-lint on the engine, mypy on the scripts."""
+"""The linters have nothing to say: ruff, cython-lint, and mypy on the scripts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_ruff_looks_at_every_file_of_ours() -> None:
 
 def test_cython_lint() -> None:
     require("cython_lint")
-    done = run_tool("cython_lint", "engine")
+    done = run_tool("cython_lint.cython_lint", "engine")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
