@@ -18,20 +18,26 @@ float AdapterConfig::scale() const {
 float AdapterConfig::gguf_alpha() const { return rslora ? alpha * std::sqrt(static_cast<float>(rank)) : alpha; }
 
 AdapterSet::AdapterSet(const FrozenModel & model, const AdapterConfig & config, ggml_backend_buffer_type_t type)
-    : settings(config), store(static_cast<size_t>(model.info().n_layer) * config.targets.size() * 8) {
-    if (config.targets.empty()) {
-        throw std::invalid_argument("no target modules");
+    : settings(config),
+      store(static_cast<size_t>(model.info().n_layer) * std::max(config.targets.size(), model.linear_targets().size()) * 8) {
+    if (settings.targets.empty()) {
+        settings.targets = model.linear_targets();
     }
     if (config.rank < 1) {
         throw std::invalid_argument("rank must be at least 1, not " + std::to_string(config.rank));
     }
     for (int l = 0; l < model.info().n_layer; ++l) {
-        for (const std::string & target : config.targets) {
+        for (const std::string & target : settings.targets) {
             LoraPair pair;
             pair.name = "blk." + std::to_string(l) + "." + target + ".weight";
             ggml_tensor * weight = model.weight(pair.name);
             if (!weight || weight->ne[1] < 2) {
-                throw std::invalid_argument("target '" + target + "': the model has no matrix " + pair.name);
+                std::string known;
+                for (const std::string & name : model.linear_targets()) {
+                    known += (known.empty() ? "" : ", ") + name;
+                }
+                throw std::invalid_argument("target '" + target + "': the model has no matrix " + pair.name + " (have: " +
+                                            known + ")");
             }
             const int64_t n_in = weight->ne[0], n_out = weight->ne[1];
             if (config.rank > std::min(n_in, n_out)) {

@@ -15,7 +15,7 @@ struct AdapterConfig {
     int   rank  = 8;
     float alpha = 16.0f;
     bool  rslora = false;                 // scale by alpha / sqrt(rank) instead of alpha / rank
-    std::vector<std::string> targets;     // names within a layer, such as "attn_q"
+    std::vector<std::string> targets;     // names within a layer, such as "attn_q"; empty: every matrix
     uint64_t seed = 0;
 
     float scale() const;

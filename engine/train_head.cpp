@@ -11,7 +11,6 @@ constexpr int64_t block_rows       = 2048;   // of the vocabulary; a block of we
 constexpr int64_t max_positions    = 512;    // at a time; each group of positions dequantises all weights once more
 constexpr int64_t blocks_per_graph = 16;
 constexpr size_t  nodes_per_block  = 48;
-constexpr float   never            = -1e30f; // the logarithm of nothing; finite, so that differences stay numbers
 
 // State of one group of positions while the vocabulary is walked.
 struct Group {
@@ -56,8 +55,6 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
         Group group(n, m.n_embd, n_blocks, executor.buffer_type());
         ggml_backend_tensor_set(group.labels, labels.data() + first, 0, ggml_nbytes(group.labels));
         ggml_backend_tensor_set(group.weights, weights.data() + first, 0, ggml_nbytes(group.weights));
-        const std::vector<float> nothing(static_cast<size_t>(n), never);
-        ggml_backend_tensor_set(group.log_sum, nothing.data(), 0, ggml_nbytes(group.log_sum));
 
         const auto columns = [&](ggml_context * c, ggml_tensor * matrix) {
             return ggml_view_2d(c, matrix, matrix->ne[0], n, matrix->nb[1], static_cast<size_t>(first) * matrix->nb[1]);
@@ -67,8 +64,8 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
             Graph graph(blocks_per_graph * nodes_per_block, false, row_numbers);
             ggml_context * c = graph.context();
             ggml_tensor * x       = columns(c, h);
-            ggml_tensor * log_sum = group.log_sum;
-            ggml_tensor * d       = group.d;
+            ggml_tensor * log_sum = block ? group.log_sum : nullptr;
+            ggml_tensor * d       = block ? group.d : nullptr;
             for (int64_t i = block; i < std::min(block + blocks_per_graph, n_blocks); ++i) {
                 const int64_t row  = i * block_rows;
                 const int64_t rows = std::min(block_rows, m.n_vocab - row);
@@ -92,16 +89,16 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
 
                 // p at its largest is at least 1 / rows, so its logarithm is exact enough.
                 ggml_tensor * l     = ggml_sub(c, peak, ggml_log(c, pick(c, p, at)));
-                ggml_tensor * delta = ggml_sub(c, l, log_sum);
+                ggml_tensor * delta = log_sum ? ggml_sub(c, l, log_sum) : nullptr;
                 if (d_h) {
                     if (tanh) {   // through the cap: the derivative of cap tanh(z / cap) is 1 - tanh^2
                         p = ggml_sub(c, p, ggml_mul(c, p, ggml_sqr(c, tanh)));
                     }
                     ggml_tensor * part = ggml_mul_mat(c, ggml_cont(c, ggml_transpose(c, w_f32)), p);
-                    d = ggml_add(c, d, ggml_mul(c, ggml_sub(c, part, d), ggml_sigmoid(c, delta)));
+                    d = delta ? ggml_add(c, d, ggml_mul(c, ggml_sub(c, part, d), ggml_sigmoid(c, delta))) : part;
                     graph.compute(d);
                 }
-                log_sum = ggml_add(c, log_sum, ggml_softplus(c, delta));
+                log_sum = delta ? ggml_add(c, log_sum, ggml_softplus(c, delta)) : l;
                 graph.compute(log_sum);
             }
             graph.store(log_sum, group.log_sum);

@@ -84,4 +84,15 @@ ggml_tensor * FrozenModel::weight(const std::string & name) const {
     return it == tensors.end() ? nullptr : it->second;
 }
 
+std::vector<std::string> FrozenModel::linear_targets() const {
+    std::vector<std::string> names;
+    for (const char * name :
+         { "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down" }) {
+        if (weight("blk.0." + std::string(name) + ".weight")) {
+            names.emplace_back(name);
+        }
+    }
+    return names;
+}
+
 }  // namespace triollama

@@ -23,6 +23,9 @@ public:
     ggml_tensor * weight(const std::string & name) const;
     const std::map<std::string, ggml_tensor *> & weights() const { return tensors; }
 
+    // Names of the matrices within a layer, such as "attn_q": all that can carry an adapter.
+    std::vector<std::string> linear_targets() const;
+
 private:
     llama_model_ptr model;
     std::map<std::string, ggml_tensor *> tensors;

@@ -1,0 +1,460 @@
+"""LoRA training on a frozen GGUF model."""
+from typing import NamedTuple
+
+from libcpp.utility cimport pair
+
+from trainer cimport (
+    AdamW,
+    AdapterPart,
+    Architecture,
+    LoraPair,
+    NativeTrainer,
+    RowResult,
+    TrainerConfig,
+    TrainerMemory,
+    TrainingRow,
+    trainable_architectures,
+)
+
+cdef dict _PARTS = {
+    "weights": <int>AdapterPart.weights,
+    "gradients": <int>AdapterPart.gradients,
+    "first_moments": <int>AdapterPart.first_moments,
+    "second_moments": <int>AdapterPart.second_moments,
+}
+cdef dict _PRECISIONS = {"exact": True, "fast": False}
+
+
+class TrainingLoss(NamedTuple):
+    """What one row of tokens gave.
+
+    loss: the sum of weight * -ln p[label]. nll: float32, -ln p of each labelled position, in
+    order. predicted: int32, the likeliest token at each of them.
+    """
+
+    loss: float
+    nll: object
+    predicted: object
+
+
+def training_architectures() -> dict[str, str]:
+    """The architectures that can be trained, each with what is particular about it."""
+    cdef vector[Architecture] rows = trainable_architectures()
+    cdef Architecture row
+    return {row.name.decode(): row.notes.decode() for row in rows}
+
+
+cdef int copy_int32(str name, object values, vector[int32_t] & out, Py_ssize_t n) except -1:
+    """Copies one-dimensional integers; n is the length they must have, or -1."""
+    import numpy
+    array = numpy.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ParameterError(
+            f"{name} must be a one-dimensional array of integers, not {array.dtype} of shape"
+            f" {array.shape}", parameter=name)
+    if n >= 0 and array.shape[0] != n:
+        raise ParameterError(
+            f"{name} has {array.shape[0]} values for {n} tokens", parameter=name)
+    if array.size and (array.min() < -2**31 or array.max() >= 2**31):
+        raise ParameterError(f"{name} holds values beyond 32 bits", parameter=name)
+    cdef const int32_t[::1] view = numpy.ascontiguousarray(array, dtype=numpy.int32)
+    cdef Py_ssize_t i
+    out.resize(view.shape[0])
+    for i in range(view.shape[0]):
+        out[i] = view[i]
+    return 0
+
+
+cdef int copy_float32(str name, object values, vector[float] & out, Py_ssize_t n) except -1:
+    import numpy
+    array = numpy.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "fiu" or array.shape[0] != n:
+        raise ParameterError(
+            f"{name} must be {n} numbers in one dimension, not {array.dtype} of shape"
+            f" {array.shape}", parameter=name)
+    cdef const float[::1] view = numpy.ascontiguousarray(array, dtype=numpy.float32)
+    cdef Py_ssize_t i
+    out.resize(view.shape[0])
+    for i in range(view.shape[0]):
+        out[i] = view[i]
+    return 0
+
+
+cdef object loss_of(RowResult & result):
+    import numpy
+    cdef Py_ssize_t i
+    cdef Py_ssize_t n = result.nll.size()
+    nll = numpy.empty(n, dtype=numpy.float32)
+    predicted = numpy.empty(n, dtype=numpy.int32)
+    cdef float[::1] nll_view = nll
+    cdef int32_t[::1] predicted_view = predicted
+    for i in range(n):
+        nll_view[i] = result.nll[i]
+        predicted_view[i] = result.predicted[i]
+    return TrainingLoss(result.loss, nll, predicted)
+
+
+@cython.no_gc_clear
+cdef class Trainer(Owner):
+    """A frozen model with a LoRA adapter beside it, and the steps that train the adapter.
+
+    path: the model's GGUF file, mapped once more and never written. rank, alpha: the adapter adds
+    alpha / rank * B A x (alpha / sqrt(rank) with ``rslora``) to each target's W x. targets: names
+    within a layer (``"attn_q"``, ``"ffn_down"``, ...), or ``"all-linear"``. dropout: probability
+    that an element of an adapter's input is dropped while training. seed: of the initial A
+    (uniform in +-1/sqrt(n_in); B is zero) and of dropout. precision: ``"exact"`` dequantises
+    weights to F32; ``"fast"`` multiplies quantised weights with quantised activations on the way
+    forward. n_gpu_layers: above 0 the graphs run on the GPU.
+
+    Raises ParameterError, ModelNotFoundError, ModelFormatError, OutOfMemoryError, and
+    UnsupportedError naming what is missing when the architecture cannot be trained. Blocking calls
+    release the GIL; one thread at a time, except for ``request_abort``.
+    """
+
+    def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
+                 targets="all-linear", dropout: float = 0.0, seed: int = 0,
+                 precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0):
+        cdef TrainerConfig config
+        if self.native != NULL:
+            raise BusyError("this Trainer is already open")
+        self.path = os.fspath(path)
+        cdef bytes raw_path = os.fsencode(self.path)
+        if b"\0" in raw_path:
+            raise ParameterError("path holds NUL", parameter="path", value=path)
+        config.model_path = raw_path
+        config.adapter.rank = check_int("rank", rank, 1, 65536)
+        config.adapter.alpha = check_float("alpha", alpha, 1e-6, 1e6)
+        config.adapter.rslora = rslora
+        config.adapter.seed = check_int("seed", seed, 0, 2**63 - 1)
+        config.dropout = check_float("dropout", dropout, 0.0, 0.999)
+        config.exact = check_choice("precision", precision, _PRECISIONS)
+        config.n_threads = check_int(
+            "threads", default_threads() if threads is None else threads, 1, 512)
+        config.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        if targets != "all-linear":
+            if isinstance(targets, str):
+                raise ParameterError(
+                    f"targets must be 'all-linear' or a sequence of names, not {targets!r}",
+                    parameter="targets", value=targets)
+            for name in targets:
+                config.adapter.targets.push_back(str(name).encode())
+            if config.adapter.targets.empty():
+                raise ParameterError("targets is empty", parameter="targets", value=targets)
+        try:
+            with open(self.path, "rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise ModelNotFoundError(
+                f"cannot open the model {self.path}: {error.strerror or error}",
+                path=self.path) from error
+        if magic != b"GGUF":
+            raise ModelFormatError(f"{self.path} is no GGUF file", path=self.path)
+        begin_log()
+        try:
+            with nogil:
+                self.native = new NativeTrainer(config)
+        finally:
+            flush_log()
+        self.closed = False
+        count_live("Trainer", 1)
+
+    def __dealloc__(self):
+        if not self.closed and self.forks == fork_count:
+            count_live("Trainer", -1)
+            del self.native
+
+    def close(self) -> None:
+        """Unmap the model and free the adapter. Idempotent; BusyError while a call runs."""
+        if self.closed or self.forks != fork_count:
+            return
+        self.check_childless()
+        self.closed = True
+        count_live("Trainer", -1)
+        del self.native
+        self.native = NULL
+
+    def __enter__(self) -> Trainer:
+        self.alive()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    # ---- what it is
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture`` of the model."""
+        self.alive()
+        return self.native.model().arch.name.decode()
+
+    @property
+    def n_vocab(self) -> int:
+        """Rows of the output matrix."""
+        self.alive()
+        return self.native.model().n_vocab
+
+    @property
+    def n_layer(self) -> int:
+        self.alive()
+        return self.native.model().n_layer
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The matrices within each layer that have an adapter."""
+        self.alive()
+        cdef vector[string] names = self.native.adapter().config().targets
+        cdef string name
+        return tuple([name.decode() for name in names])
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in A and B together."""
+        self.alive()
+        return self.native.adapter().n_parameters()
+
+    @property
+    def layout(self) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """For each pair, in the order of the flat vectors: the base weight's name, then the shapes
+        of A (rank, n_in) and B (n_out, rank), in rows and columns as numpy and PEFT see them."""
+        self.alive()
+        cdef vector[LoraPair] pairs = self.native.adapter().pairs()
+        cdef LoraPair item
+        return [
+            (item.name.decode(), (item.a.ne[1], item.a.ne[0]), (item.b.ne[1], item.b.ne[0]))
+            for item in pairs
+        ]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``weights`` (the mapping, shared), ``adapter`` (with gradients and moments),
+        ``activations`` and ``arena`` (the most so far)."""
+        self.alive()
+        cdef TrainerMemory memory = self.native.memory()
+        return {"weights": memory.weights, "adapter": memory.adapter,
+                "activations": memory.activations, "arena": memory.arena}
+
+    # ---- steps
+
+    cdef int fill(self, TrainingRow & row, tokens, labels, positions, segments, weights) except -1:
+        import numpy
+        copy_int32("tokens", tokens, row.tokens, -1)
+        cdef Py_ssize_t n = row.tokens.size()
+        if n == 0:
+            raise ParameterError("tokens is empty", parameter="tokens")
+        copy_int32("labels", labels, row.labels, n)
+        copy_int32("positions", numpy.arange(n) if positions is None else positions,
+                   row.positions, n)
+        copy_int32("segments", numpy.zeros(n, numpy.int32) if segments is None else segments,
+                   row.segments, n)
+        if weights is None:
+            n_labels = sum([1 for label in row.labels if label >= 0])
+            weights = numpy.full(n, 1.0 / max(n_labels, 1), numpy.float32)
+        copy_float32("weights", weights, row.weights, n)
+        return 0
+
+    def forward_backward(self, tokens, labels, *, positions=None, segments=None,
+                         weights=None) -> TrainingLoss:
+        """Add the gradients of one row's loss to those already there; returns the loss.
+
+        All arrays have one value for each token. labels: the token to be predicted after this one,
+        or -1 for none. positions: of each token in its own text (default: 0, 1, ...). segments:
+        texts packed in one row have different numbers and do not see each other. weights: of each
+        label in the loss (default: one over the number of labels, so the loss is their mean).
+
+        Raises ParameterError, OutOfMemoryError, and DecodeAborted after ``request_abort``, when
+        all gradients are cleared.
+        """
+        cdef TrainingRow row
+        cdef RowResult result
+        self.fill(row, tokens, labels, positions, segments, weights)
+        self.enter()
+        try:
+            with nogil:
+                result = self.native.forward_backward(row)
+        finally:
+            self.leave()
+        return loss_of(result)
+
+    def evaluate(self, tokens, labels, *, positions=None, segments=None,
+                 weights=None) -> TrainingLoss:
+        """The loss as ``forward_backward`` gives it, without gradients and without dropout."""
+        cdef TrainingRow row
+        cdef RowResult result
+        self.fill(row, tokens, labels, positions, segments, weights)
+        self.enter()
+        try:
+            with nogil:
+                result = self.native.evaluate(row)
+        finally:
+            self.leave()
+        return loss_of(result)
+
+    def gradient_norm(self) -> float:
+        """The Euclidean norm of all gradients as one vector."""
+        cdef double norm
+        self.enter()
+        try:
+            with nogil:
+                norm = self.native.adapter().gradient_norm()
+        finally:
+            self.leave()
+        return norm
+
+    def scale_gradients(self, factor: float) -> None:
+        cdef float value = check_float("factor", factor, -1e30, 1e30)
+        self.enter()
+        try:
+            with nogil:
+                self.native.adapter().scale_gradients(value)
+        finally:
+            self.leave()
+
+    def clear_gradients(self) -> None:
+        self.enter()
+        try:
+            with nogil:
+                self.native.adapter().clear_gradients()
+        finally:
+            self.leave()
+
+    def adamw_step(self, learning_rate: float, *, beta1: float = 0.9, beta2: float = 0.999,
+                   epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
+        """One step of AdamW (Loshchilov and Hutter, 2019) with the gradients, which it clears."""
+        cdef AdamW optimiser
+        optimiser.learning_rate = check_float("learning_rate", learning_rate, 0.0, 1e3)
+        optimiser.beta1 = check_float("beta1", beta1, 0.0, 0.9999999)
+        optimiser.beta2 = check_float("beta2", beta2, 0.0, 0.9999999)
+        optimiser.epsilon = check_float("epsilon", epsilon, 1e-30, 1.0)
+        optimiser.weight_decay = check_float("weight_decay", weight_decay, 0.0, 1e3)
+        self.enter()
+        try:
+            with nogil:
+                self.native.adamw_step(optimiser)
+        finally:
+            self.leave()
+
+    def request_abort(self, abort: bool = True) -> None:
+        """Make the call now running, and those to come, raise DecodeAborted; False takes it back.
+
+        From any thread. An optimiser step is never cut in half.
+        """
+        self.alive()
+        self.native.request_abort(abort)
+
+    def set_threads(self, threads: int) -> None:
+        cdef int value = check_int("threads", threads, 1, 512)
+        self.enter()
+        try:
+            self.native.set_threads(value)
+        finally:
+            self.leave()
+
+    # ---- state
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        self.alive()
+        return self.native.step()
+
+    @property
+    def dropout_counter(self) -> int:
+        """Rows trained on: with the seed it selects the next row's dropout masks."""
+        self.alive()
+        return self.native.dropout_counter()
+
+    def restore_counters(self, step: int, dropout_counter: int) -> None:
+        self.enter()
+        try:
+            self.native.restore_counters(
+                check_int("step", step, 0, 2**62),
+                check_int("dropout_counter", dropout_counter, 0, 2**62))
+        finally:
+            self.leave()
+
+    def get(self, part: str) -> object:
+        """A flat float32 copy of all pairs' ``"weights"``, ``"gradients"``, ``"first_moments"``
+        or ``"second_moments"``: in the order of ``layout``, A before B."""
+        import numpy
+        cdef int chosen = <int>check_choice("part", part, _PARTS)
+        out = numpy.empty(self.n_parameters, dtype=numpy.float32)
+        cdef float[::1] view = out
+        self.enter()
+        try:
+            with nogil:
+                self.native.adapter().get(<AdapterPart>chosen, &view[0], view.shape[0])
+        finally:
+            self.leave()
+        return out
+
+    def set(self, part: str, values) -> None:
+        """The reverse of ``get``."""
+        cdef int chosen = <int>check_choice("part", part, _PARTS)
+        cdef vector[float] data
+        copy_float32("values", values, data, self.n_parameters)
+        self.enter()
+        try:
+            with nogil:
+                self.native.adapter().set(<AdapterPart>chosen, data.data(), data.size())
+        finally:
+            self.leave()
+
+    def save_adapter(self, path, metadata: dict[str, str] | None = None) -> None:
+        """Write the adapter as GGUF, as any llama.cpp program loads it.
+
+        metadata: more key-value pairs of text. The file appears under its name only when complete.
+        Raises OSError, EngineError.
+        """
+        cdef vector[pair[string, string]] pairs
+        cdef pair[string, string] item
+        for key, value in (metadata or {}).items():
+            item.first = str(key).encode()
+            item.second = str(value).encode()
+            if not key or b"\0" in <bytes>item.first or b"\0" in <bytes>item.second:
+                raise ParameterError(f"metadata {key!r} is empty or holds NUL", parameter="metadata")
+            pairs.push_back(item)
+        target = os.fspath(path)
+        partial = f"{target}.{os.getpid()}.partial"
+        with open(partial, "wb"):       # an OSError that says why, if it cannot be written
+            pass
+        cdef string raw_partial = os.fsencode(partial)
+        try:
+            self.enter()
+            try:
+                with nogil:
+                    self.native.save_adapter(raw_partial, pairs)
+            finally:
+                self.leave()
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            try:
+                os.unlink(partial)
+            except FileNotFoundError:
+                pass
+
+    def load_adapter(self, path) -> None:
+        """Take A and B from an adapter file with the same targets, rank and scale.
+
+        Moments and counters stay. Raises AdapterError, ModelNotFoundError.
+        """
+        name = os.fspath(path)
+        cdef string raw_path = os.fsencode(name)
+        try:
+            with open(name, "rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise ModelNotFoundError(
+                f"cannot open the adapter {name}: {error.strerror or error}", path=name) from error
+        if magic != b"GGUF":
+            raise AdapterError(f"{name} is no GGUF file", path=name)
+        self.enter()
+        try:
+            with nogil:
+                self.native.load_adapter(raw_path)
+        except ModelFormatError as error:
+            raise AdapterError(str(error), path=name) from None
+        finally:
+            self.leave()
