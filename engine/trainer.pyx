@@ -236,7 +236,8 @@ cdef class Trainer(Owner):
 
     # ---- steps
 
-    cdef int fill(self, TrainingRow & row, tokens, labels, positions, segments, weights) except -1:
+    cdef int fill(self, TrainingRow & row, object tokens, object labels, object positions,
+                  object segments, object weights) except -1:
         import numpy
         copy_int32("tokens", tokens, row.tokens, -1)
         cdef Py_ssize_t n = row.tokens.size()
