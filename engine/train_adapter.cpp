@@ -86,10 +86,10 @@ const LoraPair * AdapterSet::find(const ggml_tensor * weight) const {
 template <typename F> void AdapterSet::for_each(AdapterPart part, F && visit) const {
     for (const LoraPair & pair : all) {
         switch (part) {
-            case AdapterPart::weights:        visit(pair.a);      visit(pair.b);      break;
-            case AdapterPart::gradients:      visit(pair.grad_a); visit(pair.grad_b); break;
-            case AdapterPart::first_moments:  visit(pair.m_a);    visit(pair.m_b);    break;
-            case AdapterPart::second_moments: visit(pair.v_a);    visit(pair.v_b);    break;
+            case PART_WEIGHTS:        visit(pair.a);      visit(pair.b);      break;
+            case PART_GRADIENTS:      visit(pair.grad_a); visit(pair.grad_b); break;
+            case PART_FIRST_MOMENTS:  visit(pair.m_a);    visit(pair.m_b);    break;
+            case PART_SECOND_MOMENTS: visit(pair.v_a);    visit(pair.v_b);    break;
         }
     }
 }
@@ -124,7 +124,7 @@ void AdapterSet::set(AdapterPart part, const float * values, size_t n) {
 double AdapterSet::gradient_norm() const {
     double sum = 0.0;
     std::vector<float> values;
-    for_each(AdapterPart::gradients, [&](ggml_tensor * t) {
+    for_each(PART_GRADIENTS, [&](ggml_tensor * t) {
         values.resize(static_cast<size_t>(ggml_nelements(t)));
         ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
         for (const float value : values) {
@@ -136,7 +136,7 @@ double AdapterSet::gradient_norm() const {
 
 void AdapterSet::scale_gradients(float factor) {
     std::vector<float> values;
-    for_each(AdapterPart::gradients, [&](ggml_tensor * t) {
+    for_each(PART_GRADIENTS, [&](ggml_tensor * t) {
         values.resize(static_cast<size_t>(ggml_nelements(t)));
         ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
         for (float & value : values) {
@@ -147,7 +147,7 @@ void AdapterSet::scale_gradients(float factor) {
 }
 
 void AdapterSet::clear_gradients() {
-    for_each(AdapterPart::gradients, [](ggml_tensor * t) { ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t)); });
+    for_each(PART_GRADIENTS, [](ggml_tensor * t) { ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t)); });
 }
 
 void AdapterSet::save(const std::string & path, const std::string & architecture,
@@ -165,7 +165,7 @@ void AdapterSet::save(const std::string & path, const std::string & architecture
     TensorStore copies(all.size() * 2);
     std::vector<ggml_tensor *> sources;
     std::vector<ggml_tensor *> targets;
-    for_each(AdapterPart::weights, [&](ggml_tensor * t) {
+    for_each(PART_WEIGHTS, [&](ggml_tensor * t) {
         ggml_tensor * copy = copies.add(GGML_TYPE_F32, t->ne[0], t->ne[1]);
         ggml_set_name(copy, t->name);
         sources.push_back(t);
@@ -211,7 +211,7 @@ void AdapterSet::load(const std::string & path, const std::string & architecture
     size_t found = 0;
     std::vector<float> weights(n_values);
     float * out = weights.data();
-    for_each(AdapterPart::weights, [&](ggml_tensor * t) {
+    for_each(PART_WEIGHTS, [&](ggml_tensor * t) {
         const ggml_tensor * source = ggml_get_tensor(data.get(), t->name);
         if (!source) {
             throw format_error(path + ": tensor " + t->name + " is missing");
@@ -241,7 +241,7 @@ void AdapterSet::load(const std::string & path, const std::string & architecture
             throw format_error(path + ": holds values that are not finite");
         }
     }
-    set(AdapterPart::weights, weights.data(), weights.size());
+    set(PART_WEIGHTS, weights.data(), weights.size());
 }
 
 }  // namespace triollama

@@ -30,7 +30,7 @@ struct LoraPair {
 };
 
 // Which flat vector of the whole adapter: all A and B in the order of pairs(), A before B, rows as ggml stores them.
-enum class AdapterPart { weights, gradients, first_moments, second_moments };
+enum AdapterPart { PART_WEIGHTS, PART_GRADIENTS, PART_FIRST_MOMENTS, PART_SECOND_MOMENTS };
 
 class AdapterSet {
 public:

@@ -39,11 +39,11 @@ cdef extern from "train_adapter.hpp" namespace "triollama" nogil:
         ggml_tensor * a
         ggml_tensor * b
 
-    cdef enum class AdapterPart:
-        weights
-        gradients
-        first_moments
-        second_moments
+    enum AdapterPart:
+        PART_WEIGHTS
+        PART_GRADIENTS
+        PART_FIRST_MOMENTS
+        PART_SECOND_MOMENTS
 
     cdef cppclass AdapterSet:
         const vector[LoraPair] & pairs()

@@ -4,6 +4,10 @@ from typing import NamedTuple
 from libcpp.utility cimport pair
 
 from trainer cimport (
+    PART_FIRST_MOMENTS,
+    PART_GRADIENTS,
+    PART_SECOND_MOMENTS,
+    PART_WEIGHTS,
     AdamW,
     AdapterPart,
     Architecture,
@@ -17,10 +21,10 @@ from trainer cimport (
 )
 
 cdef dict _PARTS = {
-    "weights": <int>AdapterPart.weights,
-    "gradients": <int>AdapterPart.gradients,
-    "first_moments": <int>AdapterPart.first_moments,
-    "second_moments": <int>AdapterPart.second_moments,
+    "weights": <int>PART_WEIGHTS,
+    "gradients": <int>PART_GRADIENTS,
+    "first_moments": <int>PART_FIRST_MOMENTS,
+    "second_moments": <int>PART_SECOND_MOMENTS,
 }
 cdef dict _PRECISIONS = {"exact": True, "fast": False}
 
