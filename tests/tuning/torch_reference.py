@@ -7,7 +7,7 @@ Gradients are PyTorch's, the optimiser is ``torch.optim.AdamW``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Reference:
                 pair.append(part.requires_grad_())
             self.lora[name] = (pair[0], pair[1])
             self.parameters += pair
-        self.dropout: Mapping[str, Any] = {}  # by name of the weight: what its adapter's input is multiplied by
+        # By name of the weight: what its adapter's input is multiplied by.
+        self.dropout: dict[str, Any] = {}
 
     def key(self, name: str, default: Any = None) -> Any:
         return self.keys.get(f"{self.arch}.{name}", default)
@@ -97,6 +98,7 @@ class Reference:
         if kind == "longrope":
             inverse = inverse / self.w["rope_factors_short.weight"].double()
         elif kind == "yarn":  # arXiv:2309.00071, with its default bounds of 1 and 32 rotations
+
             def dimension(rotations: float) -> float:
                 return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
@@ -120,10 +122,16 @@ class Reference:
 
     def attention(self, x: Any, layer: int, positions: Any, segments: Any) -> Any:
         p = f"blk.{layer}."
-        n, heads, kv_heads = len(x), self.key("attention.head_count"), self.key("attention.head_count_kv")
+        n, heads, kv_heads = (
+            len(x),
+            self.key("attention.head_count"),
+            self.key("attention.head_count_kv"),
+        )
         d = self.key("attention.key_length", self.key("embedding_length") // heads)
         if p + "attn_qkv.weight" in self.w:
-            q, k, v = self.linear(x, p + "attn_qkv").split([heads * d, kv_heads * d, kv_heads * d], -1)
+            q, k, v = self.linear(x, p + "attn_qkv").split(
+                [heads * d, kv_heads * d, kv_heads * d], -1
+            )
         else:
             q, k, v = (self.linear(x, p + name) for name in ("attn_q", "attn_k", "attn_v"))
         q = q.view(n, heads, d).transpose(0, 1)
