@@ -83,7 +83,7 @@ class Reference:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * self.w[name + ".weight"]
 
     def rope(self, x: Any, positions: Any, sliding: bool) -> Any:
-        """x: [heads, tokens, head_dim]. Rotations by position * base^(-2i/d), as each family scales them."""
+        """x: [heads, tokens, head_dim]. Rotates by position * base^(-2i/d), scaled by family."""
         d = self.key("rope.dimension_count", x.shape[-1])
         base = self.key("rope.freq_base", 10000.0)
         kind = self.key("rope.scaling.type")
@@ -188,14 +188,14 @@ class Reference:
 
     def loss(
         self,
-        tokens: Sequence[int],
-        labels: Sequence[int],
-        positions: Sequence[int] | None = None,
-        segments: Sequence[int] | None = None,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        positions: np.ndarray | None = None,
+        segments: np.ndarray | None = None,
     ) -> Any:
         """Mean of -ln p[label] over labels that are not -1."""
         n = len(tokens)
-        places = torch.arange(n) if positions is None else torch.as_tensor(np.asarray(positions))
-        texts = torch.zeros(n) if segments is None else torch.as_tensor(np.asarray(segments))
-        logits = self.logits(torch.as_tensor(np.asarray(tokens)), places, texts)
-        return F.cross_entropy(logits, torch.as_tensor(np.asarray(labels)).long(), ignore_index=-1)
+        places = torch.arange(n) if positions is None else torch.as_tensor(positions)
+        texts = torch.zeros(n) if segments is None else torch.as_tensor(segments)
+        logits = self.logits(torch.as_tensor(tokens), places, texts)
+        return F.cross_entropy(logits, torch.as_tensor(labels).long(), ignore_index=-1)
