@@ -15,7 +15,6 @@ from llama cimport (
     llama_token,
     llama_vocab,
 )
-from trainer cimport NativeTrainer, TrainingRow
 
 
 cdef class Owner:
@@ -120,11 +119,3 @@ cdef class Adapter(Owner):
     cdef readonly Model model
     cdef readonly str path
     cdef dict metadata_
-
-
-cdef class Trainer(Owner):
-    cdef NativeTrainer * native
-    cdef readonly str path
-
-    cdef int fill(self, TrainingRow & row, object tokens, object labels, object positions,
-                  object segments, object weights) except -1

@@ -115,6 +115,9 @@ cdef class Trainer(Owner):
     release the GIL; one thread at a time, except for ``request_abort``.
     """
 
+    cdef NativeTrainer * native
+    cdef readonly str path
+
     def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
                  precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0):
