@@ -80,10 +80,19 @@ def verify(archive: Path, pin: Pin) -> None:
         )
 
 
+def _outside_any_build() -> dict[str, str]:
+    """The environment without what a surrounding pip sets for its build backends."""
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE", "PIP_BUILD_TRACKER")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and not name.startswith("_PYPROJECT_HOOKS_")
+    }
+
+
 def _pip_commands(scratch: Path) -> Iterator[list[str]]:
-    """Ways to run pip, cheapest first; inside pip's build isolation the first fails."""
+    """Ways to run pip, cheapest first."""
     yield [sys.executable, "-m", "pip"]
-    yield [sys.executable, "-I", "-m", "pip"]
     environment = scratch / "pip-env"
     made = subprocess.run(
         [sys.executable, "-I", "-m", "venv", str(environment)], capture_output=True, check=False
@@ -116,11 +125,14 @@ def download(pin: Pin) -> Path:
                 f"fetching llama.cpp {pin.commit}: {pin.file} ({pin.size // 1_000_000} MB)",
                 flush=True,
             )
+            outside = _outside_any_build()
             for pip in _pip_commands(scratch):
-                if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
+                if subprocess.run(
+                    [*pip, "--version"], env=outside, capture_output=True, check=False
+                ).returncode:
                     continue
                 done = subprocess.run(
-                    [*pip, *arguments], capture_output=True, text=True, check=False
+                    [*pip, *arguments], env=outside, capture_output=True, text=True, check=False
                 )
                 break
             else:
