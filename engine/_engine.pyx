@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 # cython: embedsignature=True, embedsignature.format=python
-# cython: freethreading_compatible=False
+# cython: annotation_typing=False, freethreading_compatible=False
 # distutils: language=c++
 """triollama's only extension: Cython classes over llama.cpp's C API.
 

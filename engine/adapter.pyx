@@ -18,11 +18,9 @@ cdef class Adapter(Owner):
     model is in use. Raises AdapterError, ModelNotFoundError. Releases the GIL.
     """
 
-    def __init__(self, model: Model, path):
+    def __init__(self, Model model not None, path):
         if self.ptr != NULL:
             raise BusyError("this Adapter is already loaded")
-        if model is None:
-            raise ParameterError("model is None", parameter="model")
         model.alive()
         if model.vocab_only:
             raise UnsupportedError("the model was loaded with vocab_only=True")
@@ -99,7 +97,7 @@ cdef class Adapter(Owner):
         return dict(self.metadata_)
 
 
-def set_adapters(context: Context, adapters) -> None:
+def set_adapters(Context context not None, adapters) -> None:
     """Apply exactly these adapters: a list of (Adapter, scale); an empty list removes all.
 
     A change costs some milliseconds at the next decode. What is in memory was computed under the
@@ -136,7 +134,7 @@ def set_adapters(context: Context, adapters) -> None:
         context.leave()
 
 
-def set_control_vector(context: Context, data, layer_start: int = 1,
+def set_control_vector(Context context not None, data, layer_start: int = 1,
                        layer_end: int | None = None) -> None:
     """Add ``data[l - 1]`` to the hidden state after layer l, for layer_start <= l <= layer_end.
 

@@ -171,7 +171,7 @@ cdef class Context(Owner):
 
     def __init__(
         self,
-        model: Model,
+        Model model not None,
         *,
         n_ctx: int = 2048,
         n_batch: int = 2048,
@@ -203,8 +203,6 @@ cdef class Context(Owner):
     ):
         if self.ptr != NULL:
             raise BusyError("this Context is already open")
-        if model is None:
-            raise ParameterError("model is None", parameter="model")
         model.alive()
         if model.vocab_only:
             raise UnsupportedError(
@@ -484,7 +482,7 @@ cdef class Context(Owner):
                 f" n_outputs_max={self.n_outputs_max}", parameter="batch", value=n_outputs)
         return 0
 
-    def decode(self, batch: Batch) -> None:
+    def decode(self, Batch batch not None) -> None:
         """Compute ``batch``, and keep its tokens in memory. Releases the GIL.
 
         Raises ParameterError and TokenError before anything is done, NoSlotError (memory as
@@ -494,8 +492,6 @@ cdef class Context(Owner):
         cdef int code
         self.enter()
         try:
-            if batch is None:
-                raise ParameterError("batch is None", parameter="batch")
             self.check_no_views()
             if not self.model.has_decoder:
                 raise UnsupportedError("this model has no decoder; use encode")
@@ -511,13 +507,11 @@ cdef class Context(Owner):
         finally:
             self.leave()
 
-    def encode(self, batch: Batch) -> None:
+    def encode(self, Batch batch not None) -> None:
         """Compute ``batch`` without the cache: encoders and embedding models. Errors as decode."""
         cdef int code
         self.enter()
         try:
-            if batch is None:
-                raise ParameterError("batch is None", parameter="batch")
             self.check_no_views()
             self.check_batch(batch, True)
             self.output_rows.clear()

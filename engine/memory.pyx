@@ -112,9 +112,16 @@ cdef class Memory:
         """Forget all sequences but this one."""
         self.enter(seq_id, False)
         cdef llama_seq_id s = seq_id
+        cdef int other
         try:
-            with nogil:
-                llama_memory_seq_keep(self.context.mem, s)
+            if self.context.kv_unified:
+                with nogil:
+                    llama_memory_seq_keep(self.context.mem, s)
+                return
+            # llama.cpp's function looks at the cells of the sequence's own cache only.
+            for other in range(self.context.n_seq_max):
+                if other != s:
+                    llama_memory_seq_rm(self.context.mem, other, -1, -1)
         finally:
             self.context.leave()
 

@@ -77,7 +77,7 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
     cdef const uint8_t * data
     cdef int header = _HEADER.size
     try:
-        view = blob
+        view = memoryview(blob)
     except (TypeError, ValueError, BufferError):
         raise ParameterError(
             f"a state is bytes, not {type(blob).__name__}", parameter="blob", value=None) from None
@@ -126,7 +126,7 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
     return 0
 
 
-def save_sequence(context: Context, seq_id: int) -> bytes:
+def save_sequence(Context context not None, seq_id: int) -> bytes:
     """One sequence's memory as bytes, for ``load_sequence``. Releases the GIL.
 
     With separate caches a copy by ``seq_cp`` takes effect at the next decode: save after it.
@@ -136,7 +136,7 @@ def save_sequence(context: Context, seq_id: int) -> bytes:
     return pack_state(context, _KIND_SEQUENCE, seq_id)
 
 
-def load_sequence(context: Context, blob, seq_id: int) -> None:
+def load_sequence(Context context not None, blob, seq_id: int) -> None:
     """Replace a sequence's memory by a saved one, from this or another context of the model.
 
     Raises StateError, before anything is changed, if the bytes are damaged or belong elsewhere;
@@ -147,13 +147,13 @@ def load_sequence(context: Context, blob, seq_id: int) -> None:
     unpack_state(context, blob, _KIND_SEQUENCE, seq_id)
 
 
-def save_context(context: Context) -> bytes:
+def save_context(Context context not None) -> bytes:
     """All sequences' memory as bytes, for ``load_context``. Releases the GIL."""
     context.alive()
     return pack_state(context, _KIND_CONTEXT, 0)
 
 
-def load_context(context: Context, blob) -> None:
+def load_context(Context context not None, blob) -> None:
     """Replace all memory by a saved one; the context must be of the same shape. Raises StateError."""
     context.alive()
     unpack_state(context, blob, _KIND_CONTEXT, 0)
