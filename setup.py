@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import _native  # noqa: E402
-from fetch_llama_cpp import FetchError  # noqa: E402
+from fetch_llama_cpp import FetchError, fetch  # noqa: E402
+
+
+def stop(error: Exception) -> SystemExit:
+    return SystemExit(f"\ntriollama cannot be built: {error}\n")
 
 
 class CMakeBuild(build_ext):
@@ -28,7 +32,7 @@ class CMakeBuild(build_ext):
             folder = ROOT / "build" / f"engine-{abi}-{native.key[:12]}"
             built = _native.build_extension(native, folder)
         except (_native.BuildError, FetchError) as error:
-            raise SystemExit(f"\ntriollama cannot be built: {error}\n") from None
+            raise stop(error) from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # A running process may have the old file mapped: replace it, never write into it.
@@ -36,5 +40,13 @@ class CMakeBuild(build_ext):
         shutil.copy2(built, fresh)
         os.replace(fresh, target)
 
+
+# Before setuptools looks: the licences of what is linked in go into every wheel, and the source into
+# every source distribution.
+if "TRIOLLAMA_LLAMA_DIR" not in os.environ or "sdist" in sys.argv:
+    try:
+        fetch()
+    except FetchError as error:
+        raise stop(error) from None
 
 setup(ext_modules=[Extension("triollama._engine", sources=[])], cmdclass={"build_ext": CMakeBuild})
