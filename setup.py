@@ -41,8 +41,8 @@ class CMakeBuild(build_ext):
         os.replace(fresh, target)
 
 
-# Before setuptools looks: the licences of what is linked in go into every wheel, and the source into
-# every source distribution.
+# Before setuptools looks: the licences of what is linked in go into every wheel, and the source
+# into every source distribution.
 if "TRIOLLAMA_LLAMA_DIR" not in os.environ or "sdist" in sys.argv:
     try:
         fetch()
