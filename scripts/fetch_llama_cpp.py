@@ -86,7 +86,7 @@ def _outside_any_build() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in hidden and not name.startswith("_PYPROJECT_HOOKS_")
+        if name not in hidden and not name.startswith(("_PYPROJECT_HOOKS_", "PEP517_"))
     }
 
 

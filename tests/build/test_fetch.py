@@ -133,6 +133,18 @@ def test_says_what_the_archive_lacks(fetcher: ModuleType, pin: Any, tmp_path: Pa
         fetcher.fetch(["build"], source=tmp_path / "source", pin=greedy)
 
 
+def test_pip_does_not_learn_of_the_build_around_it(
+    fetcher: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the pip that fetches looks for our build backend in the package it fetches."""
+    for name in ("PYTHONPATH", "PEP517_BACKEND_PATH", "_PYPROJECT_HOOKS_BACKEND_PATH"):
+        monkeypatch.setenv(name, "scripts")
+    monkeypatch.setenv("PIP_INDEX_URL", "kept")
+    outside = fetcher._outside_any_build()
+    assert "scripts" not in outside.values()
+    assert outside["PIP_INDEX_URL"] == "kept"
+
+
 def make_tree(folder: Path, llama: str, ggml: str) -> None:
     for name, prefix, version in (
         ("CMakeLists.txt", "LLAMA", llama),
