@@ -189,8 +189,9 @@ def find_tools(arguments: Sequence[str]) -> Tools:
 
 
 def common_arguments(tools: Tools, arguments: Sequence[str]) -> list[str]:
-    """What both stages pass to CMake before the user's own arguments."""
-    result = []
+    """What both stages pass to CMake before the user's own arguments, and no result depends on."""
+    # Upstream would call a ccache that CMake finds in its own folders, though PATH may lack it.
+    result = ["-DGGML_CCACHE=OFF"]
     if tools.generator:
         result += ["-G", tools.generator, f"-DCMAKE_MAKE_PROGRAM={tools.make}"]
     if tools.ccache:
