@@ -49,13 +49,14 @@ struct SamplingParams {
     int32_t dry_allowed_length = 2;
     int32_t dry_last_n = 1024;
     std::vector<std::string> dry_breakers;
-    int32_t mirostat = 0;               // 0, 1 or 2; replaces truncation, as in upstream
+    int32_t mirostat = 0;               // 0, 1 or 2; replaces truncation (bias, penalties, DRY, temperature stay)
     float   mirostat_tau = 5.0f;
     float   mirostat_eta = 0.1f;
     int32_t mirostat_m = 100;
     float   adaptive_target = -1.0f;    // off: < 0
     float   adaptive_decay = 0.9f;
     std::vector<llama_logit_bias> logit_bias;
+    bool    ignore_eos = false;         // every end-of-generation token is banned, whatever the stages
     std::string grammar;                // GBNF; empty: none
     std::string grammar_root = "root";
     bool    grammar_lazy = false;
@@ -69,7 +70,13 @@ struct TokenLogprob {
 };
 
 // One sequence's sampler. Not thread-safe; owned by whoever drives the sequence.
-// Every method may throw std::invalid_argument (bad parameter), grammar_error, or std::bad_alloc.
+//
+// For a seed, tokens equal those of llama.cpp's own samplers in the same order, closed by its dist, mirostat or
+// adaptive-p: exactly where the first stage that drops tokens is top-k or min-p, or the choice is greedy; otherwise up to
+// the rounding of sums over the vocabulary, which are taken in double here and in float there.
+//
+// Methods may throw std::invalid_argument (a parameter, or nothing left to choose from), grammar_error, state_error,
+// std::runtime_error (logits that are no numbers) and std::bad_alloc.
 class Sampler {
 public:
     Sampler(const llama_vocab * vocab, SamplingParams params);
@@ -77,28 +84,37 @@ public:
     Sampler(const Sampler &) = delete;
     Sampler & operator=(const Sampler &) = delete;
 
-    // Picks a token. `logits` has n_vocab floats; some are patched during the call and restored before it returns.
+    // Picks a token. `logits` has n_vocab floats; some are patched during the call and restored before it returns,
+    // also by an exception. The token is not recorded: accept() does that.
     llama_token sample(float * logits);
 
     // Records a token, generated or of the prompt. Prompt tokens count for penalties and DRY, not for the grammar.
+    // If it throws grammar_error because the token may not follow, nothing was recorded.
     void accept(llama_token token, bool generated);
 
     // The candidates that the last sample() chose from, with their final probabilities, most likely first.
+    // Those without probability are left out.
     void candidates(std::vector<llama_token_data> & out) const;
 
     void reset();                                    // as constructed
     std::unique_ptr<Sampler> clone() const;          // same state, independent from here on
-    void update(SamplingParams params);              // new parameters, same history, grammar and random state
 
-    // Everything that decides the next token except the parameters: random state, averages, history. Versioned.
+    // New parameters from the next token on. History and random state stay (so does their seed), mirostat's and
+    // adaptive-p's averages if the new parameters use them too, the grammar's state if the grammar is the same.
+    void update(SamplingParams params);
+
+    // Everything that decides the next token except the parameters: random state, averages, history, the tokens the
+    // grammar took. Versioned and checksummed; independent of the machine.
     std::string save_state() const;
-    void load_state(std::string_view bytes);         // throws std::invalid_argument and changes nothing if damaged
+    void load_state(std::string_view bytes);         // throws state_error and changes nothing if it does not fit
 
     const SamplingParams & params() const;
+    uint32_t seed() const;                           // of the random state, which load_state may have replaced
     bool is_grammar_done() const;                    // a grammar is set and only end-of-generation may follow
 
 private:
     struct Impl;
+    explicit Sampler(std::unique_ptr<Impl> impl);
     std::unique_ptr<Impl> impl;
 };
 
