@@ -2,6 +2,7 @@
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.atomic cimport atomic
+from libcpp.memory cimport unique_ptr
 from libcpp.vector cimport vector
 
 from llama cimport (
@@ -11,10 +12,13 @@ from llama cimport (
     llama_memory_t,
     llama_model,
     llama_pos,
+    llama_sampler,
     llama_seq_id,
     llama_token,
+    llama_token_data,
     llama_vocab,
 )
+from sampling cimport NativeGrammar, NativeSampler, NativeSamplingParams, NativeTextStream
 
 
 cdef class Owner:
@@ -119,3 +123,31 @@ cdef class Adapter(Owner):
     cdef readonly Model model
     cdef readonly str path
     cdef dict metadata_
+
+
+cdef class Sampler:
+    cdef Vocab vocab
+    cdef unique_ptr[NativeSampler] native
+    cdef object params_
+    cdef int n_ctx
+    cdef bint busy                      # a thread is inside
+    cdef tuple trigger_patterns
+    cdef tuple trigger_tokens
+
+    cdef int fill(self, NativeSamplingParams & native, object params) except -1
+    cdef int enter(self) except -1
+
+
+cdef class UpstreamSampler:
+    cdef Vocab vocab
+    cdef llama_sampler * chain
+    cdef unique_ptr[NativeGrammar] grammar
+    cdef vector[llama_token_data] tokens
+
+    cdef void add(self, llama_sampler * sampler) noexcept
+    cdef int add_bans(self, NativeSamplingParams & p) except -1
+    cdef int choose(self, const float[::1] logits, cpp_bool masked, llama_token * token) except -1
+
+
+cdef class TextStream:
+    cdef unique_ptr[NativeTextStream] native

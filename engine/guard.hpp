@@ -1,6 +1,8 @@
 // C++ exceptions that leave llama.cpp or our own native code become typed Python exceptions.
 #pragma once
 
+#include "native_errors.hpp"
+
 #include <Python.h>
 
 #include <new>
@@ -8,26 +10,6 @@
 #include <string>
 
 namespace triollama {
-
-// What a Sampler throws when its grammar is at fault: cannot be parsed, or allows no continuation.
-struct grammar_error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// A blob that is damaged or belongs elsewhere.
-struct state_error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// A file that is not what it should be (model, adapter).
-struct format_error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// What the native library, or hardware, cannot do.
-struct unsupported_error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 inline void raise_typed(const char * class_name, const char * message) {
     PyObject * module = PyImport_ImportModule("triollama.errors");

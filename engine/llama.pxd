@@ -208,6 +208,23 @@ cdef extern from "llama.h" nogil:
         llama_token token
         float bias
 
+    ctypedef struct llama_token_data:
+        llama_token id
+        float logit
+        float p
+
+    ctypedef struct llama_token_data_array:
+        llama_token_data * data
+        size_t size
+        int64_t selected
+        cpp_bool sorted
+
+    ctypedef struct llama_sampler_chain_params:
+        cpp_bool no_perf
+
+    ctypedef struct llama_sampler:
+        pass
+
     struct llama_perf_context_data:
         double t_start_ms
         double t_load_ms
@@ -402,3 +419,34 @@ cdef extern from "llama.h" nogil:
         int32_t text_len_max,
         cpp_bool remove_special,
         cpp_bool unparse_special) except +raise_native_error
+
+    # Samplers: for UpstreamSampler. Our own are in sampling.cpp.
+    const llama_token * llama_vocab_get_suppress_tokens(const llama_vocab * vocab, int32_t * n_suppress_tokens)
+    llama_sampler_chain_params llama_sampler_chain_default_params()
+    llama_sampler * llama_sampler_chain_init(llama_sampler_chain_params params)
+    void llama_sampler_chain_add(llama_sampler * chain, llama_sampler * smpl)
+    void llama_sampler_free(llama_sampler * smpl)
+    void llama_sampler_accept(llama_sampler * smpl, llama_token token) except +raise_native_error
+    void llama_sampler_apply(llama_sampler * smpl, llama_token_data_array * cur_p) except +raise_native_error
+    llama_sampler * llama_sampler_init_dist(uint32_t seed)
+    llama_sampler * llama_sampler_init_top_k(int32_t k)
+    llama_sampler * llama_sampler_init_top_p(float p, size_t min_keep)
+    llama_sampler * llama_sampler_init_min_p(float p, size_t min_keep)
+    llama_sampler * llama_sampler_init_typical(float p, size_t min_keep)
+    llama_sampler * llama_sampler_init_temp(float t)
+    llama_sampler * llama_sampler_init_temp_ext(float t, float delta, float exponent)
+    llama_sampler * llama_sampler_init_xtc(float p, float t, size_t min_keep, uint32_t seed)
+    llama_sampler * llama_sampler_init_top_n_sigma(float n)
+    llama_sampler * llama_sampler_init_mirostat(
+        int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
+    llama_sampler * llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta)
+    llama_sampler * llama_sampler_init_penalties(
+        int32_t n_vocab, int32_t penalty_last_n, float penalty_repeat, float penalty_freq,
+        float penalty_present)
+    llama_sampler * llama_sampler_init_dry(
+        const llama_vocab * vocab, float dry_multiplier, float dry_base, int32_t dry_allowed_length,
+        int32_t dry_penalty_last_n, const char ** seq_breakers,
+        size_t num_breakers) except +raise_native_error
+    llama_sampler * llama_sampler_init_adaptive_p(float target, float decay, uint32_t seed)
+    llama_sampler * llama_sampler_init_logit_bias(
+        int32_t n_vocab, int32_t n_logit_bias, const llama_logit_bias * logit_bias)
