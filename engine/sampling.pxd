@@ -17,7 +17,7 @@ from llama cimport (
 
 
 cdef extern from "sampling.hpp" namespace "triollama" nogil:
-    cdef enum class Stage:
+    cdef enum class Stage(int32_t):
         logit_bias
         penalties
         dry

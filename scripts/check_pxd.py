@@ -224,8 +224,11 @@ def render(type_: Any, bint: str = "pxd::bint") -> str:
         return qualified(cname if cname.startswith(f"{type_.kind} ") else kind + cname)
     if type_.is_enum:
         return qualified(("" if type_.typedef_flag or not type_.name else "enum ") + type_.cname)
+    if type_.is_cpp_enum:
+        return qualified(type_.cname)
     if type_.is_cpp_class:
-        return str(type_.declaration_code(""))
+        # Cython writes an argument that is an enum class with a macro of its generated code.
+        return str(type_.declaration_code("")).replace("__PYX_ENUM_CLASS_DECL ", "")
     if class_name == "CBIntType":
         return bint
     return str(type_.declaration_code(""))
@@ -311,6 +314,14 @@ def entry_assertions(entry: Any, is_cpp: bool) -> Iterator[Assertion]:
             line, f"class {entry.name}", f"static_assert(sizeof({qualified(entry.cname)}) > 0);"
         )
         yield from class_assertions(entry)
+    elif entry.is_type and type_.is_cpp_enum:
+        name = render(type_)
+        underlying = render(type_.underlying_type)
+        code = f"static_assert(std::is_same_v<std::underlying_type_t<{name}>, {underlying}>);"
+        yield Assertion(line, f"enum class {entry.name}", code, f"{entry.name}({underlying})")
+        for member in type_.values:
+            code = f"static_assert(std::is_same_v<decltype({name}::{member}), {name}>);"
+            yield Assertion(line, f"enum member {entry.name}.{member}", code)
     elif entry.is_type and type_.is_enum:
         code = f"static_assert(std::is_enum_v<{render(type_)}>);"
         if entry.name:
