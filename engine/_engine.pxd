@@ -1,8 +1,9 @@
 """Every owner of a native object. One extension, so that ggml's backend registry exists once."""
-from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.atomic cimport atomic
 from libcpp.memory cimport unique_ptr
+from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from llama cimport (
@@ -151,3 +152,39 @@ cdef class UpstreamSampler:
 
 cdef class TextStream:
     cdef unique_ptr[NativeTextStream] native
+
+
+cdef class Generation:
+    cdef Context context
+    cdef Sampler sampler
+    cdef Vocab vocab
+    cdef Batch batch
+    cdef unique_ptr[NativeTextStream] text
+    cdef vector[llama_token] prompt
+    cdef vector[llama_token] tokens
+    cdef int n_past             # tokens in memory
+    cdef int n_generated
+    cdef int n_shifted
+    cdef int n_keep
+    cdef int max_tokens         # -1: no limit
+    cdef int logprobs           # alternatives for each token; -1: no logprobs at all
+    cdef bint shift
+    cdef bint special
+    cdef bint causal_prompt
+    cdef bint embeddings
+    cdef bint prefilled         # the whole prompt is in memory
+    cdef bint undecoded         # the last token is not in memory yet
+    cdef int64_t t_start
+    cdef int64_t t_first
+    cdef int64_t t_end
+    cdef readonly str finish_reason
+    cdef readonly list token_logprobs
+    cdef readonly int eog_token
+
+    cdef int check_prompt(self) except -1
+    cdef int check_running(self) except -1
+    cdef int next_token(self, string & out) except -1
+    cdef int make_room(self) except -1
+    cdef int note_logprobs(self, const float * logits, llama_token token) except -1
+    cdef int end(self, str reason, string & out) except -1
+    cdef int finish(self, str reason) except -1

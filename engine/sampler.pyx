@@ -125,7 +125,7 @@ cdef class Sampler:
     Raises ParameterError, TokenError and GrammarError. One thread at a time: BusyError.
     """
 
-    def __init__(self, vocab: Vocab, params, *, n_ctx: int = 2048,
+    def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048,
                  trigger_patterns=(), trigger_tokens=()):
         vocab.alive()
         self.vocab = vocab

@@ -44,7 +44,7 @@ cdef class UpstreamSampler:
     def __cinit__(self):
         self.chain = NULL
 
-    def __init__(self, vocab: Vocab, params, *, n_ctx: int = 2048):
+    def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048):
         vocab.alive()
         self.vocab = vocab
         cdef NativeSamplingParams p

@@ -1,0 +1,339 @@
+"""One generation on one sequence, driven from the calling thread: the scripting API's inner loop.
+
+(The trio layer's is the decoder thread.)
+"""
+from llama cimport llama_time_us, llama_vocab_is_eog
+from sampling cimport (
+    NativeTextStream,
+    NativeTokenLogprob,
+    append_piece,
+    log_sum_exp,
+    top_logprobs,
+)
+
+
+@cython.no_gc_clear
+cdef class Generation:
+    """Decodes a prompt and then a token at a time.
+
+    context: the generation has it to itself until it is closed; sequence 0 is cleared first.
+    sampler: fresh, or carrying what it should remember.
+    prompt: tokens; params: a GenerationParams.
+
+    ``step`` gives the next piece of text. Errors leave the generation finished ("error").
+    """
+
+    def __cinit__(self):
+        self.eog_token = -1
+        self.token_logprobs = []
+
+    def __init__(self, Context context not None, Sampler sampler not None, prompt, params):
+        context.alive()
+        self.context = context
+        self.sampler = sampler
+        self.prompt = token_vector(prompt)
+        self.n_keep = params.n_keep
+        self.shift = params.context_overflow == "shift"
+        self.special = params.special
+        self.max_tokens = -1 if params.max_tokens is None else params.max_tokens
+        self.logprobs = -1 if params.logprobs is None else params.logprobs
+        self.causal_prompt = params.causal_attention
+        self.embeddings = params.embeddings
+        stops = [stop.encode() for stop in params.stop]
+        self.text.reset(new NativeTextStream(<vector[string]>stops))
+        self.vocab = vocab_of(context.model)
+        self.batch = Batch(max(1, min(context.n_ubatch, context.n_batch)))
+        self.check_prompt()
+
+    cdef int check_prompt(self) except -1:
+        cdef int n = <int>self.prompt.size()
+        cdef size_t i
+        if n == 0:
+            raise ParameterError("the prompt is empty: give at least one token", parameter="prompt")
+        if n > self.context.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {n} tokens and the context n_ctx={self.context.n_ctx}; shorten it,"
+                " or open the model with a larger n_ctx", needed=n, n_ctx=self.context.n_ctx)
+        for i in range(self.prompt.size()):
+            self.vocab.check_token(self.prompt[i])
+        if self.shift:
+            if not self.context.memory.can_shift:
+                raise UnsupportedError(
+                    'this model cannot shift its context; use context_overflow="stop"')
+            if self.n_keep < 0:
+                self.n_keep = n
+            if self.n_keep > self.context.n_ctx - 2:
+                raise ParameterError(
+                    f"n_keep={self.n_keep} leaves no room to shift in n_ctx={self.context.n_ctx}",
+                    parameter="n_keep", value=self.n_keep)
+        if not self.causal_prompt and n > self.context.n_ubatch:
+            raise ParameterError(
+                f"causal_attention=False computes the prompt at once: its {n} tokens are more than"
+                f" n_ubatch={self.context.n_ubatch}", parameter="causal_attention", value=False)
+        return 0
+
+    def prefill(self) -> bool:
+        """Compute one ubatch more of the prompt; True once it is complete.
+
+        The prompt is computed in pieces so that Ctrl-C, and whoever iterates, gets a word in.
+        """
+        cdef int n_prompt = <int>self.prompt.size()
+        cdef int n = min(n_prompt - self.n_past, self.batch.capacity)
+        cdef int i
+        if self.prefilled:
+            return True
+        self.check_running()
+        try:
+            if self.n_past == 0:
+                self.context.memory.clear()
+                if self.context.causal_ != self.causal_prompt:
+                    self.context.causal = self.causal_prompt
+                if self.context.embeddings_ != self.embeddings:
+                    self.context.embeddings = self.embeddings
+                self.t_start = llama_time_us()
+            if self.embeddings:
+                n = min(n, self.context.n_outputs_max)
+            self.batch.clear()
+            for i in range(n):
+                self.batch.put(self.prompt[self.n_past + i], self.n_past + i, 0,
+                               self.n_past + i == n_prompt - 1)
+                self.sampler.native.get().accept(self.prompt[self.n_past + i], False)
+            self.context.decode(self.batch)
+        except BaseException:
+            self.finish("error")
+            raise
+        self.n_past += n
+        if self.n_past < n_prompt:
+            return False
+        if not self.context.causal_:
+            self.context.causal = True
+        self.prefilled = True
+        return True
+
+    def step(self) -> bytes | None:
+        """The next piece of text (UTF-8, whole characters), or None once finished.
+
+        A token that gives no text yet, being half a character or the start of a stop string, is
+        followed by the next at once.
+        """
+        cdef string out
+        self.check_running()
+        if self.finish_reason is not None:
+            return None
+        try:
+            while not self.prefill():
+                PyErr_CheckSignals()
+            while out.empty() and self.finish_reason is None:
+                self.next_token(out)
+                PyErr_CheckSignals()
+        except BaseException:
+            self.finish("error")
+            raise
+        return out if not out.empty() else None
+
+    cdef int check_running(self) except -1:
+        if self.finish_reason is None:
+            self.context.alive()
+        return 0
+
+    cdef int next_token(self, string & out) except -1:
+        cdef llama_token token
+        cdef float * logits
+        cdef string piece
+        cdef int code = 0
+        cdef bint ends
+        if self.n_generated == self.max_tokens:
+            return self.end("length", out)
+        if self.undecoded:
+            if self.n_past >= self.context.n_ctx and not self.make_room():
+                return self.end("context", out)
+            self.batch.c.n_tokens = 0
+            self.batch.put(self.tokens.back(), self.n_past, 0, True)
+            self.context.enter()
+            try:
+                self.context.check_no_views()
+                self.context.output_rows.clear()
+                with nogil:
+                    code = llama_decode(self.context.ptr, self.batch.c)
+                if code != 0:
+                    flush_log()
+                    raise decode_error(code)
+                self.context.note_outputs(self.batch, False)
+            finally:
+                self.context.leave()
+            self.n_past += 1
+            self.undecoded = False
+        self.context.enter()
+        try:
+            logits = self.context.logits_row(-1)
+            with nogil:
+                token = self.sampler.native.get().sample(logits)
+                ends = llama_vocab_is_eog(self.vocab.ptr, token)
+                if not ends:
+                    self.sampler.native.get().accept(token, True)
+                    append_piece(self.vocab.ptr, token, self.special, piece)
+            if not ends and self.logprobs >= 0:
+                self.note_logprobs(logits, token)
+        finally:
+            self.context.leave()
+        if self.n_generated == 0:
+            self.t_first = llama_time_us()
+        if ends:
+            self.eog_token = token
+            return self.end("eos", out)
+        self.tokens.push_back(token)
+        self.n_generated += 1
+        self.undecoded = True
+        if self.text.get().feed(piece.data(), piece.size(), out):
+            self.finish("stop")
+        return 0
+
+    cdef int make_room(self) except -1:
+        """Drops the older half of what follows the first n_keep tokens, as llama-completion does."""
+        cdef int n_discard
+        if not self.shift:
+            return False
+        memory = self.context.memory
+        n_discard = max(1, (self.n_past - self.n_keep) // 2)
+        memory.seq_rm(0, self.n_keep, self.n_keep + n_discard)
+        memory.seq_add(0, self.n_keep + n_discard, self.n_past, -n_discard)
+        self.n_past -= n_discard
+        self.n_shifted += n_discard
+        return True
+
+    cdef int note_logprobs(self, const float * logits, llama_token token) except -1:
+        cdef vector[NativeTokenLogprob] top
+        cdef size_t i
+        cdef double log_sum = log_sum_exp(logits, self.vocab.n_tokens)
+        alternatives = []
+        if self.logprobs > 0:
+            top_logprobs(logits, self.vocab.n_tokens, self.logprobs, top)
+            alternatives = [(top[i].id, top[i].logprob) for i in range(top.size())]
+        self.token_logprobs.append((token, logits[token] - log_sum, alternatives))
+        return 0
+
+    cdef int end(self, str reason, string & out) except -1:
+        """Finishes, and lets out what was held back as the possible start of a stop string."""
+        self.text.get().flush(out)
+        self.finish(reason)
+        return 0
+
+    cdef int finish(self, str reason) except -1:
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self.t_end = llama_time_us()
+        return 0
+
+    def cancel(self) -> None:
+        """Finish now, with reason "cancelled"; nothing happens if finished already."""
+        self.finish("cancelled")
+
+    def embedding(self):
+        """Final hidden state of the last token computed, float32 of shape [n_embd], a copy."""
+        return self.context.token_embedding(-1, copy=True)
+
+    def usage(self) -> tuple[int, int, int, int, int, int]:
+        """n_prompt, n_generated, n_shifted tokens; start, first token, end in microseconds."""
+        return (<int>self.prompt.size() if self.prefilled else self.n_past,
+                self.n_generated, self.n_shifted, self.t_start, self.t_first, self.t_end)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens generated so far; an end-of-generation token is not among them."""
+        return self.tokens
+
+    @property
+    def matched_stop(self) -> int:
+        """Index of the stop string that ended the text, or -1."""
+        return self.text.get().matched_stop()
+
+
+def score_tokens(Context context not None, tokens, n_given: int = 1):
+    """Log-probabilities of tokens[n_given:], each given all before it.
+
+    Clears the context. Returns float32 of shape [len(tokens) - n_given]. Natural logarithms, sums
+    in double. Raises ParameterError, TokenError, ContextFullError.
+    """
+    cdef vector[llama_token] ids = token_vector(tokens)
+    cdef int n = <int>ids.size()
+    cdef int given = check_int("n_given", n_given, 1, 2**31 - 1)
+    cdef int start = 0
+    cdef int i
+    cdef int count
+    cdef float * logits
+    import numpy
+    context.alive()
+    if n > context.n_ctx:
+        raise ContextFullError(
+            f"the text has {n} tokens and the context n_ctx={context.n_ctx}",
+            needed=n, n_ctx=context.n_ctx)
+    if n <= given:
+        raise ParameterError(
+            f"there is nothing to score: {n} tokens, of which {given} are given", parameter="tokens")
+    result = numpy.empty(n - given, dtype=numpy.float32)
+    cdef float[::1] out = result
+    cdef Batch batch = Batch(min(context.n_ubatch, context.n_batch))
+    context.memory.clear()
+    # The last token predicts nothing that is asked for, so it is not computed.
+    while start < n - 1:
+        batch.clear()
+        if start + 1 < given:   # predictions before the first scored token need no output
+            count = min(given - 1 - start, batch.capacity)
+        else:
+            count = min(min(n - 1 - start, batch.capacity), context.n_outputs_max)
+        for i in range(count):
+            batch.put(ids[start + i], start + i, 0, start + i + 1 >= given)
+        context.decode(batch)
+        PyErr_CheckSignals()
+        context.enter()
+        try:
+            for i in range(count):
+                if start + i + 1 >= given:
+                    logits = context.logits_row(i)
+                    with nogil:
+                        out[start + i + 1 - given] = <float>(
+                            logits[ids[start + i + 1]] - log_sum_exp(logits, context.n_vocab))
+        finally:
+            context.leave()
+        start += count
+    return result
+
+
+def embed_tokens(Context context not None, tokens, pooling: str):
+    """Embedding of one text: float32 of shape [n_embd], or [len(tokens), n_embd] for "none".
+
+    For decoders: token embeddings computed a ubatch at a time and pooled here ("mean", "cls": the
+    first token's, "last", "none"), so memory does not grow with the text. Clears the context,
+    which must have embeddings=True and pooling="none".
+    """
+    cdef vector[llama_token] ids = token_vector(tokens)
+    cdef int n = <int>ids.size()
+    cdef int start = 0
+    cdef int i
+    cdef int count
+    import numpy
+    context.alive()
+    if n == 0:
+        raise ParameterError("there are no tokens to embed", parameter="tokens")
+    if n > context.n_ctx:
+        raise ContextFullError(
+            f"the text has {n} tokens and the context n_ctx={context.n_ctx}",
+            needed=n, n_ctx=context.n_ctx)
+    cdef Batch batch = Batch(min(min(context.n_ubatch, context.n_batch), context.n_outputs_max))
+    rows = numpy.empty((n, context.n_embd), dtype=numpy.float32)
+    context.memory.clear()
+    while start < n:
+        batch.clear()
+        count = min(n - start, batch.capacity)
+        for i in range(count):
+            batch.put(ids[start + i], start + i, 0, True)
+        context.decode(batch)
+        PyErr_CheckSignals()
+        for i in range(count):
+            rows[start + i] = context.token_embedding(i)
+        start += count
+    if pooling == "none":
+        return rows
+    if pooling == "mean":
+        return rows.mean(axis=0, dtype=numpy.float64).astype(numpy.float32)
+    return rows[0 if pooling == "cls" else n - 1].copy()

@@ -1,0 +1,96 @@
+"""What a generation gives back: plain data, shared by the scripting API and the trio API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
+
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
+"""Why a generation ended.
+
+"eos": the model ended it; "stop": a stop string; "length": ``max_tokens``; "context": the context
+is full; "cancelled": whoever asked went away; "error": it failed.
+"""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token with its natural log-probability under the model, before any sampler.
+
+    ``top``: the most likely tokens at this place, most likely first, if asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts in tokens, times in seconds.
+
+    ``prompt_tokens``: computed of the prompt. ``cached_tokens``: taken from memory instead.
+    ``generated_tokens``: new ones, without an end-of-generation token. ``shifted_tokens``:
+    dropped to make room. ``first_token_seconds``: from the start to the first token; ``None`` if
+    there was none. ``seconds``: from the start to the end.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    shifted_tokens: int = 0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second after the first one; 0 where there are fewer than two."""
+        if self.first_token_seconds is None or self.generated_tokens < 2:
+            return 0.0
+        rest = self.seconds - self.first_token_seconds
+        return (self.generated_tokens - 1) / rest if rest > 0 else 0.0
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished generation.
+
+    ``stop``: the stop string that ended the text. ``seed``: the one in effect. ``logprobs``: one
+    for each token, if asked for. ``embedding``: float32 of shape [n_embd], if asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    stop: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    embedding: npt.NDArray[np.float32] | None = None
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """How likely the model finds a text.
+
+    ``tokens``: the scored ones. ``logprobs``: float32 of shape [len(tokens)], natural logarithms,
+    each given everything before it.
+    """
+
+    tokens: list[int]
+    logprobs: npt.NDArray[np.float32]
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole text."""
+        return float(self.logprobs.sum(dtype="float64"))
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean(logprobs))."""
+        import math
+
+        return math.exp(-float(self.logprobs.mean(dtype="float64")))
