@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "AdapterError",
     "BusyError",
+    "ChatTemplateError",
     "ClosedError",
     "ContextFullError",
     "DecodeAborted",
@@ -134,6 +135,18 @@ class DecodeAborted(DecodeError):
 
 class StateError(TriollamaError, ValueError):
     """A saved state is damaged, or belongs to another model or another kind of context."""
+
+
+class ChatTemplateError(TriollamaError, ValueError):
+    """A chat template cannot be read or refuses these messages. ``template`` is its name.
+
+    ``refused`` tells that the template itself raised the error, about the messages.
+    """
+
+    def __init__(self, message: str, *, template: str = "", refused: bool = False) -> None:
+        super().__init__(f"chat template {template!r}: {message}" if template else message)
+        self.template = template
+        self.refused = refused
 
 
 class GrammarError(TriollamaError, ValueError):
