@@ -10,7 +10,8 @@ USER = [{"role": "user", "content": "hello"}]
 SMALL = Limits(steps=20_000, characters=50_000)
 
 ENDLESS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
     "filtered loops": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}"
     "{% endfor %}",
     "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",

@@ -128,10 +128,10 @@ def test_equal_to_the_reference(path: Path) -> None:
     expected = reference(source)
     ours = ChatTemplate(source, name=path.name, bos_token="<s>", eos_token="</s>")
     compared = 0
-    for (messages, tools), prompt, more in itertools.product(
+    for (messages, tools), prompt, thinking in itertools.product(
         CONVERSATIONS.values(), (True, False), ({}, {"enable_thinking": False})
     ):
-        more = {"functions": "[]", "datetime": "now", **more}
+        more = {"functions": "[]", "datetime": "now", **thinking}
         try:
             wanted = expected.render(
                 messages=messages,
@@ -146,9 +146,7 @@ def test_equal_to_the_reference(path: Path) -> None:
             continue  # it appends to a list of its own, which Jinja2's sandbox forbids
         except (jinja2.TemplateError, TypeError):
             with pytest.raises(ChatTemplateError):
-                ours.render(
-                    messages, tools=tools, add_generation_prompt=prompt, fit=False, **more
-                )
+                ours.render(messages, tools=tools, add_generation_prompt=prompt, fit=False, **more)
             continue
         compared += 1
         rendered = ours.render(
@@ -168,14 +166,16 @@ def test_upstream_ships_many() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for x in [3,1,2]|sort %}{{ loop.index }}{{ x }}{% if loop.last %}!{% endif %}{% endfor %}",
+        "{% for x in [3,1,2]|sort %}{{ loop.index }}{{ x }}"
+        "{% if loop.last %}!{% endif %}{% endfor %}",
         "{% set x = 1 %}{% for i in [1,2] %}{% set x = i %}{% endfor %}{{ x }}",
         "{% set ns = namespace(x=1) %}{% for i in [1,2] %}{% set ns.x = i %}{% endfor %}{{ ns.x }}",
         "{% for i in [1,2,3] if i > 1 %}{{ i }}{% else %}none{% endfor %}",
         "{% for i in [] %}x{% else %}none{% endfor %}",
         "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}"
         "{% if i == 3 %}{% break %}{% endif %}{% endfor %}",
-        "{% macro m(a, b='d') %}[{{ a }}{{ b }}{{ varargs }}]{% endmacro %}{{ m(1) }}{{ m(1, 2, 3) }}",
+        "{% macro m(a, b='d') %}[{{ a }}{{ b }}{{ varargs }}]"
+        "{% endmacro %}{{ m(1) }}{{ m(1, 2, 3) }}",
         "{% macro m() %}<{{ caller() }}>{% endmacro %}{% call m() %}in{% endcall %}",
         "{% macro m(x) %}{% if x %}{{ x }}{{ m(x - 1) }}{% endif %}{% endmacro %}{{ m(3) }}",
         "{% set t %} a {{ 1 }} {% endset %}[{{ t | trim }}]",
@@ -189,7 +189,8 @@ def test_upstream_ships_many() -> None:
         "{{ [{'r': 'u'}, {'r': 'a'}] | selectattr('r', 'equalto', 'u') | list }}",
         "{{ [1, 2, 3, 4] | select('even') | list }}{{ [1, 2] | reject('odd') | first }}",
         "{{ ([] | map('trim')) and 'lazy lists are true' }}",
-        "{{ 'x' ~ 1 ~ none ~ missing }}{{ 'a' * 3 }}{{ [0] * 2 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 5 }}",
+        "{{ 'x' ~ 1 ~ none ~ missing }}{{ 'a' * 3 }}"
+        "{{ [0] * 2 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 5 }}",
         "{{ 1 if missing else 2 }}{{ 3 if 1 }}{{ (3 if 0) is defined }}",
         "{{ missing | default('d') }}{{ '' | default('e', true) }}{{ missing | length }}",
         "{{ 'Ab' | lower }}{{ 'Ab' | upper }}{{ 'ab cd' | title }}{{ 'ab' | capitalize }}",
@@ -198,13 +199,16 @@ def test_upstream_ships_many() -> None:
         "{{ '<a>' | safe + '<b>' }}{{ '<' | e }}{{ '<b>' + ('<a>' | safe) }}",
         "{{ [3, 1] | max }}{{ [3, 1] | min }}{{ [1, 2] | sum }}{{ [1, 1, 2] | unique | list }}",
         "{{ '12' | int + 1 }}{{ 'x' | int(7) }}{{ '1.5' | float }}{{ 2.567 | round(1) }}",
-        "{{ 'abc' is string }}{{ {} is mapping }}{{ [] is iterable }}{{ 1 is number }}{{ x is none }}",
+        "{{ 'abc' is string }}{{ {} is mapping }}{{ [] is iterable }}"
+        "{{ 1 is number }}{{ x is none }}",
         "{{ 1 in [1, 2] }}{{ 'b' in 'abc' }}{{ 'k' in {'k': 1} }}{{ 2 not in [1] }}{{ 1 < 2 < 3 }}",
         "{{ {'items': 1}['items'] }}{{ {'a': 1}.get('b', 'c') }}{{ {'a': 1}.a }}",
         "{{ ['a', 'b'] | tojson }}{{ {'é': '<'} | tojson(indent=2) }}{{ 1.0 | tojson }}",
         "  {% if true %}  \n  a\n  {%- endif %}\n b {# c #}\n\n",
-        "{{ ns is undefined }}{{ loop is defined }}{{ [1,2,3] | reverse | list }}{{ 'abc' | reverse }}",
-        "{% for a, b in {'x': 1}.items() %}{{ a }}={{ b }}{% endfor %}{{ 'aXbX'.replace('X', '', 1) }}",
+        "{{ ns is undefined }}{{ loop is defined }}",
+        "{{ [1,2,3] | reverse | list }}{{ 'abc' | reverse }}",
+        "{% for a, b in {'x': 1}.items() %}{{ a }}={{ b }}{% endfor %}",
+        "{{ 'aXbX'.replace('X', '', 1) }}",
         "{% for i in [1, 1, 2] %}{{ loop.changed(i) }}{{ loop.cycle('o', 'e') }}{% endfor %}",
         "{{ '  x '.strip() }}{{ 'xxa'.lstrip('x') }}{{ 'a\nb'.splitlines() }}{{ ','.join(['a']) }}",
     ],
@@ -239,7 +243,8 @@ def test_nothing_a_user_wrote_becomes_the_template_s() -> None:
         "{{ messages }}",
         "{% for c in messages[0].content %}{{ c }}{% endfor %}",
         "{{ '%s' | format(messages[0].content) }}{{ '<{}>'.format(messages[0].content) }}",
-        "{{ messages[0].content.replace('x', '<s>') }}{{ '<s>'.replace('s', messages[0].content) }}",
+        "{{ messages[0].content.replace('x', '<s>') }}",
+        "{{ '<s>'.replace('s', messages[0].content) }}",
         "{{ messages[0].content[::-1] }}{{ messages[0].content | reverse }}",
         "{{ [messages[0].content, '<s>'] | join('</s>') }}",
         "{% set x %}{{ messages[0].content }}{% endset %}{{ x | indent }}{{ x | title }}",
@@ -328,7 +333,8 @@ SHORT = [
     {"role": "user", "content": "V"},
 ]
 EXPECTED = {
-    "alpaca": "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n### Instruction:\nV\n\n### Response:\n",
+    "alpaca": "S\n\n### Instruction:\nU\n\n### Response:\nA\n\n"
+    "### Instruction:\nV\n\n### Response:\n",
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
     "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
     "gemma": "<s><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
@@ -339,8 +345,8 @@ EXPECTED = {
     "<|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|><|start_header_id|>assistant"
     "<|end_header_id|>\n\n",
     "mistral": "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]",
-    "phi3": "<|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nV<|end|>\n"
-    "<|assistant|>\n",
+    "phi3": "<|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA<|end|>\n"
+    "<|user|>\nV<|end|>\n<|assistant|>\n",
     "plain": "<s>S\n\nUser: U\nAssistant: A\nUser: V\nAssistant:",
     "vicuna": "<s>S USER: U ASSISTANT: A</s> USER: V ASSISTANT:",
     "zephyr": "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n<|user|>\nV</s>\n"

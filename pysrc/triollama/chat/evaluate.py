@@ -473,8 +473,10 @@ class Evaluator:
         if isinstance(left, str) and isinstance(right, str):
             self.budget.string(len(left) + len(right))
             if isinstance(left, T.Safe) or isinstance(right, T.Safe):
-                parts = (side if isinstance(side, T.Safe) else escape(self, side)
-                         for side in (left, right))
+                parts = (
+                    side if isinstance(side, T.Safe) else escape(self, side)
+                    for side in (left, right)
+                )
                 return T.safe(T.concat(tuple(parts)))
             return T.concat((left, right))
         if isinstance(left, list) and isinstance(right, list):
@@ -563,7 +565,9 @@ class Evaluator:
     def attribute_path(self, value: Any, path: Any) -> Any:
         """An attribute as filters name it: "function.name", or an index."""
         for part in path.split(".") if isinstance(path, str) else (path,):
-            value = self.item(value, int(part) if isinstance(part, str) and part.isdigit() else part)
+            value = self.item(
+                value, int(part) if isinstance(part, str) and part.isdigit() else part
+            )
         return value
 
     def items(self, value: Any) -> list[Any]:

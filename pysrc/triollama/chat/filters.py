@@ -13,12 +13,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import text as T
-from .values import Function, Lazy, Method, Namespace, TemplateFault, Undefined, kind, show
+from .values import Function, Lazy, Method, TemplateFault, Undefined, kind, show
 
 if TYPE_CHECKING:
     from .evaluate import Evaluator
 
-__all__ = ["DICT_METHODS", "FILTERS", "LIST_METHODS", "STRING_METHODS", "TESTS", "escape", "to_json"]
+__all__ = [
+    "DICT_METHODS",
+    "FILTERS",
+    "LIST_METHODS",
+    "STRING_METHODS",
+    "TESTS",
+    "escape",
+    "percent",
+    "strings_in",
+    "text_of",
+    "to_json",
+]
 
 
 def strings_in(value: Any) -> list[str]:
@@ -95,7 +106,11 @@ def _trim(run: Evaluator, value: Any, chars: str | None = None) -> str:
 
 def _replace(run: Evaluator, value: Any, old: Any, new: Any, count: int | None = None) -> str:
     return _replace_method(
-        run, text_of(run, value), text_of(run, old), text_of(run, new), -1 if count is None else count
+        run,
+        text_of(run, value),
+        text_of(run, old),
+        text_of(run, new),
+        -1 if count is None else count,
     )
 
 
@@ -648,5 +663,3 @@ LIST_METHODS: dict[str, Callable[..., Any]] = {
     "extend": _extend,
     "pop": _pop,
 }
-
-__all__ += ["Namespace", "percent", "strings_in", "text_of"]

@@ -164,7 +164,7 @@ class ChatTemplate:
             return False
 
     def _probe(self) -> _Abilities:
-        user = {"role": "user", "content": "what4user"}
+        user: dict[str, Any] = {"role": "user", "content": "what4user"}
         parts = {"role": "user", "content": [{"type": "text", "text": "what4user"}]}
         typed = not self._shows("what4user", [user]) and self._shows("what4user", [parts])
         if typed:
@@ -173,7 +173,7 @@ class ChatTemplate:
         if typed:
             system["content"] = [{"type": "text", "text": "what4system"}]
         call = {"name": "what4call", "arguments": {"what4name": "what4value"}}
-        calling = {
+        calling: dict[str, Any] = {
             "role": "assistant",
             "content": "",
             "tool_calls": [{"type": "function", "id": "call00000", "function": call}],
@@ -293,7 +293,9 @@ def _ingest(value: Any, index: int | None, where: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, Mapping):
         return {
-            _ingest(key, index, where, depth + 1): _ingest(child, index, f"{where}.{key}", depth + 1)
+            _ingest(key, index, where, depth + 1): _ingest(
+                child, index, f"{where}.{key}", depth + 1
+            )
             for key, child in value.items()
         }
     if isinstance(value, (list, tuple)):

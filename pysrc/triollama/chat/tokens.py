@@ -9,6 +9,7 @@ was trained on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -80,8 +81,9 @@ class ChatTokenizer:
 
         ``spans`` are what the assistant wrote, as character ranges in order: a new token begins
         with each, as when the model generates, and these tokens are true in the mask. The first
-        token in a span, or right after it, that ends generation is its last. With ``start`` 0, ``add_special`` puts the
-        beginning-of-sequence token first if the model wants one and the template wrote none.
+        token in a span, or right after it, that ends generation is its last. With ``start`` 0,
+        ``add_special`` puts the beginning-of-sequence token first if the model wants one and the
+        template wrote none.
         """
         text = rendered.text
         specials = self._specials(rendered)
@@ -101,7 +103,7 @@ class ChatTokenizer:
             if special is not None and special.strips_left:
                 high = low + len(text[low:high].rstrip(_SPACE))
             edges = [low, *(border for border in borders if low < border < high), high]
-            for left, right in zip(edges, edges[1:], strict=False):
+            for left, right in pairwise(edges):
                 if left < right:
                     begins = left == low and (fresh or left > start)
                     made = self._plain(text[left:right], left, rendered, begins)
@@ -192,9 +194,7 @@ class ChatTokenizer:
             at = start + len(name)
             if attributes & {"control", "unknown"}:
                 found.append(
-                    _Special(
-                        start, at, token, "lstrip" in attributes, "rstrip" in attributes
-                    )
+                    _Special(start, at, token, "lstrip" in attributes, "rstrip" in attributes)
                 )
             elif len(name) > 2 and any(map(str.isalpha, name)):
                 # llama.cpp finds user-defined tokens in any text; this one is a marker here.
@@ -217,7 +217,7 @@ class ChatTokenizer:
         present = [marker for marker in self._markers if marker in text]
         if not present:
             return []
-        trusted = []
+        trusted: list[tuple[int, int]] = []
         at = 0
         for segment in rendered.segments:
             if segment.template:

@@ -189,7 +189,9 @@ class Loop:
             case "revindex0":
                 return n - self.at - 1
             case "previtem":
-                return self.items[self.at - 1] if self.at else Undefined("there is no previous item")
+                return (
+                    self.items[self.at - 1] if self.at else Undefined("there is no previous item")
+                )
             case "nextitem":
                 after = self.at + 1
                 return self.items[after] if after < n else Undefined("there is no next item")
@@ -222,7 +224,11 @@ def show(value: Any) -> str:
 def kind(value: Any) -> str:
     """What to call a value in a message."""
     names = {
-        Undefined: "undefined value", Namespace: "namespace", Lazy: "lazy list",
-        Function: "function", Method: "method", Loop: "loop",
+        Undefined: "undefined value",
+        Namespace: "namespace",
+        Lazy: "lazy list",
+        Function: "function",
+        Method: "method",
+        Loop: "loop",
     }
     return names.get(type(value), type(value).__name__)
