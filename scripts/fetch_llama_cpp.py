@@ -189,12 +189,21 @@ def _members(archive: IO[bytes], pin: Pin, wanted: set[str]) -> Iterator[tuple[s
 
 
 def unpacked_groups(source: Path, pin: Pin) -> set[str]:
-    """The groups of the pinned archive that an earlier fetch has finished."""
+    """The groups of the pinned archive that an earlier fetch has finished, and that are there.
+
+    A source distribution carries the stamp of the checkout it was made in, but one group alone.
+    """
     try:
         stamp = json.loads((source / STAMP).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return set()
-    return set(stamp["groups"]) if stamp.get("sha256") == pin.sha256 else set()
+    if stamp.get("sha256") != pin.sha256:
+        return set()
+    return {
+        group
+        for group in stamp["groups"]
+        if all((source / name).exists() for name in pin.groups.get(group, ()))
+    }
 
 
 def fetch(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import re
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_completes_what_an_interrupted_fetch_left(
     fetcher.fetch(["build"], source=source, pin=pin)
     assert (source / "src/a.cpp").read_bytes() == FILES["src/a.cpp"]
     assert (source / "CMakeLists.txt").stat().st_mtime_ns == right
+
+
+def test_a_stamp_does_not_stand_for_a_missing_folder(
+    fetcher: ModuleType, pin: Any, tmp_path: Path
+) -> None:
+    source = fetcher.fetch(["build", "tests"], source=tmp_path / "source", pin=pin)
+    shutil.rmtree(source / "models")
+    assert fetcher.unpacked_groups(source, pin) == {"build"}
+    fetcher.fetch(["build", "tests"], source=source, pin=pin)
+    assert (source / "models/v.gguf.inp").read_bytes() == FILES["models/v.gguf.inp"]
 
 
 def test_a_moved_pin_fetches_again(fetcher: ModuleType, pin: Any, tmp_path: Path) -> None:
