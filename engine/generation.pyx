@@ -267,6 +267,11 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
         raise ContextFullError(
             f"the text has {n} tokens and the context n_ctx={context.n_ctx}",
             needed=n, n_ctx=context.n_ctx)
+    for i in range(n):      # the last one is never decoded, so decode() would not check it
+        if ids[i] < 0 or ids[i] >= context.n_vocab:
+            raise TokenError(
+                f"token {ids[i]} is outside the vocabulary of {context.n_vocab} tokens",
+                parameter="tokens", value=ids[i])
     if n <= given:
         raise ParameterError(
             f"there is nothing to score: {n} tokens, of which {given} are given", parameter="tokens")

