@@ -19,7 +19,6 @@ from triollama.errors import (
     OutOfMemoryError,
     ParameterError,
     TokenError,
-    UnsupportedError,
     ViewError,
 )
 
@@ -437,12 +436,8 @@ def test_vocab_of_no_text_model(model):
         vocab.detokenize([10**6])
 
 
-def test_encoder_calls_are_refused_for_decoders(model):
+def test_what_has_no_constructor():
     with pytest.raises(TypeError):
         _engine.Vocab()
     with pytest.raises(TypeError):
         _engine.Memory()
-    with pytest.raises(UnsupportedError):
-        with Context(model, n_ctx=64, kv_unified=False, n_seq_max=2, n_threads=1) as context:
-            decode(context, TOKENS, seq_id=0)
-            context.memory.seq_cp(0, 1, 0, 5)

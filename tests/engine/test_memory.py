@@ -157,9 +157,12 @@ def test_foreign_states(tiny, model):
         for options in ({"kv_unified": False}, {"flash_attn": "off"}, {"type_k": "q8_0"}):
             with make(model, **options) as other, pytest.raises(StateError, match="another"):
                 load_sequence(other, blob, 0)
-        with Model(tiny("llama", seed=3)) as stranger, make(stranger) as other:
-            with pytest.raises(StateError, match="another model"):
-                load_sequence(other, blob, 0)
+        with (
+            Model(tiny("llama", seed=3)) as stranger,
+            make(stranger) as other,
+            pytest.raises(StateError, match="another model"),
+        ):
+            load_sequence(other, blob, 0)
         with make(model, n_ctx=256, n_seq_max=1) as other:
             load_sequence(other, blob, 0)
 

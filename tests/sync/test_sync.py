@@ -231,7 +231,7 @@ def test_every_sampling_parameter_changes_something(llama, change):
 def test_dry_breaks_repetition(llama):
     base = {"max_tokens": 60, "ignore_eos": True, "top_k": 2, **GREEDY}
     prompt = "ab ab ab ab ab ab ab ab"
-    bias = {token: 4.0 for token in llama.tokenize(" ab", add_special=False)}
+    bias = dict.fromkeys(llama.tokenize(" ab", add_special=False), 4.0)
     plain = llama.generate(prompt, logit_bias=bias, **base)
     dry = llama.generate(prompt, logit_bias=bias, dry_multiplier=4.0, dry_breakers=(), **base)
     assert plain.tokens != dry.tokens
@@ -369,9 +369,11 @@ def test_causal_attention(llama):
     assert first(causal_attention=False).logprob == pytest.approx(expected.max(), abs=ROUNDING)
     assert llama.context.causal
     assert first().top == first().top
-    with Llama(llama.model.path, n_ctx=256, n_ubatch=8, threads=1) as small:
-        with pytest.raises(ParameterError, match="n_ubatch=8"):
-            small.generate([40] * 9, causal_attention=False)
+    with (
+        Llama(llama.model.path, n_ctx=256, n_ubatch=8, threads=1) as small,
+        pytest.raises(ParameterError, match="n_ubatch=8"),
+    ):
+        small.generate([40] * 9, causal_attention=False)
 
 
 def test_threads(llama):
@@ -544,7 +546,7 @@ def test_bias_outside_the_vocabulary(llama):
 
 
 def test_everything_banned(llama):
-    banned = {token: -math.inf for token in range(len(llama.vocab))}
+    banned = dict.fromkeys(range(len(llama.vocab)), -math.inf)
     with pytest.raises(TriollamaError):
         llama.generate(PROMPT, logit_bias=banned)
     llama.generate(PROMPT, max_tokens=1)
