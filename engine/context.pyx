@@ -276,9 +276,11 @@ cdef class Context(Owner):
         cdef int outputs = <int>params.n_outputs_max if params.n_outputs_max else n_batch_clipped
         check_fits_memory(model, total, min(<int>params.n_ubatch, n_batch_clipped), outputs,
                           params.type_k, params.type_v, model.n_layer)
+        cdef AbortScope scope
         begin_log()
         try:
             with nogil:
+                scope.enter()
                 self.ptr = llama_init_from_model(model.ptr, params)
         finally:
             flush_log()

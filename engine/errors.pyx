@@ -1,11 +1,27 @@
 """The one place where native results become exceptions."""
+
 # Most are raised in the other rooms.
 from triollama.errors import (
     AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint
     DecodeError, EngineError, ForkedError, GrammarError, LoadCancelled, ModelError,  # no-cython-lint
     ModelFormatError, ModelNotFoundError, NoSlotError, OutOfMemoryError,  # no-cython-lint
-    ParameterError, StateError, TokenError, UnsupportedError, ViewError,  # no-cython-lint
+    ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
 )
+
+from llama cimport raise_native_error
+
+cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
+    cdef cppclass AbortScope:
+        # Once entered and as long as it lives, a failed assertion of ggml on this thread throws instead of ending the process.
+        AbortScope() noexcept
+        void enter() noexcept
+        @staticmethod
+        void install() noexcept
+
+cdef extern from "gguf_check.hpp" namespace "triollama" nogil:
+    void check_gguf(const string & path, cpp_bool model) except +raise_native_error
+
+AbortScope.install()
 
 
 cdef object decode_error(int code):

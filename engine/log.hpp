@@ -55,15 +55,15 @@ public:
         return out;
     }
 
-    // The latest error, else the latest warning, since the last call of forget_problem().
+    // The first error (llama.cpp goes from cause to consequence), else the latest warning, since forget_problem().
     std::string problem() {
         const std::lock_guard<std::mutex> lock(mutex);
-        return last_error.empty() ? last_warning : last_error;
+        return first_error.empty() ? last_warning : first_error;
     }
 
     void forget_problem() {
         const std::lock_guard<std::mutex> lock(mutex);
-        last_error.clear();
+        first_error.clear();
         last_warning.clear();
     }
 
@@ -72,7 +72,9 @@ private:
 
     void push(ggml_log_level level, std::string line) {
         if (level == GGML_LOG_LEVEL_ERROR) {
-            last_error = line;
+            if (first_error.empty()) {
+                first_error = line;
+            }
         } else if (level == GGML_LOG_LEVEL_WARN) {
             last_warning = line;
         }
@@ -89,7 +91,7 @@ private:
     std::mutex mutex;
     std::deque<std::pair<int, std::string>> lines;
     std::string partial;
-    std::string last_error;
+    std::string first_error;
     std::string last_warning;
     ggml_log_level partial_level = GGML_LOG_LEVEL_INFO;
     std::atomic<ggml_log_level> threshold{GGML_LOG_LEVEL_WARN};

@@ -63,7 +63,7 @@ cdef int flush_log() except -1:
 
 
 cdef str native_problem():
-    """The last error (or else warning) llama.cpp logged since begin_log()."""
+    """The first error (or else the last warning) llama.cpp logged since begin_log()."""
     return LogQueue.instance().problem().decode("utf-8", "replace").strip()
 
 

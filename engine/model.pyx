@@ -299,10 +299,21 @@ cdef class Model(Owner):
         params.progress_callback_user_data = &load
 
         cdef const char * c_path = raw_path
+        cdef string checked_path = raw_path
+        cdef cpp_bool has_weights = not vocab_only
+        cdef AbortScope scope
         begin_log()
         try:
             with nogil:
+                check_gguf(checked_path, has_weights)
+                scope.enter()
                 self.ptr = llama_model_load_from_file(c_path, params)
+        except OutOfMemoryError:
+            raise
+        except TriollamaError as error:
+            raise ModelFormatError(
+                f"{self.path} is no model that llama.cpp can load: {error}",
+                path=self.path) from None
         finally:
             flush_log()
         if load.error != NULL:

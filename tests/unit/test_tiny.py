@@ -27,10 +27,8 @@ def test_weights_are_pinned(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(make_tiny_model(tmp_path / "a.gguf", "llama", seed=0))
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     values = tensors["blk.0.attn_q.weight"][0, :3]
-    np.testing.assert_array_equal(
-        values,
-        np.float32([-0.16651411, 0.17608893, 0.17682222]),
-    )
+    expected = np.array([-0.16651411, 0.17608893, 0.17682222], dtype=np.float32)
+    np.testing.assert_array_equal(values, expected)
 
 
 def test_seed_and_name_alone_decide_a_tensor(tmp_path: Path) -> None:

@@ -169,7 +169,12 @@ STYLES: dict[str, Style] = {
         "bpe",
         "qwen2",
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        {"eos": "<|im_end|>", "eot": "<|im_end|>", "pad": "<|endoftext|>"},
+        {
+            "bos": "<|endoftext|>",
+            "eos": "<|im_end|>",
+            "eot": "<|im_end|>",
+            "pad": "<|endoftext|>",
+        },
         False,
         False,
         _CHATML,

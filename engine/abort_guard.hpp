@@ -1,0 +1,40 @@
+// A failed GGML_ASSERT ends the process. Inside an AbortScope that was entered it throws instead.
+//
+// ggml_abort() calls its callback before abort(); an exception thrown there passes through ggml's C frames (the ABIs of
+// x86-64 and arm64 give them unwind tables) into llama.cpp, which catches what loading and context creation throw.
+// Never around a computation: ggml's worker threads would wait for ever for the one that left.
+#pragma once
+
+#include "ggml.h"
+
+#include <stdexcept>
+
+namespace triollama {
+
+struct native_abort : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+class AbortScope {
+public:
+    AbortScope() = default;
+    ~AbortScope() { depth -= entered; }
+    AbortScope(const AbortScope &) = delete;
+    AbortScope & operator=(const AbortScope &) = delete;
+
+    // Apart from the constructor, because Cython drops a variable that nobody names.
+    void enter() {
+        ++depth;
+        ++entered;
+    }
+
+    static void install() { ggml_set_abort_callback(on_abort); }
+
+private:
+    static void on_abort(const char * message);
+
+    static inline thread_local int depth = 0;
+    int entered = 0;
+};
+
+}  // namespace triollama
