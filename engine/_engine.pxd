@@ -84,6 +84,7 @@ cdef class Context(Owner):
     cdef object control_vector_
 
     cdef int check_batch(self, Batch batch, bint encode) except -1
+    cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1
     cdef int note_outputs(self, Batch batch, bint all_outputs) except -1
     cdef int row(self, int i) except -1

@@ -110,6 +110,7 @@ def set_adapters(Context context not None, adapters) -> None:
     context.enter()
     try:
         chosen = tuple(adapters)
+        chosen = tuple((item[0], item[1]) for item in chosen)
         for item in chosen:
             adapter, scale = item
             adapter.alive()

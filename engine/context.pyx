@@ -313,9 +313,16 @@ cdef class Context(Owner):
 
     def __dealloc__(self):
         if not self.closed and self.forks == fork_count:
-            self.model.children -= 1
-            count_live("Context", -1)
+            self.let_go()
             llama_free(self.ptr)
+
+    cdef void let_go(self) noexcept:
+        """Tells the model and the adapters that this context no longer uses them."""
+        self.model.children -= 1
+        for item in <tuple>self.adapters_:
+            (<Adapter>(<tuple>item)[0]).children -= 1
+        self.adapters_ = ()
+        count_live("Context", -1)
 
     def close(self) -> None:
         """Free the memory. Idempotent. Raises ViewError while views of it are alive."""
@@ -324,8 +331,7 @@ cdef class Context(Owner):
         self.check_childless()
         self.check_no_views()
         self.closed = True
-        self.model.children -= 1
-        count_live("Context", -1)
+        self.let_go()
         with nogil:
             llama_free(self.ptr)
         self.ptr = NULL
