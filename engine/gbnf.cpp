@@ -205,7 +205,7 @@ private:
         return (uint32_t) rules.size() - 1;
     }
 
-    // `item` is what precedes the repetition, `size` its elements, `weight` the rules it stands for.
+    // Repeats the end of the sequence from `item_start` on: so many elements, written out as so many rules (`weight`).
     void repeat(const std::string & name, Sequence & sequence, size_t item_start, uint64_t item_elements,
                 uint64_t & weight, uint64_t least, uint64_t most, bool unbounded) {
         if (item_start == sequence.size()) {
@@ -220,11 +220,12 @@ private:
         }
         weight *= times;
         const Sequence item(sequence.begin() + (ptrdiff_t) item_start, sequence.end());
-        if (least == 0) {
-            sequence.resize(item_start);
-        }
         const uint64_t optional = unbounded ? 1 : most - least;
         count_elements((item_elements + 4) * (least + optional));
+        sequence.resize(item_start);
+        for (uint64_t i = 0; i < least; ++i) {
+            sequence.insert(sequence.end(), item.begin(), item.end());
+        }
         uint32_t last = 0;
         for (uint64_t i = 0; i < optional; ++i) {
             const uint32_t id = new_rule(name);
@@ -235,7 +236,6 @@ private:
             rules[id].alternates = { std::move(body), {} };
             last = id;
         }
-        // The first copy stands for all `least`: what follows it is reached through it alone, or it is empty.
         if (optional > 0) {
             sequence.push_back({ false, last });
         }

@@ -11,7 +11,7 @@ from sampling cimport (
     NativeSamplingParams,
     NativeTokenLogprob,
     Stage,
-    log_sum_exp,
+    log_sum_exp,  # no-cython-lint: other rooms use it
     top_logprobs,
 )
 

@@ -827,7 +827,7 @@ struct Sampler::Impl {
                 if (list.size() >= 2 && xtc_strikes()) {
                     softmax(true);
                     size_t last = 0;
-                    for (size_t i = 0; i < list.size() && list[i].p >= params.xtc_threshold; ++i) {
+                    for (size_t i = 0; i < list.size() && list[i].p > 0.0f && list[i].p >= params.xtc_threshold; ++i) {
                         last = i;
                     }
                     if (last > 0 && list.size() - last >= (size_t) params.min_keep) {
@@ -1029,6 +1029,7 @@ struct Sampler::Impl {
         if (!(k >= 1.0f)) {
             return 1;       // also where it is no number: the ranking falls to nothing within the head
         }
+        // Where the ranking is flat this overflows: everything is kept. (llama.cpp converts to int unchecked.)
         return k < (float) n_vocab ? (size_t) k : (size_t) n_vocab;
     }
 

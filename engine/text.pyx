@@ -1,7 +1,7 @@
 """From token bytes to text that may be shown."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
-from sampling cimport NativeTextStream, append_piece
+from sampling cimport NativeTextStream, append_piece  # no-cython-lint: other rooms use both
 
 
 cdef class TextStream:

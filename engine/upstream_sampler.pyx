@@ -24,7 +24,6 @@ from llama cimport (
     llama_sampler_init_top_p,
     llama_sampler_init_typical,
     llama_sampler_init_xtc,
-    llama_token_data,
     llama_token_data_array,
     llama_vocab_get_suppress_tokens,
     llama_vocab_is_eog,
