@@ -1,4 +1,4 @@
-"""Each stage's distribution against numpy, written from the papers and llama.cpp's documentation."""
+"""Each stage against numpy, written from the papers and from llama.cpp's documentation."""
 
 from __future__ import annotations
 
