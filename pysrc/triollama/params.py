@@ -144,22 +144,30 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 parameter="context_overflow",
                 value=self.context_overflow,
             )
-        if isinstance(self.stop, str):
-            raise ParameterError(
-                f"stop must be a sequence of strings, not the string {self.stop!r}; "
-                f"write ({self.stop!r},)",
-                parameter="stop",
-                value=self.stop,
-            )
-        for name in ("stop", "dry_breakers"):
-            for text in getattr(self, name):
+        for name in _BOOLS:
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(
+                    f"{name} must be True or False, not {getattr(self, name)!r}",
+                    parameter=name,
+                    value=getattr(self, name),
+                )
+        for name in ("stop", "dry_breakers", "samplers"):
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple):
+                raise ParameterError(
+                    f"{name} must be a tuple of strings, not {texts!r}"
+                    + (f"; write ({texts!r},)" if isinstance(texts, str) else ""),
+                    parameter=name,
+                    value=texts,
+                )
+            for text in texts:
                 if not isinstance(text, str) or not text or "\0" in text:
                     raise ParameterError(
                         f"{name} holds {text!r}; each must be a non-empty string without NUL",
                         parameter=name,
                         value=text,
                     )
-        if len(set(self.samplers)) != len(self.samplers) or isinstance(self.samplers, str):
+        if len(set(self.samplers)) != len(self.samplers):
             raise ParameterError(
                 f"samplers must name each sampler at most once, not {self.samplers!r}",
                 parameter="samplers",
@@ -172,8 +180,14 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     parameter="samplers",
                     value=name,
                 )
+        if not isinstance(self.logit_bias, dict):
+            raise ParameterError(
+                f"logit_bias must be a dict from token ids to numbers, not {self.logit_bias!r}",
+                parameter="logit_bias",
+                value=self.logit_bias,
+            )
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _I32:
                 raise ParameterError(
                     f"logit_bias has the key {token!r}; keys are token ids",
                     parameter="logit_bias",
@@ -184,6 +198,12 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     f"logit_bias[{token}] is {bias!r}; it must be a finite number or -inf",
                     parameter="logit_bias",
                     value=bias,
+                )
+        for name in ("grammar", "grammar_root"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (name == "grammar_root" or text is not None):
+                raise ParameterError(
+                    f"{name} must be a string, not {text!r}", parameter=name, value=text
                 )
         if self.grammar is not None and (not self.grammar.strip() or "\0" in self.grammar):
             raise ParameterError(
@@ -222,6 +242,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "threads": (1, 512),
     "batch_threads": (1, 512),
 }
+_BOOLS = ("ignore_eos", "special", "embeddings", "causal_attention")
 _OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "threads", "batch_threads"})
 
 _FLOAT_RANGES: dict[str, tuple[float, float, str]] = {
@@ -261,7 +282,7 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
         value = normal.get(name)
         if isinstance(value, str) and name == "stop":
             normal[name] = (value,)
-        elif value is not None and not isinstance(value, (str, tuple)):
+        elif isinstance(value, (list, set, frozenset)):
             normal[name] = tuple(value)
     if base is None:
         return GenerationParams(**normal)
