@@ -2,10 +2,11 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.atomic cimport atomic
-from libcpp.memory cimport unique_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from decoder cimport NativeDecoder, Reply, Stream
 from llama cimport (
     llama_adapter_lora,
     llama_batch,
@@ -189,3 +190,24 @@ cdef class Generation:
     cdef int note_logprobs(self, const float * logits, llama_token token) except -1
     cdef int end(self, str reason, string & out) except -1
     cdef int finish(self, str reason) except -1
+
+
+cdef class Decoder(Owner):
+    cdef NativeDecoder * impl
+    cdef readonly Context context
+    cdef readonly bint deterministic
+    cdef dict sets                      # of adapters, by number
+
+    cdef void stop(self) noexcept
+
+
+cdef class DecoderStream:
+    cdef shared_ptr[Stream] ptr
+    cdef readonly Decoder decoder
+    cdef Sampler sampler                # its settings; the stream has a native copy
+
+
+cdef class DecoderReply:
+    cdef shared_ptr[Reply] ptr
+
+    cdef int check(self) except -1

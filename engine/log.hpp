@@ -21,7 +21,15 @@ public:
 
     // The callback for llama_log_set. Pieces without a newline are joined into lines.
     static void write(ggml_log_level level, const char * text, void *) {
-        instance().append(level, text ? text : "");
+        if (!muted()) {
+            instance().append(level, text ? text : "");
+        }
+    }
+
+    // Of the calling thread: true while it expects a complaint that tells nobody anything, as after an abort it asked for.
+    static bool & muted() {
+        static thread_local bool value = false;
+        return value;
     }
 
     void append(ggml_log_level level, const char * text) {

@@ -25,6 +25,7 @@ __all__ = [
     "NoSlotError",
     "OutOfMemoryError",
     "ParameterError",
+    "QueueFullError",
     "StateError",
     "TokenError",
     "TriollamaError",
@@ -91,6 +92,10 @@ class BusyError(TriollamaError, RuntimeError):
 
 class ViewError(BusyError, BufferError):
     """A numpy view of logits or embeddings is alive, and the call would overwrite what it shows."""
+
+
+class QueueFullError(BusyError):
+    """As many streams run and wait as may: try again later, or allow a longer queue."""
 
 
 class ContextFullError(TriollamaError):

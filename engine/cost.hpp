@@ -1,0 +1,53 @@
+// What a step costs, learned from the steps themselves, so that prompts get a share of time and not of tokens.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace triollama {
+
+class StepCost {
+public:
+    explicit StepCost(int32_t max_running) : ordinary_s(max_running + 1, 0.0) {}
+
+    // A step of `n_running` single tokens and no prompt took `seconds`.
+    void saw_ordinary(int32_t n_running, double seconds) { blend(ordinary_s[n_running], seconds); }
+
+    // A step with `n_prompt` prompt tokens beside `n_running` took `seconds`.
+    void saw_prompt(int32_t n_running, int32_t n_prompt, double seconds) {
+        const double base = n_running > 0 ? ordinary_s[n_running] : 0.0;
+        blend(token_s, std::max(seconds - base, 0.1 * seconds) / n_prompt);
+    }
+
+    bool knows(int32_t n_running) const { return ordinary_s[n_running] > 0.0; }
+    double ordinary(int32_t n_running) const { return ordinary_s[n_running]; }
+    double prompt_token() const { return token_s; }
+
+    // As many prompt tokens as fit into `budget` ordinary steps of `n_running`; at least one.
+    int32_t prompt_tokens(int32_t n_running, double budget, int32_t most) const {
+        if (token_s <= 0.0) {
+            return std::min(first_guess, most);
+        }
+        const double n = std::floor(budget * ordinary_s[n_running] / token_s);
+        return (int32_t) std::clamp(n, 1.0, (double) std::max(most, 1));
+    }
+
+private:
+    // An outlier (a page fault, another process) moves the estimate less than an ordinary sample.
+    static void blend(double & estimate, double sample) {
+        if (estimate <= 0.0) {
+            estimate = sample;
+            return;
+        }
+        const double weight = sample > 3.0 * estimate ? 0.05 : 0.25;
+        estimate += weight * (sample - estimate);
+    }
+
+    static constexpr int32_t first_guess = 8;
+    std::vector<double> ordinary_s;
+    double token_s = 0.0;
+};
+
+}  // namespace triollama

@@ -1,0 +1,560 @@
+"""The decoder: streams of tokens from a thread that never holds the GIL."""
+from libcpp.memory cimport shared_ptr
+from libcpp.utility cimport move
+
+from decoder cimport (
+    ContextSet,
+    DecoderConfig,
+    Failure,
+    Finish,
+    Kind,
+    NativeDecoder,
+    NativeStatistics,
+    Packing,
+    Piece,
+    Pooling,
+    Reply,
+    Request,
+    Usage,
+    open_decoder,
+    update_stream,
+)
+from llama cimport llama_set_abort_callback
+
+cdef dict _KINDS = {
+    "generate": <int>Kind.generate,
+    "score": <int>Kind.score,
+    "embed": <int>Kind.embed,
+}
+cdef dict _DECODER_POOLING = {
+    "mean": <int>Pooling.mean,
+    "cls": <int>Pooling.first,
+    "last": <int>Pooling.last,
+}
+cdef tuple _FINISHES = (None, "eos", "stop", "length", "context", "done", "cancelled", "error")
+
+
+cdef object stream_error(Failure failure, str message):
+    """The exception for a stream that ended by an error of its own."""
+    if failure == Failure.grammar:
+        return GrammarError(message)
+    if failure == Failure.sampler:
+        return ParameterError(message)
+    if failure == Failure.memory:
+        return OutOfMemoryError(message)
+    if failure == Failure.adapter:
+        return AdapterError(message)
+    if failure == Failure.decode:
+        return DecodeError(message)
+    return EngineError(message)
+
+
+@cython.no_gc_clear
+cdef class Decoder(Owner):
+    """Drives ``context`` for many streams on one native thread. The context serves nobody else
+    until the decoder is closed: other calls on it raise BusyError.
+
+    deterministic: every sequence is decoded alone, prompts are cut every ``prefill_chunk`` tokens
+        from their turn's start: tokens do not depend on what else runs. Needs kv_unified=False and
+        flash_attn="off".
+    prompt_budget: time that prompts may take of a step in which streams run, in ordinary steps;
+        measured while running. prompt_tokens: if not 0, this many tokens instead.
+    max_queue: streams that may wait beyond the n_seq_max of the context.
+    host_bytes: at most so many bytes of host memory keep the KV of idle sequences.
+    slow_sampler: seconds; a sampler that takes longer runs beside the steps instead of in them.
+    stepwise: decode only when ``step`` asks: for tests.
+
+    Every method returns at once, except ``close``. One bell, ``fileno()``, tells when ``poll`` has news.
+    """
+
+    def __init__(
+        self,
+        Context context not None,
+        *,
+        deterministic: bool = False,
+        prompt_budget: float = 2.0,
+        prompt_tokens: int = 0,
+        prefill_chunk: int = 32,
+        max_queue: int = 0,
+        host_bytes: int = 0,
+        slow_sampler: float = 0.001,
+        stepwise: bool = False,
+    ):
+        if self.impl != NULL:
+            raise BusyError("this Decoder is already open")
+        cdef Model model = context.model
+        cdef DecoderConfig config
+        context.alive()
+        if not model.has_decoder or model.has_encoder or not context.causal_:
+            raise UnsupportedError("the decoder drives causal decoder-only models; use encode for others")
+        if model.vocab.type == "none":
+            raise UnsupportedError("the model has no vocabulary")
+        if deterministic and (context.kv_unified or context.flash_attn != "off"):
+            raise ParameterError(
+                "deterministic=True needs a context with kv_unified=False and flash_attn='off'",
+                parameter="deterministic", value=True)
+        recurrent = model.is_recurrent or model.is_hybrid
+        config.packing = (
+            Packing.single if deterministic
+            else Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
+        config.n_slots = context.n_seq_max
+        config.n_ubatch = min(context.n_ubatch, context.n_batch)
+        config.n_outputs = context.n_outputs_max
+        config.n_ctx = context.n_ctx
+        config.n_swa = model.n_swa
+        config.unified = context.kv_unified
+        config.can_roll_back = not recurrent
+        config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
+        config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
+        config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
+        config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
+        config.host_bytes = check_int("host_bytes", host_bytes, 0, 2**62)
+        config.slow_sampler_s = check_float("slow_sampler", slow_sampler, 0.0, 1e6)
+        config.stepwise = stepwise
+        context.check_no_views()
+        context.enter()                 # stays inside until close
+        try:
+            self.impl = open_decoder(context.ptr, config)
+        except BaseException:
+            context.leave()
+            raise
+        self.context = context
+        self.sets = {}
+        context.children += 1
+        self.deterministic = deterministic
+        self.closed = False
+        count_live("Decoder", 1)
+
+    def __dealloc__(self):
+        # After a fork the thread does not exist here, and joining it would never end: leak instead.
+        if not self.closed and self.forks == fork_count:
+            self.stop()
+
+    cdef void stop(self) noexcept:
+        cdef NativeDecoder * impl = self.impl
+        self.closed = True
+        self.impl = NULL
+        with nogil:
+            del impl
+        llama_set_abort_callback(self.context.ptr, on_abort_check, &self.context.aborting)
+        for number in list(self.sets):
+            self.release_adapters(number)
+        self.context.leave()
+        self.context.children -= 1
+        count_live("Decoder", -1)
+
+    def close(self) -> None:
+        """End every stream as cancelled, and wait for the thread: milliseconds on CPU and Metal,
+        at most one ubatch elsewhere. Idempotent."""
+        if self.closed or self.forks != fork_count:
+            return
+        self.stop()
+
+    def __enter__(self) -> Decoder:
+        self.alive()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Readable when ``poll`` has news."""
+        self.alive()
+        return self.impl.fd()
+
+    def poll(self) -> list[int]:
+        """Ids of streams and replies with news since the last call: pieces where there were none, an
+        end, an answer. Silences the bell."""
+        self.alive()
+        cdef vector[uint64_t] ids
+        self.impl.poll(ids)
+        flush_log()
+        return ids
+
+    def submit(
+        self,
+        tokens,
+        *,
+        kind: str = "generate",
+        Sampler sampler=None,
+        accept_from: int = 0,
+        stop=(),
+        max_tokens: int | None = None,
+        logprobs: int | None = None,
+        special: bool = False,
+        shift: bool = False,
+        n_keep: int = 0,
+        hidden: bool = False,
+        causal: bool = True,
+        pooling: str = "mean",
+        threads: int | None = None,
+        batch_threads: int | None = None,
+        priority: int = 0,
+        capacity: int = 64,
+        sequence: int = 0,
+        cached: int = 0,
+        commit: int = 0,
+        keep_on_cancel: bool = False,
+        cuts=(),
+        adapters: int = 0,
+    ) -> DecoderStream:
+        """Start a stream; it runs as soon as a sequence is free.
+
+        tokens: the whole prompt, from position 0.
+        kind: "generate", "score" (log-probability of each token but the first) or "embed" (the final
+            hidden states, pooled by "mean", "cls" (the first) or "last").
+        hidden: keep the final hidden state of the last token, as ``values``.
+        sampler: copied; the stream's own afterwards. It is shown tokens[accept_from:].
+        capacity: pieces that may wait to be taken before the stream pauses.
+        sequence: from ``make_sequence``; the first ``cached`` tokens are taken from its KV if they
+            are still there. ``commit`` is where this turn began: a stream that is cancelled goes back
+            to it, unless ``keep_on_cancel``. ``cuts``: in deterministic mode, where each decode before
+            ``commit`` began, to compute them again exactly as they were.
+        adapters: a set from ``define_adapters``.
+        The others are documented in GenerationParams.
+
+        Raises QueueFullError, ContextFullError, ClosedError, ParameterError, TokenError, EngineError.
+        """
+        self.alive()
+        cdef Request request
+        cdef DecoderStream stream = DecoderStream.__new__(DecoderStream)
+        cdef int n_vocab = len(self.context.model.vocab)
+        request.kind = <Kind><int>check_choice("kind", kind, _KINDS)
+        if request.kind == Kind.generate and sampler is None:
+            raise ParameterError("a generation needs a sampler", parameter="sampler")
+        request.tokens.reserve(len(tokens))
+        for token in tokens:
+            number = check_int("tokens", token, -2**31, 2**31 - 1)
+            if not 0 <= number < n_vocab:
+                raise TokenError(
+                    f"token {number} is outside the vocabulary of {n_vocab} tokens",
+                    parameter="tokens", value=number)
+            request.tokens.push_back(number)
+        if request.tokens.empty():
+            raise ParameterError("the prompt is empty; give at least one token", parameter="tokens")
+        if <int>request.tokens.size() > self.context.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {request.tokens.size()} tokens; the context holds"
+                f" n_ctx={self.context.n_ctx}",
+                needed=request.tokens.size(), n_ctx=self.context.n_ctx)
+        request.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
+        for text in stop:
+            request.stops.push_back(text.encode())
+        request.max_tokens = -1 if max_tokens is None else check_int(
+            "max_tokens", max_tokens, 0, 2**31 - 1)
+        request.logprobs = -1 if logprobs is None else check_int("logprobs", logprobs, 0, n_vocab)
+        request.special = special
+        request.shift = shift
+        request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
+        request.hidden = hidden
+        request.causal = causal
+        request.pooling = <Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
+        request.threads = 0 if threads is None else check_int("threads", threads, 1, 512)
+        request.threads_batch = 0 if batch_threads is None else check_int(
+            "batch_threads", batch_threads, 1, 512)
+        request.priority = check_int("priority", priority, -2**31, 2**31 - 1)
+        request.capacity = check_int("capacity", capacity, 1, 2**31 - 1)
+        request.sequence = check_int("sequence", sequence, 0, 2**62)
+        request.cached = check_int("cached", cached, 0, 2**31 - 1)
+        request.commit = check_int("commit", commit, 0, 2**31 - 1)
+        request.keep_on_cancel = keep_on_cancel
+        for position in cuts:
+            request.cuts.push_back(check_int("cuts", position, 0, 2**31 - 1))
+        request.set = check_int("adapters", adapters, 0, 2**62)
+        if sampler is not None:
+            request.sampler.reset(copy_sampler(sampler))
+        with nogil:
+            stream.ptr = self.impl.submit(move(request))
+        stream.decoder = self
+        stream.sampler = sampler
+        return stream
+
+    def make_sequence(self) -> int:
+        """A sequence that outlives streams: its KV serves the next one. Holds nothing yet."""
+        self.alive()
+        return self.impl.make_sequence()
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Forget a sequence. A stream that uses it is cancelled."""
+        self.alive()
+        self.impl.drop_sequence(sequence)
+
+    def fork_sequence(self, source: int, target: int, n: int) -> DecoderReply:
+        """Give ``target`` the first ``n`` positions of ``source``, as far as the cache allows. The
+        reply's value is how many it has now."""
+        self.alive()
+        cdef int count = check_int("n", n, 0, 2**31 - 1)
+        return wrap_reply(self, self.impl.fork_sequence(source, target, count))
+
+    def save_sequence(self, sequence: int) -> DecoderReply:
+        """The KV of an idle sequence. The reply's ``data`` is llama.cpp's blob (empty if it holds
+        nothing), its value the number of positions."""
+        self.alive()
+        return wrap_reply(self, self.impl.save_sequence(sequence))
+
+    def load_sequence(self, sequence: int, data: bytes, n: int, adapters: int = 0) -> DecoderReply:
+        """Restore what ``save_sequence`` gave, ``n`` positions. llama.cpp trusts these bytes: give
+        only what was verified to come from the same model and the same kind of context."""
+        self.alive()
+        cdef int count = check_int("n", n, 0, 2**31 - 1)
+        return wrap_reply(self, self.impl.load_sequence(sequence, data, count, adapters))
+
+    def query_sequence(self, sequence: int) -> DecoderReply:
+        """The reply's value is the number of positions a sequence holds."""
+        self.alive()
+        return wrap_reply(self, self.impl.query_sequence(sequence))
+
+    def define_adapters(self, set_id: int, adapters) -> DecoderReply:
+        """Name a set of (Adapter, scale) pairs by a number of your own, at least 1, for ``submit``. Sets
+        cannot change: define another. The adapters stay open until the set is dropped."""
+        self.alive()
+        cdef ContextSet native
+        cdef Adapter adapter
+        held = []
+        for adapter, scale in adapters:
+            adapter.alive()
+            if adapter.model is not self.context.model:
+                raise AdapterError(f"{adapter.path} was loaded for another model", path=adapter.path)
+            native.adapters.push_back(adapter.ptr)
+            native.scales.push_back(check_float("scale", scale, -1e6, 1e6))
+            held.append(adapter)
+        number = check_int("set_id", set_id, 1, 2**62)
+        if number in self.sets:
+            raise ParameterError(f"set {number} is defined already", parameter="set_id", value=number)
+        self.sets[number] = held
+        for adapter in held:
+            adapter.children += 1
+        return wrap_reply(self, self.impl.define_set(number, native))
+
+    def drop_adapters(self, set_id: int) -> DecoderReply:
+        """Forget a set. The reply raises StateError if a stream still uses it; else its adapters may be
+        closed once it is done and ``release_adapters`` was called."""
+        self.alive()
+        return wrap_reply(self, self.impl.drop_set(check_int("set_id", set_id, 1, 2**62)))
+
+    def release_adapters(self, set_id: int) -> None:
+        """After ``drop_adapters`` was answered: let the set's adapters be closed."""
+        cdef Adapter adapter
+        for adapter in self.sets.pop(set_id, ()):
+            adapter.children -= 1
+
+    def step(self, n: int = 1) -> DecoderReply:
+        """Stepwise: do n steps. The reply's value is how many had something to do."""
+        self.alive()
+        return wrap_reply(self, self.impl.step(check_int("n", n, 1, 2**30)))
+
+    def statistics(self) -> dict[str, object]:
+        """Counts as of the end of the last step. ``first_token_s``: seconds from submission to the
+        first token, of the last 256 streams."""
+        self.alive()
+        cdef NativeStatistics s = self.impl.statistics()
+        return {
+            "running": s.running,
+            "prefilling": s.prefilling,
+            "parked": s.parked,
+            "queued": s.queued,
+            "sequences": s.sequences,
+            "slots_free": s.slots_free,
+            "cells_used": s.cells_used,
+            "host_bytes": s.host_bytes,
+            "finished": s.finished,
+            "cancelled": s.cancelled,
+            "failed": s.failed,
+            "prompt_tokens": s.prompt_tokens,
+            "cached_tokens": s.cached_tokens,
+            "generated_tokens": s.generated_tokens,
+            "steps": s.steps,
+            "aborts": s.aborts,
+            "evictions": s.evictions,
+            "restores": s.restores,
+            "preemptions": s.preemptions,
+            "set_changes": s.set_changes,
+            "slow_samples": s.slow_samples,
+            "first_token_s": list(s.first_token_s),
+        }
+
+    @property
+    def cause_of_death(self) -> str:
+        """Why the thread ended by itself; empty while it lives. Every stream then failed with it."""
+        self.alive()
+        return self.impl.cause_of_death().decode("utf-8", "replace")
+
+
+@cython.no_gc_clear
+cdef class DecoderStream:
+    """One stream: take its pieces, cancel it, and see how it ended. Comes from ``Decoder.submit``."""
+
+    def __init__(self):
+        raise TypeError("a DecoderStream comes from Decoder.submit")
+
+    def __dealloc__(self):
+        # An abandoned stream would go on until it is full, and hold its sequence.
+        if self.decoder is not None and not self.decoder.closed and self.decoder.forks == fork_count:
+            self.decoder.impl.cancel(self.ptr.get()[0])
+
+    @property
+    def id(self) -> int:
+        """As ``Decoder.poll`` names it."""
+        return self.ptr.get().id
+
+    def take(self) -> tuple | None:
+        """The oldest piece, (text, token ids, scores, time in ns on time.monotonic_ns()'s clock), or
+        None if none is there now. scores: None, or per token (logprob, ((token, logprob), ...))."""
+        cdef Piece piece
+        cdef cpp_bool found
+        self.decoder.alive()
+        found = self.decoder.impl.take(self.ptr.get()[0], piece)
+        if not found:
+            return None
+        scores = None
+        if not piece.scores.empty():
+            scores = tuple([
+                (score.logprob, tuple([(top.id, top.logprob) for top in score.top]))
+                for score in piece.scores])
+        return piece.text.decode(), tuple(piece.tokens), scores, piece.time_ns
+
+    def cancel(self) -> None:
+        """Stop it, now: also inside a decode on CPU and Metal. From here on it does not count
+        against admission. Idempotent."""
+        if not self.decoder.is_closed:
+            self.decoder.impl.cancel(self.ptr.get()[0])
+
+    def set_priority(self, priority: int) -> None:
+        """Higher goes first: in the queue, and among prompts."""
+        self.decoder.alive()
+        self.decoder.impl.set_priority(self.ptr, check_int("priority", priority, -2**31, 2**31 - 1))
+
+    def update(self, params) -> None:
+        """Sample by these parameters, and stop at their ``max_tokens``, from the next token on. The
+        seed, and everything that is not about sampling or length, stays as it was."""
+        cdef NativeSamplingParams native
+        self.decoder.alive()
+        if self.sampler is None:
+            raise ParameterError("this stream does not sample", parameter="params")
+        self.sampler.fill(native, params)
+        max_tokens = -1 if params.max_tokens is None else params.max_tokens
+        update_stream(self.decoder.impl[0], self.ptr, max_tokens, &native)
+
+    def sampler_state(self) -> bytes:
+        """What ``Sampler.save_state`` gives, after the last token; BusyError while it runs."""
+        if self.ptr.get().finish() == Finish.none:
+            raise BusyError("the stream is still running")
+        if self.ptr.get().sampler() == NULL:
+            raise ParameterError("this stream does not sample")
+        return self.ptr.get().sampler().save_state()
+
+    @property
+    def waiting(self) -> int:
+        """Pieces that wait to be taken."""
+        return self.ptr.get().waiting()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs; then "eos", "stop", "length", "context", "done" (score, embed),
+        "cancelled" or "error". What follows is final only then."""
+        return _FINISHES[<int>self.ptr.get().finish()]
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it, if its finish_reason is "error"."""
+        if self.ptr.get().finish() != Finish.error:
+            return None
+        return stream_error(self.ptr.get().failure, self.ptr.get().message.decode("utf-8", "replace"))
+
+    @property
+    def failed_with_engine(self) -> bool:
+        """Whether it ended because the whole decoder died."""
+        return self.ptr.get().finish() == Finish.error and self.ptr.get().failure == Failure.engine
+
+    @property
+    def stop_index(self) -> int | None:
+        """Which stop string ended it."""
+        cdef int index = self.ptr.get().stop_index if self.ptr.get().finish() == Finish.stop else -1
+        return None if index < 0 else index
+
+    @property
+    def end_token(self) -> int | None:
+        """Which end-of-generation token ended it."""
+        return self.ptr.get().end_token if self.ptr.get().finish() == Finish.eos else None
+
+    @property
+    def position(self) -> int:
+        """Positions of its sequence that are in the KV, once finished."""
+        return 0 if self.ptr.get().finish() == Finish.none else self.ptr.get().position
+
+    @property
+    def shifted(self) -> int:
+        """Tokens dropped by context shifts, once finished."""
+        return 0 if self.ptr.get().finish() == Finish.none else self.ptr.get().shifted
+
+    @property
+    def starts(self) -> list[int]:
+        """Deterministic mode: where each decode of the prompt began, once finished."""
+        if self.ptr.get().finish() == Finish.none:
+            return []
+        return list(self.ptr.get().starts)
+
+    @property
+    def values(self) -> list[float]:
+        """Once finished: score's log-probabilities, embed's vector, or with ``hidden`` the state."""
+        if self.ptr.get().finish() == Finish.none:
+            return []
+        return list(self.ptr.get().values)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompt, of those from the cache, generated; and the times, in ns on
+        time.monotonic_ns()'s clock, 0 where that has not happened."""
+        cdef Usage u = self.ptr.get().usage()
+        return {
+            "prompt": u.prompt,
+            "cached": u.cached,
+            "generated": u.generated,
+            "submitted_ns": u.submitted_ns,
+            "admitted_ns": u.admitted_ns,
+            "first_ns": u.first_ns,
+            "last_ns": u.last_ns,
+            "finished_ns": u.finished_ns,
+        }
+
+
+cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[Reply] ptr):
+    cdef DecoderReply reply = DecoderReply.__new__(DecoderReply)
+    reply.ptr = ptr
+    return reply
+
+
+cdef class DecoderReply:
+    """The answer to a command that only the decoder's thread can carry out."""
+
+    def __init__(self):
+        raise TypeError("a DecoderReply comes from a Decoder")
+
+    @property
+    def id(self) -> int:
+        """As ``Decoder.poll`` names it."""
+        return self.ptr.get().id
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer is there."""
+        return self.ptr.get().is_done()
+
+    cdef int check(self) except -1:
+        if not self.ptr.get().is_done():
+            raise BusyError("the decoder has not answered yet; wait until poll names this reply")
+        if not self.ptr.get().ok:
+            raise StateError(self.ptr.get().message.decode("utf-8", "replace"))
+        return 0
+
+    @property
+    def value(self) -> int:
+        """The number it answers with. StateError if the command failed, BusyError if it is not done."""
+        self.check()
+        return self.ptr.get().value
+
+    @property
+    def data(self) -> bytes:
+        """The bytes it answers with; errors as ``value``."""
+        self.check()
+        return self.ptr.get().bytes
