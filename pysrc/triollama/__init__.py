@@ -6,6 +6,8 @@ side, and with it trio, is imported only when one of its names is used.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ._openmp import short_spin
 
 with short_spin():
@@ -14,6 +16,26 @@ with short_spin():
 from .errors import TriollamaError
 from .params import GenerationParams
 
-__all__ = ["GenerationParams", "TriollamaError", "__version__", "build_info"]
+if TYPE_CHECKING:
+    from .aio import open_llama, run_llama
+
+__all__ = [
+    "GenerationParams",
+    "TriollamaError",
+    "__version__",
+    "build_info",
+    "open_llama",
+    "run_llama",
+]
 
 __version__ = "0.1.0"
+
+_ASYNC = ("open_llama", "run_llama")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ASYNC:
+        from . import aio
+
+        return getattr(aio, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
