@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from triollama import models
+from triollama._engine import live_objects
 from triollama.testing import make_tiny_model
 
 # libgomp spins by default, and tests share their cores with each other.
@@ -95,3 +97,13 @@ def run_isolated(tmp_path: Path) -> RunIsolated:
         return result
 
     return run
+
+
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """The test must leave as many native objects open as it found. Name it first."""
+    gc.collect()
+    before = live_objects()
+    yield
+    gc.collect()
+    assert live_objects() == before

@@ -12,7 +12,7 @@ from .fake import FakeEngine, Reply
 from .tiny import make_tiny_model
 
 if TYPE_CHECKING:
-    from ..aio.simulated import open_fake_llama
+    from .simulated import open_fake_llama
 
 __all__ = ["FakeEngine", "Reply", "make_tiny_model", "open_fake_llama"]
 
@@ -20,7 +20,7 @@ __all__ = ["FakeEngine", "Reply", "make_tiny_model", "open_fake_llama"]
 def __getattr__(name: str) -> Any:
     # trio is imported only by whoever uses the async side.
     if name == "open_fake_llama":
-        from ..aio.simulated import open_fake_llama
+        from .simulated import open_fake_llama
 
         return open_fake_llama
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
+from ..aio.engine import EngineStream
+from ..aio.llama import Llama, Serving
 from ..params import GenerationParams
-from .engine import EngineStream
-from .llama import Llama, Serving
-
-if TYPE_CHECKING:
-    from ..testing.fake import FakeEngine
+from .fake import FakeEngine
 
 __all__ = ["SimulatedEngine", "open_fake_llama"]
 
