@@ -71,4 +71,26 @@ std::optional<std::vector<double>> GgufMeta::numbers(const std::string & key) co
     return values;
 }
 
+std::vector<std::string> GgufMeta::keys() const {
+    std::vector<std::string> names;
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf.get()); ++i) {
+        names.emplace_back(gguf_get_key(gguf.get(), i));
+    }
+    return names;
+}
+
+std::vector<GgufTensor> GgufMeta::tensors() const {
+    std::vector<GgufTensor> all;
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf.get()); ++i) {
+        const int64_t * ne = gguf_get_tensor_ne(gguf.get(), i);
+        int n_dims = GGML_MAX_DIMS;
+        while (n_dims > 1 && ne[n_dims - 1] == 1) {
+            --n_dims;
+        }
+        all.push_back({ gguf_get_tensor_name(gguf.get(), i), ggml_type_name(gguf_get_tensor_type(gguf.get(), i)),
+                        std::vector<int64_t>(ne, ne + n_dims) });
+    }
+    return all;
+}
+
 }  // namespace triollama

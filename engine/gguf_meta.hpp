@@ -12,6 +12,12 @@
 
 namespace triollama {
 
+struct GgufTensor {
+    std::string name;
+    std::string type;               // as ggml names it, "q4_K"
+    std::vector<int64_t> shape;     // ne[0] first
+};
+
 class GgufMeta {
 public:
     // Throws format_error if `path` is no GGUF file.
@@ -20,6 +26,9 @@ public:
     std::optional<std::string> text(const std::string & key) const;
     std::optional<double>      number(const std::string & key) const;   // integers, floats and booleans
     std::optional<std::vector<double>> numbers(const std::string & key) const;   // arrays of them
+
+    std::vector<std::string> keys() const;
+    std::vector<GgufTensor>  tensors() const;
 
 private:
     gguf_context_ptr gguf;

@@ -1,6 +1,7 @@
 #include "trainer.hpp"
 
 #include "guard.hpp"
+#include "train_merge.hpp"
 #include "train_random.hpp"
 
 #include <algorithm>
@@ -304,6 +305,10 @@ void Trainer::save_adapter(const std::string & path,
 }
 
 void Trainer::load_adapter(const std::string & path) { adapters->load(path, frozen->info().arch->name); }
+
+void Trainer::save_merged(const std::string & path, ggml_type type) const {
+    merge_adapter(settings.model_path, *adapters, path, type);
+}
 
 void Trainer::restore_counters(int64_t step, uint64_t dropout_counter) {
     if (step < 0) {

@@ -72,6 +72,8 @@ public:
 
     void save_adapter(const std::string & path, const std::vector<std::pair<std::string, std::string>> & metadata) const;
     void load_adapter(const std::string & path);
+    // See merge_adapter; GGML_TYPE_COUNT keeps each matrix's type.
+    void save_merged(const std::string & path, ggml_type type) const;
 
     // With the adapter's weights and moments these two are all the state of a run.
     int64_t  step() const { return n_steps; }              // optimiser steps taken

@@ -1,9 +1,12 @@
 """The native training engine, trainer.hpp."""
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cpp_bool
+from libcpp.optional cimport optional
 from libcpp.string cimport string
 from libcpp.utility cimport pair
 from libcpp.vector cimport vector
+
+from ggml cimport ggml_type
 
 cdef extern from "trainer_guard.hpp" namespace "triollama" nogil:
     void raise_trainer_error() noexcept
@@ -21,6 +24,19 @@ cdef extern from "train_arch.hpp" namespace "triollama" nogil:
         int n_ctx_max
 
     const vector[Architecture] & trainable_architectures() except +raise_trainer_error
+
+cdef extern from "gguf_meta.hpp" namespace "triollama" nogil:
+    cdef cppclass GgufTensor:
+        string name
+        string type
+        vector[int64_t] shape
+
+    cdef cppclass GgufMeta:
+        GgufMeta(const string & path) except +raise_trainer_error
+        optional[string] text(const string & key) except +raise_trainer_error
+        optional[double] number(const string & key) except +raise_trainer_error
+        vector[string] keys() except +raise_trainer_error
+        vector[GgufTensor] tensors() except +raise_trainer_error
 
 cdef extern from "ggml.h" nogil:
     ctypedef struct ggml_tensor:
@@ -98,6 +114,7 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         const ModelGraphInfo & model()
         void save_adapter(const string & path, const vector[pair[string, string]] & metadata) except +raise_trainer_error
         void load_adapter(const string & path) except +raise_trainer_error
+        void save_merged(const string & path, ggml_type type) except +raise_trainer_error
         int64_t step()
         uint64_t dropout_counter()
         void restore_counters(int64_t step, uint64_t dropout_counter) except +raise_trainer_error

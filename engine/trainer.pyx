@@ -1,8 +1,10 @@
 """LoRA training on a frozen GGUF model."""
 from typing import NamedTuple
 
+from libcpp.optional cimport optional
 from libcpp.utility cimport pair
 
+from ggml cimport GGML_TYPE_COUNT, GGML_TYPE_F16, GGML_TYPE_F32, ggml_type
 from trainer cimport (
     PART_FIRST_MOMENTS,
     PART_GRADIENTS,
@@ -11,6 +13,8 @@ from trainer cimport (
     AdamW,
     AdapterPart,
     Architecture,
+    GgufMeta,
+    GgufTensor,
     LoraPair,
     NativeTrainer,
     RowResult,
@@ -25,6 +29,11 @@ cdef dict _PARTS = {
     "gradients": <int>PART_GRADIENTS,
     "first_moments": <int>PART_FIRST_MOMENTS,
     "second_moments": <int>PART_SECOND_MOMENTS,
+}
+cdef dict _MERGED_TYPES = {
+    None: <int>GGML_TYPE_COUNT,
+    "f16": <int>GGML_TYPE_F16,
+    "f32": <int>GGML_TYPE_F32,
 }
 cdef dict _PRECISIONS = {"exact": True, "fast": False}
 
@@ -46,6 +55,48 @@ def training_architectures() -> dict[str, str]:
     cdef vector[Architecture] rows = trainable_architectures()
     cdef Architecture row
     return {row.name.decode(): row.notes.decode() for row in rows}
+
+
+def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[int, ...]]]]:
+    """The metadata of a GGUF file that is text or a number, and its tensors: type and shape.
+
+    Shapes have rows first, as numpy's. Raises ModelNotFoundError, ModelFormatError.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"cannot open {name}: {error.strerror or error}", path=name) from error
+    if magic != b"GGUF":
+        raise ModelFormatError(f"{name} is no GGUF file", path=name)
+    cdef string raw_path = os.fsencode(name)
+    cdef GgufMeta * meta = new GgufMeta(raw_path)
+    cdef optional[string] text
+    cdef optional[double] number
+    cdef vector[string] keys
+    cdef vector[GgufTensor] tensors
+    cdef string key
+    cdef GgufTensor tensor
+    found = {}
+    try:
+        keys = meta.keys()
+        for key in keys:
+            text = meta.text(key)
+            number = meta.number(key)
+            if text.has_value():
+                found[key.decode("utf-8", "replace")] = text.value().decode("utf-8", "replace")
+            elif number.has_value():
+                found[key.decode("utf-8", "replace")] = number.value()
+        tensors = meta.tensors()
+        return found, {
+            tensor.name.decode("utf-8", "replace"):
+                (tensor.type.decode(), tuple(reversed(list(tensor.shape))))
+            for tensor in tensors
+        }
+    finally:
+        del meta
 
 
 cdef int copy_int32(str name, object values, vector[int32_t] & out, Py_ssize_t n) except -1:
@@ -117,6 +168,7 @@ cdef class Trainer(Owner):
 
     cdef NativeTrainer * native
     cdef readonly str path
+    cdef readonly double dropout
 
     def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
@@ -133,7 +185,7 @@ cdef class Trainer(Owner):
         config.adapter.alpha = check_float("alpha", alpha, 1e-6, 1e6)
         config.adapter.rslora = rslora
         config.adapter.seed = check_int("seed", seed, 0, 2**63 - 1)
-        config.dropout = check_float("dropout", dropout, 0.0, 0.999)
+        self.dropout = config.dropout = check_float("dropout", dropout, 0.0, 0.999)
         config.exact = check_choice("precision", precision, _PRECISIONS)
         config.n_threads = check_int(
             "threads", default_threads() if threads is None else threads, 1, 512)
@@ -196,6 +248,12 @@ cdef class Trainer(Owner):
         return self.native.model().arch.name.decode()
 
     @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that identify the base model, as ``Model.fingerprint``."""
+        self.alive()
+        return fingerprint_file(self.path)
+
+    @property
     def n_vocab(self) -> int:
         """Rows of the output matrix."""
         self.alive()
@@ -213,6 +271,21 @@ cdef class Trainer(Owner):
         cdef vector[string] names = self.native.adapter().config().targets
         cdef string name
         return tuple([name.decode() for name in names])
+
+    @property
+    def rank(self) -> int:
+        self.alive()
+        return self.native.adapter().config().rank
+
+    @property
+    def alpha(self) -> float:
+        self.alive()
+        return self.native.adapter().config().alpha
+
+    @property
+    def rslora(self) -> bool:
+        self.alive()
+        return self.native.adapter().config().rslora
 
     @property
     def n_parameters(self) -> int:
@@ -422,7 +495,23 @@ cdef class Trainer(Owner):
             if not key or b"\0" in <bytes>item.first or b"\0" in <bytes>item.second:
                 raise ParameterError(f"metadata {key!r} is empty or holds NUL", parameter="metadata")
             pairs.push_back(item)
+        self.save(path, pairs, 0, False)
+
+    def save_merged(self, path, ftype: str | None = None) -> None:
+        """Write the whole model with W + scale * B A in place of each adapted W.
+
+        ftype: ``None`` keeps the type of each matrix, quantised anew; ``"f16"`` or ``"f32"`` for
+        the adapted ones. The file appears under its name only when complete. Raises OSError,
+        EngineError, UnsupportedError for a type that cannot be made again.
+        """
+        cdef vector[pair[string, string]] none
+        self.save(path, none, check_choice("ftype", ftype, _MERGED_TYPES), True)
+
+    cdef int save(self, object path, vector[pair[string, string]] & metadata, int ftype,
+                  bint merged) except -1:
         target = os.fspath(path)
+        if os.path.exists(target) and os.path.samefile(target, self.path):
+            raise ParameterError("path is the model's own file", parameter="path", value=path)
         partial = f"{target}.{os.getpid()}.partial"
         with open(partial, "wb"):       # an OSError that says why, if it cannot be written
             pass
@@ -431,7 +520,10 @@ cdef class Trainer(Owner):
             self.enter()
             try:
                 with nogil:
-                    self.native.save_adapter(raw_partial, pairs)
+                    if merged:
+                        self.native.save_merged(raw_partial, <ggml_type>ftype)
+                    else:
+                        self.native.save_adapter(raw_partial, metadata)
             finally:
                 self.leave()
             with open(partial, "rb+") as file:
@@ -442,6 +534,7 @@ cdef class Trainer(Owner):
                 os.unlink(partial)
             except FileNotFoundError:
                 pass
+        return 0
 
     def load_adapter(self, path) -> None:
         """Take A and B from an adapter file with the same targets, rank and scale.

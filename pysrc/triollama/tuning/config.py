@@ -1,0 +1,292 @@
+"""How to train: frozen, validated on construction, serialisable."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from .errors import (
+    InvalidEpochsError,
+    InvalidLearningRateError,
+    InvalidQuantizationError,
+    InvalidRankError,
+    InvalidSettingError,
+)
+
+__all__ = ["QLoRAConfig", "TrainingConfig", "learning_rate_at"]
+
+MAX_RANK = 128
+MAX_EPOCHS = 100
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("exact", "fast")
+TRUNCATIONS = ("error", "drop", "end", "start")
+
+TARGET_NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "qkv_proj": "attn_qkv",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+"""Names of target modules as PEFT and transformers say them, and as GGUF does."""
+
+# What QLoRA's papers and libraries call a type, and the GGUF type of llama-quantize that is meant.
+_QUANT_TYPES = {
+    "q4_k_m": "q4_k_m",
+    "q4_k_s": "q4_k_s",
+    "q4_0": "q4_0",
+    "iq4_nl": "iq4_nl",
+    "q5_k_m": "q5_k_m",
+    "q6_k": "q6_k",
+    "q8_0": "q8_0",
+    "int4": "q4_0",
+    "int8": "q8_0",
+}
+_COMPUTE = {"float32": "exact", "int8": "fast"}
+
+
+class QLoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the frozen base is quantised. Any quantised GGUF trains as QLoRA does, by construction.
+
+    quant_type: a base that is not quantised yet is first quantised to it: ``"q4_k_m"`` (default),
+        ``"q4_k_s"``, ``"q4_0"``, ``"iq4_nl"``, ``"q5_k_m"``, ``"q6_k"``, ``"q8_0"``; ``"int4"`` is
+        q4_0 and ``"int8"`` q8_0. ``"nf4"`` and ``"fp4"`` are refused: GGUF has no such type;
+        ``iq4_nl`` is the nearest (4 bits, non-linear levels).
+    double_quant: quantised scales, which is what the k-quants (``q*_k*``) have and the others have
+        not. It must agree with the type.
+    compute_dtype: ``"float32"`` dequantises weights in flight (precision ``"exact"``); ``"int8"``
+        multiplies with activations quantised to 8 bits forward (precision ``"fast"``).
+    """
+
+    quant_type: str = "q4_k_m"
+    double_quant: bool = True
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.quant_type in ("nf4", "fp4"):
+            raise InvalidQuantizationError(
+                f"GGUF has no {self.quant_type}; the nearest is quant_type='iq4_nl' with"
+                " double_quant=False, or 'q4_k_m' with double_quant=True",
+                parameter="quant_type",
+                value=self.quant_type,
+            )
+        if self.quant_type not in _QUANT_TYPES:
+            raise InvalidQuantizationError(
+                f"quant_type must be one of {', '.join(_QUANT_TYPES)}, not {self.quant_type!r}",
+                parameter="quant_type",
+                value=self.quant_type,
+            )
+        if self.double_quant != ("_k" in self.ftype):
+            raise InvalidQuantizationError(
+                f"{self.quant_type} has {'no ' if self.double_quant else ''}quantised scales:"
+                f" double_quant={self.double_quant} needs"
+                f" {'q4_k_m, q5_k_m or q6_k' if self.double_quant else 'q4_0, iq4_nl or q8_0'}",
+                parameter="double_quant",
+                value=self.double_quant,
+            )
+        if self.compute_dtype not in _COMPUTE:
+            raise InvalidQuantizationError(
+                f"compute_dtype must be 'float32' or 'int8', not {self.compute_dtype!r}: the"
+                " training graph multiplies in F32, or with 8-bit activations forward; the nearest"
+                " to a half-precision type is 'float32'",
+                parameter="compute_dtype",
+                value=self.compute_dtype,
+            )
+
+    @property
+    def ftype(self) -> str:
+        """The type as ``quantize`` takes it."""
+        return _QUANT_TYPES[self.quant_type]
+
+    @property
+    def precision(self) -> str:
+        """The precision of the training graph that ``compute_dtype`` asks for."""
+        return _COMPUTE[self.compute_dtype]
+
+
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one training run. A value out of range raises on construction.
+
+    Adapter
+        ``rank`` (1 to 128; InvalidRankError), ``alpha``, ``rslora`` (scale alpha / sqrt(rank)
+        instead of alpha / rank), ``targets`` (``"all-linear"``, or names as GGUF or PEFT has them:
+        ``("attn_q", "v_proj")``), ``dropout`` on the adapters' inputs.
+
+    Optimiser
+        ``learning_rate`` (above 0, at most 1; InvalidLearningRateError), ``schedule``
+        (``"constant"``, ``"linear"`` or ``"cosine"``, the last two down to 0 at the last step),
+        ``warmup_steps`` (a linear rise first), ``weight_decay``, ``beta1``, ``beta2``, ``epsilon``
+        (AdamW's), ``max_grad_norm`` (larger gradients are scaled down to it; 0 is off).
+
+    Amount
+        ``epochs`` (1 to 100; InvalidEpochsError), ``max_steps`` (ends earlier; None is off),
+        ``batch_size`` rows at a time and ``accumulation`` such batches make one step. Each label
+        of a step weighs the same, however rows are cut: 4 x 1 and 1 x 4 are one and the same.
+
+    Data
+        ``max_length``: most tokens of a row. ``truncation``: of an example longer than that:
+        ``"error"``, ``"drop"`` it, or cut its ``"end"`` or ``"start"`` off. ``packing``: several
+        examples share a row, and cannot see each other. ``shuffle`` anew each epoch.
+
+    Run
+        ``seed``, ``precision`` (``"exact"`` or ``"fast"``), ``threads``, ``n_gpu_layers``,
+        ``evaluate_every`` steps (None: at the end of each epoch), ``checkpoint_every`` steps
+        (None: only at the end), ``patience``: stop after so many evaluations without an
+        improvement of ``min_delta`` and go back to the best (None is off). ``qlora``: quantise the
+        base first.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int = 1
+    accumulation: int = 1
+
+    max_length: int = 512
+    truncation: str = "error"
+    packing: bool = False
+    shuffle: bool = True
+
+    seed: int = 42
+    precision: str = "exact"
+    threads: int | None = None
+    n_gpu_layers: int = 0
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    qlora: QLoRAConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.rank) or not 1 <= self.rank <= MAX_RANK:
+            raise InvalidRankError(
+                f"rank must be an integer from 1 to {MAX_RANK}, not {self.rank!r}",
+                parameter="rank",
+                value=self.rank,
+            )
+        if not _is_number(self.learning_rate) or not 0.0 < self.learning_rate <= 1.0:
+            raise InvalidLearningRateError(
+                f"learning_rate must be above 0 and at most 1, not {self.learning_rate!r}",
+                parameter="learning_rate",
+                value=self.learning_rate,
+            )
+        if not _is_int(self.epochs) or not 1 <= self.epochs <= MAX_EPOCHS:
+            raise InvalidEpochsError(
+                f"epochs must be an integer from 1 to {MAX_EPOCHS}, not {self.epochs!r}",
+                parameter="epochs",
+                value=self.epochs,
+            )
+        for name, (low, high) in _INTS.items():
+            value = getattr(self, name)
+            if (value is None and name in _OPTIONAL) or (_is_int(value) and low <= value <= high):
+                continue
+            raise InvalidSettingError(
+                f"{name} must be an integer from {low} to {high}"
+                f"{' or None' if name in _OPTIONAL else ''}, not {value!r}",
+                parameter=name,
+                value=value,
+            )
+        for name, (lowest, highest) in _FLOATS.items():
+            value = getattr(self, name)
+            if not _is_number(value) or not lowest <= value <= highest:
+                raise InvalidSettingError(
+                    f"{name} must be a number from {lowest:g} to {highest:g}, not {value!r}",
+                    parameter=name,
+                    value=value,
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidSettingError(
+                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}",
+                    parameter=name,
+                    value=getattr(self, name),
+                )
+        if not self.targets or (isinstance(self.targets, str) and self.targets != "all-linear"):
+            raise InvalidSettingError(
+                f"targets must be 'all-linear' or a tuple of names, not {self.targets!r}",
+                parameter="targets",
+                value=self.targets,
+            )
+
+    @property
+    def gguf_targets(self) -> str | tuple[str, ...]:
+        """``targets`` under GGUF's names."""
+        if isinstance(self.targets, str):
+            return self.targets
+        return tuple(TARGET_NAMES.get(name, name) for name in self.targets)
+
+    @property
+    def effective_precision(self) -> str:
+        return self.qlora.precision if self.qlora else self.precision
+
+
+def learning_rate_at(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """The learning rate of step ``step`` (from 0) of ``total_steps``.
+
+    Warm-up rises linearly and reaches the full rate at step ``warmup_steps``. After that "linear"
+    falls in a straight line and "cosine" as (1 + cos(pi t)) / 2 (arXiv:1608.03983), t running from
+    0 to 1 over the steps left, as transformers' schedules do.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    left = max(total_steps - config.warmup_steps, 1)
+    t = min((step - config.warmup_steps) / left, 1.0)
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - t)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * t))
+    return config.learning_rate
+
+
+_I31 = 2**31 - 1
+_INTS = {
+    "warmup_steps": (0, _I31),
+    "max_steps": (1, _I31),
+    "batch_size": (1, 4096),
+    "accumulation": (1, 4096),
+    "max_length": (2, 1 << 20),
+    "seed": (0, 2**63 - 1),
+    "threads": (1, 512),
+    "n_gpu_layers": (0, _I31),
+    "evaluate_every": (1, _I31),
+    "checkpoint_every": (1, _I31),
+    "patience": (1, _I31),
+}
+_OPTIONAL = {"max_steps", "threads", "evaluate_every", "checkpoint_every", "patience"}
+_FLOATS = {
+    "alpha": (1e-6, 1e6),
+    "dropout": (0.0, 0.999),
+    "weight_decay": (0.0, 100.0),
+    "beta1": (0.0, 0.999999),
+    "beta2": (0.0, 0.999999),
+    "epsilon": (1e-30, 1.0),
+    "max_grad_norm": (0.0, 1e9),
+    "min_delta": (0.0, 1e9),
+}
+_CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "truncation": TRUNCATIONS}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
