@@ -454,7 +454,7 @@ cdef class Trainer(Owner):
         finally:
             self.leave()
 
-    def get(self, part: str) -> object:
+    def get(self, part: str):
         """A flat float32 copy of all pairs' ``"weights"``, ``"gradients"``, ``"first_moments"``
         or ``"second_moments"``: in the order of ``layout``, A before B."""
         import numpy

@@ -8,6 +8,7 @@ are tokenised apart, special tokens arise in the former alone, and an answer sta
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -183,26 +184,33 @@ def encode_chat(
     tokens: list[int] = []
     targets: list[bool] = []
     pending = False  # an answer has ended and its end-of-turn token has not come yet
+    open_end: int | None = None  # where the text after an answer without such a token begins
     for text, of_template, target in _pieces(rendered.segments, spans):
         piece = vocab.tokenize(text, False, of_template)
         if target:
             targets += [True] * len(piece)
-            pending = True
+            pending, open_end = True, None
         elif pending and of_template:
             stop = next((i for i, token in enumerate(piece) if vocab.is_eog(token)), None)
             learned = 0 if stop is None else stop + 1
+            open_end = len(targets) if stop is None else None
             targets += [True] * learned + [False] * (len(piece) - learned)
             pending = False
         else:
             targets += [False] * len(piece)
-            pending = False
+            pending, open_end = False, None
         tokens += piece
+    if pending:
+        open_end = len(targets)
+    if open_end is not None and vocab.eos is not None:
+        # Neither the template nor anything after it ends the last answer: the end of the text does.
+        targets[open_end:] = [True] * (len(targets) - open_end)
+        if not vocab.is_eog(tokens[-1]):
+            tokens.append(vocab.eos)
+            targets.append(True)
     if vocab.adds_bos and vocab.bos is not None and (not tokens or tokens[0] != vocab.bos):
         tokens.insert(0, vocab.bos)
         targets.insert(0, False)
-    if pending and vocab.eos is not None and not (tokens and vocab.is_eog(tokens[-1])):
-        tokens.append(vocab.eos)
-        targets.append(True)
     mask = np.array(targets, np.bool_)
     mask[:1] = False
     return Example(np.array(tokens, np.int32), mask, source)
@@ -245,7 +253,7 @@ def _pieces(
     for segment in segments:
         end = at + len(segment.text)
         cuts = [at, *(edge for edge in edges if at < edge < end), end]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             learned = any(first <= start and stop <= last for first, last in spans)
             this = (bool(segment.template), learned)
             if text and (this != kind or start in edges):
@@ -301,10 +309,9 @@ def _messages_of(conversation: Any, line: int | None) -> list[dict[str, Any]] | 
     if isinstance(conversation, str) or not isinstance(conversation, Sequence):
         raise DataError("must be a list of messages", line=line, path=path)
     messages = []
-    for i, message in enumerate(conversation):
+    for i, given in enumerate(conversation):
         here = f"{path}[{i}]"
-        if isinstance(message, msgspec.Struct):
-            message = msgspec.to_builtins(message)
+        message = msgspec.to_builtins(given) if isinstance(given, msgspec.Struct) else given
         if not isinstance(message, Mapping):
             raise DataError("must be an object with role and content", line=line, path=here)
         role = message.get("role")
@@ -451,6 +458,8 @@ def prepare_training_data(
         source = f"line {line}" if line is not None else f"item {i}"
         try:
             example = _encode(vocab, template, item, line, only_last, source)
+        except InvalidSettingError:
+            raise
         except ParameterError as error:
             raise DataError(str(error), line=line, path="$") from error
         if len(example.tokens) > max_length:

@@ -76,9 +76,9 @@ class InvalidQuantizationError(InvalidSettingError):
 
 
 class DataError(TuningError, ValueError):
-    """Training data that cannot be used. ``line`` counts from 1; ``path`` is like ``$.messages[0]``.
+    """Training data that cannot be used.
 
-    Either is None where it does not apply.
+    ``line`` counts from 1, ``path`` is like ``$.messages[0]``; None where it does not apply.
     """
 
     def __init__(self, message: str, *, line: int | None = None, path: str | None = None) -> None:

@@ -239,7 +239,9 @@ def save_peft(
         text = msgspec.json.format(msgspec.json.encode(config), indent=2)
         write_atomically(target / "adapter_config.json", text)
     except OSError as error:
-        raise LoRASaveError(error.errno, f"cannot write the adapter to {folder}: {error}") from error
+        raise LoRASaveError(
+            error.errno, f"cannot write the adapter to {folder}: {error}"
+        ) from error
 
 
 def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
@@ -249,7 +251,8 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
     """
     path = Path(folder)
     try:
-        config = msgspec.json.decode((path / "adapter_config.json").read_bytes(), type=dict[str, Any])
+        text = (path / "adapter_config.json").read_bytes()
+        config = msgspec.json.decode(text, type=dict[str, Any])
         tensors, _ = read_tensors(path / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise AdapterFileNotFoundError(str(error.filename)) from error
@@ -298,9 +301,7 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
     trainer.set("weights", flat)
 
 
-def save_merged(
-    trainer: Trainer, path: str | PathLike[str], *, ftype: str | None = None
-) -> None:
+def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str | None = None) -> None:
     """The whole model as GGUF, the adapter added into its weights.
 
     ftype: None keeps each matrix's type (quantised anew), ``"f16"`` or ``"f32"`` for the adapted
@@ -310,5 +311,3 @@ def save_merged(
         trainer.save_merged(path, ftype)
     except OSError as error:
         raise ModelSaveError(error.errno, f"cannot write the model {path}: {error}") from error
-
-

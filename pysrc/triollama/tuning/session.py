@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Literal
@@ -98,9 +98,7 @@ class _Plan:
         self._first_row: list[int] = [0]
         for epoch in range(config.epochs):
             same = epoch and not config.packing  # without packing all epochs are of one length
-            n_rows = (
-                self._first_row[1] if same else len(self._rows_of(epoch))
-            )
+            n_rows = self._first_row[1] if same else len(self._rows_of(epoch))
             self.first_step.append(self.first_step[-1] + math.ceil(n_rows / self._per_step))
             self._first_row.append(self._first_row[-1] + n_rows)
         self.total_steps = min(self.first_step[-1], config.max_steps or self.first_step[-1])
@@ -442,14 +440,13 @@ class TrainingRun:
         tensors = {part: self.trainer.get(part) for part in parts}
         if self._best_weights is not None:
             tensors["best_weights"] = self._best_weights
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(tensors[name].tobytes())
+        summary = msgspec.json.encode(self.summary()).decode()
+        best_loss = "" if self._best is None else repr(self._best[1])
         metadata = {
             "format": "triollama-checkpoint-1",
-            "summary": msgspec.json.encode(self.summary()).decode(),
-            "best_loss": "" if self._best is None else repr(self._best[1]),
-            "sha256": digest.hexdigest(),
+            "summary": summary,
+            "best_loss": best_loss,
+            "sha256": _checksum(tensors, summary, best_loss),
         }
         try:
             write_tensors(self._checkpoint, tensors, metadata)
@@ -464,13 +461,10 @@ class TrainingRun:
             tensors, metadata = read_tensors(path)
             if metadata.get("format") != "triollama-checkpoint-1":
                 raise CheckpointError(f"{path} is no checkpoint of triollama")
-            digest = hashlib.sha256()
-            for name in sorted(tensors):
-                digest.update(tensors[name].tobytes())
-            if digest.hexdigest() != metadata["sha256"]:
+            best_loss = metadata["best_loss"]
+            if _checksum(tensors, metadata["summary"], best_loss) != metadata["sha256"]:
                 raise CheckpointError(f"the checkpoint {path} is damaged: its checksum is wrong")
             summary = msgspec.json.decode(metadata["summary"], type=TrainingSummary)
-            best_loss = metadata["best_loss"]
         except (TensorFileError, msgspec.MsgspecError, KeyError) as error:
             raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
         self._check_same(path, summary)
@@ -503,6 +497,16 @@ class TrainingRun:
             raise CheckpointError(
                 f"the checkpoint {path} was made with other settings: {', '.join(changed)}"
             )
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], *texts: str) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].tobytes())
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def train(

@@ -42,7 +42,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 def write_atomically(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None:
-    """The file appears under its name when it is complete and on disk; until then the old one stays."""
+    """The file appears under its name when complete and on disk; until then the old one stays."""
     target = os.fspath(path)
     partial = f"{target}.{os.getpid()}.partial"
     try:
@@ -74,7 +74,7 @@ def write_tensors(
     data = []
     at = 0
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         header[name] = {
             "dtype": _NAMES[array.dtype],
@@ -103,9 +103,7 @@ def read_tensors(
     try:
         header = msgspec.json.decode(raw[8 : 8 + length], type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
-        entries = {
-            name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()
-        }
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
     except (msgspec.MsgspecError, RecursionError) as error:
         raise TensorFileError(f"the header cannot be read: {error}") from None
     data = memoryview(raw)[8 + length :]
