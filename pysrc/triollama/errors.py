@@ -26,7 +26,12 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterError",
     "QueueFullError",
+    "StateDamagedError",
     "StateError",
+    "StateFormatError",
+    "StateMismatchError",
+    "StateVersionError",
+    "StateWriteError",
     "TokenError",
     "TriollamaError",
     "UnsupportedError",
@@ -152,6 +157,44 @@ class ChatTemplateError(TriollamaError, ValueError):
         super().__init__(f"chat template {template!r}: {message}" if template else message)
         self.template = template
         self.refused = refused
+
+
+class StateFormatError(StateError):
+    """A state file cannot be understood. ``place`` tells where (``$.conversations[3].id``)."""
+
+    def __init__(self, message: str, *, place: str = "", path: str = "") -> None:
+        super().__init__(
+            (f"{path}: " if path else "") + message + (f" - at `{place}`" if place else "")
+        )
+        self.place = place
+        self.path = path
+
+
+class StateVersionError(StateFormatError):
+    """A state file of a later version, or of another program."""
+
+
+class StateDamagedError(StateFormatError):
+    """A state file does not hold what was written: its checksum does not match, or it is cut."""
+
+
+class StateMismatchError(StateError):
+    """A saved state belongs to another model, context or text. ``what`` names what differs."""
+
+    def __init__(self, message: str, *, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
+
+
+class StateWriteError(StateError, OSError):
+    """A state file cannot be written; the old one, if any, is still there. ``path`` is its name.
+
+    The operating system's error is ``__cause__``.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class GrammarError(TriollamaError, ValueError):

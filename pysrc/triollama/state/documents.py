@@ -1,0 +1,449 @@
+"""What is saved of conversations: msgspec Structs, and their JSON or MessagePack.
+
+The version is in the tag ``format``. Within a version only fields with defaults are added, so
+an older reader can read a newer file; what it does not know it keeps in ``extras`` and writes
+back. A checksum over the content guards against damage: layout may change (a file may be
+indented by hand), content may not, unless loaded with ``verify=False``. It is a CRC-32: against
+accidents, not against people.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import ParameterError, StateDamagedError, StateFormatError, StateVersionError
+from ..params import GenerationParams, make_params
+
+__all__ = [
+    "FORMAT",
+    "MAX_TITLE",
+    "Adapter",
+    "ContextSettings",
+    "Conversation",
+    "Document",
+    "KVFile",
+    "Message",
+    "ModelIdentity",
+    "decode",
+    "encode",
+    "known_params",
+    "spread",
+]
+
+FORMAT = "triollama-conversations-1"
+MAX_TITLE = 200
+_FAMILY = re.compile(r"triollama-conversations-(\d{1,9})")
+_MAX_NESTING = 200
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Position = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Time = Annotated[datetime.datetime, Meta(tz=True)]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+
+
+class _Saved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base: fields of later versions are in ``extras``, by name."""
+
+    extras: dict[str, Any] = msgspec.field(default_factory=dict, name="+")
+
+
+class ModelIdentity(_Saved, frozen=True, kw_only=True):
+    """Which model: ``fingerprint`` is ``Model.fingerprint``; the rest is for people."""
+
+    fingerprint: Digest
+    name: str = ""
+    architecture: str = ""
+
+
+class ContextSettings(_Saved, frozen=True, kw_only=True):
+    """The settings that a conversation's tokens were computed with."""
+
+    n_ctx: Count = 0
+    n_ubatch: Count = 0
+    n_seq_max: Count = 1
+    type_k: Type = "f16"
+    type_v: Type = "f16"
+    kv_unified: bool = True
+    swa_full: bool = True
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    threads: Count = 0
+    deterministic: bool = False
+
+
+class Adapter(_Saved, frozen=True, kw_only=True):
+    """A LoRA adapter in use: its file, a digest of it if known, and its scale."""
+
+    path: str
+    scale: float = 1.0
+    digest: bytes = b""
+
+
+class KVFile(_Saved, frozen=True, kw_only=True):
+    """The KV cache saved beside the document: ``name`` in its folder, for ``n_tokens``."""
+
+    name: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\.kv$")]
+    n_tokens: Position
+    size: Count
+
+
+class Message(_Saved, frozen=True, kw_only=True):
+    """One message. ``tokens`` are those the assistant generated, exactly as sampled."""
+
+    role: Role
+    content: str = ""
+    created: Time | None = None
+    tokens: tuple[Token, ...] = ()
+    n_tokens: Count = 0
+    finish_reason: str = ""
+    name: str = ""
+    reasoning_content: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates want it: what is empty is left out."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        for field in ("name", "reasoning_content", "tool_call_id"):
+            if getattr(self, field):
+                message[field] = getattr(self, field)
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        return message
+
+
+class Conversation(_Saved, frozen=True, kw_only=True):
+    """A conversation up to its last committed turn.
+
+    ``params`` are its generation parameters by name (see ``known_params``). ``template`` is
+    the name of a built-in template, Jinja source, or empty for the model's own. ``sampler`` is
+    ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
+    ``split`` the sizes of the batches in which they were computed: replaying it gives the same
+    bits in deterministic mode. ``parent`` is the conversation it was forked from.
+    """
+
+    id: Name
+    title: Annotated[str, Meta(max_length=MAX_TITLE)] = ""
+    created: Time | None = None
+    updated: Time | None = None
+    messages: tuple[Message, ...] = ()
+    template: str = ""
+    params: dict[str, Any] = {}
+    sampler: bytes = b""
+    tokens: tuple[Token, ...] = ()
+    split: tuple[Position, ...] = ()
+    n_prompt_tokens: Count = 0
+    n_generated_tokens: Count = 0
+    adapters: tuple[Adapter, ...] = ()
+    kv: KVFile | None = None
+    parent: str = ""
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in the conversation's memory."""
+        return len(self.tokens)
+
+
+class Document(_Saved, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
+    """All that a state file holds. ``version`` is of the library that wrote it."""
+
+    model: ModelIdentity
+    context: ContextSettings = ContextSettings()
+    saved: Time | None = None
+    version: str = ""
+    conversations: tuple[Conversation, ...] = ()
+
+
+def known_params(params: Mapping[str, Any]) -> GenerationParams:
+    """The parameters this version knows; others stay in the document. Raises ParameterError."""
+    fields = GenerationParams.__struct_fields__
+    known = {name: value for name, value in params.items() if name in fields}
+    if isinstance(known.get("logit_bias"), dict):
+        # The keys of a JSON object are strings.
+        known["logit_bias"] = {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: value
+            for key, value in known["logit_bias"].items()
+        }
+    return make_params(None, known)
+
+
+# Encoding ---------------------------------------------------------------------------------------
+
+Format = Literal["json", "msgpack"]
+_S = TypeVar("_S", bound=_Saved)
+
+_JSON = msgspec.json.Encoder()
+_PACK = msgspec.msgpack.Encoder()
+_JSON_DECODER = msgspec.json.Decoder()
+_PACK_DECODER = msgspec.msgpack.Decoder()
+
+
+def encode(document: _Saved, format: Format = "json") -> bytes:
+    """The document as bytes, its checksum included.
+
+    Raises StateFormatError for what cannot be written, naming the place.
+    """
+    encoder = _JSON if format == "json" else _PACK
+    try:
+        raw = encoder.encode(document)
+        if any(True for _ in _with_extras(document)):
+            decoder = _JSON_DECODER if format == "json" else _PACK_DECODER
+            raw = encoder.encode(spread(decoder.decode(raw)))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise StateFormatError(f"it cannot be encoded: {error}") from None
+    return _sign(raw, format)
+
+
+def _with_extras(saved: _Saved) -> Iterator[_Saved]:
+    """The Structs in a document that hold unknown fields."""
+    if saved.extras:
+        yield saved
+    for name in _CHILDREN.get(type(saved), ()):
+        child = getattr(saved, name)
+        if isinstance(child, tuple):
+            for one in child:
+                if one.extras or type(one) is not Message:
+                    yield from _with_extras(one)
+        elif child is not None:
+            yield from _with_extras(child)
+
+
+_CHILDREN: dict[type, tuple[str, ...]] = {
+    Document: ("model", "context", "conversations"),
+    Conversation: ("messages", "adapters", "kv"),
+}
+
+
+def spread(raw: dict[str, Any]) -> dict[str, Any]:
+    """A Struct as plain data, changed in place: extras go back among the fields."""
+    extras = raw.pop("+", None)
+    for name in ("model", "context", "kv"):
+        if isinstance(raw.get(name), dict):
+            raw[name] = spread(raw[name])
+    for name in ("conversations", "messages", "adapters"):
+        if isinstance(raw.get(name), (list, tuple)):
+            raw[name] = [spread(child) for child in raw[name]]
+    if extras:
+        for name, value in extras.items():
+            raw.setdefault(name, value)
+    return raw
+
+
+# The checksum is the last field, so that it can be put in and cut off without decoding. It is
+# over everything before it; in MessagePack without the outermost count of fields.
+_JSON_TAIL = re.compile(rb',"checksum":"([0-9a-f]{8})"\}\Z')
+_PACK_KEY = b"\xa8checksum\xa8"
+
+
+def _digest(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _sign(raw: bytes, format: Format) -> bytes:
+    if format == "json":
+        return raw[:-1] + b',"checksum":"' + _digest(raw).encode() + b'"}'
+    start, n_fields = _map_header(raw)
+    body = raw[start:]
+    header = b"\xde" + (n_fields + 1).to_bytes(2, "big")
+    return header + body + _PACK_KEY + _digest(body).encode()
+
+
+def _map_header(raw: bytes) -> tuple[int, int]:
+    """Length of a MessagePack map's header, and the number of its fields."""
+    if raw[0] & 0xF0 == 0x80:
+        return 1, raw[0] & 0x0F
+    width = {0xDE: 3, 0xDF: 5}[raw[0]]
+    return width, int.from_bytes(raw[1:width], "big")
+
+
+def decode(data: bytes, *, path: str = "", verify: bool = True) -> Document:
+    """The document in ``data``, JSON or MessagePack, whichever it is.
+
+    ``path`` is for messages. ``verify=False`` accepts a file edited by hand.
+
+    Raises StateDamagedError (cut, or its checksum does not match), StateVersionError (a later
+    version, or no state file), StateFormatError (``place`` says where).
+    """
+    if not data:
+        raise StateDamagedError("the file is empty", path=path)
+    format: Format = "json" if data[:1] in b"{ \t\r\n" else "msgpack"
+    decoder = _JSON_DECODER if format == "json" else _PACK_DECODER
+    try:
+        raw = decoder.decode(data)
+    except RecursionError:
+        raise StateFormatError("it is nested too deeply", path=path) from None
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StateDamagedError(f"it cannot be read: {error}", path=path) from None
+    if not isinstance(raw, dict):
+        raise StateVersionError(
+            f"it holds a {type(raw).__name__}, not a document of triollama", place="$", path=path
+        )
+    _check_version(raw.get("format"), path)
+    claimed = raw.pop("checksum", None)
+    if verify:
+        _verify(raw, claimed, data, format, path)
+    return document_from(raw, Document, path=path)
+
+
+def _check_version(tag: object, path: str) -> None:
+    if tag == FORMAT:
+        return
+    found = _FAMILY.fullmatch(tag) if isinstance(tag, str) else None
+    if found is None:
+        shown = repr(tag)[:80]
+        raise StateVersionError(
+            f"its format is {shown}, not {FORMAT!r}: no state file of triollama",
+            place="$.format",
+            path=path,
+        )
+    raise StateVersionError(
+        f"it is of version {found[1]}; this triollama reads version 1", place="$.format", path=path
+    )
+
+
+def _verify(raw: dict[str, Any], claimed: object, data: bytes, format: Format, path: str) -> None:
+    if not isinstance(claimed, str):
+        raise StateDamagedError(
+            "it has no checksum (load it with verify=False if it was written by hand)",
+            place="$.checksum",
+            path=path,
+        )
+    if _digest(_signed(raw, data, format)) != claimed:
+        raise StateDamagedError(
+            "its checksum does not match: it was damaged, or changed by hand (verify=False loads "
+            "it all the same)",
+            place="$.checksum",
+            path=path,
+        )
+
+
+def _signed(raw: dict[str, Any], data: bytes, format: Format) -> bytes:
+    """The bytes that the checksum is over."""
+    if format == "msgpack":
+        return data[_map_header(data)[0] : -len(_PACK_KEY) - 8]
+    tail = _JSON_TAIL.search(data[-64:])
+    if tail is not None:
+        return data[: -len(tail[0])] + b"}"
+    # Indented by hand: written as we write it, it is the same.
+    try:
+        return _JSON.encode(raw)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
+        return b""
+
+
+def document_from(raw: Any, kind: type[_S], *, path: str = "", place: str = "$") -> _S:
+    """``raw`` data as a Struct of this module, checked through and through."""
+    try:
+        gathered = _gather(raw, kind, place, path)
+        made = msgspec.convert(gathered, kind)
+    except msgspec.ValidationError as error:
+        message, _, found = str(error).partition(" - at `")
+        inner = found.rstrip("`") or "$"
+        raise StateFormatError(message, place=place + inner[1:], path=path) from None
+    except RecursionError:
+        raise StateFormatError("it is nested too deeply", path=path) from None
+    check(made, path, place)
+    return made
+
+
+_FIELDS: dict[type, frozenset[str]] = {
+    kind: frozenset(field.encode_name for field in msgspec.structs.fields(kind)) - {"+"}
+    | ({"format"} if kind is Document else set())
+    for kind in (Document, ModelIdentity, ContextSettings, Conversation, Message, Adapter, KVFile)
+}
+_NESTED: dict[type, dict[str, type]] = {
+    Document: {"model": ModelIdentity, "context": ContextSettings, "conversations": Conversation},
+    Conversation: {"messages": Message, "adapters": Adapter, "kv": KVFile},
+}
+
+
+def _gather(raw: Any, kind: type, place: str, path: str) -> Any:
+    """Moves unknown fields into extras, in every Struct of the document."""
+    if not isinstance(raw, dict):
+        return raw
+    known = _FIELDS[kind]
+    unknown = () if raw.keys() <= known else raw.keys() - known
+    if unknown:
+        extras = {}
+        for name in [name for name in raw if name in unknown]:
+            if not isinstance(name, str):
+                raise StateFormatError(f"the field {name!r} has no name", place=place, path=path)
+            extras[name] = raw.pop(name)
+            _check_nesting(extras[name], f"{place}.{name}", path)
+        raw["+"] = extras
+    for name, inner in _NESTED.get(kind, {}).items():
+        child = raw.get(name)
+        if isinstance(child, list):
+            fields = None if inner in _NESTED else _FIELDS[inner]
+            for at, one in enumerate(child):
+                if fields is not None and isinstance(one, dict) and one.keys() <= fields:
+                    continue
+                _gather(one, inner, f"{place}.{name}[{at}]", path)
+        elif child is not None:
+            _gather(child, inner, f"{place}.{name}", path)
+    return raw
+
+
+def _check_nesting(value: Any, place: str, path: str, depth: int = 0) -> None:
+    if depth > _MAX_NESTING:
+        raise StateFormatError(f"it is nested deeper than {_MAX_NESTING}", place=place, path=path)
+    if isinstance(value, dict):
+        for child in value.values():
+            _check_nesting(child, place, path, depth + 1)
+    elif isinstance(value, list):
+        for child in value:
+            _check_nesting(child, place, path, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise StateFormatError(f"{value} is no number to keep", place=place, path=path)
+
+
+def check(saved: _Saved, path: str = "", place: str = "$") -> None:
+    """What types cannot say. Raises StateFormatError."""
+    if isinstance(saved, Document):
+        seen: set[str] = set()
+        for at, conversation in enumerate(saved.conversations):
+            where = f"{place}.conversations[{at}]"
+            if conversation.id in seen:
+                raise StateFormatError(
+                    f"the id {conversation.id!r} is there twice", place=f"{where}.id", path=path
+                )
+            seen.add(conversation.id)
+            check(conversation, path, where)
+    elif isinstance(saved, Conversation):
+        if sum(saved.split) not in (0, len(saved.tokens)):
+            raise StateFormatError(
+                f"the batches hold {sum(saved.split)} tokens, the conversation {len(saved.tokens)}",
+                place=f"{place}.split",
+                path=path,
+            )
+        for at, adapter in enumerate(saved.adapters):
+            if not math.isfinite(adapter.scale):
+                raise StateFormatError(
+                    f"the scale is {adapter.scale}",
+                    place=f"{place}.adapters[{at}].scale",
+                    path=path,
+                )
+        if saved.params:
+            _check_nesting(saved.params, f"{place}.params", path)
+            try:
+                known_params(saved.params)
+            except (ParameterError, TypeError) as error:
+                name = getattr(error, "parameter", "")
+                raise StateFormatError(
+                    str(error), place=f"{place}.params" + (f".{name}" if name else ""), path=path
+                ) from None
+        for at, message in enumerate(saved.messages):
+            if message.tool_calls:
+                where = f"{place}.messages[{at}].tool_calls"
+                _check_nesting(list(message.tool_calls), where, path)

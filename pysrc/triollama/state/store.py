@@ -1,0 +1,219 @@
+"""State files on disk: whole or not at all.
+
+A file is written beside its place under another name, flushed, renamed over the old one, and the
+folder flushed: whoever reads sees the old file or the new one, whatever happens in between.
+
+A symbolic link is followed, in reading and in writing: the file it points to is replaced, and
+the link stays. Only regular files are read: no pipe, no device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import StateError, StateFormatError, StateWriteError
+from .documents import Document, Format, decode, encode
+
+__all__ = [
+    "MAX_BYTES",
+    "load_document",
+    "read_bytes",
+    "real_path",
+    "remove_stale",
+    "save_document",
+    "sync_folder",
+    "write_all",
+    "write_bytes",
+    "write_open",
+]
+
+MAX_BYTES = 256 * 2**20
+"""Largest file that is read unless a limit is given."""
+
+StrPath = str | os.PathLike[str]
+
+_counter = itertools.count()
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+def real_path(path: StrPath) -> Path:
+    """Where a path leads once symbolic links are followed. Raises StateError for a loop."""
+    try:
+        return Path(os.path.realpath(path, strict=False)) if not _loops(path) else _loop(path)
+    except (OSError, ValueError) as error:
+        raise StateError(f"{os.fspath(path)!r} is no path: {error}") from error
+
+
+def _loops(path: StrPath) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _loop(path: StrPath) -> Path:
+    raise StateError(f"{os.fspath(path)!r} is a symbolic link that leads to itself")
+
+
+def read_bytes(path: StrPath, limit: int = MAX_BYTES) -> bytes:
+    """The whole of a regular file of at most ``limit`` bytes.
+
+    Raises FileNotFoundError where there is none, StateFormatError for what is no regular file or
+    too large, StateError for what cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        # Not blocking: opening a pipe that nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | _BINARY | _CLOEXEC | _NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StateError(f"{name!r} cannot be opened: {error}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise StateFormatError("it is no regular file", path=name)
+        if status.st_size > limit:
+            raise StateFormatError(
+                f"it has {status.st_size} bytes; at most {limit} are read", path=name
+            )
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)
+    except OSError as error:
+        raise StateError(f"{name!r} cannot be read: {error}") from error
+    finally:
+        os.close(fd)
+    if len(data) > limit:
+        raise StateFormatError(f"it has more than {limit} bytes", path=name)
+    return data
+
+
+def write_bytes(path: StrPath, *parts: bytes | memoryview) -> None:
+    """Put a file with these parts at ``path``, replacing what is there, or change nothing.
+
+    Returns when the disk has it. Raises StateWriteError; the old file is then still there.
+    """
+    os.close(write_open(path, *parts))
+
+
+def write_open(
+    path: StrPath,
+    *parts: bytes | memoryview,
+    prepare: Callable[[int], None] = lambda fd: None,
+) -> int:
+    """As ``write_bytes``; the new file stays open, for reading and appending: its descriptor.
+
+    ``prepare`` gets it before anyone else can see the file.
+    """
+    target = real_path(path)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.tmp")
+    remove_stale(target)
+    try:
+        mode = stat.S_IMODE(os.stat(target).st_mode)
+    except OSError:
+        mode = 0o600
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY | _CLOEXEC
+    fd = -1
+    try:
+        fd = os.open(fresh, flags, mode)
+        try:
+            prepare(fd)
+            for part in parts:
+                write_all(fd, part)
+            os.fsync(fd)
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder", os.fspath(target))
+            os.replace(fresh, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+        sync_folder(target.parent)
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, StateError) or not isinstance(error, OSError):
+            raise
+        raise StateWriteError(
+            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}",
+            path=os.fspath(path),
+        ) from error
+    return fd
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """``os.write`` until all is written."""
+    view = memoryview(data)
+    while view:
+        written = os.write(fd, view)
+        view = view[written:]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | _CLOEXEC)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(fd)
+
+
+def remove_stale(target: Path) -> None:
+    """Remove what killed processes left of earlier writes to ``target``."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.tmp")
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return
+    for name in names:
+        found = pattern.fullmatch(name)
+        if found and not _alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                os.unlink(target.parent / name)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # asking is not harmless there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def save_document(path: StrPath, document: Document, format: Format = "json") -> None:
+    """Write a document, atomically. Raises StateFormatError, StateWriteError."""
+    write_bytes(path, encode(document, format))
+
+
+def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES) -> Document:
+    """The document in a file: JSON, MessagePack or an autosave journal.
+
+    Raises FileNotFoundError or a StateError; see ``decode`` and ``read_bytes``.
+    """
+    from .journal import MAGIC, replay
+
+    data = read_bytes(path, limit)
+    if data.startswith(MAGIC[:4]):
+        return replay(data, path=os.fspath(path)).document
+    return decode(data, path=os.fspath(path), verify=verify)
