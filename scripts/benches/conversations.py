@@ -23,7 +23,6 @@ from triollama.state import (
 from ._harness import Figure, Options, sample, sample_figure
 
 MESSAGES = 200
-INNER = 10
 
 
 def document(n_messages: int = MESSAGES) -> Document:
@@ -48,15 +47,14 @@ def document(n_messages: int = MESSAGES) -> Document:
 def _microseconds(action: Callable[[], Any]) -> Callable[[], float]:
     def measure() -> float:
         start = time.perf_counter()
-        for _ in range(INNER):
-            action()
-        return (time.perf_counter() - start) / INNER * 1e6
+        action()
+        return (time.perf_counter() - start) * 1e6
 
     return measure
 
 
 def figures(options: Options) -> list[Figure]:
-    repeats = options.repeats_or(31)
+    repeats = options.repeats_or(101)
     found = []
     saved = document()
     for format in ("json", "msgpack"):
