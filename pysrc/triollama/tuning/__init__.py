@@ -45,12 +45,22 @@ from .errors import (
 from .evaluate import EvaluationMetrics, evaluate_examples, evaluate_text, without_adapter
 from .export import AdapterCompatibility, check_adapter, load_peft, save_merged, save_peft
 from .session import TrainingRun, TrainingStep, TrainingSummary, train
+from .tuner import (
+    AppliedAdapter,
+    Comparison,
+    TrainingMetrics,
+    TrainingSession,
+    Tuner,
+    Tuning,
+)
 
 __all__ = [
     "AdapterApplicationError",
     "AdapterCompatibility",
     "AdapterFileNotFoundError",
+    "AppliedAdapter",
     "CheckpointError",
+    "Comparison",
     "DataError",
     "DatasetStatistics",
     "EvaluationMetrics",
@@ -74,9 +84,13 @@ __all__ = [
     "SessionNotFoundError",
     "TrainingConfig",
     "TrainingDataset",
+    "TrainingMetrics",
     "TrainingRun",
+    "TrainingSession",
     "TrainingStep",
     "TrainingSummary",
+    "Tuner",
+    "Tuning",
     "TuningError",
     "UnsupportedModelError",
     "check_adapter",
