@@ -161,14 +161,15 @@ def _explain(tail: Sequence[str]) -> str:
     """The part of a failed installation's output that says why."""
     reason = next((i for i, line in enumerate(tail) if "triollama cannot be built:" in line), None)
     if reason is None:
-        lines = [line for line in tail if line.strip()][-25:]
+        shown = list(tail)
     else:
-        end = next(
-            (i for i in range(reason, len(tail)) if "error: subprocess-exited" in tail[i]),
-            len(tail),
-        )
-        lines = [line for line in tail[max(0, reason - 15) : end] if line.strip()]
-    return "\n".join(lines) + f"\n\nthe installation failed; its whole output is in {LOG}"
+        rest = enumerate(tail[reason:], start=reason)
+        end = next((i for i, line in rest if "error: subprocess-exited" in line), len(tail))
+        # A failed compiler or CMake has said why before we say that it failed.
+        start = reason - 20 if "lines above" in tail[reason] else reason
+        shown = list(tail[max(0, start) : end])
+    text = "\n".join([line for line in shown if line.strip()][-30:]).strip()
+    return f"{text}\nThe whole output of the installation is in {LOG}"
 
 
 def build_upstream_tools(targets: Sequence[str]) -> Path:

@@ -52,9 +52,15 @@ def test_progress_moves_on_a_terminal(
 
 def test_a_failure_shows_the_reason(environment: ModuleType) -> None:
     noise = [f"noise {n}" for n in range(50)]
-    reason = "  triollama cannot be built: a C++ compiler is needed"
-    text = environment._explain([*noise, reason, "", "  error: subprocess-exited-with-error", "x"])
-    assert reason in text
-    assert "subprocess-exited" not in text
-    assert "noise 0\n" not in text
-    assert "noise 49" in environment._explain(noise)
+    missing = "  triollama cannot be built: a C++ compiler is needed"
+    text = environment._explain([*noise, missing, "", "  error: subprocess-exited-with-error", "x"])
+    assert text.splitlines()[0] == missing.strip()
+    assert len(text.splitlines()) == 2
+
+    failed = "  triollama cannot be built: compiling it failed: the reason is in the lines above."
+    text = environment._explain([*noise, "a.cpp: error: oh no", failed, "  the command"])
+    assert "a.cpp: error: oh no" in text
+    assert text.index("oh no") < text.index("compiling it failed") < text.index("the command")
+    assert "noise 10\n" not in text
+
+    assert "noise 49" in environment._explain(noise)  # pip failed by itself
