@@ -5,6 +5,7 @@
 #include "ggml-alloc.h"
 #include "ggml-cpu.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -53,6 +54,53 @@ ggml_tensor * Graph::dequantized(ggml_tensor * weight) {
         return ggml_get_rows(nodes.get(), weight, ggml_view_1d(nodes.get(), row_numbers, weight->ne[1], 0));
     }
     return ggml_cast(nodes.get(), weight, GGML_TYPE_F32);
+}
+
+namespace {
+
+// dst = transpose(src) of a matrix of any type: a band of rows is dequantised, then written a cache line at a time.
+// ggml's own way, a cast and then a copy of the transposed view, goes element by element.
+void transpose_rows(ggml_tensor * dst, int ith, int nth, void *) {
+    constexpr int64_t band = 16;   // floats of a cache line
+    const ggml_tensor * src = dst->src[0];
+    const int64_t n_cols = src->ne[0], n_rows = src->ne[1];
+    const auto to_float = ggml_get_type_traits(src->type)->to_float;
+    std::vector<float> values(src->type == GGML_TYPE_F32 ? 0 : static_cast<size_t>(band * n_cols));
+    const int64_t n_bands = (n_rows + band - 1) / band;
+    const int64_t last    = n_bands * (ith + 1) / nth;
+    float * out = static_cast<float *>(dst->data);
+    for (int64_t b = n_bands * ith / nth; b < last; ++b) {
+        const int64_t first = b * band, n = std::min(band, n_rows - first);
+        const float * rows[band];
+        for (int64_t r = 0; r < n; ++r) {
+            const char * source = static_cast<const char *>(src->data) + static_cast<size_t>(first + r) * src->nb[1];
+            if (src->type == GGML_TYPE_F32) {
+                rows[r] = reinterpret_cast<const float *>(source);
+            } else {
+                float * row = values.data() + r * n_cols;
+                to_float(source, row, n_cols);
+                rows[r] = row;
+            }
+        }
+        for (int64_t i = 0; i < n_cols; ++i) {
+            float * target = out + i * n_rows + first;
+            for (int64_t r = 0; r < n; ++r) {
+                target[r] = rows[r][i];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+ggml_tensor * Graph::transposed(ggml_tensor * matrix) {
+    ggml_context * c = nodes.get();
+    const bool rows_lie_dense = matrix->nb[0] == ggml_type_size(matrix->type) && ggml_n_dims(matrix) <= 2;
+    if (row_numbers || !rows_lie_dense || matrix->ne[1] < 2) {
+        return ggml_cont(c, ggml_transpose(c, dequantized(matrix)));
+    }
+    return ggml_custom_4d(c, GGML_TYPE_F32, matrix->ne[1], matrix->ne[0], 1, 1, &matrix, 1, transpose_rows,
+                          GGML_N_TASKS_MAX, nullptr);
 }
 
 namespace {
@@ -144,10 +192,10 @@ void Graph::replace_outer_products() {
     ggml_context * c = nodes.get();
     const int n = ggml_graph_n_nodes(cgraph);
     std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;   // of activations, which several products share
-    const auto transposed = [&](ggml_tensor * x) {
+    const auto shared_transpose = [&](ggml_tensor * x) {
         ggml_tensor *& t = transposes[x];
         if (!t) {
-            t = ggml_cont(c, ggml_transpose(c, x));
+            t = transposed(x);
         }
         return t;
     };
@@ -164,11 +212,11 @@ void Graph::replace_outer_products() {
             weight = weight->src[0];
         }
         if (weight->op == GGML_OP_NONE && weight->type != GGML_TYPE_F32) {
-            a = ggml_cont(c, ggml_transpose(c, dequantized(weight)));
+            a = transposed(weight);
         } else {
-            a = transposed(a);
+            a = shared_transpose(a);
         }
-        b = is_transposed_view(b) ? b->src[0] : transposed(b);
+        b = is_transposed_view(b) ? b->src[0] : shared_transpose(b);
         if (!ggml_is_contiguous(b)) {
             b = ggml_cont(c, b);
         }

@@ -49,6 +49,9 @@ public:
     // A matrix of weights as F32.
     ggml_tensor * dequantized(ggml_tensor * weight);
 
+    // The same with rows and columns exchanged. Of activations, too: any F32 tensor.
+    ggml_tensor * transposed(ggml_tensor * matrix);
+
     // Adds the backward pass of the surrogate loss sum(out * d_out). `accumulators` maps each parameter to the tensor
     // its gradient is added to. Unless `input` is null its gradient is written to `d_input`.
     // Throws unsupported_error on an operation ggml cannot differentiate, where ggml itself would end the process.

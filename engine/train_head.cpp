@@ -71,8 +71,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
                 const int64_t rows = std::min(block_rows, m.n_vocab - row);
                 ggml_tensor * w = ggml_view_2d(c, m.output, m.n_embd, rows, m.output->nb[1],
                                                static_cast<size_t>(row) * m.output->nb[1]);
-                ggml_tensor * w_f32 = exact || d_h ? graph.dequantized(w) : w;
-                ggml_tensor * z = ggml_mul_mat(c, exact ? w_f32 : w, x);
+                ggml_tensor * z = ggml_mul_mat(c, exact ? graph.dequantized(w) : w, x);
                 if (m.output_b) {
                     z = ggml_add(c, z, ggml_view_1d(c, m.output_b, rows, static_cast<size_t>(row) * sizeof(float)));
                 }
@@ -94,7 +93,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
                     if (tanh) {   // through the cap: the derivative of cap tanh(z / cap) is 1 - tanh^2
                         p = ggml_sub(c, p, ggml_mul(c, p, ggml_sqr(c, tanh)));
                     }
-                    ggml_tensor * part = ggml_mul_mat(c, ggml_cont(c, ggml_transpose(c, w_f32)), p);
+                    ggml_tensor * part = ggml_mul_mat(c, graph.transposed(w), p);
                     d = delta ? ggml_add(c, d, ggml_mul(c, ggml_sub(c, part, d), ggml_sigmoid(c, delta))) : part;
                     graph.compute(d);
                 }
