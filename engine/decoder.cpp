@@ -592,7 +592,7 @@ struct Decoder::Impl {
             }
             Group group;
             for (const Entry & e : planned) {
-                if (e.stream->finish() == Finish::none && !e.stream->cancelled && e.stream->work && e.stream->work->sequence) {
+                if (still_here(*e.stream)) {
                     group.push_back(e);
                     (e.stream->work->running() ? n_running : n_prompt) += e.n;
                 }
@@ -604,6 +604,11 @@ struct Decoder::Impl {
         }
         steps_in_mode++;
         return true;
+    }
+
+    // Since the plan was made it may have ended, been cancelled, or had to give up its slot.
+    static bool still_here(const Stream & s) {
+        return s.finish() == Finish::none && !s.cancelled && s.work && s.work->sequence && s.work->sequence->slot >= 0;
     }
 
     void learn(int32_t n_running, int32_t n_prompt, double seconds) {

@@ -122,6 +122,8 @@ public:
     // Finish::none while it runs. What follows is meaningful, and constant, once it is not.
     Finish finish() const { return finished.load(std::memory_order_acquire); }
 
+    bool was_cancelled() const { return cancelled.load(); }     // asked to; it may have ended otherwise before
+
     Failure failure = Failure::none;
     std::string message;
     int32_t stop_index = -1;

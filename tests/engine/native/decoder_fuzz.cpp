@@ -1,0 +1,493 @@
+// The decoder over a backend that remembers every token it was given and fails on request.
+//
+// Its logits are a function of all tokens in a sequence's cache, so a token that was kept, lost or moved by mistake
+// changes what is generated. Usage: decoder_fuzz SEED ROUNDS. Prints "ok" or what went wrong.
+#include "decoder.hpp"
+#include "native_errors.hpp"
+#include "text.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <poll.h>
+#include <random>
+#include <thread>
+
+using namespace triollama;
+
+static const int32_t N_VOCAB = 64;
+static const llama_token END = 0;
+
+[[noreturn]] static void die(const std::string & why) {
+    std::printf("%s\n", why.c_str());
+    std::exit(1);
+}
+
+static void check(bool good, const std::string & why) {
+    if (!good) {
+        die(why);
+    }
+}
+
+// ---------------------------------------------------------------- what the decoder would link otherwise
+namespace triollama {
+
+struct Sampler::Impl {
+    SamplingParams params;
+};
+Sampler::Sampler(const llama_vocab *, SamplingParams params) : impl(new Impl{std::move(params)}) {}
+Sampler::~Sampler() = default;
+llama_token Sampler::sample(float * logits) {
+    if (impl->params.seed == 13) {
+        throw grammar_error("no token continues the text");
+    }
+    return (llama_token) (std::max_element(logits, logits + N_VOCAB) - logits);
+}
+void Sampler::accept(llama_token, bool) {}
+void Sampler::update(SamplingParams params) { impl->params = std::move(params); }
+const SamplingParams & Sampler::params() const { return impl->params; }
+
+double log_sum_exp(const float *, int32_t) { return 0.0; }
+void top_logprobs(const float *, int32_t, int32_t, std::vector<TokenLogprob> & out) { out.clear(); }
+void append_piece(const llama_vocab *, llama_token token, bool, std::string & out) { out += (char) ('0' + token); }
+
+TextStream::TextStream(std::vector<std::string>) {}
+bool TextStream::feed(const char * bytes, size_t n, std::string & out) {
+    out.append(bytes, n);
+    return false;
+}
+void TextStream::flush(std::string &) {}
+
+}  // namespace triollama
+
+bool llama_vocab_is_eog(const llama_vocab *, llama_token token) { return token == END; }
+
+// ---------------------------------------------------------------- the model: a function of all tokens so far
+static llama_token next_token(const std::vector<llama_token> & tokens) {
+    uint64_t h = 1469598103934665603ull;
+    for (llama_token t : tokens) {
+        h = (h ^ (uint64_t) (t + 1)) * 1099511628211ull;
+    }
+    h ^= h >> 29;
+    return h % 97 == 0 ? END : (llama_token) (1 + h % (N_VOCAB - 1));
+}
+
+struct Faults {
+    std::atomic<int> no_slot{0};        // per mille of decodes
+    std::atomic<int> error{0};
+    std::atomic<int> abort_checks{3};
+    std::atomic<bool> throws{false};
+    std::atomic<int> poison{-1};        // a batch with this token fails with -2
+};
+
+class ScriptedBackend final : public Backend {
+public:
+    ScriptedBackend(Faults & faults, int32_t n_slots, size_t cells, bool can_roll_back, unsigned seed)
+        : faults(faults), kv(n_slots), cells(cells), can_roll_back(can_roll_back), rng(seed) {}
+
+    const llama_vocab * vocab() const override { return nullptr; }
+    int32_t n_vocab() const override { return N_VOCAB; }
+    int32_t n_embd() const override { return 4; }
+    std::string problem() override { return "scripted"; }
+
+    int32_t decode(const Batch & b) override {
+        if (faults.throws) {
+            throw std::runtime_error("scripted death");
+        }
+        size_t used = b.token.size();
+        for (const auto & row : kv) {
+            used += row.size();
+        }
+        if (used > cells || chance(faults.no_slot)) {
+            return 1;
+        }
+        rows.assign(b.token.size(), std::vector<float>());
+        for (int32_t i = 0; i < b.size(); i++) {
+            std::vector<llama_token> & row = kv.at(b.slot[i]);
+            check(b.pos[i] == (int32_t) row.size(), "a position does not continue its sequence");
+            row.push_back(b.token[i]);
+            if (b.output[i]) {
+                rows[i].assign(N_VOCAB, 0.0f);
+                rows[i][next_token(row)] = 1.0f;
+            }
+        }
+        for (int i = 0; i < faults.abort_checks; i++) {
+            if (should_abort(data)) {
+                return 2;               // dirty cells stay behind
+            }
+            std::this_thread::yield();
+        }
+        const bool poisoned = std::find(b.token.begin(), b.token.end(), faults.poison.load()) != b.token.end();
+        return poisoned || chance(faults.error) ? -2 : 0;
+    }
+    float * logits(int32_t i) override { return rows.at(i).empty() ? nullptr : rows[i].data(); }
+    const float * embeddings(int32_t) override { return nullptr; }
+
+    bool seq_rm(llama_seq_id slot, llama_pos p0, llama_pos p1) override {
+        std::vector<llama_token> & row = kv.at(slot);
+        const size_t from = std::max(p0, 0);
+        if (from == 0 && p1 < 0) {
+            row.clear();
+            return true;
+        }
+        if (!can_roll_back) {
+            return from >= row.size();
+        }
+        const size_t to = p1 < 0 ? row.size() : std::min((size_t) p1, row.size());
+        if (from < to) {
+            row.erase(row.begin() + from, row.begin() + to);
+        }
+        return true;
+    }
+    void seq_cp(llama_seq_id from, llama_seq_id to) override { kv.at(to) = kv.at(from); }
+    void seq_add(llama_seq_id, llama_pos, llama_pos, llama_pos) override { die("nobody asked for a shift"); }
+    llama_pos seq_pos_min(llama_seq_id slot) override { return kv.at(slot).empty() ? -1 : 0; }
+    llama_pos seq_pos_max(llama_seq_id slot) override { return (llama_pos) kv.at(slot).size() - 1; }
+    bool can_shift() override { return false; }
+    std::string state_get(llama_seq_id slot) override {
+        const auto & row = kv.at(slot);
+        return std::string((const char *) row.data(), row.size() * sizeof(llama_token));
+    }
+    bool state_set(llama_seq_id slot, const std::string & bytes) override {
+        auto & row = kv.at(slot);
+        row.resize(bytes.size() / sizeof(llama_token));
+        std::copy_n(bytes.data(), bytes.size(), (char *) row.data());
+        return true;
+    }
+    void apply(const ContextSet &) override {}
+    void set_embeddings(bool) override {}
+    void set_causal(bool) override {}
+    void set_threads(int32_t, int32_t) override {}
+    void set_abort(bool (*fn)(void *), void * d) override {
+        should_abort = fn;
+        data = d;
+    }
+
+private:
+    bool chance(int per_mille) { return (int) (rng() % 1000) < per_mille; }
+
+    Faults & faults;
+    std::vector<std::vector<llama_token>> kv;
+    size_t cells;
+    bool can_roll_back;
+    std::mt19937 rng;
+    std::vector<std::vector<float>> rows;
+    bool (*should_abort)(void *) = nullptr;
+    void * data = nullptr;
+};
+
+static Statistics total;                // over all rounds: what was never reached was never tested
+
+// ---------------------------------------------------------------- streams with what they should give
+struct Expected {
+    StreamPtr stream;
+    std::vector<llama_token> history;   // grows by what was taken
+    size_t n_prompt = 0;
+    bool reads = true;
+    bool may_fail = false;
+};
+
+static void take_all(Decoder & decoder, Expected & e) {
+    Piece piece;
+    while (decoder.take(*e.stream, piece)) {
+        for (llama_token t : piece.tokens) {
+            check(t == next_token(e.history), "stream " + std::to_string(e.stream->id) + " gave a wrong token after " +
+                                                  std::to_string(e.history.size() - e.n_prompt));
+            e.history.push_back(t);
+        }
+    }
+}
+
+static void wait_for_news(Decoder & decoder) {
+    pollfd fd = {decoder.fd(), POLLIN, 0};
+    check(::poll(&fd, 1, 30000) == 1, "nothing happened for 30 seconds");
+    std::vector<uint64_t> ids;
+    decoder.poll(ids);
+}
+
+static void check_end(const Expected & e, const Request & asked) {
+    const Stream & s = *e.stream;
+    const size_t n = e.history.size() - e.n_prompt;
+    check((size_t) s.usage().generated == n, "usage does not count what was delivered");
+    switch (s.finish()) {
+        case Finish::eos: return check(next_token(e.history) == END, "an end that the model did not give");
+        case Finish::length: return check((int32_t) n == asked.max_tokens, "a wrong length");
+        case Finish::context: return;
+        case Finish::cancelled: return check(s.was_cancelled(), "cancelled by nobody");
+        case Finish::error: return check(e.may_fail && s.failure != Failure::engine, "failed: " + s.message);
+        default: die("an impossible end");
+    }
+}
+
+static void round(unsigned seed) {
+    std::mt19937 rng(seed);
+    auto below = [&rng](unsigned n) { return (int) (rng() % n); };
+    Faults faults;
+    DecoderConfig config;
+    config.n_slots  = 1 + below(5);
+    config.n_ctx    = 40 + below(60);
+    config.n_ubatch = config.n_slots + below(30);
+    config.n_outputs = config.n_ubatch;
+    config.packing  = (Packing) below(3);
+    config.unified  = config.packing == Packing::mixed;
+    config.can_roll_back = below(4) > 0;
+    config.max_queue = 40;
+    config.prefill_chunk = 1 + below(12);
+    config.prompt_tokens = below(3) ? 1 + below(12) : 0;
+    config.host_bytes = below(2) ? 4096 : 0;
+    config.slow_sampler_s = below(4) ? 1.0 : 0.0;
+    const bool tight = below(3) == 0;
+    const size_t cells = tight ? config.n_ctx + 8 : (size_t) config.n_ctx * config.n_slots;
+    faults.no_slot = below(3) == 0 ? below(60) : 0;
+    faults.error = below(4) == 0 ? below(40) : 0;
+    faults.abort_checks = 1 + below(6);
+
+    Decoder decoder(std::make_unique<ScriptedBackend>(faults, config.n_slots, cells, config.can_roll_back, seed), config);
+    std::map<uint64_t, Expected> streams;
+    std::map<uint64_t, int32_t> max_tokens;
+    struct Kept {
+        std::vector<llama_token> history;
+        int32_t position = 0;
+    };
+    std::map<uint64_t, Kept> kept;
+    std::map<uint64_t, uint64_t> using_sequence;    // stream: sequence
+    for (int i = below(4); i > 0; i--) {
+        kept[decoder.make_sequence()];
+    }
+
+    int to_start = 10 + below(40);
+    while (to_start > 0 || !streams.empty()) {
+        if (to_start > 0 && (streams.empty() || below(2))) {
+            Request r;
+            std::vector<llama_token> history;
+            uint64_t sequence = 0;
+            if (!kept.empty() && below(2)) {
+                auto it = std::next(kept.begin(), below(kept.size()));
+                bool used = false;
+                for (const auto & u : using_sequence) {
+                    used = used || u.second == it->first;
+                }
+                if (!used) {
+                    sequence = it->first;
+                    history  = it->second.history;
+                    r.cached = it->second.position;
+                    r.commit = it->second.position;
+                }
+            }
+            for (int i = 1 + below(30); i > 0; i--) {
+                history.push_back(1 + below(N_VOCAB - 1));
+            }
+            if ((int32_t) history.size() > config.n_ctx) {
+                if (sequence) {
+                    kept[sequence] = Kept();
+                }
+                continue;
+            }
+            Expected e;
+            SamplingParams params;
+            params.seed = below(40) == 0 ? 13 : 1;
+            if (below(6) == 0) {
+                params.grammar = "root ::= any";
+            }
+            r.sampler  = std::make_unique<Sampler>(nullptr, params);
+            r.tokens   = history;
+            r.sequence = sequence;
+            r.keep_on_cancel = below(2);
+            r.max_tokens = below(40);
+            r.capacity = 1 + below(6);
+            r.priority = below(3);
+            e.may_fail = params.seed == 13 || faults.error > 0;
+            e.history  = history;
+            e.n_prompt = history.size();
+            e.reads    = below(5) > 0;
+            const int32_t most = r.max_tokens;
+            try {
+                e.stream = decoder.submit(std::move(r));
+            } catch (const queue_full_error &) {
+                for (auto & item : streams) {
+                    item.second.reads = true;
+                }
+                continue;
+            }
+            to_start--;
+            max_tokens[e.stream->id] = most;
+            if (sequence) {
+                using_sequence[e.stream->id] = sequence;
+            }
+            streams[e.stream->id] = std::move(e);
+        }
+        bool moved = false;
+        for (auto it = streams.begin(); it != streams.end();) {
+            Expected & e = it->second;
+            const bool over = e.stream->finish() != Finish::none;
+            if (e.reads || over || below(50) == 0) {
+                take_all(decoder, e);
+            }
+            if (!over) {
+                if (below(1500) == 0) {
+                    decoder.cancel(*e.stream);
+                } else if (below(60) == 0) {
+                    decoder.set_priority(e.stream, below(5));
+                }
+                ++it;
+                continue;
+            }
+            Request asked;
+            asked.max_tokens = max_tokens[it->first];
+            check_end(e, asked);
+            auto used = using_sequence.find(it->first);
+            if (used != using_sequence.end()) {
+                Kept & k = kept[used->second];
+                check(e.stream->position <= (int32_t) e.history.size(), "more in the cache than there is");
+                k.position = e.stream->position;
+                k.history.assign(e.history.begin(), e.history.begin() + k.position);
+                using_sequence.erase(used);
+            }
+            it = streams.erase(it);
+            moved = true;
+        }
+        if (to_start == 0) {
+            for (auto & item : streams) {
+                item.second.reads = true;
+            }
+        }
+        if (!moved && !streams.empty() && (to_start == 0 || below(3) == 0)) {
+            bool pending = false;
+            for (auto & item : streams) {
+                pending = pending || item.second.stream->waiting() || item.second.stream->finish() != Finish::none;
+            }
+            if (!pending) {
+                wait_for_news(decoder);
+            }
+        }
+        if (kept.size() >= 2 && below(40) == 0) {
+            const uint64_t from = kept.begin()->first;
+            const uint64_t to = kept.rbegin()->first;
+            bool busy = false;
+            for (const auto & u : using_sequence) {
+                busy = busy || u.second == from || u.second == to;
+            }
+            if (!busy) {
+                const Kept source = kept[from];
+                const int32_t n = source.position ? below(source.position + 1) : 0;
+                ReplyPtr reply = decoder.fork_sequence(from, to, n);
+                while (!reply->is_done()) {
+                    wait_for_news(decoder);
+                }
+                check(reply->ok && reply->value <= n, "a wrong fork");
+                kept[to].history.assign(source.history.begin(), source.history.begin() + reply->value);
+                kept[to].position = (int32_t) reply->value;
+            }
+        }
+    }
+    for (const auto & k : kept) {
+        decoder.drop_sequence(k.first);
+    }
+    ReplyPtr reply = decoder.query_sequence(0);
+    while (!reply->is_done()) {
+        wait_for_news(decoder);
+    }
+    decoder.close();
+    const Statistics s = decoder.statistics();
+    total.finished += s.finished;
+    total.cancelled += s.cancelled;
+    total.failed += s.failed;
+    total.generated_tokens += s.generated_tokens;
+    total.cached_tokens += s.cached_tokens;
+    total.aborts += s.aborts;
+    total.evictions += s.evictions;
+    total.restores += s.restores;
+    total.preemptions += s.preemptions;
+    total.slow_samples += s.slow_samples;
+    check(s.slots_free == config.n_slots, "a slot was lost");
+    check(s.cells_used == 0 && s.host_bytes == 0 && s.sequences == 0, "memory was lost");
+}
+
+static Request simple(std::vector<llama_token> tokens, int32_t max_tokens) {
+    Request r;
+    r.tokens = std::move(tokens);
+    r.max_tokens = max_tokens;
+    r.sampler = std::make_unique<Sampler>(nullptr, SamplingParams());
+    r.capacity = 1000;
+    return r;
+}
+
+static void finish(Decoder & decoder, const StreamPtr & stream) {
+    while (stream->finish() == Finish::none) {
+        wait_for_news(decoder);
+    }
+}
+
+// A stream that always fails ends alone; those it shared a batch with go on.
+static void poisoned() {
+    Faults faults;
+    faults.poison = 7;
+    DecoderConfig config;
+    config.n_slots = 3;
+    config.n_ctx = 100;
+    Decoder decoder(std::make_unique<ScriptedBackend>(faults, 3, 300, true, 1), config);
+    std::vector<StreamPtr> streams;
+    for (llama_token t : {5, 7, 9}) {
+        streams.push_back(decoder.submit(simple({t, t, t}, 0)));
+    }
+    for (const StreamPtr & s : streams) {
+        finish(decoder, s);
+    }
+    check(streams[0]->finish() == Finish::length && streams[2]->finish() == Finish::length, "an innocent stream failed");
+    check(streams[1]->finish() == Finish::error && streams[1]->failure == Failure::decode, "the culprit did not fail");
+    check(streams[1]->message.find("scripted") != std::string::npos, "the cause was not told");
+}
+
+// An exception out of llama.cpp ends everything, with its cause, and no thread hangs.
+static void death() {
+    Faults faults;
+    DecoderConfig config;
+    config.n_slots = 2;
+    config.n_ctx = 1000000;
+    config.max_queue = 4;
+    Decoder decoder(std::make_unique<ScriptedBackend>(faults, 2, 10000000, true, 1), config);
+    std::vector<StreamPtr> streams;
+    for (int i = 0; i < 4; i++) {
+        Request r = simple({1, 2, 3}, -1);
+        r.capacity = 2;
+        streams.push_back(decoder.submit(std::move(r)));
+    }
+    faults.throws = true;
+    Piece piece;
+    for (const StreamPtr & s : streams) {
+        while (s->finish() == Finish::none) {
+            for (const StreamPtr & other : streams) {
+                while (decoder.take(*other, piece)) {}
+            }
+            wait_for_news(decoder);
+        }
+        check(s->finish() == Finish::eos || (s->finish() == Finish::error && s->failure == Failure::engine), "not broken");
+    }
+    check(decoder.cause_of_death() == "scripted death", "the cause of death was not told");
+    try {
+        decoder.submit(simple({1}, 1));
+        die("a dead decoder took a stream");
+    } catch (const decoder_dead_error &) {
+    }
+    ReplyPtr reply = decoder.query_sequence(1);
+    check(reply->is_done() && !reply->ok, "a dead decoder took a command");
+}
+
+int main(int argc, char ** argv) {
+    const unsigned seed = argc > 1 ? std::atoi(argv[1]) : 1;
+    const unsigned rounds = argc > 2 ? std::atoi(argv[2]) : 20;
+    poisoned();
+    death();
+    for (unsigned i = 0; i < rounds; i++) {
+        std::fprintf(stderr, "round %u\n", seed + i);
+        round(seed + i);
+    }
+    std::printf("finished %ld cancelled %ld failed %ld generated %ld cached %ld aborts %ld evictions %ld restores %ld "
+                "preemptions %ld beside %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
+                (long) total.generated_tokens, (long) total.cached_tokens, (long) total.aborts, (long) total.evictions,
+                (long) total.restores, (long) total.preemptions, (long) total.slow_samples);
+    std::printf("ok\n");
+    return 0;
+}

@@ -1,0 +1,54 @@
+"""The decoder's C++ over a scripted backend: faults that llama.cpp rarely shows, and sanitizers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "llama.cpp" / "source"
+COMPILER = os.environ.get("CXX") or shutil.which("c++")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif(os.name == "nt", reason="written for POSIX compilers"),
+    pytest.mark.skipif(
+        not (SOURCE / "include").is_dir(), reason="llama.cpp's source is not unpacked"
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "rounds"), [("", 5000), ("thread", 400), ("address,undefined", 400)]
+)
+def test_tokens_are_right_through_cancels_faults_and_evictions(
+    tmp_path: Path, sanitizer: str, rounds: int
+) -> None:
+    program = tmp_path / "fuzz"
+    command = [
+        str(COMPILER), "-std=c++17", "-O1", "-g", "-pthread",
+        *([f"-fsanitize={sanitizer}"] if sanitizer else []),
+        "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
+        "-I", str(SOURCE / "ggml" / "include"),
+        str(ROOT / "engine" / "decoder.cpp"), str(ROOT / "engine" / "slots.cpp"),
+        str(ROOT / "tests" / "engine" / "native" / "decoder_fuzz.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if sanitizer and "cannot find" in built.stderr:
+        pytest.skip(f"this compiler has no library for {sanitizer}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run(
+        [str(program), "1", str(rounds)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout.endswith("ok\n")
+    assert "Sanitizer" not in done.stderr
+    # Everything that could go wrong did happen.
+    reached = dict(re.findall(r"(\w+) (\d+)", done.stdout))
+    assert all(int(count) > 0 for count in reached.values()), reached
