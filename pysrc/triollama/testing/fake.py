@@ -130,7 +130,7 @@ class FakeEngine:
     n_ctx, max_streams, max_queue: as for ``open_llama``.
 
     ``die(cause)`` breaks it, as a failure inside llama.cpp would. The clock is given from outside:
-    ``advance(now)`` does what is due, ``delay(now)`` says when that is next.
+    ``advance()`` does what is due by it, ``delay()`` says when that is next.
     """
 
     deterministic = True
@@ -154,7 +154,7 @@ class FakeEngine:
         self.load_error = load_error
         self.closed = False
         self.cause_of_death = ""
-        self.now = 0.0
+        self.clock: Callable[[], float] = lambda: 0.0  # seconds; set by whoever drives it
         self.changed: Callable[[], None] = lambda: (
             None
         )  # called when ``delay`` may have become less
@@ -287,26 +287,25 @@ class FakeEngine:
         """Whether ``poll`` would give any."""
         return bool(self._news)
 
-    def delay(self, now: float) -> float | None:
+    def delay(self) -> float | None:
         """Seconds until something is due; None: nothing is until something changes."""
         while self._due and self._due[0][2] != self._due[0][3].version:
             heapq.heappop(self._due)
-        return max(0.0, self._due[0][0] - now) if self._due else None
+        return max(0.0, self._due[0][0] - self.clock()) if self._due else None
 
-    def advance(self, now: float) -> None:
+    def advance(self) -> None:
         """Do what is due."""
-        self.now = max(self.now, now)
-        while self._due and self._due[0][0] <= self.now:
+        while self._due and self._due[0][0] <= self.clock():
             _, _, version, stream = heapq.heappop(self._due)
             if version == stream.version:
                 self._step(stream)
 
     def _ns(self) -> int:
-        return max(1, int(self.now * 1e9))
+        return max(1, int(self.clock() * 1e9))
 
     def _schedule(self, stream: FakeStream, seconds: float) -> None:
         stream.version += 1
-        heapq.heappush(self._due, (self.now + seconds, stream.id, stream.version, stream))
+        heapq.heappush(self._due, (self.clock() + seconds, stream.id, stream.version, stream))
         self.changed()
 
     def _admit(self) -> None:
@@ -365,7 +364,7 @@ class FakeEngine:
     def _emit(self, stream: FakeStream, character: str) -> None:
         if stream.n_sent == 0:
             stream.times["first_ns"] = self._ns()
-            self._first_token_s.append(self.now - stream.times["submitted_ns"] / 1e9)
+            self._first_token_s.append(self.clock() - stream.times["submitted_ns"] / 1e9)
         stream.times["last_ns"] = self._ns()
         stream.n_sent += 1
         self._count["generated_tokens"] += 1

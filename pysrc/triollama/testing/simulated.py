@@ -26,7 +26,7 @@ class SimulatedEngine:
         self.deterministic = fake.deterministic
         self._changed = trio.Event()
         fake.changed = self._on_change
-        fake.now = trio.current_time()
+        fake.clock = trio.current_time
 
     def _on_change(self) -> None:
         self._changed.set()
@@ -43,21 +43,21 @@ class SimulatedEngine:
     def submit(
         self, tokens: list[int], sampler: Any, params: GenerationParams, **options: Any
     ) -> EngineStream:
-        self.fake.advance(trio.current_time())
+        self.fake.advance()
         return self.fake.submit(tokens, sampler, params, **options)
 
     def submit_other(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
-        self.fake.advance(trio.current_time())
+        self.fake.advance()
         return self.fake.submit_other(kind, tokens, **options)
 
     async def wait(self) -> None:
         while True:
             self._changed = trio.Event()
-            self.fake.advance(trio.current_time())
+            self.fake.advance()
             if self.fake.has_news():
                 await trio.lowlevel.checkpoint()
                 return
-            delay = self.fake.delay(trio.current_time())
+            delay = self.fake.delay()
             with trio.move_on_after(float("inf") if delay is None else delay):
                 await self._changed.wait()
 
