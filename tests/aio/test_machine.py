@@ -1,4 +1,4 @@
-"""Any order of calls, against the native engine: nothing hangs, leaks or disturbs its neighbours."""
+"""Any order of calls, against the native engine: nothing hangs, leaks or disturbs others."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def play(path: Path, texts: list[str], script: list[Step]) -> None:
                     await do(llama, nursery, step)
                 nursery.cancel_scope.cancel()
             for stream, i in streams:
-                # Updates only change lengths, so whatever came is the beginning of what comes alone.
+                # Updates only change lengths: what came is the beginning of what comes alone.
                 assert stream.text.startswith(texts[i]) or texts[i].startswith(stream.text)
                 await stream.aclose()
             for stream, _ in streams:
