@@ -28,6 +28,7 @@ struct Rule {
     std::string           name;
     bool                  defined = false;
     std::vector<Sequence> alternates;
+    bool                  repeats = false;      // made for S* or S{m,}: R = S R | nothing
 };
 
 // A recursive-descent reader with llama.cpp's syntax, repetitions rewritten into rules as llama.cpp does:
@@ -195,13 +196,13 @@ private:
     uint32_t rule_id(const std::string & name) {
         const auto found = ids.emplace(name, (uint32_t) rules.size());
         if (found.second) {
-            rules.push_back({ name, false, {} });
+            rules.push_back({ name, false, {}, false });
         }
         return found.first->second;
     }
 
     uint32_t new_rule(const std::string & base) {
-        rules.push_back({ base, true, {} });
+        rules.push_back({ base, true, {}, false });
         return (uint32_t) rules.size() - 1;
     }
 
@@ -234,6 +235,7 @@ private:
                 body.push_back({ false, unbounded ? id : last });
             }
             rules[id].alternates = { std::move(body), {} };
+            rules[id].repeats    = unbounded;
             last = id;
         }
         if (optional > 0) {
@@ -454,8 +456,8 @@ public:
                     ++total;
                     break;
                 }
-                if (symbol.rule == id && i + 1 == sequence.size()) {
-                    break;      // a repetition of what can be empty: the matcher's stack does not grow
+                if (rules[id].repeats && symbol.rule == id) {
+                    break;      // what is repeated can be empty; the reference is last, so the matcher's stack cannot grow
                 }
                 if (state[symbol.rule] == 1) {
                     throw grammar_error("the grammar is left-recursive: rule '" + rules[symbol.rule].name +

@@ -144,6 +144,7 @@ MALFORMED = {
     "root := [a]": "'::=' is expected",
     "Wörter ::= [a]": "'::=' is expected",
     "# nothing but a comment": "no rules",
+    "root ::= root": "left-recursive",
     "root ::= root [a] | [b]": "left-recursive",
     "root ::= a [b]\na ::= root | [c]": "left-recursive",
     "root ::= e root [a] | [b]\ne ::= f\nf ::= [c]?": "left-recursive",
