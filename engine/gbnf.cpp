@@ -39,6 +39,7 @@ public:
 
     std::vector<Rule> rules;
     std::map<std::string, uint32_t> ids;
+    GrammarFacts facts;
 
     void read() {
         skip_space(true);
@@ -157,6 +158,7 @@ private:
     }
 
     void read_token() {
+        facts.names_tokens = true;
         const size_t start = pos;
         if (at() == '!') {
             ++pos;
@@ -498,7 +500,7 @@ private:
 
 }  // namespace
 
-void check_gbnf(const llama_vocab * vocab, const std::string & grammar, const std::string & root) {
+GrammarFacts check_gbnf(const llama_vocab * vocab, const std::string & grammar, const std::string & root) {
     if (grammar.find('\0') != std::string::npos || root.find('\0') != std::string::npos) {
         throw grammar_error("the grammar holds a NUL character");
     }
@@ -522,6 +524,7 @@ void check_gbnf(const llama_vocab * vocab, const std::string & grammar, const st
             walk.visit(id, 1);
         }
     }
+    return reader.facts;
 }
 
 }  // namespace triollama

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <numeric>
 #include <regex>
 
 namespace triollama {
@@ -13,7 +14,6 @@ namespace triollama {
 namespace {
 
 llama_sampler * new_matcher(const llama_vocab * vocab, const GrammarParams & params) {
-    check_gbnf(vocab, params.text, params.root);
     if (!params.lazy) {
         return llama_sampler_init_grammar(vocab, params.text.c_str(), params.root.c_str());
     }
@@ -60,7 +60,8 @@ uint64_t GrammarParams::hash() const {
 }
 
 Grammar::Grammar(const llama_vocab * vocab, GrammarParams params)
-    : vocab(vocab), params_(std::move(params)), matcher(new_matcher(vocab, params_)) {
+    : vocab(vocab), params_(std::move(params)), facts(check_gbnf(vocab, params_.text, params_.root)),
+      matcher(new_matcher(vocab, params_)) {
     if (!matcher) {
         // What check_gbnf lets pass: a repetition of something that may itself be empty.
         throw grammar_error("llama.cpp refuses the grammar: a rule can begin with itself; "
@@ -69,7 +70,8 @@ Grammar::Grammar(const llama_vocab * vocab, GrammarParams params)
 }
 
 Grammar::Grammar(const Grammar & other)
-    : vocab(other.vocab), params_(other.params_), matcher(nullptr), accepted_(other.accepted_), broken(other.broken) {
+    : vocab(other.vocab), params_(other.params_), facts(other.facts), matcher(nullptr), accepted_(other.accepted_),
+      broken(other.broken), tree(other.tree) {
     if (!broken) {
         matcher = llama_sampler_clone(other.matcher);
     }
@@ -90,13 +92,38 @@ bool Grammar::allows(llama_token token) const {
     llama_token_data one = { token, 1.0f, 0.0f };
     llama_token_data_array array = { &one, 1, -1, false };
     llama_sampler_apply(matcher, &array);
-    return one.logit != -INFINITY;
+    if (one.logit == -INFINITY) {
+        return false;
+    }
+    if (!facts.names_tokens) {
+        return true;
+    }
+    if (std::find(refused.begin(), refused.end(), token) != refused.end()) {
+        return false;
+    }
+    llama_sampler * trial = llama_sampler_clone(matcher);
+    bool taken = true;
+    try {
+        llama_sampler_accept(trial, token);
+    } catch (const std::exception &) {
+        taken = false;
+        refused.push_back(token);
+    }
+    llama_sampler_free(trial);
+    return taken;
 }
 
 void Grammar::mask(std::vector<llama_token_data> & tokens) const {
     check_usable();
     llama_token_data_array array = { tokens.data(), tokens.size(), -1, false };
     llama_sampler_apply(matcher, &array);
+    if (!refused.empty()) {
+        for (llama_token_data & token : tokens) {
+            if (std::find(refused.begin(), refused.end(), token.id) != refused.end()) {
+                token.logit = -INFINITY;
+            }
+        }
+    }
 }
 
 void Grammar::accept(llama_token token) {
@@ -104,6 +131,7 @@ void Grammar::accept(llama_token token) {
     if (!allows(token)) {
         throw grammar_error("token " + std::to_string(token) + " may not follow under the grammar");
     }
+    refused.clear();
     accepted_.push_back(token);
     try {
         llama_sampler_accept(matcher, token);
@@ -113,35 +141,70 @@ void Grammar::accept(llama_token token) {
     }
 }
 
-bool Grammar::is_done() const {
-    check_usable();
-    // Tokens are tried a piece of the vocabulary at a time: where free text may follow, the first piece tells.
-    constexpr llama_token piece = 1024;
-    const llama_token n = llama_vocab_n_tokens(vocab);
-    if (ends.empty()) {
-        for (llama_token id = 0; id < n; ++id) {
-            if (llama_vocab_is_eog(vocab, id)) {
-                ends.push_back(id);
-            }
+const TokenTree & Grammar::token_tree() const {
+    if (!tree) {
+        tree = std::make_shared<const TokenTree>(vocab);
+    }
+    return *tree;
+}
+
+std::vector<llama_token> Grammar::allowed() const {
+    std::vector<llama_token> result;
+    std::vector<llama_token_data> tested;
+    auto test = [&](const std::vector<llama_token> & tokens) {
+        tested.clear();
+        for (const llama_token token : tokens) {
+            tested.push_back({ token, 1.0f, 0.0f });
         }
+        mask(tested);
+    };
+    std::vector<llama_token> tokens;
+    if (facts.names_tokens) {
+        // A token named by the grammar fits whatever its text, so nothing follows from the texts of others.
+        tokens.resize((size_t) llama_vocab_n_tokens(vocab));
+        std::iota(tokens.begin(), tokens.end(), 0);
+    } else {
+        tokens = token_tree().roots();
     }
-    if (std::none_of(ends.begin(), ends.end(), [this](llama_token id) { return allows(id); })) {
-        return false;
-    }
-    std::vector<llama_token_data> tokens;
-    for (llama_token start = 0; start < n; start += piece) {
+    while (!tokens.empty()) {
+        test(tokens);
         tokens.clear();
-        for (llama_token id = start; id < std::min(n, start + piece); ++id) {
-            if (!llama_vocab_is_eog(vocab, id)) {
-                tokens.push_back({ id, 1.0f, 0.0f });
+        for (const llama_token_data & token : tested) {
+            if (token.logit == -INFINITY) {
+                continue;
+            }
+            result.push_back(token.id);
+            if (!facts.names_tokens) {
+                token_tree().add_children(token.id, tokens);
             }
         }
-        mask(tokens);
-        if (std::any_of(tokens.begin(), tokens.end(), [](const llama_token_data & t) { return t.logit != -INFINITY; })) {
+    }
+    return result;
+}
+
+bool Grammar::is_done() const {
+    bool end_allowed = false;
+    std::vector<llama_token_data> tokens;
+    if (facts.names_tokens) {
+        for (llama_token id = 0; id < llama_vocab_n_tokens(vocab); ++id) {
+            tokens.push_back({ id, 1.0f, 0.0f });
+        }
+    } else {
+        for (const llama_token id : token_tree().roots()) {
+            tokens.push_back({ id, 1.0f, 0.0f });
+        }
+    }
+    mask(tokens);
+    for (const llama_token_data & token : tokens) {
+        if (token.logit == -INFINITY) {
+            continue;
+        }
+        if (!llama_vocab_is_eog(vocab, token.id)) {
             return false;
         }
+        end_allowed = true;
     }
-    return true;
+    return end_allowed;
 }
 
 }  // namespace triollama

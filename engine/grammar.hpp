@@ -1,6 +1,9 @@
 // A grammar's state along one generated text. Owns llama.cpp's matcher, and never lets it reach an abort.
 #pragma once
 
+#include "gbnf.hpp"
+#include "token_tree.hpp"
+
 #include "llama.h"
 
 #include <cstdint>
@@ -34,6 +37,9 @@ public:
     // Gives tokens that may not follow a logit of -inf.
     void mask(std::vector<llama_token_data> & tokens) const;
 
+    // All tokens that may follow.
+    std::vector<llama_token> allowed() const;
+
     // Throws grammar_error, and changes nothing, if the token may not follow.
     void accept(llama_token token);
 
@@ -46,12 +52,16 @@ public:
 private:
     const llama_vocab * vocab;
     GrammarParams params_;
+    GrammarFacts facts;
     llama_sampler * matcher;
     std::vector<llama_token> accepted_;
     bool broken = false;            // the matcher threw: it must not be touched again
-    mutable std::vector<llama_token> ends;      // the end-of-generation tokens, once is_done() has looked for them
+    // With named tokens the matcher's check passes tokens that it then cannot take: those found at this place.
+    mutable std::vector<llama_token> refused;
+    mutable std::shared_ptr<const TokenTree> tree;      // made when first needed; shared by copies
 
     void check_usable() const;
+    const TokenTree & token_tree() const;
 };
 
 }  // namespace triollama

@@ -490,36 +490,39 @@ struct Sampler::Impl {
     }
 
     // The k most likely tokens that the grammar allows become the list. Whether a token is allowed does not depend
-    // on the others, so the most likely are tried first, in growing numbers, until k are found.
+    // on the others, so the most likely are tried first, and all of them only if these do not hold k.
     // Returns false if there are equals whose order only llama.cpp's algorithm can tell (unless order does not matter).
     bool list_allowed_top_k(size_t k, bool ranked) {
         ensure_scan();
         k = std::min(k, (size_t) n_vocab);
-        for (size_t tried = std::max<size_t>(256, 2 * k);; tried *= 16) {
-            std::vector<llama_token_data> tokens;
-            scan.collect(x, n_vocab, scan.threshold_for(x, n_vocab, tried), tokens);
-            sort_by_logit(tokens);
-            std::vector<llama_token_data> masked(tokens);
-            grammar->mask(masked);
-            list.clear();
-            for (size_t i = 0; i < tokens.size(); ++i) {
-                if (masked[i].logit != -infinity) {
-                    list.push_back(tokens[i]);
-                }
-            }
-            const bool all = tried >= (size_t) n_vocab;
-            if (list.size() >= k || all) {
-                if (list.empty()) {
-                    throw_dead_end();
-                }
-                if (ranked && has_ties(k)) {
-                    return false;
-                }
-                pad_list(k);
-                list_sorted = true;
-                return true;
+        std::vector<llama_token_data> tokens;
+        scan.collect(x, n_vocab, scan.threshold_for(x, n_vocab, std::max<size_t>(256, 2 * k)), tokens);
+        std::vector<llama_token_data> masked(tokens);
+        grammar->mask(masked);
+        list.clear();
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            if (masked[i].logit != -infinity) {
+                list.push_back(tokens[i]);
             }
         }
+        if (list.size() < k) {
+            list.clear();
+            for (const llama_token token : grammar->allowed()) {
+                if (x[token] != -infinity) {
+                    list.push_back({ token, x[token], 0.0f });
+                }
+            }
+            if (list.empty()) {
+                throw_dead_end();
+            }
+        }
+        sort_by_logit(list);
+        if (ranked && has_ties(k)) {
+            return false;
+        }
+        pad_list(k);
+        list_sorted = true;
+        return true;
     }
 
     [[noreturn]] void throw_dead_end() const {
@@ -530,21 +533,12 @@ struct Sampler::Impl {
     // The row without the tokens that the grammar forbids.
     void mask_row() {
         ensure_scan();
-        std::vector<llama_token_data> tokens;
-        scan.collect(x, n_vocab, -infinity, tokens);
-        grammar->mask(tokens);
-        float * masked = use_scratch();
-        if (masked == x) {
-            for (const llama_token_data & token : tokens) {
-                x[token.id] = token.logit;
-            }
-        } else {
-            std::fill(masked, masked + n_vocab, -infinity);
-            for (const llama_token_data & token : tokens) {
-                masked[token.id] = token.logit;
-            }
+        std::vector<float> masked((size_t) n_vocab, -infinity);
+        for (const llama_token token : grammar->allowed()) {
+            masked[(size_t) token] = x[token];
         }
-        x = masked;
+        scratch = std::move(masked);
+        x = scratch.data();
         scan.run(x, n_vocab);
         if (scan.max == -infinity) {
             throw_dead_end();
@@ -1164,11 +1158,11 @@ struct Sampler::Impl {
     }
 
     llama_token sample(float * logits) {
-        const llama_token token = run(logits, false);
+        llama_token token = run(logits, false);
         // As llama.cpp's own programs do: choose freely first, and only if that fails ask the grammar about the
         // others and choose again. Both draws count.
-        if (grammar && !grammar->allows(token)) {
-            return run(logits, true);
+        while (grammar && !grammar->allows(token)) {
+            token = run(logits, true);
         }
         return token;
     }

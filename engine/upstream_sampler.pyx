@@ -168,7 +168,7 @@ cdef class UpstreamSampler:
         cdef llama_token token = 0
         self.vocab.alive()
         self.choose(view, False, &token)
-        if self.grammar.get() != NULL and not self.grammar.get().allows(token):
+        while self.grammar.get() != NULL and not self.grammar.get().allows(token):
             self.choose(view, True, &token)
         return token
 

@@ -211,6 +211,7 @@ GRAMMARS = [
     'root ::= word (" " word)*\nword ::= [A-Za-z]+',
     "root ::= [^a-m]*",
     'root ::= ("the" | " and" | "to ")+',
+    "root ::= (<[300]> | [0-9] !<[301]>)+",
 ]
 
 
