@@ -12,9 +12,11 @@ from llama cimport raise_native_error
 
 cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
     cdef cppclass AbortScope:
-        # Once entered and as long as it lives, a failed assertion of ggml on this thread throws instead of ending the process.
+        # Once entered and as long as it lives, a failed assertion of ggml on this thread throws
+        # instead of ending the process.
         AbortScope() noexcept
         void enter() noexcept
+
         @staticmethod
         void install() noexcept
 

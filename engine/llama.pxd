@@ -421,7 +421,8 @@ cdef extern from "llama.h" nogil:
         cpp_bool unparse_special) except +raise_native_error
 
     # Samplers: for UpstreamSampler. Our own are in sampling.cpp.
-    const llama_token * llama_vocab_get_suppress_tokens(const llama_vocab * vocab, int32_t * n_suppress_tokens)
+    const llama_token * llama_vocab_get_suppress_tokens(
+        const llama_vocab * vocab, int32_t * n_suppress_tokens)
     llama_sampler_chain_params llama_sampler_chain_default_params()
     llama_sampler * llama_sampler_chain_init(llama_sampler_chain_params params)
     void llama_sampler_chain_add(llama_sampler * chain, llama_sampler * smpl)

@@ -112,7 +112,9 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         void adamw_step(const AdamW & optimiser) except +raise_trainer_error
         AdapterSet & adapter()
         const ModelGraphInfo & model()
-        void save_adapter(const string & path, const vector[pair[string, string]] & metadata) except +raise_trainer_error
+        void save_adapter(
+            const string & path,
+            const vector[pair[string, string]] & metadata) except +raise_trainer_error
         void load_adapter(const string & path) except +raise_trainer_error
         void save_merged(const string & path, ggml_type type) except +raise_trainer_error
         int64_t step()

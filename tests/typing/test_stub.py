@@ -25,6 +25,7 @@ ALLOWLIST = Path(__file__).with_name("stubtest_allowlist.txt")
 # Dunders that C calls and no one else.
 SLOTS = {"__cinit__", "__dealloc__", "__getbuffer__", "__releasebuffer__", "__reduce__"}
 C_TYPES = {"bint": "bool", "str": "str", "bytes": "bytes", "dict": "dict", "object": "Any"}
+LITERALS = {"FinishReason": "str"}
 C_INTEGERS = {"int", "long", "int32_t", "int64_t", "uint32_t", "uint64_t", "size_t"}
 
 
@@ -66,12 +67,24 @@ def read_room(path: Path) -> Room:
     return Room(functions, classes)
 
 
+def python_type(c_type: str) -> str:
+    if c_type in ("float", "double"):
+        return "float"
+    return "int" if c_type in C_INTEGERS else C_TYPES.get(c_type, c_type)
+
+
 def parse_def(lines: list[str], start: int) -> ast.FunctionDef:
     text = ""
     for line in lines[start : start + 80]:
         text += line.split("#")[0] + "\n"
+        # `Model model not None` is Cython's for `model: Model`.
+        python = re.sub(
+            r"(?<=[(\s])([A-Za-z]\w*) ([a-z]\w*)(?: not None)?(?=[,)=])",
+            lambda match: f"{match[2]}: {python_type(match[1])}",
+            text.rstrip(),
+        )
         try:
-            tree = ast.parse(re.sub(r"^ +", "", text.rstrip()) + " pass")
+            tree = ast.parse(re.sub(r"^ +", "", python) + " pass")
         except SyntaxError:
             continue
         function = tree.body[0]
@@ -100,14 +113,13 @@ def is_setter(function: ast.FunctionDef) -> bool:
 
 def readonly_fields() -> Iterator[tuple[str, str, str]]:
     """(class, field, Python type) of each ``cdef readonly`` or ``cdef public``."""
-    owner = ""
-    for line in (ENGINE / "_engine.pxd").read_text().splitlines():
-        if started := re.match(r"cdef class (\w+)", line):
-            owner = started[1]
-        if field := re.match(r"    cdef (?:readonly|public) (\w+) (\w+)", line):
-            kind = field[1]
-            python = "int" if kind in C_INTEGERS else C_TYPES.get(kind, kind)
-            yield owner, field[2], "float" if kind in ("float", "double") else python
+    for path in [ENGINE / "_engine.pxd", *included_rooms()]:
+        owner = ""
+        for line in path.read_text().splitlines():
+            if started := re.match(r"cdef class (\w+)", line):
+                owner = started[1]
+            if field := re.match(r"    cdef (?:readonly|public) (\w+) (\w+)", line):
+                yield owner, field[2], python_type(field[1])
 
 
 def parameters(function: ast.FunctionDef) -> list[tuple[str, str, str | None]]:
@@ -138,9 +150,9 @@ def annotations(function: ast.FunctionDef) -> dict[str, str]:
 
 def refines(stub: str, room: str, owner: str) -> bool:
     """Whether the stub says the same, or the same more precisely (``dict[str, int]``: ``dict``)."""
-    if stub == room or (stub == "Self" and room == owner):
+    if room in ("object", stub) or (stub == "Self" and room == owner):
         return True
-    return "[" not in room and stub.partition("[")[0] == room
+    return "[" not in room and re.sub(r"\[.*\]", "", stub) == room
 
 
 ROOMS = included_rooms()
@@ -163,8 +175,12 @@ def test_stub_has_the_signatures_of_the_room(path: Path) -> None:
         if parameters(stubbed) != parameters(function):
             problems.append(f"{where}: {parameters(stubbed)}, room {parameters(function)}")
         told = annotations(stubbed)
+        defaults = {parameter: default for _, parameter, default in parameters(function)}
         for parameter, annotation in annotations(function).items():
-            if not refines(told.get(parameter, "nothing"), annotation, owner):
+            known = told.get(parameter, "nothing")
+            if defaults.get(parameter) == "None" and not annotation.endswith("None"):
+                known = known.removesuffix(" | None")  # a C type says nothing of None
+            if not refines(known, annotation, owner):
                 problems.append(f"{where}, {parameter}: {told.get(parameter)}, room {annotation}")
     assert problems == []
 
@@ -188,8 +204,12 @@ def test_fields_of_the_owners_are_read_only_properties_of_the_stub() -> None:
         stubbed = STUBBED.functions.get((owner, name))
         if stubbed is None or not stubbed.returns:
             problems.append(f"{owner}.{name} is missing from the stub")
-        elif not refines(ast.unparse(stubbed.returns), kind, owner) and kind != "Any":
-            problems.append(f"{owner}.{name}: {ast.unparse(stubbed.returns)}, C type {kind}")
+            continue
+        told = ast.unparse(stubbed.returns)
+        if kind not in ("int", "bool", "float"):  # a Python object, which may be None
+            told = LITERALS.get(told.removesuffix(" | None"), told.removesuffix(" | None"))
+        if not refines(told, kind, owner) and kind != "Any":
+            problems.append(f"{owner}.{name}: {told}, C type {kind}")
     assert problems == []
 
 

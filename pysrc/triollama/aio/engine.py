@@ -16,9 +16,11 @@ class EngineStream(Protocol):
     @property
     def id(self) -> int:
         """As ``poll`` names it."""
+        ...
 
     def take(self) -> tuple[str, tuple[int, ...], Any, int] | None:
         """The oldest piece: text, tokens, scores, time in ns on the monotonic clock."""
+        ...
 
     def cancel(self) -> None:
         """End it; from here on it does not count against admission."""
@@ -32,42 +34,52 @@ class EngineStream(Protocol):
     @property
     def waiting(self) -> int:
         """Pieces that wait to be taken."""
+        ...
 
     @property
     def finish_reason(self) -> str | None:
         """None while it runs. What follows is final once it is not."""
+        ...
 
     @property
     def error(self) -> Exception | None:
         """What ended it, if that was an error."""
+        ...
 
     @property
     def failed_with_engine(self) -> bool:
         """Whether the engine died under it."""
+        ...
 
     @property
     def stop_index(self) -> int | None:
         """Which stop string ended it."""
+        ...
 
     @property
     def end_token(self) -> int | None:
         """Which end-of-generation token ended it."""
+        ...
 
     @property
     def shifted(self) -> int:
         """Tokens dropped by context shifts."""
+        ...
 
     @property
     def position(self) -> int:
         """Positions of its sequence in the KV."""
+        ...
 
     @property
     def values(self) -> Sequence[float]:
         """Log-probabilities of a score, the vector of an embedding or of the last hidden state."""
+        ...
 
     @property
     def usage(self) -> dict[str, int]:
         """Counts of tokens, and times in ns on the monotonic clock."""
+        ...
 
 
 class Engine(Protocol):
@@ -79,33 +91,41 @@ class Engine(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of ``text``."""
+        ...
 
     def detokenize(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``."""
+        ...
 
     def make_sampler(self, params: GenerationParams) -> Any:
         """Checks the parameters, compiles the grammar: milliseconds. The seed is not None."""
+        ...
 
     def submit(
         self, tokens: list[int], sampler: Any, params: GenerationParams, **options: Any
     ) -> EngineStream:
         """Start a stream. Never waits. Raises QueueFullError, ContextFullError and others."""
+        ...
 
     def submit_other(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
         """Start a "score" or an "embed"."""
+        ...
 
     async def wait(self) -> None:
         """Until ``poll`` may have news. Cancellable."""
 
     def poll(self) -> list[int]:
         """Ids of streams with news: pieces where there were none, or an end."""
+        ...
 
     def statistics(self) -> dict[str, Any]:
         """Counts, by the names of :class:`.statistics.Statistics`."""
+        ...
 
     @property
     def cause_of_death(self) -> str:
         """Why the engine ended by itself, or an empty string."""
+        ...
 
     async def aclose(self) -> None:
         """End every stream and free everything. Waits, for milliseconds; never cancelled."""

@@ -547,7 +547,7 @@ def percent(run: Evaluator, pattern: str, values: Any) -> str:
             parts.append(T.cut(pattern, found.end() - 1, found.end()))
             continue
         if name is not None:
-            value = values[name]
+            value = values[name]  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             if isinstance(values, dict) or used >= len(values):
                 raise TemplateFault(f"format {pattern!r} has more fields than values")

@@ -125,7 +125,8 @@ def cut(value: str, start: int, stop: int) -> str:
     if not isinstance(value, Text):
         return piece
     if len(value.runs) <= 1:
-        return _make(piece, (((len(piece), value.runs[0][1]),) if piece else ()))
+        whole = ((len(piece), value.runs[0][1]),) if piece else ()  # pyright: ignore
+        return _make(piece, whole)
     runs = []
     at = 0
     for length, origin in value.runs:

@@ -169,7 +169,7 @@ class FakeEngine:
         self._counted = 0
         self._due: list[tuple[float, int, int, FakeStream]] = []
         self._news: list[int] = []
-        self._count = dict.fromkeys(
+        self._count: dict[str, int] = dict.fromkeys(
             ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens", "steps"), 0
         )
         self._first_token_s: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import msgspec
 
@@ -284,7 +285,7 @@ _FLOATS = {
 _CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "truncation": TRUNCATIONS}
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
