@@ -266,6 +266,13 @@ class TrainingRun:
         """End the run before its next row; a step begun is not counted. From any thread."""
         self._stopping.set()
 
+    def abort(self) -> None:
+        """As ``stop``, but within a fraction of a row: what is being computed is thrown away."""
+        self._stopping.set()
+        trainer = self._trainer
+        if trainer is not None and not trainer.is_closed:
+            trainer.request_abort()
+
     # ---- the steps
 
     def __iter__(self) -> Iterator[TrainingStep]:
@@ -309,6 +316,10 @@ class TrainingRun:
                 )
         except GeneratorExit:
             raise
+        except DecodeAborted:  # in an evaluation: the steps before it stand
+            self.status = "stopped"
+            self.save_checkpoint()
+            return
         except Exception as error:
             self.status = "failed"
             self.error = error
