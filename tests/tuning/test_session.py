@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 import pytest
 from triollama import _engine
-from triollama.errors import ParameterError, UnsupportedError
 from triollama.tuning import (
     CheckpointError,
+    InvalidRankError,
     InvalidSettingError,
     LoRASaveError,
     NonFiniteLossError,
@@ -22,6 +22,7 @@ from triollama.tuning import (
     TrainingConfig,
     TrainingDataset,
     TrainingRun,
+    UnsupportedModelError,
     evaluate_examples,
     evaluate_text,
     prepare_training_data,
@@ -314,9 +315,9 @@ def test_settings_that_do_not_go_together(path: Path, vocab: Any, tiny: Any) -> 
         train(path, whole, config(patience=1))
     with pytest.raises(InvalidSettingError, match="max_length"):
         train(path, whole, config(max_length=32))
-    with pytest.raises(ParameterError, match="rank 65"), train(path, whole, config(rank=65)):
+    with pytest.raises(InvalidRankError, match="rank 65"), train(path, whole, config(rank=65)):
         pass
-    with pytest.raises(UnsupportedError), train(tiny("mamba"), whole, config()):
+    with pytest.raises(UnsupportedModelError, match="mamba"), train(tiny("mamba"), whole, config()):
         pass
     with pytest.raises(InvalidSettingError, match="with"):
         iter(train(path, whole, config())).__next__()

@@ -403,7 +403,11 @@ def test_other_architectures_are_refused_by_name(tiny: Any, arch: str) -> None:
 
 
 def test_the_table_of_architectures_is_what_the_tests_cover() -> None:
-    assert sorted(_engine.training_architectures()) == sorted(ARCHITECTURES)
+    table = _engine.training_architectures()
+    assert sorted(table) == sorted(ARCHITECTURES)
+    docs = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    for name, notes in table.items():
+        assert f"| `{name}` | {notes} |" in docs
 
 
 @pytest.mark.parametrize(

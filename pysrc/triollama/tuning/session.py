@@ -24,10 +24,17 @@ import msgspec
 import numpy as np
 
 from .._engine import Trainer, quantize, read_gguf
-from ..errors import DecodeAborted
+from ..errors import DecodeAborted, ParameterError, UnsupportedError
 from .config import TrainingConfig, learning_rate_at
 from .dataset import Row, TrainingDataset
-from .errors import CheckpointError, InvalidSettingError, LoRASaveError, NonFiniteLossError
+from .errors import (
+    CheckpointError,
+    InvalidRankError,
+    InvalidSettingError,
+    LoRASaveError,
+    NonFiniteLossError,
+    UnsupportedModelError,
+)
 from .evaluate import EvaluationMetrics, evaluate_examples
 from .tensors import TensorFileError, read_tensors, write_tensors
 
@@ -196,18 +203,25 @@ class TrainingRun:
         config = self.config
         if self._trainer is not None:
             raise InvalidSettingError("this run has already been entered")
-        self._trainer = Trainer(
-            self._base(),
-            rank=config.rank,
-            alpha=config.alpha,
-            rslora=config.rslora,
-            targets=config.gguf_targets,
-            dropout=config.dropout,
-            seed=config.seed,
-            precision=config.effective_precision,
-            threads=config.threads,
-            n_gpu_layers=config.n_gpu_layers,
-        )
+        try:
+            self._trainer = Trainer(
+                self._base(),
+                rank=config.rank,
+                alpha=config.alpha,
+                rslora=config.rslora,
+                targets=config.gguf_targets,
+                dropout=config.dropout,
+                seed=config.seed,
+                precision=config.effective_precision,
+                threads=config.threads,
+                n_gpu_layers=config.n_gpu_layers,
+            )
+        except UnsupportedError as error:
+            raise UnsupportedModelError(str(error)) from error
+        except ParameterError as error:
+            if not str(error).startswith("rank"):
+                raise
+            raise InvalidRankError(str(error), parameter="rank", value=config.rank) from error
         try:
             if self._adapter is not None:
                 self._trainer.load_adapter(self._adapter)
