@@ -1,5 +1,7 @@
 #include "train_model.hpp"
 
+#include "abort_guard.hpp"
+#include "gguf_check.hpp"
 #include "guard.hpp"
 
 #include "ggml-backend.h"
@@ -39,12 +41,17 @@ struct Harvest {
 }  // namespace
 
 FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threads) {
+    check_gguf(path, true);
     const GgufMeta meta(path);
 
     llama_model_params params = llama_model_default_params();
     params.use_extra_bufts = false;   // repacked weights have neither a backward pass nor a way back to F32
     params.n_gpu_layers    = n_gpu_layers;
-    model.reset(llama_model_load_from_file(path.c_str(), params));
+    {
+        AbortScope scope;
+        scope.enter();
+        model.reset(llama_model_load_from_file(path.c_str(), params));
+    }
     if (!model) {
         throw format_error(path + ": llama.cpp cannot load this model");
     }
@@ -58,7 +65,12 @@ FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threa
     context_params.cb_eval_user_data = &harvest;
     context_params.no_perf           = true;
     {
-        const llama_context_ptr context(llama_init_from_model(model.get(), context_params));
+        llama_context_ptr context;
+        {
+            AbortScope scope;
+            scope.enter();
+            context.reset(llama_init_from_model(model.get(), context_params));
+        }
         llama_token token = 0;
         if (!context || llama_decode(context.get(), llama_batch_get_one(&token, 1)) != 0) {
             throw unsupported_error(path + ": cannot be trained: llama.cpp cannot evaluate it");

@@ -571,3 +571,37 @@ def test_memory_of_the_head_is_flat_in_the_vocabulary(tiny: Any) -> None:
             trainer.forward_backward(tokens, labels)
             arenas.append(trainer.memory["arena"])
     assert arenas[1] <= arenas[0] * 1.1
+
+
+@pytest.mark.slow
+def test_a_damaged_model_file_never_ends_the_process(tiny: Any, run_isolated: Any) -> None:
+    """One byte changed in the metadata at 150 places: an error, or a model that still trains."""
+    run_isolated(
+        """
+        import random, sys
+        from pathlib import Path
+        import numpy as np
+        from triollama import _engine
+        from triollama.errors import TriollamaError
+
+        source, target = Path(sys.argv[1]).read_bytes(), Path(__file__).with_name("damaged.gguf")
+        end = source.index(b"blk.1.ffn_up.weight") + 100
+        places = random.Random(0)
+        outcomes = {"refused": 0, "trained": 0}
+        for _ in range(150):
+            data = bytearray(source)
+            data[places.randrange(end)] ^= 1 << places.randrange(8)
+            target.write_bytes(data)
+            try:
+                with _engine.Trainer(target, rank=2, threads=1) as trainer:
+                    tokens = np.arange(10) % min(trainer.n_vocab, 400)
+                    trainer.forward_backward(tokens, tokens)
+                    trainer.adamw_step(1e-3)
+                outcomes["trained"] += 1
+            except TriollamaError:
+                outcomes["refused"] += 1
+        target.unlink()
+        assert outcomes["refused"] >= 5 and outcomes["trained"] >= 5, outcomes
+        """,
+        tiny("llama"),
+    )
