@@ -209,5 +209,6 @@ cdef class DecoderStream:
 
 cdef class DecoderReply:
     cdef shared_ptr[Reply] ptr
+    cdef Context context                # whose state it may carry
 
     cdef int check(self) except -1

@@ -287,17 +287,22 @@ cdef class Decoder(Owner):
         return wrap_reply(self, self.impl.fork_sequence(source, target, count))
 
     def save_sequence(self, sequence: int) -> DecoderReply:
-        """The KV of an idle sequence. The reply's ``data`` is llama.cpp's blob (empty if it holds
-        nothing), its value the number of positions."""
+        """The KV of an idle sequence. The reply's ``data`` is as ``triollama._engine.save_sequence``
+        gives it (empty if it holds nothing), its value the number of positions."""
         self.alive()
         return wrap_reply(self, self.impl.save_sequence(sequence))
 
     def load_sequence(self, sequence: int, data: bytes, n: int, adapters: int = 0) -> DecoderReply:
-        """Restore what ``save_sequence`` gave, ``n`` positions. llama.cpp trusts these bytes: give
-        only what was verified to come from the same model and the same kind of context."""
+        """Restore what ``save_sequence`` gave, ``n`` positions, computed with this set of adapters.
+
+        Raises StateError if the bytes are damaged, or of another model or kind of context; the
+        reply does, and the sequence is then empty, if they are not n positions or find no room.
+        """
         self.alive()
+        check_state(self.context, data, _KIND_SEQUENCE)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
-        return wrap_reply(self, self.impl.load_sequence(sequence, data, count, adapters))
+        cdef string payload = bytes(memoryview(data)[_HEADER.size:])
+        return wrap_reply(self, self.impl.load_sequence(sequence, payload, count, adapters))
 
     def query_sequence(self, sequence: int) -> DecoderReply:
         """The reply's value is the number of positions a sequence holds."""
@@ -521,6 +526,7 @@ cdef class DecoderStream:
 cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[Reply] ptr):
     cdef DecoderReply reply = DecoderReply.__new__(DecoderReply)
     reply.ptr = ptr
+    reply.context = decoder.context
     return reply
 
 
@@ -557,4 +563,5 @@ cdef class DecoderReply:
     def data(self) -> bytes:
         """The bytes it answers with; errors as ``value``."""
         self.check()
-        return self.ptr.get().bytes
+        cdef bytes payload = self.ptr.get().bytes
+        return seal_state(self.context, _KIND_SEQUENCE, payload) if payload else b""

@@ -70,11 +70,15 @@ cdef bytes pack_state(Context context, int kind, int seq_id):
         context.leave()
 
 
-cdef int unpack_state(Context context, object blob, int kind, int seq_id) except -1:
+cdef bytes seal_state(Context context, int kind, bytes payload):
+    """A blob from what llama.cpp gave to somebody else, such as the decoder's thread."""
+    key = state_key(context, kind)
+    return _HEADER.pack(_MAGIC, _VERSION, kind, key, len(payload), zlib.crc32(payload)) + payload
+
+
+cdef int check_state(Context context, object blob, int kind) except -1:
+    """StateError unless the bytes are whole, and of this model and this kind of context."""
     cdef const uint8_t[::1] view
-    cdef size_t read = 0
-    cdef size_t length
-    cdef const uint8_t * data
     cdef int header = _HEADER.size
     try:
         view = memoryview(blob)
@@ -95,19 +99,29 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
     if view.shape[0] != header + size:
         raise StateError(
             f"the state has {view.shape[0] - header} bytes after its header; it says {size}")
+    if key != state_key(context, kind):
+        raise StateError(
+            "the state belongs to another model, or to a context with another kv_unified,"
+            " flash_attn, type_k, type_v or size")
+    if zlib.crc32(memoryview(blob)[header:]) != crc:
+        raise StateError("the state is damaged: its checksum does not match")
+    return 0
+
+
+cdef int unpack_state(Context context, object blob, int kind, int seq_id) except -1:
+    cdef const uint8_t[::1] view
+    cdef size_t read = 0
+    cdef size_t length
+    cdef const uint8_t * data
     context.enter()
     try:
         context.check_no_views()
-        if key != state_key(context, kind):
-            raise StateError(
-                "the state belongs to another model, or to a context with another kv_unified,"
-                " flash_attn, type_k, type_v or size")
-        if zlib.crc32(memoryview(blob)[header:]) != crc:
-            raise StateError("the state is damaged: its checksum does not match")
+        check_state(context, blob, kind)
+        view = memoryview(blob)
         context.output_rows.clear()
         begin_log()
-        length = size
-        data = &view[0] + header
+        data = &view[0] + <int>_HEADER.size
+        length = view.shape[0] - <int>_HEADER.size
         with nogil:
             if kind == _KIND_SEQUENCE:
                 read = llama_state_seq_set_data(context.ptr, data, length, seq_id)

@@ -21,6 +21,7 @@ from triollama.errors import (
     GrammarError,
     ParameterError,
     QueueFullError,
+    StateError,
     TokenError,
 )
 
@@ -637,6 +638,15 @@ def test_save_and_load_go_on_bit_equal_in_another_decoder(path: Path) -> None:
         stream = driver.start(history, sequence=sequence, cached=n, commit=n)
         assert driver.finish(stream) == [expected]
         assert stream.usage["cached"] == n
+        for damaged in (b"", data[:-1], data + b"x", data[:99] + b"?" + data[100:], b"x" * 999):
+            with pytest.raises(StateError):
+                driver.decoder.load_sequence(sequence, damaged, n)
+        # Whole, but not as long as is claimed.
+        with pytest.raises(StateError):
+            _ = driver.answer(driver.decoder.load_sequence(sequence, data, n + 1)).value
+        assert driver.answer(driver.decoder.query_sequence(sequence)).value == 0
+    with driving(path, n_seq_max=2) as driver, pytest.raises(StateError):
+        driver.decoder.load_sequence(driver.decoder.make_sequence(), data, n)
 
 
 @pytest.mark.parametrize("host_bytes", [0, 2**26])

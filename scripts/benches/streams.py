@@ -1,0 +1,281 @@
+"""Many streams on one model: throughput, waking, cancelling, joining, and company on the cores."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+from _env import build_upstream_tools
+from triollama import GenerationParams, open_llama
+from triollama.models import default_model
+
+from ._harness import Figure, Options, interleave, sample_figure
+
+STREAMS = (1, 2, 4, 8, 16)
+N_PROMPT = 32
+N_GEN = 32
+JOINING = 1500
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# The library's own sampling, except that a text may not end early.
+PARAMS = GenerationParams(max_tokens=N_GEN, ignore_eos=True)
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    """Tokens of the default model's vocabulary; another seed shares no prefix."""
+    return [2, *(1000 + (seed * 7919 + i * 104729) % 200_000 for i in range(n - 1))]
+
+
+@contextlib.asynccontextmanager
+async def serving(**options: Any) -> AsyncIterator[Any]:
+    settings = {"n_ctx": 2048, "max_streams": 16, "threads": THREADS, **options}
+    async with open_llama(default_model(), **settings) as llama:
+        await llama.generate(prompt(0, N_PROMPT), PARAMS)
+        yield llama
+
+
+async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
+    """Tokens a second of n streams, prompts included, from the first submission to the last end."""
+    async with trio.open_nursery() as nursery:
+        start = time.perf_counter()
+        for i in range(n):
+            params = PARAMS.replace(max_tokens=n_gen)
+            nursery.start_soon(llama.generate, prompt(i, N_PROMPT), params)
+    return n * (N_PROMPT + n_gen) / (time.perf_counter() - start)
+
+
+def batched_bench(tool: Path, n: int) -> float:
+    """Upstream's tokens a second for the same shape. It samples nothing."""
+    done = subprocess.run(
+        [
+            str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
+            "-npl", str(n), "--ctx-size", str(2048 * 16), "--kv-unified",
+            "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not lines:
+        raise RuntimeError(
+            f"llama-batched-bench ended with {done.returncode}: {done.stderr[-900:]}"
+        )
+    return float(json.loads(lines[-1])["speed"])
+
+
+def figures(options: Options) -> Iterator[Figure]:
+    yield from against_upstream(options)
+    yield from with_busy_tasks(options)
+    yield from cancelling(options)
+    yield from joining(options)
+    yield from in_company(options)
+
+
+def in_trio(action: Callable[[Any], Any], **options: Any) -> Any:
+    """Runs ``await action(llama)`` in a trio of its own."""
+
+    async def main() -> Any:
+        async with serving(**options) as llama:
+            return await action(llama)
+
+    return trio.run(main)
+
+
+def against_upstream(options: Options) -> Iterator[Figure]:
+    tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
+
+    # Both are timed inside, so that loading does not count; neither is there while the other runs.
+    for n in STREAMS:
+        pairs = interleave(
+            functools.partial(in_trio, functools.partial(together, n=n)),
+            functools.partial(batched_bench, tool, n),
+            options.repeats_or(7),
+        )
+        note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
+        yield pairs.ratio(f"streams.{n}_over_batched_bench", target=0.95, note=note)
+
+
+async def spin(seconds: float = 0.001) -> None:
+    while True:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        await trio.sleep(0)
+
+
+def with_busy_tasks(options: Options) -> Iterator[Figure]:
+    latencies: list[float] = []
+
+    async def steps(llama: Any, busy: int) -> float:
+        """Seconds a step of one stream, with ``busy`` tasks that burn Python."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(busy):
+                nursery.start_soon(spin)
+            async with llama.stream(prompt(1, N_PROMPT), PARAMS, max_tokens=64) as stream:
+                times = []
+                async for piece in stream:
+                    if not busy:
+                        latencies.append(time.monotonic() - piece.time)
+                    times.append(piece.time)
+            nursery.cancel_scope.cancel()
+        return (times[-1] - times[0]) / (len(stream.tokens) - 1)
+
+    async def measure(llama: Any) -> Any:
+        loop: list[tuple[float, float]] = []
+        for i in range(options.repeats_or(11)):
+            order = (2, 0) if i % 2 else (0, 2)
+            found = {busy: await steps(llama, busy) for busy in order}
+            loop.append((found[2], found[0]))
+        return loop
+
+    # A core is left for Python: what is measured is the GIL, not a lack of cores.
+    found = in_trio(measure, threads=max(1, THREADS - 1))
+    yield sample_figure(
+        "streams.step_with_two_busy_tasks", [a / b for a, b in found], "ratio",
+        target=1.1, at_least=False,
+        note=f"{statistics.median(b for _, b in found) * 1e3:.1f} ms a step without them",
+    )  # fmt: skip
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        yield percentile(f"streams.waking_{name}", latencies, share, "us", 1e6)
+
+
+def percentile(
+    name: str, values: list[float], share: float, unit: str, scale: float, **target: Any
+) -> Figure:
+    """A percentile of raw samples, with its order-statistics interval."""
+    ordered = sorted(value * scale for value in values)
+    n = len(ordered)
+    around = 1.96 * math.sqrt(n * share * (1 - share))
+    low = ordered[max(0, int(n * share - around) - 1)]
+    high = ordered[min(n - 1, math.ceil(n * share + around))]
+    value = ordered[min(n - 1, int(n * share))]
+    return Figure(name, value, unit, (low, high), n, **target)
+
+
+def cancelling(options: Options) -> Iterator[Figure]:
+    async def measure(llama: Any) -> list[float]:
+        waits = []
+        for i in range(options.repeats_or(200)):
+            stream = llama.stream(prompt(i, JOINING), PARAMS)
+            await stream.__aenter__()
+            await trio.sleep(0.01 + 0.5 * (i * 0.618 % 1.0))  # somewhere in its prompt
+            if stream.usage.generated_tokens:
+                raise RuntimeError("the prompt was read before the cancel: nothing was measured")
+            start = time.perf_counter()
+            stream.cancel()
+            await stream.ended()
+            waits.append(time.perf_counter() - start)
+            await stream.aclose()
+        return waits
+
+    waits = in_trio(measure)
+    yield percentile("streams.cancel_to_free_p50", waits, 0.5, "ms", 1e3)
+    yield percentile(
+        "streams.cancel_to_free_p99", waits, 0.99, "ms", 1e3, target=10.0, at_least=False
+    )
+
+
+def joining(options: Options) -> Iterator[Figure]:
+    async def once(llama: Any, i: int) -> tuple[float, float, float]:
+        """A running stream's worst gap while a prompt joins, its usual gap, the prompt's time."""
+        times: list[float] = []
+        first = 0.0
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                long = PARAMS.replace(max_tokens=2000)
+                async with llama.stream(prompt(i, 64), long, capacity=4096) as stream:
+                    async for piece in stream:
+                        times.append(piece.time)
+
+            nursery.start_soon(run)
+            while len(times) < 20:
+                await trio.sleep(0.01)
+            start = time.monotonic()
+            result = await llama.generate(prompt(i + 1000, JOINING), PARAMS, max_tokens=1)
+            first = result.usage.first_token_seconds
+            nursery.cancel_scope.cancel()
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        ordinary = statistics.median(g for g, t in zip(gaps, times[1:], strict=True) if t < start)
+        return max(g for g, t in zip(gaps, times[1:], strict=True) if t >= start), ordinary, first
+
+    async def measure(llama: Any) -> list[tuple[float, float, float, float]]:
+        found = []
+        for i in range(options.repeats_or(7)):
+            alone = await llama.generate(prompt(i + 5000, JOINING), PARAMS, max_tokens=1)
+            found.append((*await once(llama, i), alone.usage.first_token_seconds))
+        return found
+
+    found = in_trio(measure)
+    slower = statistics.median(first / alone for _, _, first, alone in found)
+    yield sample_figure(
+        "streams.worst_gap_while_joining", [worst / ordinary for worst, ordinary, _, _ in found],
+        "steps", target=3.0, at_least=False,
+        note=f"a prompt of {JOINING} tokens then takes {slower:.1f} times as long as alone",
+    )  # fmt: skip
+
+
+# Another program on the same cores: decodes until its input ends.
+NEIGHBOUR = """
+import sys, threading, trio
+from triollama import GenerationParams, open_llama
+from triollama.models import default_model
+done = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+async def main():
+    threads = int(sys.argv[1])
+    params = GenerationParams(max_tokens=32, ignore_eos=True)
+    async with open_llama(default_model(), n_ctx=2048, max_streams=1, threads=threads) as llama:
+        while not done.is_set():
+            async with llama.stream([2, 1000, 2000], params) as s:
+                async for piece in s:
+                    print("token", flush=True)
+                    if done.is_set():
+                        return
+trio.run(main)
+"""
+
+
+def in_company(options: Options) -> Iterator[Figure]:
+    """Our speed beside another decoder on the same cores, over half of our speed alone."""
+    environments = {
+        "streams.beside_another_over_half": ({}, 0.9, "another triollama, as installed"),
+        "streams.beside_peers_default_over_half": (
+            {"GOMP_SPINCOUNT": "300000"}, None, "one whose libgomp spins by default, as peers' do",
+        ),
+    }  # fmt: skip
+    for name, (changes, target, note) in environments.items():
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | changes
+
+        async def measure(llama: Any, environment: dict[str, str] = environment) -> list[float]:
+            ratios = []
+            for _ in range(options.repeats_or(5)):
+                alone = await together(llama, 1, 64)
+                neighbour = subprocess.Popen(
+                    [sys.executable, "-c", NEIGHBOUR, str(THREADS)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                )  # fmt: skip
+                assert neighbour.stdin is not None
+                assert neighbour.stdout is not None
+                await trio.to_thread.run_sync(neighbour.stdout.readline)  # it runs now
+                beside = await together(llama, 1, 64)
+                neighbour.kill()
+                neighbour.communicate()
+                ratios.append(beside / (0.5 * alone))
+            return ratios
+
+        ratios = in_trio(measure, max_streams=1)
+        yield sample_figure(name, ratios, "ratio", target=target, note=note)
