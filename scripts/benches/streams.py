@@ -131,7 +131,7 @@ def with_busy_tasks(options: Options) -> Iterator[Figure]:
                         latencies.append(time.monotonic() - piece.time)
                     times.append(piece.time)
             nursery.cancel_scope.cancel()
-        return (times[-1] - times[0]) / (len(stream.tokens) - 1)
+        return float(times[-1] - times[0]) / (len(stream.tokens) - 1)
 
     async def measure(llama: Any) -> Any:
         loop: list[tuple[float, float]] = []
