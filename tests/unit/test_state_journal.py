@@ -19,6 +19,7 @@ from triollama.errors import (
     StateDamagedError,
     StateError,
     StateFormatError,
+    StateMismatchError,
     StateWriteError,
 )
 from triollama.state import Conversation, Document, Journal, Message, ModelIdentity, load_document
@@ -234,7 +235,9 @@ def test_unknown_fields_and_a_later_model(tmp_path: Path) -> None:
         chat = replace(chat, extras={"+": 2}, messages=(*chat.messages, second))
         journal.commit([chat, replace(chat, id="another")])
     assert load_document(path).conversations[0] == chat
-    with Journal(path, replace(EMPTY, version="9")) as journal:
+    with pytest.raises(StateMismatchError):
+        Journal(path, EMPTY)
+    with Journal(path, replace(EMPTY, model=document.model, version="9")) as journal:
         assert chat in journal.document.conversations
     assert load_document(path).version == "9"
     assert chat in load_document(path).conversations

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from .conversation import Conversation, TurnStream
+from .conversations import Conversations
 from .llama import Llama, StreamInfo, open_llama, run_llama
 from .stream import Piece, Stream
 
-__all__ = ["Llama", "Piece", "Stream", "StreamInfo", "open_llama", "run_llama"]
+__all__ = [
+    "Conversation",
+    "Conversations",
+    "Llama",
+    "Piece",
+    "Stream",
+    "StreamInfo",
+    "TurnStream",
+    "open_llama",
+    "run_llama",
+]

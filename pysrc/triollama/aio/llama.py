@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 import trio
 
+from ..chat import ChatTemplate
 from ..errors import BusyError, ParameterError
 from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
-from . import native
+from ..state import Document, Message
+from . import native, saving
+from .conversation import Conversation, OnCancel, Overflow
+from .conversations import Conversations
 from .engine import Engine, EngineStream
 from .pump import Pump
 from .statistics import Statistics
@@ -175,6 +179,7 @@ class Llama:
         self._pump = pump
         self._closed = False
         self._streams: dict[int, Stream] = {}
+        self._conversations: Conversations | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._streams)} stream(s) open"
@@ -367,6 +372,125 @@ class Llama:
             if stream.finish_reason == "cancelled":
                 raise trio.ClosedResourceError("this Llama was closed")
         return streams
+
+    # Conversations
+
+    @property
+    def conversations(self) -> Conversations:
+        """All open conversations: iterate, or look one up by its id."""
+        if self._conversations is None:
+            self._conversations = Conversations(self)
+        return self._conversations
+
+    def conversation(
+        self,
+        id: str | None = None,
+        *,
+        system: str | None = None,
+        messages: Iterable[Mapping[str, Any] | Message] = (),
+        template: str | ChatTemplate | None = None,
+        params: GenerationParams | None = None,
+        title: str = "",
+        overflow: Overflow = "raise",
+        on_cancel: OnCancel = "rollback",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Conversation:
+        """A new conversation.
+
+        id: its name; random by default. system: the system prompt. messages: what was said before.
+        template: the name of a built-in one, Jinja source or a ChatTemplate; by default the
+            model's own (see :func:`triollama.chat.template_for_model`).
+        params, changes: of its turns. title: for people, at most 200 characters.
+        overflow: when a turn's prompt, and room for its answer (``max_tokens``, at most a quarter
+            of the context), do not fit: "raise" ContextFullError before any work; "truncate_turns"
+            no longer shows the model the oldest turns; or a function of the messages and the
+            number of tokens that are too many, which returns the messages to go on with.
+        on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
+            said so far.
+        tools, variables: passed to the template.
+
+        Raises ParameterError, ChatTemplateError, UnsupportedError.
+        """
+        self._check_open()
+        return self.conversations.create(
+            id,
+            system=system,
+            messages=messages,
+            template=template,
+            params=params,
+            title=title,
+            overflow=overflow,
+            on_cancel=on_cancel,
+            tools=tools,
+            variables=variables,
+            **changes,
+        )
+
+    async def save(
+        self,
+        path: str | os.PathLike[str],
+        conversations: Iterable[Conversation] | None = None,
+        *,
+        format: Literal["json", "msgpack"] = "json",
+        kv: bool = False,
+    ) -> Document:
+        """Save conversations, all by default, as of their last commits: atomically.
+
+        kv: their KV as well, in a folder beside the file: they then go on without computing it.
+        Raises StateWriteError; an old file is then still there.
+        """
+        return await saving.save(self.conversations, path, conversations, format=format, kv=kv)
+
+    async def restore(
+        self,
+        source: str | os.PathLike[str] | Document,
+        ids: Iterable[str] | None = None,
+        *,
+        on_mismatch: Literal["error", "recompute"] = "error",
+        replace: bool = False,
+        **options: Any,
+    ) -> list[Conversation]:
+        """Open the conversations of a file, or those with ``ids``; all of them or, on error, none.
+
+        on_mismatch: "recompute" takes messages alone from a file of another model, and computes
+            what damaged KV would have held. KV of another kind of context is computed again anyway.
+        replace: close open conversations of the same ids instead of raising ParameterError.
+        options: ``overflow``, ``on_cancel``, ``tools``, ``variables``: files do not hold them.
+
+        Raises FileNotFoundError, StateError.
+        """
+        return await saving.restore(
+            self.conversations, source, ids, on_mismatch=on_mismatch, replace=replace, **options
+        )
+
+    async def autosave(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: float = 30.0,
+        conversations: Iterable[Conversation] | None = None,
+        deadline: float = 5.0,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Keep a file up to date until cancelled: ``nursery.start_soon(llama.autosave, path)``.
+
+        It is written after each committed turn, every ``every`` seconds if anything else changed
+        (a title, a rewind), and once more on the way out, which takes at most ``deadline``
+        seconds. Each time only what changed is written. A disk that is full is logged, and
+        tried again. What an old file holds beyond the open conversations stays in it.
+
+        Raises StateError at the start, if the old file cannot be read or is of another model.
+        """
+        await saving.autosave(
+            self.conversations,
+            path,
+            every=every,
+            conversations=conversations,
+            deadline=deadline,
+            task_status=task_status,
+        )
 
     # Looking after streams
 

@@ -99,13 +99,19 @@ class KVFile(_Saved, frozen=True, kw_only=True):
 
 
 class Message(_Saved, frozen=True, kw_only=True):
-    """One message. ``tokens`` are those the assistant generated, exactly as sampled."""
+    """One message. ``tokens`` are those the assistant generated, exactly as sampled.
+
+    On an assistant's message ``n_context`` and ``n_computed`` count the conversation's tokens
+    after this turn, and those of them that were in memory.
+    """
 
     role: Role
     content: str = ""
     created: Time | None = None
     tokens: tuple[Token, ...] = ()
     n_tokens: Count = 0
+    n_context: Count = 0
+    n_computed: Count = 0
     finish_reason: str = ""
     name: str = ""
     reasoning_content: str = ""
@@ -129,8 +135,9 @@ class Conversation(_Saved, frozen=True, kw_only=True):
     ``params`` are its generation parameters by name (see ``known_params``). ``template`` is
     the name of a built-in template, Jinja source, or empty for the model's own. ``sampler`` is
     ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
-    ``split`` the sizes of the batches in which they were computed: replaying it gives the same
-    bits in deterministic mode. ``parent`` is the conversation it was forked from.
+    ``split`` the sizes of the batches in which the first of them were computed: replaying it
+    gives the same bits in deterministic mode. ``dropped`` messages after the system prompt are no
+    longer shown to the model. ``parent`` is the conversation it was forked from.
     """
 
     id: Name
@@ -143,6 +150,7 @@ class Conversation(_Saved, frozen=True, kw_only=True):
     sampler: bytes = b""
     tokens: tuple[Token, ...] = ()
     split: tuple[Position, ...] = ()
+    dropped: Count = 0
     n_prompt_tokens: Count = 0
     n_generated_tokens: Count = 0
     adapters: tuple[Adapter, ...] = ()
@@ -421,7 +429,7 @@ def check(saved: _Saved, path: str = "", place: str = "$") -> None:
             seen.add(conversation.id)
             check(conversation, path, where)
     elif isinstance(saved, Conversation):
-        if sum(saved.split) not in (0, len(saved.tokens)):
+        if sum(saved.split) > len(saved.tokens):
             raise StateFormatError(
                 f"the batches hold {sum(saved.split)} tokens, the conversation {len(saved.tokens)}",
                 place=f"{place}.split",

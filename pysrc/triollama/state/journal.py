@@ -41,6 +41,7 @@ from ..errors import (
     StateWriteError,
 )
 from .documents import Conversation, Document, check, decode, document_from, encode, spread
+from .fingerprint import check_model
 from .store import (
     MAX_BYTES,
     StrPath,
@@ -280,8 +281,8 @@ class Journal:
     file's conversations are kept, in ``document.conversations``. ``min_compact`` bytes of commits
     are always allowed before the file is rewritten.
 
-    Raises StateError: for an old file that cannot be read, one that another process has open, or
-    StateWriteError. One thread at a time may use it.
+    Raises StateError: for an old file that cannot be read, that is of another model or that another
+    process has open; StateWriteError. One thread at a time may use it.
     """
 
     def __init__(
@@ -344,6 +345,7 @@ class Journal:
             old = decode(data, path=os.fspath(self._path))
         else:
             old = document
+        check_model(old.model, document.model.fingerprint)
         given = self._conversations
         self._conversations = {one.id: one for one in old.conversations}
         same = msgspec.structs.replace(old, conversations=(), saved=None) == (

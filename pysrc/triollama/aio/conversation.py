@@ -1,0 +1,692 @@
+"""A conversation: turns that are committed whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import msgspec
+import trio
+
+from .. import state as saved_state
+from ..chat import ChatTemplate, ChatTokens, assistant_spans
+from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedError
+from ..params import MAX_SEED, GenerationParams, make_params
+from ..results import Completion
+from ..state import MAX_TITLE, Message
+from .history import WORTH_SHARING, Memory, Plan, State, Turn, common_length, now
+from .stream import Piece, Stream
+
+if TYPE_CHECKING:
+    from .conversations import Conversations
+
+__all__ = ["Conversation", "OnCancel", "Overflow", "TurnStream"]
+
+OnCancel = Literal["rollback", "keep"]
+Overflow = (
+    Literal["raise", "truncate_turns", "shift"]
+    | Callable[[Sequence[Message], int], Iterable[Message]]
+)
+
+
+class Conversation:
+    """A chat with a model. Made by ``Llama.conversation``.
+
+    A turn is a transaction: it is committed when its answer has been received to the end.
+    Cancelled, failed or left earlier, it leaves the conversation as it was, or with what was said
+    so far, as ``on_cancel`` says ("rollback" or "keep").
+
+    ``id``: its name in saved files. ``title``: at most 200 characters. ``params``: of its turns,
+    unless a turn says otherwise. ``created``, ``updated``: UTC.
+    """
+
+    def __init__(
+        self,
+        owner: Conversations,
+        id: str,
+        *,
+        template: ChatTemplate,
+        source: str,
+        params: GenerationParams,
+        overflow: Overflow,
+        on_cancel: OnCancel,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        state: State,
+        title: str = "",
+        parent: str = "",
+    ) -> None:
+        self.id = id
+        self.params = params
+        self.parent = parent
+        self.created = self.updated = now()
+        self._owner = owner
+        self._template = template
+        self._source = source
+        self._overflow: Overflow = overflow
+        self._on_cancel: OnCancel = on_cancel
+        self._tools = None if tools is None else list(tools)
+        self._variables = dict(variables)
+        self._state = state
+        self._turn: TurnStream | None = None
+        self._changing = False
+        self._closed = False
+        self._memory = Memory(owner.decoder.make_sequence())
+        self._n_prompt_tokens = 0
+        self._n_generated_tokens = 0
+        self._extras: dict[str, Any] = {}
+        self._title = ""
+        self._set_title(title)
+
+    def __repr__(self) -> str:
+        return f"<Conversation {self.id!r}, {len(self._state.messages)} message(s)>"
+
+    # What it is
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All messages of committed turns, the system prompt first."""
+        return self._state.messages
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The committed tokens: prompt and answers as the model sees them."""
+        return self._state.tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of ``tokens``."""
+        return len(self._state.tokens)
+
+    @property
+    def n_turns(self) -> int:
+        """Committed turns."""
+        return len(self._state.turns)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How messages become a prompt."""
+        return self._template
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn is running."""
+        return self._turn is not None or self._changing
+
+    @property
+    def title(self) -> str:
+        """A name for people, at most 200 characters."""
+        return self._title
+
+    @title.setter
+    def title(self, value: str) -> None:
+        self._set_title(value)
+        self._touch()
+
+    def _set_title(self, value: str) -> None:
+        if not isinstance(value, str) or len(value) > MAX_TITLE:
+            raise ParameterError(
+                f"a title is a string of at most {MAX_TITLE} characters, not "
+                f"{len(value) if isinstance(value, str) else type(value).__name__}",
+                parameter="title",
+                value=value,
+            )
+        self._title = value
+
+    def _touch(self) -> None:
+        self.updated = now()
+        self._owner.note_change(self.id)
+
+    def _check_idle(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this conversation was closed")
+        self._owner.llama._check_open()
+        if self.is_busy:
+            raise trio.BusyResourceError("a turn of this conversation is running")
+
+    # Turns
+
+    def stream(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        role: str = "user",
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """A turn, to be used in ``async with``: ``text`` is said, the answer comes in pieces.
+
+        role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
+        instead of and on top of the conversation's. The others as for ``Llama.stream``.
+
+        Entering raises BusyResourceError if a turn is running, ContextFullError (``overflow``),
+        ChatTemplateError, and what a stream raises.
+        """
+        added = (self._said(role, text),)
+        return self._make(
+            lambda: (self._state, added), params, changes, on_cancel, priority, capacity, False
+        )
+
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        role: str = "user",
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """A whole turn. Arguments and errors as for ``stream``."""
+        return await _whole(
+            self.stream(text, params, role=role, on_cancel=on_cancel, priority=priority, **changes)
+        )
+
+    def stream_again(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """As ``regenerate``, in pieces."""
+        if "seed" not in changes and (params is None or params.seed is None):
+            changes["seed"] = secrets.randbelow(MAX_SEED + 1)
+
+        def plan() -> tuple[State, tuple[Message, ...]]:
+            if not self._state.turns:
+                raise ParameterError("there is no turn to do again", parameter="turn")
+            base = self._state.after(len(self._state.turns) - 1)
+            return base, self._state.messages[len(base.messages) : -1]
+
+        return self._make(plan, params, changes, on_cancel, priority, capacity, True)
+
+    async def regenerate(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """Another answer to the last message, instead of the present one, which stays if this
+        fails. With another random seed, unless one is given."""
+        return await _whole(
+            self.stream_again(params, on_cancel=on_cancel, priority=priority, **changes)
+        )
+
+    async def edit(
+        self,
+        index: int,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """Say something else in place of the user's message ``index``; what followed is dropped.
+        If the turn fails, nothing has changed."""
+
+        def plan() -> tuple[State, tuple[Message, ...]]:
+            messages = self._state.messages
+            if not 0 <= index < len(messages) or messages[index].role not in ("user", "tool"):
+                raise ParameterError(
+                    f"messages[{index}] is no message of a user", parameter="index", value=index
+                )
+            n_turns = sum(turn.n_messages <= index for turn in self._state.turns)
+            base = self._state.after(n_turns)
+            said = self._said(messages[index].role, text)
+            return base, (*messages[len(base.messages) : index], said)
+
+        return await _whole(self._make(plan, params, changes, on_cancel, priority, 64, False))
+
+    def _said(self, role: str, text: str) -> Message:
+        if role not in ("user", "tool"):
+            raise ParameterError(
+                f"a turn begins with a message of 'user' or 'tool', not {role!r}",
+                parameter="role",
+                value=role,
+            )
+        if not isinstance(text, str):
+            raise ParameterError(
+                f"text must be a string, not {type(text).__name__}", parameter="text", value=text
+            )
+        return Message(role=role, content=text, created=now())  # type: ignore[arg-type]
+
+    def _make(
+        self,
+        plan: Callable[[], tuple[State, tuple[Message, ...]]],
+        params: GenerationParams | None,
+        changes: Mapping[str, Any],
+        on_cancel: OnCancel | None,
+        priority: int,
+        capacity: int,
+        fresh_sampler: bool,
+    ) -> TurnStream:
+        self._owner.llama._check_open()
+        made = make_params(self.params if params is None else params, changes)
+        if made.context_overflow == "shift":
+            raise UnsupportedError(
+                "a conversation cannot shift its context; use overflow='truncate_turns'"
+            )
+        policy = self._on_cancel if on_cancel is None else on_cancel
+        if policy not in ("rollback", "keep"):
+            raise ParameterError(
+                f"on_cancel must be 'rollback' or 'keep', not {policy!r}",
+                parameter="on_cancel",
+                value=policy,
+            )
+        end = self._owner.turn_end(self._template)
+        if end.stop:
+            made = made.replace(stop=(*made.stop, *end.stop))
+        return TurnStream(
+            self, plan, made, policy, fresh_sampler, priority=priority, capacity=capacity
+        )
+
+    def rewind(self, n: int = 1) -> None:
+        """Take back the last ``n`` turns. BusyResourceError in mid-turn."""
+        self._check_idle()
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.n_turns:
+            raise ParameterError(
+                f"n must be from 0 to {self.n_turns}, not {n!r}", parameter="n", value=n
+            )
+        if n:
+            self._state = self._state.after(self.n_turns - n)
+            self._touch()
+
+    async def fork(self, id: str | None = None) -> Conversation:
+        """A conversation of its own that begins as this one is now.
+
+        In throughput mode it shares this one's memory and costs none until they differ; in
+        deterministic mode memory is copied. BusyResourceError in mid-turn.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_idle()
+        branch = self._owner.add(
+            Conversation(
+                self._owner,
+                self._owner.new_id(id),
+                template=self._template,
+                source=self._source,
+                params=self.params,
+                overflow=self._overflow,
+                on_cancel=self._on_cancel,
+                tools=self._tools,
+                variables=self._variables,
+                state=self._state,
+                title=self._title,
+                parent=self.id,
+            )
+        )
+        self._changing = branch._changing = True
+        try:
+            n = common_length(self._memory.tokens, self._state.tokens)
+            if n:
+                await self._owner.share(self._memory, branch._memory, n)
+        except BaseException:
+            branch._changing = False
+            branch.close()
+            raise
+        finally:
+            self._changing = branch._changing = False
+        return branch
+
+    def close(self) -> None:
+        """Forget it: its memory is free, a running turn is cancelled. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._owner.remove(self)
+        with contextlib.suppress(ClosedError):  # with the Llama everything went
+            self._owner.decoder.drop_sequence(self._memory.sequence)
+
+    async def make_title(self, **changes: Any) -> str:
+        """Ask the model for a title, beside the conversation, and take it."""
+        branch = await self.fork()
+        try:
+            options: dict[str, Any] = {"max_tokens": 24, **changes}
+            reply = await branch.say(
+                "Give this conversation a title of at most six words. Answer with the title alone.",
+                **options,
+            )
+        finally:
+            branch.close()
+        lines = [line.strip(" \t\"'*#.") for line in reply.text.splitlines()]
+        self.title = next((line for line in lines if line), "")[:MAX_TITLE]
+        return self.title
+
+    # Training
+
+    def training_example(self) -> ChatTokens:
+        """The tokens by the template, and which of them the assistant is to learn."""
+        rendered, spans = assistant_spans(
+            self._template,
+            [message.for_template() for message in self._state.messages],
+            tools=self._tools,
+            **self._variables,
+        )
+        return self._owner.tokenizer.encode(rendered, spans)
+
+    def export(self) -> dict[str, Any]:
+        """The conversation as a line of training data: ``{"messages": [...]}``."""
+        return {"messages": [message.for_template() for message in self._state.messages]}
+
+    # Prompts
+
+    def _render(self, messages: Sequence[Message], dropped: int) -> Any:
+        head = 1 if messages and messages[0].role in ("system", "developer") else 0
+        shown = [*messages[:head], *messages[head + dropped :]]
+        return self._template.render(
+            [message.for_template() for message in shown], tools=self._tools, **self._variables
+        )
+
+    def _tokens_for(self, base: State, added: Sequence[Message], dropped: int) -> list[int]:
+        """The prompt: committed tokens as they are, where the text goes on from them."""
+        messages = (*base.messages, *added)
+        rendered = self._render(messages, dropped)
+        tokenizer = self._owner.tokenizer
+        if base.tokens and dropped == base.dropped:
+            last = base.messages[-1]
+            said = self._owner.text_of(last.tokens)
+            prefix = self._render(base.messages[:-1], dropped).text + said
+            if rendered.text.startswith(prefix):
+                rest = tokenizer.encode(rendered, start=len(prefix))
+                return [*base.tokens, *rest.tokens]
+        tokens: list[int] = tokenizer.encode(rendered).tokens
+        return tokens
+
+    def _plan(
+        self, base: State, added: tuple[Message, ...], params: GenerationParams, fresh: bool
+    ) -> Plan:
+        n_ctx = self._owner.llama.n_ctx
+        quarter = max(1, n_ctx // 4)
+        room = quarter if params.max_tokens is None else min(max(1, params.max_tokens), quarter)
+        dropped = base.dropped
+        tokens = self._tokens_for(base, added, dropped)
+        if len(tokens) + room > n_ctx:
+            dropped, added, tokens, base = self._make_room(base, added, len(tokens), room)
+        commit = min(base.n_computed, common_length(base.tokens, tuple(tokens)))
+        if commit < base.n_computed:
+            # The text no longer begins with what was computed: go back to a turn that still fits.
+            ends = [turn.n_computed for turn in base.turns if turn.n_computed <= commit]
+            commit = max(ends, default=0)
+        cuts = tuple(cut for cut in base.cuts if cut < commit)
+        return Plan(base, added, tokens, commit, cuts, dropped, fresh)
+
+    def _make_room(
+        self, base: State, added: tuple[Message, ...], n: int, room: int
+    ) -> tuple[int, tuple[Message, ...], list[int], State]:
+        n_ctx = self._owner.llama.n_ctx
+        if self._overflow == "raise":
+            raise ContextFullError(
+                f"the conversation has {n} tokens, its answer needs room for {room}; the context "
+                f"holds n_ctx={n_ctx} (overflow='truncate_turns' drops the oldest turns)",
+                needed=n + room,
+                n_ctx=n_ctx,
+            )
+        if callable(self._overflow):
+            chosen = tuple(self._overflow((*base.messages, *added), n + room - n_ctx))
+            if not chosen or not all(isinstance(one, Message) for one in chosen):
+                raise ParameterError(
+                    "the overflow function must return messages, the last of them the user's",
+                    parameter="overflow",
+                )
+            base, added = State(messages=chosen[:-1]), chosen[-1:]
+            tokens = self._tokens_for(base, added, 0)
+            if len(tokens) + room > n_ctx:
+                raise ContextFullError(
+                    f"what the overflow function left has {len(tokens)} tokens; with room for "
+                    f"{room} the context of n_ctx={n_ctx} is still too small",
+                    needed=len(tokens) + room,
+                    n_ctx=n_ctx,
+                )
+            return 0, added, tokens, base
+        # Down to three quarters, so that the next turns need not drop again at once.
+        messages = (*base.messages, *added)
+        head = 1 if messages[0].role in ("system", "developer") else 0
+        starts = [
+            at - head
+            for at in range(head, len(messages))
+            if messages[at].role == "user" and at - head > base.dropped
+        ]
+        tokens = []
+        dropped = base.dropped
+        for start in starts:
+            dropped = start
+            tokens = self._tokens_for(base, added, start)
+            if len(tokens) + room <= n_ctx - n_ctx // 4:
+                break
+        if not starts or len(tokens) + room > n_ctx:
+            raise ContextFullError(
+                f"the last turn alone has {len(tokens) or n} tokens and needs room for {room}; the "
+                f"context holds n_ctx={n_ctx}",
+                needed=(len(tokens) or n) + room,
+                n_ctx=n_ctx,
+            )
+        return dropped, added, tokens, base
+
+    # Saving
+
+    def to_saved(self, kv: saved_state.KVFile | None = None) -> saved_state.Conversation:
+        """As of the last commit, for a state document."""
+        state = self._state
+        sampler, _ = state.sampler
+        edges = (*state.cuts, state.n_computed)
+        return saved_state.Conversation(
+            id=self.id,
+            title=self._title,
+            created=self.created,
+            updated=self.updated,
+            messages=state.messages,
+            template=self._source,
+            params=saved_params(self.params),
+            sampler=sampler,
+            tokens=state.tokens,
+            split=tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
+            dropped=state.dropped,
+            n_prompt_tokens=self._n_prompt_tokens,
+            n_generated_tokens=self._n_generated_tokens,
+            kv=kv,
+            parent=self.parent,
+            extras=self._extras,
+        )
+
+
+async def _whole(turn: TurnStream) -> Completion:
+    async with turn as stream:
+        async for _ in stream:
+            pass
+        return stream.completion()
+
+
+class TurnStream(Stream):
+    """The answer of a turn, as a stream. Receiving its end commits the turn."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        plan: Callable[[], tuple[State, tuple[Message, ...]]],
+        params: GenerationParams,
+        on_cancel: OnCancel,
+        fresh_sampler: bool,
+        *,
+        priority: int,
+        capacity: int,
+    ) -> None:
+        super().__init__(
+            conversation._owner.llama, [], params, priority=priority, capacity=capacity
+        )
+        self.conversation = conversation
+        self.committed = False
+        self._make_plan = plan
+        self._plan: Plan | None = None
+        self._on_cancel = on_cancel
+        self._fresh_sampler = fresh_sampler
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Self:
+        await trio.lowlevel.checkpoint()
+        chat = self.conversation
+        if self._closed or self._stream is not None:
+            raise trio.BusyResourceError("a turn runs once; ask for a new one")
+        chat._check_idle()
+        chat._turn = self
+        try:
+            base, added = self._make_plan()
+            plan = chat._plan(base, added, self.params, self._fresh_sampler)
+            self._plan = plan
+            self.prompt = tuple(plan.tokens)
+            owner = chat._owner
+            cached = owner.reusable(chat._memory, plan)
+            if cached < WORTH_SHARING:
+                cached = await owner.borrow(chat, plan, cached)
+            sampler, shown = await owner.make_sampler(self.params, plan)
+            chat._owner.llama._check_open()
+            self._stream = owner.engine.submit(
+                list(plan.tokens),
+                sampler,
+                self.params,
+                priority=self.priority,
+                capacity=self.capacity,
+                accept_from=shown,
+                sequence=chat._memory.sequence,
+                cached=cached,
+                commit=plan.commit,
+                keep_on_cancel=True,
+                cuts=plan.cuts,
+            )
+            self._llama._streams[self._stream.id] = self
+        except BaseException:
+            chat._turn = None
+            raise
+        return self
+
+    @trio.lowlevel.enable_ki_protection
+    async def receive(self) -> Piece:
+        """The next piece; EndOfChannel once the turn is committed. Otherwise as a Stream's."""
+        try:
+            return await super().receive()
+        except trio.EndOfChannel:
+            if not self.committed and self._open.finish_reason != "cancelled":
+                self._commit()
+            raise
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._settle()
+        if exc is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def aclose(self) -> None:
+        """End the turn where it is: what was said stays only with ``on_cancel="keep"``."""
+        await self._settle()
+        await trio.lowlevel.checkpoint()
+
+    async def _settle(self) -> None:
+        chat = self.conversation
+        if chat._turn is not self:
+            return
+        try:
+            if not self.committed and self._stream is not None and not self._closed:
+                self._stream.cancel()
+                # Until the engine is done with the sequence; on CPU that is milliseconds.
+                with trio.CancelScope(shield=True):
+                    while self._stream.finish_reason is None and not self._llama._pump.stopped:
+                        await self._llama._pump.wait_for(self._stream.id)
+                reason = self._stream.finish_reason
+                if self._on_cancel == "keep" and reason not in (None, "error"):
+                    while (taken := self._stream.take()) is not None:
+                        self._note(taken)
+                    if self._tokens:
+                        self._commit()
+                if not self.committed:
+                    self._note_memory()
+        finally:
+            self._release()
+            chat._turn = None
+
+    def _note_memory(self) -> None:
+        """What the sequence holds now."""
+        assert self._plan is not None
+        chat, stream, plan = self.conversation, self._open, self._plan
+        memory = chat._memory
+        position = stream.position if stream.finish_reason is not None else 0
+        generated = [*plan.tokens, *self._tokens]
+        before = memory.cuts
+        memory.tokens = tuple(generated[:position])
+        starts = getattr(stream, "starts", [])
+        first = starts[0] if starts else len(plan.tokens)
+        if not self._llama.deterministic:
+            return
+        cuts = [cut for cut in before if cut < first]
+        cuts += starts
+        cuts += range(len(plan.tokens), position)
+        memory.cuts = tuple(cut for cut in cuts if cut < position)
+
+    def _commit(self) -> None:
+        assert self._plan is not None
+        chat, plan = self.conversation, self._plan
+        self._note_memory()
+        kept = chat._owner.tokens_of_text(self._tokens, self.text)
+        tokens = (*plan.tokens, *kept)
+        n_computed = min(len(chat._memory.tokens), len(tokens))
+        reason = self.finish_reason or "cancelled"
+        usage = self.usage
+        answer = Message(
+            role="assistant",
+            content=self.text,
+            created=now(),
+            tokens=tuple(kept),
+            n_tokens=usage.generated_tokens,
+            n_context=len(tokens),
+            n_computed=n_computed,
+            finish_reason=reason,
+        )
+        messages = (*plan.base.messages, *plan.messages, answer)
+        sampler, params = chat._owner.sampler_after(self)
+        turn = Turn(len(messages), len(tokens), n_computed, sampler, params)
+        # Where the text no longer goes on from a turn's tokens, they are of no use to a rewind.
+        before = tuple(
+            turn
+            if turn.n_computed <= plan.commit
+            else msgspec.structs.replace(turn, n_tokens=0, n_computed=0)
+            for turn in plan.base.turns
+        )
+        chat._state = State(
+            messages=messages,
+            tokens=tokens,
+            n_computed=n_computed,
+            cuts=tuple(cut for cut in chat._memory.cuts if cut < n_computed),
+            turns=(*before, turn),
+            dropped=plan.dropped,
+        )
+        chat._n_prompt_tokens += usage.prompt_tokens
+        chat._n_generated_tokens += usage.generated_tokens
+        self.committed = True
+        chat._touch()
+
+
+def saved_params(params: GenerationParams) -> dict[str, Any]:
+    """The parameters that differ from the defaults."""
+    plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
+    default: dict[str, Any] = msgspec.to_builtins(GenerationParams(), str_keys=True)
+    # JSON has no infinity; this is as far below every logit.
+    plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
+    return {name: value for name, value in plain.items() if value != default[name]}

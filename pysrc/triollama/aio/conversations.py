@@ -1,0 +1,284 @@
+"""All conversations of a Llama: the prefixes they share, and the samplers they go on with."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from .. import state as saved_state
+from ..chat import ChatTemplate, ChatTokenizer, template_for_model
+from ..errors import ParameterError, StateError, UnsupportedError
+from ..params import GenerationParams, make_params
+from ..state import Message
+from .conversation import Conversation, OnCancel, Overflow, TurnStream
+from .history import WORTH_SHARING, Memory, Plan, State, common_length, now
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+__all__ = ["Conversations"]
+
+_log = logging.getLogger("triollama.conversation")
+
+CANDIDATES = 64
+"""Conversations that are looked at for a common beginning, those used last first."""
+
+
+class Conversations:
+    """All conversations of a Llama: they share prefixes, files and the model's memory."""
+
+    def __init__(self, llama: Llama) -> None:
+        engine: Any = llama._engine
+        if not hasattr(engine, "decoder"):
+            raise UnsupportedError("this engine keeps no conversations")
+        self.llama = llama
+        self.engine = engine
+        self.decoder = engine.decoder
+        self.vocab = engine.vocab
+        self.tokenizer = ChatTokenizer(self.vocab)
+        self.grid = min(32, engine.context.n_ubatch)
+        self._all: dict[str, Conversation] = {}
+        self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
+        self._templates: dict[str, ChatTemplate] = {}
+        self._ends: dict[int, tuple[ChatTemplate, Any]] = {}
+        self._watchers: list[tuple[set[str], Callable[[], None]]] = []
+
+    # Keeping them
+
+    def __iter__(self) -> Any:
+        return iter(list(self._all.values()))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, id: str) -> Conversation:
+        return self._all[id]
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._all
+
+    def create(
+        self,
+        id: str | None = None,
+        *,
+        system: str | None = None,
+        messages: Iterable[Mapping[str, Any] | Message] = (),
+        template: str | ChatTemplate | None = None,
+        params: GenerationParams | None = None,
+        title: str = "",
+        overflow: Overflow = "raise",
+        on_cancel: OnCancel = "rollback",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Conversation:
+        if overflow == "shift":
+            raise UnsupportedError(
+                "overflow='shift' is not available for conversations: their memory may be shared"
+            )
+        if not callable(overflow) and overflow not in ("raise", "truncate_turns"):
+            raise ParameterError(
+                f"overflow must be 'raise', 'truncate_turns' or a function, not {overflow!r}",
+                parameter="overflow",
+                value=overflow,
+            )
+        if on_cancel not in ("rollback", "keep"):
+            raise ParameterError(
+                f"on_cancel must be 'rollback' or 'keep', not {on_cancel!r}",
+                parameter="on_cancel",
+                value=on_cancel,
+            )
+        history: list[Message] = []
+        if system is not None:
+            history.append(Message(role="system", content=system, created=now()))
+        for at, message in enumerate(messages):
+            history.append(
+                message
+                if isinstance(message, Message)
+                else saved_state.documents.document_from(
+                    dict(message), Message, place=f"messages[{at}]"
+                )
+            )
+        source = template if isinstance(template, str) else ""
+        return self.add(
+            Conversation(
+                self,
+                self.new_id(id),
+                template=self.template(template),
+                source=source,
+                params=make_params(params, changes),
+                overflow=overflow,
+                on_cancel=on_cancel,
+                tools=tools,
+                variables=variables or {},
+                state=State(messages=tuple(history)),
+                title=title,
+            )
+        )
+
+    def new_id(self, id: str | None) -> str:
+        if id is None:
+            return secrets.token_hex(8)
+        if not isinstance(id, str) or not 0 < len(id) <= 200:
+            raise ParameterError(
+                "an id is a string of 1 to 200 characters", parameter="id", value=id
+            )
+        if id in self._all:
+            raise ParameterError(
+                f"there is a conversation {id!r} already", parameter="id", value=id
+            )
+        return id
+
+    def add(self, conversation: Conversation) -> Conversation:
+        self._all[conversation.id] = conversation
+        self.note_change(conversation.id)
+        return conversation
+
+    def remove(self, conversation: Conversation) -> None:
+        self._all.pop(conversation.id, None)
+        for some in self._by_start.values():
+            some.pop(conversation.id, None)
+        self.note_change(conversation.id)
+
+    def template(self, wanted: str | ChatTemplate | None) -> ChatTemplate:
+        if isinstance(wanted, ChatTemplate):
+            return wanted
+        key = wanted or ""
+        if key not in self._templates:
+            self._templates[key] = template_for_model(self.engine.model, wanted or None)
+        return self._templates[key]
+
+    def turn_end(self, template: ChatTemplate) -> Any:
+        if id(template) not in self._ends:
+            end = self.tokenizer.turn_end(template)
+            if end.tokens:
+                _log.warning(
+                    "the template ends turns with tokens %s, which the vocabulary does not know to "
+                    "end a generation: answers may go on",
+                    end.tokens,
+                )
+            self._ends[id(template)] = (template, end)
+        return self._ends[id(template)][1]
+
+    # Tokens
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        data = b"".join(self.vocab.piece(token) for token in tokens)
+        return data.decode("utf-8", "replace")
+
+    def tokens_of_text(self, tokens: list[int], text: str) -> list[int]:
+        """The first of ``tokens``, as many as are in ``text``: a stop string is not, nor half a
+        character."""
+        pieces = [self.vocab.piece(token) for token in tokens]
+        kept = len(pieces)
+        while kept and not text.startswith(b"".join(pieces[:kept]).decode("utf-8", "replace")):
+            kept -= 1
+        return tokens[:kept]
+
+    # Memory
+
+    def required_cuts(self, plan: Plan) -> list[int]:
+        """Deterministic mode: where the decodes of this turn's prompt begin."""
+        return [*plan.cuts, *range(plan.commit, len(plan.tokens), self.grid)]
+
+    def reusable(self, memory: Memory, plan: Plan) -> int:
+        """How much of what a sequence holds serves this turn."""
+        n = min(common_length(memory.tokens, tuple(plan.tokens)), len(plan.tokens) - 1)
+        if not self.llama.deterministic:
+            return n
+        # Bits depend on the cuts too: as far as they agree, and up to one of them.
+        best = 0
+        for number, cut in enumerate(self.required_cuts(plan)):
+            known = number < len(memory.cuts)
+            if cut > n:
+                break
+            if cut == (memory.cuts[number] if known else len(memory.tokens)):
+                best = cut
+            if not known or memory.cuts[number] != cut:
+                break
+        return best
+
+    async def borrow(self, chat: Conversation, plan: Plan, cached: int) -> int:
+        """Copies the longest beginning that another conversation has already computed."""
+        start = tuple(plan.tokens[:WORTH_SHARING])
+        best, source = max(cached, WORTH_SHARING - 1), None
+        some = list(self._by_start.get(start, {}).values())
+        for other in some[-CANDIDATES:]:
+            if other is not chat and not other.is_busy:
+                n = self.reusable(other._memory, plan)
+                if n > best:
+                    best, source = n, other
+        if len(start) == WORTH_SHARING:
+            mine = self._by_start.setdefault(start, {})
+            mine.pop(chat.id, None)
+            mine[chat.id] = chat
+        if source is None:
+            return cached
+        source._changing = True
+        try:
+            await self.share(source._memory, chat._memory, best)
+        finally:
+            source._changing = False
+        return self.reusable(chat._memory, plan)
+
+    async def share(self, source: Memory, target: Memory, n: int) -> None:
+        """Give ``target`` the first ``n`` positions of ``source``, or what the cache allows."""
+        target.keep(0)
+        try:
+            reply = self.decoder.fork_sequence(source.sequence, target.sequence, n)
+            got = (await self.answer(reply)).value
+        except StateError as error:
+            _log.debug("a sequence could not be shared: %s", error)
+            return
+        target.tokens, target.cuts = source.tokens, source.cuts
+        target.keep(min(got, n))
+
+    async def answer(self, reply: Any) -> Any:
+        """Wait until the decoder has answered. Shielded: it takes no longer than a step."""
+        with trio.CancelScope(shield=True):
+            while not reply.is_done:
+                if self.llama._pump.stopped:
+                    raise trio.ClosedResourceError("this Llama was closed")
+                await self.llama._pump.wait_for(reply.id)
+        return reply
+
+    # Sampling
+
+    async def make_sampler(self, params: GenerationParams, plan: Plan) -> tuple[Any, int]:
+        """A sampler that goes on from the last turn's, and how many tokens it has seen already."""
+
+        def make() -> tuple[Any, int]:
+            data, before = plan.base.sampler
+            if plan.fresh_sampler or not data or before is None:
+                return self.engine.make_sampler(params), 0
+            sampler = self.engine.make_sampler(before)
+            sampler.load_state(data)
+            sampler.update(params)
+            return sampler, min(len(plan.base.tokens), len(plan.tokens))
+
+        if params.grammar is None:
+            return make()
+        return await trio.to_thread.run_sync(make)
+
+    def sampler_after(self, turn: TurnStream) -> tuple[bytes, GenerationParams]:
+        """The sampler's state after a turn, a grammar forgotten: the next turn begins its own."""
+        params = turn.params
+        data: bytes = turn._open.sampler_state()  # type: ignore[attr-defined]
+        if params.grammar is None:
+            return data, params
+        sampler = self.engine.make_sampler(params)
+        sampler.load_state(data)
+        plain = params.replace(grammar=None)
+        sampler.update(plain)
+        return sampler.save_state(), plain
+
+    # Watching
+
+    def note_change(self, id: str) -> None:
+        for changed, wake in self._watchers:
+            changed.add(id)
+            wake()

@@ -1,0 +1,350 @@
+"""Conversations to files and back: on request, and by themselves."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import trio
+
+from .. import state as saved_state
+from ..errors import (
+    ParameterError,
+    StateError,
+    StateFormatError,
+    StateMismatchError,
+    StateWriteError,
+)
+from ..params import GenerationParams
+from .conversation import Conversation
+from .history import State, Turn, now
+
+if TYPE_CHECKING:
+    from .conversations import Conversations
+
+__all__ = ["autosave", "restore", "save"]
+
+_log = logging.getLogger("triollama.conversation")
+
+
+def settings(chats: Conversations) -> saved_state.ContextSettings:
+    """Of this Llama's context, for a document."""
+    context = chats.engine.context
+    return saved_state.ContextSettings(
+        n_ctx=chats.llama.n_ctx,
+        n_ubatch=context.n_ubatch,
+        n_seq_max=context.n_seq_max,
+        type_k=context.type_k,
+        type_v=context.type_v,
+        kv_unified=context.kv_unified,
+        swa_full=context.swa_full,
+        flash_attn=context.flash_attn,
+        deterministic=chats.llama.deterministic,
+    )
+
+
+def kv_key(chats: Conversations) -> bytes:
+    """Whose KV this Llama may take."""
+    return saved_state.kv_key(chats.engine.model.fingerprint, settings(chats))
+
+
+def document_of(
+    chats: Conversations, conversations: Iterable[saved_state.Conversation]
+) -> saved_state.Document:
+    """A document of these conversations, with this Llama's model and settings."""
+    from .. import __version__
+
+    model = chats.engine.model
+    return saved_state.Document(
+        model=saved_state.ModelIdentity(
+            fingerprint=model.fingerprint,
+            name=model.metadata.get("general.name", ""),
+            architecture=model.architecture,
+        ),
+        context=settings(chats),
+        saved=now(),
+        version=__version__,
+        conversations=tuple(conversations),
+    )
+
+
+async def save(
+    chats: Conversations,
+    path: Any,
+    conversations: Iterable[Conversation] | None = None,
+    *,
+    format: Literal["json", "msgpack"] = "json",
+    kv: bool = False,
+) -> saved_state.Document:
+    """See ``Llama.save``."""
+    await trio.lowlevel.checkpoint()
+    chats.llama._check_open()
+    chosen = list(chats._all.values() if conversations is None else conversations)
+    files: dict[str, saved_state.KVFile] = {}
+    if kv:
+        key = kv_key(chats)
+        for chat in chosen:
+            found = await _kv_of(chats, chat)
+            if found is not None:
+                tokens, blob = found
+                files[chat.id] = await trio.to_thread.run_sync(
+                    saved_state.write_kv, path, chat.id, key, tokens, blob
+                )
+    document = document_of(chats, [chat.to_saved(files.get(chat.id)) for chat in chosen])
+
+    def write() -> None:
+        saved_state.save_document(path, document, format)
+        saved_state.remove_kv_except(path, [one.kv for one in document.conversations])
+
+    await trio.to_thread.run_sync(write)
+    return document
+
+
+async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, ...], bytes] | None:
+    """The KV of an idle conversation's committed tokens, if it is there."""
+    if chat.is_busy or chat._closed:
+        return None
+    state = chat._state
+    n = state.n_computed
+    if not n or chat._memory.tokens != state.tokens[: len(chat._memory.tokens)]:
+        return None
+    chat._changing = True
+    try:
+        reply = await chats.answer(chats.decoder.save_sequence(chat._memory.sequence))
+    finally:
+        chat._changing = False
+    data, got = reply.data, reply.value
+    if not data or got > len(state.tokens):
+        return None
+    return state.tokens[:got], data
+
+
+async def restore(
+    chats: Conversations,
+    source: Any,
+    ids: Iterable[str] | None = None,
+    *,
+    on_mismatch: Literal["error", "recompute"] = "error",
+    replace: bool = False,
+    **options: Any,
+) -> list[Conversation]:
+    """See ``Llama.restore``."""
+    await trio.lowlevel.checkpoint()
+    chats.llama._check_open()
+    if isinstance(source, saved_state.Document):
+        document, path = source, None
+    else:
+        path = source
+        document = await trio.to_thread.run_sync(saved_state.load_document, path)
+    same = saved_state.check_model(document.model, chats.engine.model.fingerprint, on_mismatch)
+    wanted = None if ids is None else set(ids)
+    chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
+    if wanted is not None and len(chosen) < len(wanted):
+        missing = wanted - {one.id for one in chosen}
+        raise ParameterError(
+            f"the file has no conversation {', '.join(sorted(missing))}",
+            parameter="ids",
+            value=sorted(missing),
+        )
+    if not replace:
+        for one in chosen:
+            chats.new_id(one.id)
+    else:
+        for one in chosen:
+            if one.id in chats._all:
+                chats._all[one.id]._check_idle()
+    n_vocab = len(chats.vocab)
+    made: list[Conversation] = []
+    try:
+        for at, one in enumerate(chosen):
+            place = f"$.conversations[{at}]"
+            made.append(_revive(chats, one, same, n_vocab, place, options))
+            if same and path is not None and one.kv is not None:
+                await _load_kv(chats, made[-1], one, path, document, on_mismatch)
+    except BaseException:
+        for chat in made:
+            chats.decoder.drop_sequence(chat._memory.sequence)
+        raise
+    for chat in made:
+        old = chats._all.get(chat.id)
+        if old is not None:
+            old.close()
+        chats.add(chat)
+    return made
+
+
+def _revive(
+    chats: Conversations,
+    one: saved_state.Conversation,
+    same: bool,
+    n_vocab: int,
+    place: str,
+    options: Mapping[str, Any],
+) -> Conversation:
+    if same and any(token >= n_vocab for token in one.tokens):
+        raise StateFormatError(
+            f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
+        )
+    params = saved_state.known_params(one.params)
+    state = State(messages=one.messages, dropped=one.dropped)
+    if same:
+        n_computed = sum(one.split) if one.split else 0
+        cuts = tuple(itertools.accumulate(one.split, initial=0))[:-1] if one.split else ()
+        turns = tuple(
+            Turn(at + 1, message.n_context, message.n_computed, b"", None)
+            for at, message in enumerate(one.messages)
+            if message.role == "assistant"
+            and 0 < message.n_context <= len(one.tokens)
+            and message.n_computed <= message.n_context
+        )
+        if turns and turns[-1].n_messages == len(one.messages):
+            last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=params)
+            turns = (*turns[:-1], last)
+            if one.sampler:
+                _check_sampler(chats, one.sampler, params, place)
+            state = State(
+                messages=one.messages,
+                tokens=one.tokens,
+                n_computed=n_computed or last.n_computed,
+                cuts=cuts,
+                turns=turns,
+                dropped=one.dropped,
+            )
+    chat = Conversation(
+        chats,
+        one.id,
+        template=chats.template(one.template or None),
+        source=one.template,
+        params=params,
+        overflow=options.get("overflow", "raise"),
+        on_cancel=options.get("on_cancel", "rollback"),
+        tools=options.get("tools"),
+        variables=options.get("variables") or {},
+        state=state,
+        title=one.title,
+        parent=one.parent,
+    )
+    chat.created = one.created or chat.created
+    chat.updated = one.updated or chat.updated
+    chat._n_prompt_tokens = one.n_prompt_tokens
+    chat._n_generated_tokens = one.n_generated_tokens
+    chat._extras = one.extras
+    return chat
+
+
+def _check_sampler(chats: Conversations, data: bytes, params: GenerationParams, place: str) -> None:
+    try:
+        chats.engine.make_sampler(params.replace(grammar=None)).load_state(data)
+    except StateError as error:
+        raise StateFormatError(str(error), place=f"{place}.sampler") from None
+
+
+async def _load_kv(
+    chats: Conversations,
+    chat: Conversation,
+    one: saved_state.Conversation,
+    path: Any,
+    document: saved_state.Document,
+    on_mismatch: str,
+) -> None:
+    assert one.kv is not None
+    tokens = one.tokens[: one.kv.n_tokens]
+    try:
+        blob = await trio.to_thread.run_sync(
+            saved_state.read_kv, path, one.kv, kv_key(chats), tokens
+        )
+    except (FileNotFoundError, StateMismatchError) as error:
+        _log.info("%s: KV is computed again: %s", chat.id, error)
+        return
+    except StateError:
+        if on_mismatch == "error":
+            raise
+        return
+    if chats.llama.deterministic and not document.context.deterministic:
+        return  # computed beside others: not the bits that replaying gives
+    reply = chats.decoder.load_sequence(chat._memory.sequence, bytes(blob), len(tokens))
+    try:
+        got = (await chats.answer(reply)).value
+    except StateError as error:
+        _log.info("%s: KV is computed again: %s", chat.id, error)
+        return
+    chat._memory.tokens = tokens[:got]
+    chat._memory.cuts = tuple(cut for cut in chat._state.cuts if cut < got)
+
+
+async def autosave(
+    chats: Conversations,
+    path: Any,
+    *,
+    every: float = 30.0,
+    conversations: Iterable[Conversation] | None = None,
+    deadline: float = 5.0,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """See ``Llama.autosave``."""
+    await trio.lowlevel.checkpoint()
+    chats.llama._check_open()
+    if not every > 0:
+        raise ParameterError("every must be more than 0", parameter="every", value=every)
+    chosen = None if conversations is None else {one.id for one in conversations}
+
+    def followed() -> list[Conversation]:
+        return [one for one in chats._all.values() if chosen is None or one.id in chosen]
+
+    document = document_of(chats, [one.to_saved() for one in followed()])
+    journal = await trio.to_thread.run_sync(saved_state.Journal, path, document)
+    changed: set[str] = set()
+    woken = trio.Event()
+    turns = {one.id: one._state for one in followed()}
+    broken = False
+
+    def wake() -> None:
+        for id in changed:
+            chat = chats._all.get(id)
+            if chat is None or turns.get(id) is not chat._state:
+                woken.set()
+                return
+
+    watcher = (changed, wake)
+    chats._watchers.append(watcher)
+
+    async def save() -> None:
+        nonlocal woken, broken
+        woken = trio.Event()
+        ids = {id for id in changed if chosen is None or id in chosen}
+        changed.clear()
+        news = [chats._all[id].to_saved() for id in ids if id in chats._all]
+        gone = [id for id in ids if id not in chats._all]
+        turns.update({id: chats._all[id]._state for id in ids if id in chats._all})
+        for id in gone:
+            turns.pop(id, None)
+        if not ids:
+            return
+        try:
+            await trio.to_thread.run_sync(journal.commit, news, gone)
+            broken = False
+        except StateWriteError as error:
+            changed.update(ids)
+            if not broken:
+                _log.error("autosave: %s; trying again every %g s", error, every)
+            broken = True
+        except BaseException:  # cancelled before the thread began
+            changed.update(ids)
+            raise
+
+    try:
+        task_status.started()
+        while True:
+            with trio.move_on_after(every):
+                await woken.wait()
+            await save()
+            if broken:
+                await trio.sleep(every)
+    finally:
+        chats._watchers.remove(watcher)
+        with trio.move_on_after(deadline, shield=True):
+            await save()
+            await trio.to_thread.run_sync(journal.close)
