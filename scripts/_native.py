@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from _cache import ROOT, cache_root, locked
 from fetch_llama_cpp import PIN_FILE, Upstream, locate, read_pin
@@ -343,24 +344,30 @@ def _compile(tools: Tools, build: Path, what: str, targets: Sequence[str]) -> No
     run_cmake([*command, "--target", *targets], f"compiling {what}")
 
 
-def _api_reply(build: Path) -> dict[str, object]:
-    """The link_probe target as CMake's file API describes it."""
+def _api_reply(build: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of CMake's file API: the link_probe target, and each language's compiler with its version."""
     folder = build / ".cmake/api/v1/reply"
-    index = json.loads(max(folder.glob("index-*.json")).read_text(encoding="utf-8"))
-    model = json.loads(
-        (folder / index["reply"]["codemodel-v2"]["jsonFile"]).read_text(encoding="utf-8")
-    )
-    targets = model["configurations"][0]["targets"]
-    file = next(target["jsonFile"] for target in targets if target["name"] == "link_probe")
-    reply: dict[str, object] = json.loads((folder / file).read_text(encoding="utf-8"))
-    return reply
+
+    def read(name: str) -> dict[str, Any]:
+        reply: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        return reply
+
+    replies = read(max(folder.glob("index-*.json")).name)["reply"]
+    targets = read(replies["codemodel-v2"]["jsonFile"])["configurations"][0]["targets"]
+    probe = next(target["jsonFile"] for target in targets if target["name"] == "link_probe")
+    compilers = {
+        toolchain["language"]: f"{compiler['id']} {compiler['version']}"
+        for toolchain in read(replies["toolchains-v1"]["jsonFile"])["toolchains"]
+        if (compiler := toolchain["compiler"]).get("version")
+    }
+    return read(probe), compilers
 
 
 def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[str]) -> None:
     """Copy the static libraries out of a finished build and write down how to link them."""
-    target = _api_reply(build)
+    target, compilers = _api_reply(build)
     link: list[str] = []
-    for fragment in target["link"]["commandFragments"]:  # type: ignore[index]
+    for fragment in target["link"]["commandFragments"]:
         for item in shlex.split(fragment["fragment"]):
             local = build / item
             if not item.startswith("-") and not Path(item).is_absolute() and local.is_file():
@@ -371,7 +378,7 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
                 link.append(f"${{CMAKE_CURRENT_LIST_DIR}}/lib/{item}")
             elif fragment["role"] != "flags" or item not in ("-shared", "-fPIC"):
                 link.append(item)
-    group = target["compileGroups"][0]  # type: ignore[index]
+    group = target["compileGroups"][0]
     defines = [d["define"] for d in group.get("defines", []) if d["define"] != "link_probe_EXPORTS"]
 
     def cmake_list(name: str, items: Iterable[str]) -> str:
@@ -398,9 +405,9 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
             options[name] = is_on(value) if kind == "BOOL" or value in ("ON", "OFF") else value
     information = {
         "pinned": upstream.pinned,
-        "compiler": toolchain["compiler"].strip(),
-        "cuda_compiler": toolchain["cuda_compiler"].strip(),
-        "system": toolchain["system"].strip(),
+        "compiler": compilers["CXX"],
+        "cuda_compiler": compilers.get("CUDA", ""),
+        "system": toolchain["system"],
         "build_type": toolchain["build_type"],
         "cmake_args": list(arguments),
         "options": options,
@@ -439,7 +446,8 @@ def build_native(targets: Sequence[str] = ()) -> Native:
         _discard_foreign(build, PIN_FILE.parent)
         query = build / ".cmake/api/v1/query"
         query.mkdir(parents=True, exist_ok=True)
-        (query / "codemodel-v2").touch()
+        for question in ("codemodel-v2", "toolchains-v1"):
+            (query / question).touch()
         programs = "ON" if targets else "OFF"
         configure = [
             tools.cmake, "-S", str(PIN_FILE.parent), "-B", str(build),
