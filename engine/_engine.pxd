@@ -147,6 +147,7 @@ cdef class UpstreamSampler:
     cdef unique_ptr[NativeGrammar] grammar
     cdef vector[llama_token_data] tokens
 
+    cdef int alive(self) except -1
     cdef void add(self, llama_sampler * sampler) noexcept
     cdef int add_bans(self, NativeSamplingParams & p) except -1
     cdef int choose(self, const float[::1] logits, cpp_bool masked, llama_token * token) except -1

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, nonecheck=True
 # cython: embedsignature=True, embedsignature.format=python
 # cython: annotation_typing=False, freethreading_compatible=False
 # distutils: language=c++

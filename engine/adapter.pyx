@@ -113,6 +113,8 @@ def set_adapters(Context context not None, adapters) -> None:
         chosen = tuple((item[0], item[1]) for item in chosen)
         for item in chosen:
             adapter, scale = item
+            if adapter is None:
+                raise ParameterError("an adapter is None", parameter="adapters", value=chosen)
             adapter.alive()
             if adapter.model is not context.model:
                 raise AdapterError(

@@ -98,6 +98,8 @@ cdef class Batch:
     def set(self, tokens, positions, seq_ids, outputs) -> None:
         """Replace the content by four buffers of equal length: tokens, positions and sequence ids
         (int32) and outputs (int8 or bool). Nothing is copied token by token in Python."""
+        if tokens is None or positions is None or seq_ids is None or outputs is None:
+            raise ParameterError("set() takes four buffers, not None", parameter="tokens")
         cdef const int32_t[::1] token_view = tokens
         cdef const int32_t[::1] pos_view = positions
         cdef const int32_t[::1] seq_view = seq_ids

@@ -568,7 +568,7 @@ cdef class Context(Owner):
 
     cdef object view(self, float * data, int n, bint copy):
         import numpy
-        cdef FloatView exporter = FloatView.__new__(FloatView)
+        cdef FloatView exporter = FloatView.__new__(FloatView, maker)
         exporter.context = self
         exporter.data = data
         exporter.shape[0] = n
@@ -655,6 +655,9 @@ cdef class Context(Owner):
 
 cdef class FloatView:
     """Exports a row of a context's output buffer; counts how many arrays look at it."""
+
+    def __cinit__(self, given=None):
+        require_maker(given, "Context.logits")
 
     def __getbuffer__(self, Py_buffer * buffer, int flags):
         if flags & PyBUF_WRITABLE:

@@ -217,7 +217,7 @@ cdef class Decoder(Owner):
         """
         self.alive()
         cdef Request request
-        cdef DecoderStream stream = DecoderStream.__new__(DecoderStream)
+        cdef DecoderStream stream = DecoderStream.__new__(DecoderStream, maker)
         cdef int n_vocab = len(self.context.model.vocab)
         request.kind = <Kind><int>check_choice("kind", kind, _KINDS)
         if request.kind == Kind.generate and sampler is None:
@@ -389,8 +389,8 @@ cdef class Decoder(Owner):
 cdef class DecoderStream:
     """One stream: take its pieces, cancel it, and see how it ended. Comes from ``Decoder.submit``."""
 
-    def __init__(self):
-        raise TypeError("a DecoderStream comes from Decoder.submit")
+    def __cinit__(self, given=None):
+        require_maker(given, "Decoder.submit")
 
     def __dealloc__(self):
         # An abandoned stream would go on until it is full, and hold its sequence.
@@ -524,7 +524,7 @@ cdef class DecoderStream:
 
 
 cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[Reply] ptr):
-    cdef DecoderReply reply = DecoderReply.__new__(DecoderReply)
+    cdef DecoderReply reply = DecoderReply.__new__(DecoderReply, maker)
     reply.ptr = ptr
     reply.context = decoder.context
     return reply
@@ -533,8 +533,8 @@ cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[Reply] ptr):
 cdef class DecoderReply:
     """The answer to a command that only the decoder's thread can carry out."""
 
-    def __init__(self):
-        raise TypeError("a DecoderReply comes from a Decoder")
+    def __cinit__(self, given=None):
+        require_maker(given, "a Decoder")
 
     @property
     def id(self) -> int:

@@ -8,6 +8,8 @@ from triollama.errors import (
     ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
 )
 
+from libcpp.map cimport map as cpp_map
+
 from llama cimport raise_native_error
 
 cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
@@ -21,7 +23,9 @@ cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
         void install() noexcept
 
 cdef extern from "gguf_check.hpp" namespace "triollama" nogil:
-    void check_gguf(const string & path, cpp_bool model) except +raise_native_error
+    void check_gguf(
+        const string & path, cpp_bool model, const cpp_map[string, double] & overrides
+    ) except +raise_native_error
 
 AbortScope.install()
 

@@ -23,12 +23,15 @@ cdef class Generation:
     ``step`` gives the next piece of text. Errors leave the generation finished ("error").
     """
 
-    def __cinit__(self):
+    def __cinit__(self, Context context not None, *args, **kwargs):
+        self.context = context
+        self.text.reset(new NativeTextStream())
         self.eog_token = -1
         self.token_logprobs = []
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, params):
         context.alive()
+        check_params(params)
         self.context = context
         self.sampler = sampler
         self.prompt = token_vector(prompt)
@@ -132,6 +135,8 @@ cdef class Generation:
         return out if not out.empty() else None
 
     cdef int check_running(self) except -1:
+        if self.batch is None:
+            raise ClosedError("this Generation was never initialised")
         if self.finish_reason is None:
             self.context.alive()
         return 0

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -327,7 +326,7 @@ void check_values(const Metadata & meta) {
 
 }  // namespace
 
-void check_gguf(const std::string & path, bool model) {
+void check_gguf(const std::string & path, bool model, const std::map<std::string, double> & overrides) {
     Reader in(path);
     if (in.size() == 0) {
         throw format_error("the file is empty");
@@ -346,7 +345,10 @@ void check_gguf(const std::string & path, bool model) {
     if (n_keys > in.size() / 13 || n_tensors > in.size() / 24) {
         in.fail("it claims " + std::to_string(n_tensors) + " tensors and " + std::to_string(n_keys) + " keys");
     }
-    const Metadata meta = read_metadata(in, n_keys);
+    Metadata meta = read_metadata(in, n_keys);
+    for (const auto & [key, value] : overrides) {
+        meta.numbers[key] = value;
+    }
     read_tensors(in, n_tensors, meta, model);
     if (model) {
         check_values(meta);

@@ -18,8 +18,8 @@ cdef class Memory:
     checked; ``ParameterError`` otherwise.
     """
 
-    def __init__(self):
-        raise TypeError("a Memory comes from Context.memory")
+    def __cinit__(self, given=None):
+        require_maker(given, "Context.memory")
 
     cdef int enter(self, object seq_id, bint any_allowed) except -1:
         self.context.enter()
@@ -49,11 +49,11 @@ cdef class Memory:
     def seq_rm(self, seq_id: int, p0: int | None = None, p1: int | None = None) -> bool:
         """Forget [p0, p1) of a sequence (-1: of all). False if the memory cannot forget a part (recurrent
         models). True is no promise on sliding windows: see ``can_continue_at``."""
-        self.enter(seq_id, True)
         cdef cpp_bool done
-        cdef llama_seq_id s = seq_id
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
+        self.enter(seq_id, True)
+        cdef llama_seq_id s = seq_id
         try:
             with nogil:
                 done = llama_memory_seq_rm(self.context.mem, s, a, b)
@@ -65,10 +65,10 @@ cdef class Memory:
         """Whether decoding may go on at ``pos`` after removing what follows: everything that the
         sliding window reaches back to must still be held. The rule is
         seq_pos_min <= max(0, pos - n_swa + 1); ``seq_rm``'s answer does not tell (llama.cpp)."""
-        self.enter(seq_id, False)
         cdef llama_pos low
         cdef llama_pos high
         cdef llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
+        self.enter(seq_id, False)
         try:
             low = llama_memory_seq_pos_min(self.context.mem, seq_id)
             high = llama_memory_seq_pos_max(self.context.mem, seq_id)
@@ -86,11 +86,11 @@ cdef class Memory:
     def seq_cp(self, source: int, target: int, p0: int | None = None, p1: int | None = None) -> None:
         """Let ``target`` share [p0, p1) of ``source``. In a unified cache this costs nothing; with
         separate caches the whole sequence is copied, and a part raises UnsupportedError."""
-        self.enter(source, False)
-        cdef llama_seq_id s = source
         cdef llama_seq_id t
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
+        self.enter(source, False)
+        cdef llama_seq_id s = source
         try:
             self.context.check_seq(check_int("target", target, -2**31, 2**31 - 1), False)
             t = target
@@ -128,10 +128,10 @@ cdef class Memory:
     def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None:
         """Move the positions [p0, p1) by ``delta`` (context shift). Raises UnsupportedError where
         ``can_shift`` is False."""
-        self.enter(seq_id, False)
-        cdef llama_seq_id s = seq_id
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
+        self.enter(seq_id, False)
+        cdef llama_seq_id s = seq_id
         cdef llama_pos d
         try:
             d = check_int("delta", delta, -2**30, 2**30)
@@ -164,8 +164,8 @@ cdef llama_pos bound(str name, object value) except? -2:
 
 
 cdef Memory memory_of(Context context):
-    cdef Memory memory = Memory.__new__(Memory)
-    memory.context = context
     if context.mem == NULL:
         raise UnsupportedError("this model has no memory: it only encodes")
+    cdef Memory memory = Memory.__new__(Memory, maker)
+    memory.context = context
     return memory

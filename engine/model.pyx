@@ -274,10 +274,13 @@ cdef class Model(Owner):
             params.tensor_buft_overrides = buft_overrides.data()
 
         cdef vector[llama_model_kv_override] overrides
+        cdef cpp_map[string, double] numbers
         if kv_overrides:
             overrides.resize(len(kv_overrides) + 1)
             for i, (key, value) in enumerate(kv_overrides.items()):
                 fill_override(&overrides[<size_t>i], key, value)
+                if isinstance(value, (int, float)):
+                    numbers[<string>key.encode()] = value
             overrides.back().key[0] = 0
             params.kv_overrides = overrides.data()
 
@@ -305,7 +308,7 @@ cdef class Model(Owner):
         begin_log()
         try:
             with nogil:
-                check_gguf(checked_path, has_weights)
+                check_gguf(checked_path, has_weights, numbers)
                 scope.enter()
                 self.ptr = llama_model_load_from_file(c_path, params)
         except OutOfMemoryError:

@@ -20,6 +20,16 @@ if hasattr(os, "register_at_fork"):
 llama_backend_init()
 
 
+# What classes that only we may make ask for, so that ``cls.__new__(cls)`` cannot give one without its insides.
+cdef object maker = object()
+
+
+cdef int require_maker(object given, str origin) except -1:
+    if given is not maker:
+        raise TypeError(f"such an object comes from {origin}")
+    return 0
+
+
 def live_objects() -> dict[str, int]:
     """How many native objects of each class are open: for tests that look for leaks."""
     return {name: count for name, count in sorted(live_counts.items()) if count}

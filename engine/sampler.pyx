@@ -1,6 +1,8 @@
 """From logits to a token: the chain of engine/sampling.hpp for Python, and log-probabilities."""
 import secrets
 
+from triollama.params import GenerationParams
+
 from libc.stdint cimport int32_t
 from libc.string cimport memcpy
 from libcpp.string_view cimport string_view
@@ -32,10 +34,18 @@ cdef dict _STAGES = {
 cdef double _LARGEST_BIAS = 3.4028234663852886e38
 
 
+cdef int check_params(object params) except -1:
+    if not isinstance(params, GenerationParams):
+        raise ParameterError(
+            f"params must be a GenerationParams, not {params!r}", parameter="params", value=params)
+    return 0
+
+
 cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingParams & out) except -1:
     """A GenerationParams as the native chain takes it. -1 as a lookback becomes n_ctx; a seed of
     None is drawn here."""
     cdef llama_logit_bias bias
+    check_params(params)
     out.seed = secrets.randbelow(0xFFFFFFFF) if params.seed is None else params.seed
     out.stages.clear()
     for name in params.samplers:
@@ -100,6 +110,8 @@ cdef const float[::1] _logits_view(object logits, int n_vocab):
     except (TypeError, ValueError, BufferError) as error:
         raise ParameterError(
             f"logits must be a contiguous buffer of float32: {error}", parameter="logits") from None
+    if view is None:
+        raise ParameterError("logits is None", parameter="logits")
     if view.shape[0] != n_vocab:
         raise ParameterError(
             f"logits has {view.shape[0]} values; the vocabulary has {n_vocab} tokens",
@@ -125,6 +137,9 @@ cdef class Sampler:
     Raises ParameterError, TokenError and GrammarError. One thread at a time: BusyError.
     """
 
+    def __cinit__(self, Vocab vocab not None, *args, **kwargs):
+        self.vocab = vocab
+
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048,
                  trigger_patterns=(), trigger_tokens=()):
         vocab.alive()
@@ -147,6 +162,8 @@ cdef class Sampler:
         return 0
 
     cdef int enter(self) except -1:
+        if self.native.get() == NULL:
+            raise ClosedError("this Sampler was never initialised")
         # DRY and grammars read the vocabulary, which dies with its model.
         self.vocab.alive()
         if self.busy:
@@ -234,13 +251,12 @@ cdef class Sampler:
 
     def clone(self) -> Sampler:
         """A sampler in the same state, independent from here on."""
-        cdef Sampler copy = Sampler.__new__(Sampler)
+        cdef Sampler copy = Sampler.__new__(Sampler, self.vocab)
         self.enter()
         try:
             copy.native.reset(self.native.get().clone().release())
         finally:
             self.busy = False
-        copy.vocab = self.vocab
         copy.n_ctx = self.n_ctx
         copy.trigger_patterns = self.trigger_patterns
         copy.trigger_tokens = self.trigger_tokens
@@ -278,7 +294,7 @@ cdef class Sampler:
 
         Raises StateError, changing nothing, if the bytes are damaged or do not fit.
         """
-        cdef string data = bytes(state)
+        cdef string data = bytes(memoryview(state))     # bytes(5) would be five zeros
         self.enter()
         try:
             with nogil:
@@ -303,8 +319,11 @@ cdef class Sampler:
     @property
     def seed(self) -> int:
         """The seed in effect: drawn if it was None, that of the state after ``load_state``."""
-        self.vocab.alive()
-        return self.native.get().seed()
+        self.enter()
+        try:
+            return self.native.get().seed()
+        finally:
+            self.busy = False
 
     @property
     def params(self):

@@ -14,13 +14,16 @@ cdef class TextStream:
     ``bytes.decode("utf-8", "replace")`` does. How the bytes are cut makes no difference.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        self.native.reset(new NativeTextStream())
+
     def __init__(self, stops=()):
         cdef vector[string] texts = _utf8_list("stops", stops)
         self.native.reset(new NativeTextStream(texts))
 
     def feed(self, data: bytes) -> str:
         """Takes bytes and returns what may be shown now. After a stop string, always ""."""
-        cdef bytes given = bytes(data)
+        cdef bytes given = bytes(memoryview(data))      # bytes(5) would be five zeros
         cdef string out
         self.native.get().feed(PyBytes_AS_STRING(given), PyBytes_GET_SIZE(given), out)
         return out.decode("utf-8")

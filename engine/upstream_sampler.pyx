@@ -40,7 +40,8 @@ cdef class UpstreamSampler:
     it does not fit are all tokens checked and a second choice made.
     """
 
-    def __cinit__(self):
+    def __cinit__(self, Vocab vocab not None, *args, **kwargs):
+        self.vocab = vocab
         self.chain = NULL
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048):
@@ -162,11 +163,16 @@ cdef class UpstreamSampler:
         token[0] = array.data[array.selected].id
         return 0
 
+    cdef int alive(self) except -1:
+        if self.chain == NULL:
+            raise ClosedError("this UpstreamSampler was never initialised")
+        return self.vocab.alive()
+
     def sample(self, logits) -> int:
         """The token chosen from ``logits`` (float32, contiguous), which are left as they are."""
         cdef const float[::1] view = _logits_view(logits, self.vocab.n_tokens)
         cdef llama_token token = 0
-        self.vocab.alive()
+        self.alive()
         self.choose(view, False, &token)
         while self.grammar.get() != NULL and not self.grammar.get().allows(token):
             self.choose(view, True, &token)
@@ -175,7 +181,7 @@ cdef class UpstreamSampler:
     def accept(self, token: int, generated: bool = True) -> None:
         """Record a token, generated or of the prompt. Raises TokenError and GrammarError."""
         cdef llama_token id = check_int("token", token, -2**31, 2**31 - 1)
-        self.vocab.alive()
+        self.alive()
         self.vocab.check_token(id)
         if generated and self.grammar.get() != NULL:
             self.grammar.get().accept(id)

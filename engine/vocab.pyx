@@ -1,4 +1,6 @@
 """Text to tokens and back."""
+from operator import index
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
 from llama cimport (
@@ -78,9 +80,9 @@ cdef vector[llama_token] token_vector(object tokens) except *:
     cdef vector[llama_token] out
     cdef const int32_t[::1] view
     cdef Py_ssize_t i
-    if isinstance(tokens, (str, bytes)):
+    if tokens is None or isinstance(tokens, (str, bytes)):
         raise ParameterError(
-            f"tokens must be integers, not the text {tokens!r}", parameter="tokens", value=tokens)
+            f"tokens must be integers, not {tokens!r}", parameter="tokens", value=tokens)
     if not isinstance(tokens, (list, tuple)):
         try:
             view = tokens
@@ -93,7 +95,7 @@ cdef vector[llama_token] token_vector(object tokens) except *:
             return out
     try:
         for token in tokens:
-            out.push_back(token)
+            out.push_back(index(token))     # a float would be cut, not refused
     except (TypeError, OverflowError):
         raise TokenError(
             "tokens must be integers within int32", parameter="tokens", value=tokens) from None
@@ -106,8 +108,8 @@ cdef class Vocab:
     Methods may be called from several threads at once.
     """
 
-    def __init__(self):
-        raise TypeError("a Vocab comes from Model.vocab")
+    def __cinit__(self, given=None):
+        require_maker(given, "Model.vocab")
 
     cdef int alive(self) except -1:
         self.model.alive()
@@ -146,7 +148,8 @@ cdef class Vocab:
         self.alive()
         cdef bytes data
         try:
-            data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
+            # memoryview: bytes(5) would be five zeros.
+            data = text.encode("utf-8") if isinstance(text, str) else bytes(memoryview(text))
         except (UnicodeEncodeError, TypeError) as error:
             raise ParameterError(
                 f"text cannot be encoded as UTF-8: {error}", parameter="text", value=text) from None
@@ -308,7 +311,7 @@ cdef class Vocab:
 
 
 cdef Vocab vocab_of(Model model):
-    cdef Vocab vocab = Vocab.__new__(Vocab)
+    cdef Vocab vocab = Vocab.__new__(Vocab, maker)
     vocab.model = model
     vocab.ptr = llama_model_get_vocab(model.ptr)
     vocab.n_tokens = llama_vocab_n_tokens(vocab.ptr)
