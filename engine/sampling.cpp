@@ -649,6 +649,7 @@ struct Sampler::Impl {
         rings.members_within(x, n_vocab, ring, list);
         sort_by_logit(list);
         cut_at_top_p(total);
+        pad_list(std::max(list.size(), std::min(keep, (size_t) n_vocab)));
     }
 
     bool cut_at_top_p(double total) {

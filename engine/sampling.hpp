@@ -73,7 +73,8 @@ struct TokenLogprob {
 //
 // For a seed, tokens equal those of llama.cpp's own samplers in the same order, closed by its dist, mirostat or
 // adaptive-p: exactly where the first stage that drops tokens is top-k or min-p, or the choice is greedy; otherwise up to
-// the rounding of sums over the vocabulary, which are taken in double here and in float there.
+// the rounding of sums over the vocabulary, which are taken in double here and in float there. Where llama.cpp computes
+// with NaN (typical-p with a candidate of probability 0) or converts out of range (mirostat 1 on a flat row), this does not.
 //
 // Methods may throw std::invalid_argument (a parameter, or nothing left to choose from), grammar_error, state_error,
 // std::runtime_error (logits that are no numbers) and std::bad_alloc.
