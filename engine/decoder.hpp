@@ -49,7 +49,7 @@ struct DecoderConfig {
     int32_t n_swa = 0;                  // the model's sliding window; 0: none
     bool    unified = true;             // sequences share cells
     bool    can_roll_back = true;       // false for recurrent state: only the end of a sequence can be continued
-    double  prompt_budget = 2.0;        // time for prompts in a step, in ordinary steps
+    double  prompt_budget = 1.5;        // time for prompts in a step, in ordinary steps
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
     int32_t prefill_chunk = 32;         // single packing: the grid on which prompts are cut
     int32_t max_queue = 0;              // streams that may wait for a slot

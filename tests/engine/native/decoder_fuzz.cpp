@@ -2,6 +2,7 @@
 //
 // Its logits are a function of all tokens in a sequence's cache, so a token that was kept, lost or moved by mistake
 // changes what is generated. Usage: decoder_fuzz SEED ROUNDS. Prints "ok" or what went wrong.
+#include "cost.hpp"
 #include "decoder.hpp"
 #include "native_errors.hpp"
 #include "text.hpp"
@@ -475,9 +476,32 @@ static void death() {
     check(reply->is_done() && !reply->ok, "a dead decoder took a command");
 }
 
+// Prompts get their share of time, whatever a token of a prompt costs, and an outlier does not change that.
+static void shares() {
+    for (double token_s : {0.0002, 0.0015, 0.006}) {
+        StepCost cost(4);
+        check(!cost.knows(2), "knows what it has not seen");
+        cost.saw_prompt(0, 128, 128 * token_s * 0.5);       // long prompts alone are cheaper by the token
+        for (int i = 0; i < 5; i++) {
+            cost.saw_ordinary(2, 0.020);
+        }
+        check(cost.knows(2) && !cost.knows(1), "mixes up the numbers of streams");
+        double took = 0.0;
+        for (int i = 0; i < 60; i++) {
+            const int32_t n = cost.prompt_tokens(2, 1.5, 128);
+            took = 0.020 + n * token_s;
+            cost.saw_prompt(2, n, i == 30 ? 20 * took : took);
+        }
+        const double steps = took / 0.020;
+        check(steps < 2.6, "prompts took more than their share");
+        check(steps > 2.1 || 0.020 + 128 * token_s <= took + 1e-9, "prompts got less than their share");
+    }
+}
+
 int main(int argc, char ** argv) {
     const unsigned seed = argc > 1 ? std::atoi(argv[1]) : 1;
     const unsigned rounds = argc > 2 ? std::atoi(argv[2]) : 20;
+    shares();
     poisoned();
     death();
     for (unsigned i = 0; i < rounds; i++) {
