@@ -386,7 +386,7 @@ async def _many(path: Path, n: int, turns: int, together: bool) -> list[list[lis
         if not together:
             chat.close()
 
-    async with opened(path, max_streams=8, n_ctx=256, host_bytes=1 << 20) as llama:
+    async with opened(path, max_streams=8, n_ctx=512, host_bytes=1 << 20) as llama:
         if together:
             async with trio.open_nursery() as nursery:
                 for number in range(n):

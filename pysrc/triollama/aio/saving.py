@@ -13,9 +13,10 @@ import trio
 from .. import state as saved_state
 from ..errors import (
     ParameterError,
+    StateDamagedError,
     StateError,
     StateFormatError,
-    StateMismatchError,
+    StateVersionError,
     StateWriteError,
 )
 from ..params import GenerationParams
@@ -263,23 +264,25 @@ async def _load_kv(
 ) -> None:
     assert one.kv is not None
     tokens = one.tokens[: one.kv.n_tokens]
+    if chats.llama.deterministic and not document.context.deterministic:
+        return  # computed beside others: not the bits that replaying gives
+    file, key = one.kv, kv_key(chats)
+
+    def load() -> Any:
+        # The blob has a checksum of its own, which load_sequence looks at.
+        blob = saved_state.read_kv(path, file, key, tokens, verify=False)
+        try:
+            return chats.decoder.load_sequence(chat._memory.sequence, blob, len(tokens))
+        except StateError as error:
+            raise StateDamagedError(str(error), path=file.name) from None
+
     try:
-        blob = await trio.to_thread.run_sync(
-            saved_state.read_kv, path, one.kv, kv_key(chats), tokens
-        )
-    except (FileNotFoundError, StateMismatchError) as error:
-        _log.info("%s: KV is computed again: %s", chat.id, error)
-        return
-    except StateError:
+        got = (await chats.answer(await trio.to_thread.run_sync(load))).value
+    except (StateDamagedError, StateVersionError):
         if on_mismatch == "error":
             raise
         return
-    if chats.llama.deterministic and not document.context.deterministic:
-        return  # computed beside others: not the bits that replaying gives
-    reply = chats.decoder.load_sequence(chat._memory.sequence, bytes(blob), len(tokens))
-    try:
-        got = (await chats.answer(reply)).value
-    except StateError as error:
+    except (FileNotFoundError, StateError) as error:
         _log.info("%s: KV is computed again: %s", chat.id, error)
         return
     chat._memory.tokens = tokens[:got]
