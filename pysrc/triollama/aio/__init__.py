@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapters import LoadedAdapter
 from .conversation import Conversation, TurnStream
 from .conversations import Conversations
 from .llama import Llama, StreamInfo, open_llama, run_llama
@@ -11,6 +12,7 @@ __all__ = [
     "Conversation",
     "Conversations",
     "Llama",
+    "LoadedAdapter",
     "Piece",
     "Stream",
     "StreamInfo",

@@ -18,6 +18,7 @@ from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedE
 from ..params import MAX_SEED, GenerationParams, make_params
 from ..results import Completion
 from ..state import MAX_TITLE, Message
+from .adapters import Adapters, Scaled
 from .history import WORTH_SHARING, Memory, Plan, State, Turn, common_length, now
 from .stream import Piece, Stream
 
@@ -57,6 +58,7 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
         state: State,
+        adapters: Scaled = (),
         title: str = "",
         parent: str = "",
     ) -> None:
@@ -72,6 +74,7 @@ class Conversation:
         self._tools = None if tools is None else list(tools)
         self._variables = dict(variables)
         self._state = state
+        self._adapters = adapters
         self._turn: TurnStream | None = None
         self._changing = False
         self._closed = False
@@ -324,6 +327,7 @@ class Conversation:
                 tools=self._tools,
                 variables=self._variables,
                 state=self._state,
+                adapters=self._adapters,
                 title=self._title,
                 parent=self.id,
             )
@@ -496,6 +500,7 @@ class Conversation:
             dropped=state.dropped,
             n_prompt_tokens=self._n_prompt_tokens,
             n_generated_tokens=self._n_generated_tokens,
+            adapters=Adapters.saved(self._adapters),
             kv=kv,
             parent=self.parent,
             extras=self._extras,
@@ -547,9 +552,10 @@ class TurnStream(Stream):
             self._plan = plan
             self.prompt = tuple(plan.tokens)
             owner = chat._owner
+            adapters = await owner.adapters.number(chat._adapters)
             cached = owner.reusable(chat._memory, plan)
             if cached < WORTH_SHARING:
-                cached = await owner.borrow(chat, plan, cached)
+                cached = await owner.borrow(chat, plan, cached, adapters)
             sampler, shown = await owner.make_sampler(self.params, plan)
             chat._owner.llama._check_open()
             self._stream = owner.engine.submit(
@@ -564,6 +570,7 @@ class TurnStream(Stream):
                 commit=plan.commit,
                 keep_on_cancel=True,
                 cuts=plan.cuts,
+                adapters=adapters,
             )
             self._llama._streams[self._stream.id] = self
         except BaseException:

@@ -14,6 +14,7 @@ from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..errors import ParameterError, StateError, UnsupportedError
 from ..params import GenerationParams, make_params
 from ..state import Message
+from .adapters import Adapters, LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .history import WORTH_SHARING, Memory, Plan, State, common_length, now
 
@@ -40,6 +41,7 @@ class Conversations:
         self.decoder = engine.decoder
         self.vocab = engine.vocab
         self.tokenizer = ChatTokenizer(self.vocab)
+        self.adapters = Adapters(self)
         self.grid = min(32, engine.context.n_ubatch)
         self._all: dict[str, Conversation] = {}
         self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
@@ -74,6 +76,7 @@ class Conversations:
         on_cancel: OnCancel = "rollback",
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Conversation:
         if overflow == "shift":
@@ -116,6 +119,7 @@ class Conversations:
                 tools=tools,
                 variables=variables or {},
                 state=State(messages=tuple(history)),
+                adapters=self.adapters.check(adapters),
                 title=title,
             )
         )
@@ -202,9 +206,10 @@ class Conversations:
                 break
         return best
 
-    async def borrow(self, chat: Conversation, plan: Plan, cached: int) -> int:
+    async def borrow(self, chat: Conversation, plan: Plan, cached: int, adapters: int) -> int:
         """Copies the longest beginning that another conversation has already computed."""
-        start = tuple(plan.tokens[:WORTH_SHARING])
+        # Memory belongs to the set of adapters that computed it.
+        start = (adapters, *plan.tokens[:WORTH_SHARING])
         best, source = max(cached, WORTH_SHARING - 1), None
         some = list(self._by_start.get(start, {}).values())
         for other in some[-CANDIDATES:]:
@@ -212,7 +217,7 @@ class Conversations:
                 n = self.reusable(other._memory, plan)
                 if n > best:
                     best, source = n, other
-        if len(start) == WORTH_SHARING:
+        if len(plan.tokens) >= WORTH_SHARING:
             mine = self._by_start.setdefault(start, {})
             mine.pop(chat.id, None)
             mine[chat.id] = chat

@@ -16,6 +16,7 @@ from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
 from ..state import Document, Message
 from . import native, saving
+from .adapters import LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow
 from .conversations import Conversations
 from .engine import Engine, EngineStream
@@ -396,6 +397,7 @@ class Llama:
         on_cancel: OnCancel = "rollback",
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Conversation:
         """A new conversation.
@@ -411,6 +413,8 @@ class Llama:
         on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
             said so far.
         tools, variables: passed to the template.
+        adapters: LoRA adapters from ``load_adapter`` and their scales. Conversations with other
+            sets run beside each other, and never use each other's memory.
 
         Raises ParameterError, ChatTemplateError, UnsupportedError.
         """
@@ -426,8 +430,19 @@ class Llama:
             on_cancel=on_cancel,
             tools=tools,
             variables=variables,
+            adapters=adapters,
             **changes,
         )
+
+    async def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
+        """Load a LoRA adapter in llama.cpp's GGUF format, for conversations to name.
+
+        Takes milliseconds, in which nothing is decoded: raises BusyError while streams run. It
+        stays loaded until the Llama is closed; the same file is loaded once. Raises AdapterError.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        return await self.conversations.adapters.load(path)
 
     async def save(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from .. import models
-from .._engine import Context, Decoder, Model, Sampler
+from .._engine import Adapter, Context, Decoder, Model, Sampler
 from ..errors import LoadCancelled, ParameterError
 from ..params import GenerationParams
 from .engine import EngineStream
@@ -30,6 +30,7 @@ class NativeEngine:
         self.context = context
         self.decoder = decoder
         self.vocab = model.vocab
+        self.adapters: list[Adapter] = []
         self.n_ctx = context.n_ctx
         self.max_streams = context.n_seq_max
         self.deterministic = decoder.deterministic
@@ -91,6 +92,8 @@ class NativeEngine:
     def _close(self) -> None:
         self.decoder.close()
         self.context.close()
+        for adapter in self.adapters:
+            adapter.close()
         self.model.close()
 
 

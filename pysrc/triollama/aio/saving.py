@@ -16,10 +16,12 @@ from ..errors import (
     StateDamagedError,
     StateError,
     StateFormatError,
+    StateMismatchError,
     StateVersionError,
     StateWriteError,
 )
 from ..params import GenerationParams
+from .adapters import Scaled
 from .conversation import Conversation
 from .history import State, Turn, now
 
@@ -47,9 +49,10 @@ def settings(chats: Conversations) -> saved_state.ContextSettings:
     )
 
 
-def kv_key(chats: Conversations) -> bytes:
-    """Whose KV this Llama may take."""
-    return saved_state.kv_key(chats.engine.model.fingerprint, settings(chats))
+def kv_key(chats: Conversations, chat: Conversation) -> bytes:
+    """What the KV of a conversation belongs to."""
+    adapters = chats.adapters.saved(chat._adapters)
+    return saved_state.kv_key(chats.engine.model.fingerprint, settings(chats), adapters)
 
 
 def document_of(
@@ -87,13 +90,12 @@ async def save(
     chosen = list(chats._all.values() if conversations is None else conversations)
     files: dict[str, saved_state.KVFile] = {}
     if kv:
-        key = kv_key(chats)
         for chat in chosen:
             found = await _kv_of(chats, chat)
             if found is not None:
                 tokens, blob = found
                 files[chat.id] = await trio.to_thread.run_sync(
-                    saved_state.write_kv, path, chat.id, key, tokens, blob
+                    saved_state.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
                 )
     document = document_of(chats, [chat.to_saved(files.get(chat.id)) for chat in chosen])
 
@@ -173,8 +175,16 @@ async def restore(
     try:
         for at, one in enumerate(chosen):
             place = f"$.conversations[{at}]"
-            made.append(_revive(chats, one, same, n_vocab, place, options))
-            if same and path is not None and one.kv is not None:
+            adapters = chats.adapters.find(one.adapters) if same else None
+            if adapters is None and same and on_mismatch == "error":
+                raise StateMismatchError(
+                    f"{place}: the conversation {one.id!r} used adapters that are not loaded: "
+                    f"{', '.join(adapter.path for adapter in one.adapters)} (load_adapter)",
+                    what="adapters",
+                )
+            fits = same and adapters is not None
+            made.append(_revive(chats, one, fits, n_vocab, place, adapters or (), options))
+            if fits and path is not None and one.kv is not None:
                 await _load_kv(chats, made[-1], one, path, document, on_mismatch)
     except BaseException:
         for chat in made:
@@ -194,6 +204,7 @@ def _revive(
     same: bool,
     n_vocab: int,
     place: str,
+    adapters: Scaled,
     options: Mapping[str, Any],
 ) -> Conversation:
     if same and any(token >= n_vocab for token in one.tokens):
@@ -236,6 +247,7 @@ def _revive(
         tools=options.get("tools"),
         variables=options.get("variables") or {},
         state=state,
+        adapters=adapters,
         title=one.title,
         parent=one.parent,
     )
@@ -266,13 +278,14 @@ async def _load_kv(
     tokens = one.tokens[: one.kv.n_tokens]
     if chats.llama.deterministic and not document.context.deterministic:
         return  # computed beside others: not the bits that replaying gives
-    file, key = one.kv, kv_key(chats)
+    file, key = one.kv, kv_key(chats, chat)
+    adapters = await chats.adapters.number(chat._adapters)
 
     def load() -> Any:
         # The blob has a checksum of its own, which load_sequence looks at.
         blob = saved_state.read_kv(path, file, key, tokens, verify=False)
         try:
-            return chats.decoder.load_sequence(chat._memory.sequence, blob, len(tokens))
+            return chats.decoder.load_sequence(chat._memory.sequence, blob, len(tokens), adapters)
         except StateError as error:
             raise StateDamagedError(str(error), path=file.name) from None
 
