@@ -344,28 +344,35 @@ def _compile(tools: Tools, build: Path, what: str, targets: Sequence[str]) -> No
     run_cmake([*command, "--target", *targets], f"compiling {what}")
 
 
-def _api_reply(build: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Of CMake's file API: the link_probe target, and each language's compiler with its version."""
+def _api_reply(build: Path) -> dict[str, Any]:
+    """The link_probe target as CMake's file API describes it."""
     folder = build / ".cmake/api/v1/reply"
 
     def read(name: str) -> dict[str, Any]:
         reply: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
         return reply
 
-    replies = read(max(folder.glob("index-*.json")).name)["reply"]
-    targets = read(replies["codemodel-v2"]["jsonFile"])["configurations"][0]["targets"]
-    probe = next(target["jsonFile"] for target in targets if target["name"] == "link_probe")
-    compilers = {
-        toolchain["language"]: f"{compiler['id']} {compiler['version']}"
-        for toolchain in read(replies["toolchains-v1"]["jsonFile"])["toolchains"]
-        if (compiler := toolchain["compiler"]).get("version")
-    }
-    return read(probe), compilers
+    index = read(max(folder.glob("index-*.json")).name)
+    targets = read(index["reply"]["codemodel-v2"]["jsonFile"])["configurations"][0]["targets"]
+    return read(next(target["jsonFile"] for target in targets if target["name"] == "link_probe"))
+
+
+def _compiler(build: Path, language: str) -> str:
+    """Name and version of the compiler CMake found, or "" for a language that is not used.
+
+    From the file CMake keeps for each language: its file API leaves out what a subfolder enabled,
+    as upstream's does CUDA.
+    """
+    for file in (build / "CMakeFiles").glob(f"*/CMake{language}Compiler.cmake"):
+        text = file.read_text(encoding="utf-8")
+        found = re.findall(rf'set\(CMAKE_{language}_COMPILER_(?:ID|VERSION) "([^"]+)"\)', text)
+        return " ".join(found)
+    return ""
 
 
 def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[str]) -> None:
     """Copy the static libraries out of a finished build and write down how to link them."""
-    target, compilers = _api_reply(build)
+    target = _api_reply(build)
     link: list[str] = []
     for fragment in target["link"]["commandFragments"]:
         for item in shlex.split(fragment["fragment"]):
@@ -405,8 +412,8 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
             options[name] = is_on(value) if kind == "BOOL" or value in ("ON", "OFF") else value
     information = {
         "pinned": upstream.pinned,
-        "compiler": compilers["CXX"],
-        "cuda_compiler": compilers.get("CUDA", ""),
+        "compiler": _compiler(build, "CXX"),
+        "cuda_compiler": _compiler(build, "CUDA"),
         "system": toolchain["system"],
         "build_type": toolchain["build_type"],
         "cmake_args": list(arguments),
@@ -446,8 +453,7 @@ def build_native(targets: Sequence[str] = ()) -> Native:
         _discard_foreign(build, PIN_FILE.parent)
         query = build / ".cmake/api/v1/query"
         query.mkdir(parents=True, exist_ok=True)
-        for question in ("codemodel-v2", "toolchains-v1"):
-            (query / question).touch()
+        (query / "codemodel-v2").touch()
         programs = "ON" if targets else "OFF"
         configure = [
             tools.cmake, "-S", str(PIN_FILE.parent), "-B", str(build),

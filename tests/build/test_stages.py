@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_builds_once_and_says_how_to_link(
     assert information["cmake_args"] == ["-DGGML_SMALL=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
     assert information["options"]["GGML_SMALL"] is False
     assert (information["build_type"], information["pinned"]) == ("Debug", False)
+    assert re.fullmatch(r"\w+ [\d.]+", information["compiler"])
+    assert information["cuda_compiler"] == ""
 
     def unexpected(*_: Any) -> None:
         raise AssertionError("built again")
