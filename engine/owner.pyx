@@ -20,7 +20,7 @@ if hasattr(os, "register_at_fork"):
 llama_backend_init()
 
 
-# What classes that only we may make ask for, so that ``cls.__new__(cls)`` cannot give one without its insides.
+# What classes that only we may make ask for: ``cls.__new__(cls)`` would give one without its insides.
 cdef object maker = object()
 
 
