@@ -65,7 +65,8 @@ def overhead(options: Options) -> Iterator[Figure]:
     from triollama.sync import Llama
     from triollama.testing import make_tiny_model
 
-    n = 1000
+    # Short runs, so that most are over before anything else gets the processor.
+    n = 200
     with tempfile.TemporaryDirectory() as folder:
         path = make_tiny_model(Path(folder) / "tiny.gguf", "llama")
         with Llama(path, n_ctx=n + 24, n_ubatch=N_UBATCH, threads=1) as llama:
@@ -80,7 +81,7 @@ def overhead(options: Options) -> Iterator[Figure]:
                 return 1e6 * (spent - inside) / n
 
             for name, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
-                values = sample(lambda params=params: once(params), options.repeats_or(25))  # type: ignore[misc]
+                values = sample(lambda params=params: once(params), options.repeats_or(100))  # type: ignore[misc]
                 yield sample_figure(
                     f"engine.overhead_{name}",
                     values,
