@@ -90,7 +90,7 @@ class Adapters:
                     parameter="adapters",
                     value=pair,
                 )
-            chosen.append((adapter, float(scale)))
+            chosen.append((adapter, float(scale)))  # pyright: ignore[reportPossiblyUnbound]
         if len({adapter.digest for adapter, _ in chosen}) != len(chosen):
             raise ParameterError("an adapter is named twice", parameter="adapters")
         return tuple(chosen)

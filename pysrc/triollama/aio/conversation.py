@@ -558,7 +558,7 @@ class TurnStream(Stream):
                 cached = await owner.borrow(chat, plan, cached, adapters)
             sampler, shown = await owner.make_sampler(self.params, plan)
             chat._owner.llama._check_open()
-            self._stream = owner.engine.submit(
+            running = owner.engine.submit(
                 list(plan.tokens),
                 sampler,
                 self.params,
@@ -572,7 +572,8 @@ class TurnStream(Stream):
                 cuts=plan.cuts,
                 adapters=adapters,
             )
-            self._llama._streams[self._stream.id] = self
+            self._stream = running
+            self._llama._streams[running.id] = self
         except BaseException:
             chat._turn = None
             raise
