@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import trio
+from triollama import GenerationParams, models
+from triollama.aio import open_llama
 from triollama.chat import named
 from triollama.state import (
     Conversation,
@@ -51,6 +56,86 @@ def _microseconds(action: Callable[[], Any]) -> Callable[[], float]:
         return (time.perf_counter() - start) * 1e6
 
     return measure
+
+
+TEXT = "The engine thought for a while. It had many words, but never put them together. "
+GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=16, ignore_eos=True)
+
+
+async def _with_the_model(options: Options) -> list[Figure]:
+    path = models.default_model()
+    overheads: list[float] = []
+    async with open_llama(path, n_ctx=4096, max_streams=2) as llama:
+        chat = llama.conversation(system="You are terse.", params=GREEDY)
+        for number in range(options.repeats_or(15)):
+            start = time.perf_counter()
+            reply = await chat.say(f"Tell me more of number {number}.")
+            overheads.append((time.perf_counter() - start - reply.usage.seconds) * 1e3)
+    found = [
+        sample_figure(
+            "a turn beside its decoding",
+            overheads,
+            "ms",
+            note="template, tokens, sampler, commit and wake-ups: all but the engine's own time",
+        )
+    ]
+    for deterministic in (True, False):
+        found += await _restored(path, deterministic, options)
+    return found
+
+
+async def _restored(path: Path, deterministic: bool, options: Options) -> list[Figure]:
+    """A conversation of 1,500 tokens goes on in a new Llama: with its KV, and without."""
+    mode = "deterministic" if deterministic else "throughput"
+    settings: dict[str, Any] = {"n_ctx": 2048, "max_streams": 2, "deterministic": deterministic}
+    ratios, equal = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "chats.json"
+        async with open_llama(path, **settings) as llama:
+            chat = llama.conversation("a", system="You are terse.", params=GREEDY)
+            while chat.total_tokens < 1500:
+                n = min(60, 2 + (1500 - chat.total_tokens) // 18)
+                await chat.say(TEXT * n, max_tokens=4)
+            saved = await llama.save(file, kv=True)
+            expected = (await chat.say("And so?")).tokens
+        bare = msgspec.structs.replace(
+            saved,
+            conversations=tuple(
+                msgspec.structs.replace(one, kv=None) for one in saved.conversations
+            ),
+        )
+        for _ in range(options.repeats_or(3)):
+            seconds = []
+            for source in (file, bare):
+                async with open_llama(path, **settings) as llama:
+                    await llama.generate("warm up", GREEDY, max_tokens=2)
+                    _ = llama.conversations.engine.model.fingerprint  # part of loading a model
+                    start = time.perf_counter()
+                    (chat,) = await llama.restore(source)
+                    async with chat.stream("And so?") as turn:
+                        await turn.receive()
+                        seconds.append(time.perf_counter() - start)
+                        async for _piece in turn:
+                            pass
+                    same = sum(a == b for a, b in zip(turn.tokens, expected, strict=False))
+                    equal.append(same / len(expected))
+            ratios.append(seconds[1] / seconds[0])
+    return [
+        sample_figure(
+            f"first token with KV, {mode}",
+            ratios,
+            "times sooner",
+            target=100,
+            note="than without, restoring the file included: 1,500 tokens of the default model",
+        ),
+        sample_figure(
+            f"agreement after a restore, {mode}",
+            equal,
+            "of tokens",
+            target=1.0 if deterministic else None,
+            note="greedy, with KV and without, with what the first Llama said",
+        ),
+    ]
 
 
 def figures(options: Options) -> list[Figure]:
@@ -102,4 +187,6 @@ def figures(options: Options) -> list[Figure]:
                     note="as long as the disk takes to make one append durable",
                 )
             )
+    if importlib.util.find_spec(models.DEFAULT_PACKAGE) is not None:
+        found += trio.run(_with_the_model, options)
     return found

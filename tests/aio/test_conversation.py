@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import trio
 from triollama import GenerationParams
 from triollama.aio import Conversation, Llama, open_llama
+from triollama.chat import ChatTemplate
 from triollama.errors import ContextFullError, ParameterError, UnsupportedError
 from triollama.state import Message
 from triollama.testing import FakeEngine, open_fake_llama
@@ -596,5 +598,80 @@ def test_parameters_change_from_turn_to_turn(llama_model: Path) -> None:
                 async for _ in turn:
                     pass
             assert len(chat.messages[-1].tokens) >= 5
+
+    run(main)
+
+
+def test_closed_conversations_leave_nothing(llama_model: Path) -> None:
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            for number in range(30):
+                chat = llama.conversation(system=SYSTEM * (1 + number % 2), params=GREEDY)
+                await chat.say("Hello")
+                branch = await chat.fork()
+                await branch.say("More")
+                chat.close()
+                branch.close()
+            conversations = llama.conversations
+            assert len(conversations) == 0
+            assert not conversations._by_start
+            while llama.statistics().cells_used or llama.statistics().sequences:
+                await trio.sleep(0.001)
+
+    run(main)
+
+
+def test_a_template_of_one_s_own_is_saved_with_it(llama_model: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            mine = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+            for name, template in (("a", mine), ("b", "zephyr"), ("c", mine.source), ("d", None)):
+                await llama.conversation(name, template=template, params=GREEDY).say("Hello")
+            before = {chat.id: chat for chat in llama.conversations}
+            await llama.save(tmp_path / "chats.json")
+            for chat in await llama.restore(tmp_path / "chats.json", replace=True):
+                assert chat.template.source == before[chat.id].template.source
+
+    run(main)
+
+
+def test_sharing_and_saving_make_nobody_busy(llama_model: Path, tmp_path: Path) -> None:
+    """Turns of a conversation whose memory is being copied or saved begin all the same."""
+
+    async def main() -> None:
+        async with opened(llama_model, max_streams=8) as llama:
+            system = SYSTEM * 8
+            expected = []
+            for text in ("Hello", "More", "And then?"):
+                expected.append(text)
+            source = llama.conversation(system=system, params=GREEDY)
+            other = llama.conversation(system=system, params=GREEDY)
+            answers = [(await other.say(text)).tokens for text in expected]
+            other.close()
+            found = []
+
+            async def talk() -> None:
+                for text in expected:
+                    found.append((await source.say(text)).tokens)
+
+            async def borrow() -> None:
+                for number in range(6):
+                    chat = llama.conversation(system=system, params=GREEDY)
+                    await chat.say(f"Number {number}", max_tokens=1)
+                    chat.close()
+
+            async def save() -> None:
+                for _ in range(6):
+                    await llama.save(tmp_path / "chats.json", kv=True)
+
+            async def fork() -> None:
+                for _ in range(6):
+                    with contextlib.suppress(trio.BusyResourceError):
+                        (await source.fork()).close()
+
+            async with trio.open_nursery() as nursery:
+                for task in (talk, borrow, save, fork):
+                    nursery.start_soon(task)
+            assert found == answers
 
     run(main)

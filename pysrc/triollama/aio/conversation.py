@@ -76,7 +76,7 @@ class Conversation:
         self._state = state
         self._adapters = adapters
         self._turn: TurnStream | None = None
-        self._changing = False
+        self._start: tuple[int, ...] | None = None
         self._closed = False
         self._memory = Memory(owner.decoder.make_sequence())
         self._n_prompt_tokens = 0
@@ -118,7 +118,7 @@ class Conversation:
     @property
     def is_busy(self) -> bool:
         """Whether a turn is running."""
-        return self._turn is not None or self._changing
+        return self._turn is not None
 
     @property
     def title(self) -> str:
@@ -332,17 +332,13 @@ class Conversation:
                 parent=self.id,
             )
         )
-        self._changing = branch._changing = True
         try:
             n = common_length(self._memory.tokens, self._state.tokens)
             if n:
                 await self._owner.share(self._memory, branch._memory, n)
         except BaseException:
-            branch._changing = False
             branch.close()
             raise
-        finally:
-            self._changing = branch._changing = False
         return branch
 
     def close(self) -> None:

@@ -106,7 +106,7 @@ class Conversations:
                     dict(message), Message, place=f"messages[{at}]"
                 )
             )
-        source = template if isinstance(template, str) else ""
+        source = template.source if isinstance(template, ChatTemplate) else template or ""
         return self.add(
             Conversation(
                 self,
@@ -144,8 +144,7 @@ class Conversations:
 
     def remove(self, conversation: Conversation) -> None:
         self._all.pop(conversation.id, None)
-        for some in self._by_start.values():
-            some.pop(conversation.id, None)
+        self._index(conversation, None)
         self.note_change(conversation.id)
 
     def template(self, wanted: str | ChatTemplate | None) -> ChatTemplate:
@@ -218,28 +217,36 @@ class Conversations:
                 if n > best:
                     best, source = n, other
         if len(plan.tokens) >= WORTH_SHARING:
-            mine = self._by_start.setdefault(start, {})
-            mine.pop(chat.id, None)
-            mine[chat.id] = chat
+            self._index(chat, start)
         if source is None:
             return cached
-        source._changing = True
-        try:
-            await self.share(source._memory, chat._memory, best)
-        finally:
-            source._changing = False
+        await self.share(source._memory, chat._memory, best)
         return self.reusable(chat._memory, plan)
+
+    def _index(self, chat: Conversation, start: tuple[int, ...] | None) -> None:
+        """Where to look for conversations that begin alike, those used last at the end."""
+        old = chat._start
+        if old is not None:
+            some = self._by_start[old]
+            del some[chat.id]
+            if not some:
+                del self._by_start[old]
+        if start is not None:
+            self._by_start.setdefault(start, {})[chat.id] = chat
+        chat._start = start
 
     async def share(self, source: Memory, target: Memory, n: int) -> None:
         """Give ``target`` the first ``n`` positions of ``source``, or what the cache allows."""
         target.keep(0)
+        # The decoder takes commands in order: a turn that begins meanwhile comes after this one.
+        tokens, cuts = source.tokens, source.cuts
         try:
             reply = self.decoder.fork_sequence(source.sequence, target.sequence, n)
             got = (await self.answer(reply)).value
         except StateError as error:
             _log.debug("a sequence could not be shared: %s", error)
             return
-        target.tokens, target.cuts = source.tokens, source.cuts
+        target.tokens, target.cuts = tokens, cuts
         target.keep(min(got, n))
 
     async def answer(self, reply: Any) -> Any:

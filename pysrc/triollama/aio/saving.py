@@ -125,12 +125,12 @@ async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, .
     n = state.n_computed
     if not n or chat._memory.tokens != state.tokens[: len(chat._memory.tokens)]:
         return None
-    chat._changing = True
     try:
+        # A turn that begins meanwhile comes after this: the decoder takes commands in order.
         reply = await chats.answer(chats.decoder.save_sequence(chat._memory.sequence))
-    finally:
-        chat._changing = False
-    data, got = reply.data, reply.value
+        data, got = reply.data, reply.value
+    except StateError:
+        return None  # closed meanwhile
     if not data or got > len(state.tokens):
         return None
     return state.tokens[:got], data
