@@ -80,17 +80,17 @@ class Adapters:
             try:
                 adapter, scale = pair
                 known = self._loaded.get(adapter.digest) is adapter
-                fine = known and -1e6 <= float(scale) <= 1e6
+                if known and -1e6 <= float(scale) <= 1e6:
+                    chosen.append((adapter, float(scale)))
+                    continue
             except (AttributeError, TypeError, ValueError):
-                fine = False
-            if not fine:
-                raise ParameterError(
-                    "adapters must be pairs of an adapter from load_adapter and its scale, not "
-                    f"{pair!r}",
-                    parameter="adapters",
-                    value=pair,
-                )
-            chosen.append((adapter, float(scale)))  # pyright: ignore[reportPossiblyUnbound]
+                pass
+            raise ParameterError(
+                "adapters must be pairs of an adapter from load_adapter and its scale, not "
+                f"{pair!r}",
+                parameter="adapters",
+                value=pair,
+            )
         if len({adapter.digest for adapter, _ in chosen}) != len(chosen):
             raise ParameterError("an adapter is named twice", parameter="adapters")
         return tuple(chosen)
