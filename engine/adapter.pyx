@@ -38,10 +38,20 @@ cdef class Adapter(Owner):
         if magic != b"GGUF":
             raise AdapterError(f"{self.path} is no GGUF file", path=self.path)
         cdef const char * c_path = raw_path
+        cdef string checked_path = raw_path
+        cdef cpp_map[string, double] numbers
+        cdef AbortScope scope
         begin_log()
         try:
             with nogil:
+                check_gguf(checked_path, False, numbers)
+                scope.enter()
                 self.ptr = llama_adapter_lora_init(model.ptr, c_path)
+        except OutOfMemoryError:
+            raise
+        except TriollamaError as error:
+            raise AdapterError(
+                f"{self.path} is no adapter that llama.cpp can load: {error}", path=self.path) from None
         finally:
             flush_log()
         if self.ptr == NULL:

@@ -238,6 +238,17 @@ bool must_be_f32(const std::string & name) {
         || ends_with(".ssm_conv1d.weight");
 }
 
+// Whether matrices of this type have a kernel. ggml only stores I8 to F64, and it
+// rounds activations to the other two.
+bool can_multiply(ggml_type type) {
+    return (type < GGML_TYPE_I8 || type > GGML_TYPE_F64) && type != GGML_TYPE_Q8_1 && type != GGML_TYPE_Q8_K;
+}
+
+// Tables of indices, which some architectures have beside their weights.
+bool is_table(const std::string & name) {
+    return name.find("tid2eid") != std::string::npos || name.find("d2t") != std::string::npos;
+}
+
 void read_tensors(Reader & in, uint64_t n_tensors, const Metadata & meta, bool model) {
     uint64_t expected = 0;      // offset of the next tensor
     uint64_t end = 0;
@@ -267,6 +278,9 @@ void read_tensors(Reader & in, uint64_t n_tensors, const Metadata & meta, bool m
         if (row % block != 0 || (row_size != 0 && rows > (uint64_t(1) << 62) / row_size)) {
             in.fail("the tensor " + name + " has impossible dimensions for its type "
                 + ggml_type_name(ggml_type(type)));
+        }
+        if (!can_multiply(ggml_type(type)) && !is_table(name)) {
+            in.fail("the tensor " + name + " is " + ggml_type_name(ggml_type(type)) + ", which no weight can be");
         }
         if (model && type != GGML_TYPE_F32 && must_be_f32(name)) {
             in.fail("the tensor " + name + " is " + ggml_type_name(ggml_type(type)) + "; llama.cpp computes with it as f32");

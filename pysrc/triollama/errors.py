@@ -115,7 +115,7 @@ class ContextFullError(TriollamaError):
 class EngineError(TriollamaError, RuntimeError):
     """llama.cpp failed in a way that has no class of its own.
 
-    ``log`` is the last error or warning that llama.cpp printed, or an empty string.
+    ``log`` is the first error, or else the last warning, that llama.cpp printed, or empty.
     """
 
     def __init__(self, message: str, *, log: str = "") -> None:

@@ -85,7 +85,7 @@ PLACES: list[tuple[str, Callable[[Any], object]]] = [
     ("$.conversations[1].params.top_k", put(C, 1, "params", {"top_k": 1.5})),
     ("$.conversations[1].params.seed", put(C, 1, "params", {"seed": 10**30})),
     ("$.conversations[1].params.logit_bias", put(C, 1, "params", {"logit_bias": {"x": 1}})),
-    ("$.conversations[1].params", put(C, 1, "params", {"stop": 5})),
+    ("$.conversations[1].params.stop", put(C, 1, "params", {"stop": 5})),
     ("$.conversations[1].adapters[0].scale", put(C, 1, "adapters", 0, "scale", "big")),
     ("$.conversations[1].adapters[0]", put(C, 1, "adapters", 0, {})),
     ("$.conversations[1].kv.name", put(C, 1, "kv", "name", "../../etc/passwd")),
