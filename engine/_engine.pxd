@@ -27,10 +27,13 @@ cdef class Owner:
     """What every owner of a native object shares: whether it lives, who is inside, who depends on it."""
     cdef object __weakref__
     cdef bint closed
+    cdef bint begun             # __init__ was called: never twice, for others keep our native pointer
     cdef bint busy              # a thread is inside a blocking call; guarded by the GIL
+    cdef int readers            # calls under way in other objects that read this one, likewise
     cdef int children           # living objects that hold native pointers into this one
     cdef unsigned int forks     # forks of this process before the object was made
 
+    cdef int begin(self) except -1
     cdef int alive(self) except -1
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
@@ -45,6 +48,7 @@ cdef class Model(Owner):
     cdef int n_gpu_layers_
     cdef dict metadata_
     cdef bytes fingerprint_
+    cdef dict overrides         # kv_overrides, as metadata has them
 
     cdef void free(self) noexcept
 
@@ -74,6 +78,8 @@ cdef class Context(Owner):
     cdef readonly str flash_attn
     cdef int n_vocab
     cdef int n_embd
+    cdef int pooling_
+    cdef tuple rope                     # what was asked of positions' rotation
     cdef bint embeddings_
     cdef bint causal_
     cdef int views                      # numpy arrays that show our output buffers
@@ -81,8 +87,7 @@ cdef class Context(Owner):
     cdef vector[int32_t] output_rows    # batch indices that have an output, of the last decode
     cdef int last_n_tokens
     cdef vector[uint8_t] last_sequences  # of the last decode: 1 where the sequence had tokens
-    cdef object adapters_               # tuple of (Adapter, scale) now applied
-    cdef object control_vector_
+    cdef tuple adapters_                # of (Adapter, scale), those applied
 
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
@@ -109,14 +114,17 @@ cdef class Batch:
     cdef vector[llama_seq_id] seq_id_data
     cdef vector[llama_seq_id *] seq_id
     cdef vector[int8_t] logits
+    cdef int readers                    # decodes under way
 
-    cdef int reserve(self, int n) except -1
+    cdef int check_unused(self) except -1
+    cdef int reserve(self, Py_ssize_t n) except -1
     cdef void put(self, llama_token token, llama_pos pos, llama_seq_id seq_id, bint output) noexcept nogil
 
 
 cdef class FloatView:
     cdef Context context
-    cdef float * data
+    cdef float * data                   # NULL once the last buffer was released
+    cdef int buffers
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
 
@@ -175,6 +183,7 @@ cdef class Generation:
     cdef bint special
     cdef bint causal_prompt
     cdef bint embeddings
+    cdef bint busy              # a thread is inside; guarded by the GIL
     cdef bint prefilled         # the whole prompt is in memory
     cdef bint undecoded         # the last token is not in memory yet
     cdef int64_t t_start
@@ -185,8 +194,11 @@ cdef class Generation:
     cdef readonly int eog_token
 
     cdef int check_prompt(self) except -1
-    cdef int check_running(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
+    cdef int prefill(self) except -1
     cdef int next_token(self, string & out) except -1
+    cdef int decode_last(self) except -1
     cdef int make_room(self) except -1
     cdef int note_logprobs(self, const float * logits, llama_token token) except -1
     cdef int end(self, str reason, string & out) except -1

@@ -19,15 +19,12 @@ cdef class Adapter(Owner):
     """
 
     def __init__(self, Model model not None, path):
-        if self.ptr != NULL:
-            raise BusyError("this Adapter is already loaded")
+        self.begin()
         model.alive()
         if model.vocab_only:
             raise UnsupportedError("the model was loaded with vocab_only=True")
-        self.path = os.fspath(path)
-        cdef bytes raw_path = os.fsencode(self.path)
-        if b"\0" in raw_path:
-            raise ParameterError("path holds NUL", parameter="path", value=path)
+        cdef bytes raw_path = path_bytes("path", path)
+        self.path = os.fsdecode(raw_path)
         try:
             with open(self.path, "rb") as file:
                 magic = file.read(4)
@@ -41,7 +38,9 @@ cdef class Adapter(Owner):
         cdef string checked_path = raw_path
         cdef cpp_map[string, double] numbers
         cdef AbortScope scope
+        self.model = model
         begin_log()
+        model.enter()
         try:
             with nogil:
                 check_gguf(checked_path, False, numbers)
@@ -53,20 +52,23 @@ cdef class Adapter(Owner):
             raise AdapterError(
                 f"{self.path} is no adapter that llama.cpp can load: {error}", path=self.path) from None
         finally:
+            model.leave()
             flush_log()
         if self.ptr == NULL:
             raise AdapterError(
                 f"llama.cpp cannot load the adapter {self.path}: {native_problem()}",
                 path=self.path)
-        self.model = model
         self.closed = False
         model.children += 1
         count_live("Adapter", 1)
 
     def __dealloc__(self):
-        if not self.closed and self.forks == fork_count:
+        if self.forks != fork_count:
+            return
+        if not self.closed:
             self.model.children -= 1
             count_live("Adapter", -1)
+        if self.ptr != NULL:
             llama_adapter_lora_free(self.ptr)
 
     def close(self) -> None:
@@ -157,10 +159,11 @@ def set_control_vector(Context context not None, data, layer_start: int = 1,
     cdef const float[:, ::1] view
     cdef int start
     cdef int end
-    cdef int n_embd = context.model.n_embd
+    cdef int n_embd
     cdef size_t n_values
     context.enter()
     try:
+        n_embd = context.model.n_embd
         if data is None:
             with nogil:
                 code = llama_set_adapter_cvec(context.ptr, NULL, 0, n_embd, -1, -1)

@@ -9,6 +9,8 @@ cdef class Batch:
     """
 
     def __init__(self, capacity: int, n_seq_max: int = 1):
+        self.check_unused()
+        self.c.n_tokens = 0
         self.capacity = check_int("capacity", capacity, 1, 2**24)
         self.n_seq_max = check_int("n_seq_max", n_seq_max, 1, 256)
         self.token.resize(self.capacity)
@@ -20,7 +22,6 @@ cdef class Batch:
         cdef int i
         for i in range(self.capacity):
             self.seq_id[i] = self.seq_id_data.data() + i * self.n_seq_max
-        self.c.n_tokens = 0
         self.c.token = self.token.data()
         self.c.embd = NULL
         self.c.pos = self.pos.data()
@@ -28,7 +29,13 @@ cdef class Batch:
         self.c.seq_id = self.seq_id.data()
         self.c.logits = self.logits.data()
 
-    cdef int reserve(self, int n) except -1:
+    cdef int check_unused(self) except -1:
+        if self.readers:
+            raise BusyError("this Batch is being decoded by another thread")
+        return 0
+
+    cdef int reserve(self, Py_ssize_t n) except -1:
+        self.check_unused()
         if self.c.n_tokens + n > self.capacity:
             raise ParameterError(
                 f"the batch holds {self.c.n_tokens} of {self.capacity} tokens; {n} more do not fit",
@@ -50,6 +57,7 @@ cdef class Batch:
 
     def clear(self) -> None:
         """Empty the batch."""
+        self.check_unused()
         self.c.n_tokens = 0
 
     def add(self, token: int, pos: int, seq_id: int = 0, output: bool = False) -> int:
@@ -69,7 +77,6 @@ cdef class Batch:
         """
         cdef vector[llama_token] ids = token_vector(tokens)
         cdef int first = check_int("pos", pos, 0, 2**31 - 1)
-        cdef int n = <int>ids.size()
         cdef int i
         cdef int s
         cdef bint all_outputs = output == "all"
@@ -77,7 +84,8 @@ cdef class Batch:
             raise ParameterError(
                 f'output must be "last", "all" or "none", not {output!r}',
                 parameter="output", value=output)
-        self.reserve(n)
+        self.reserve(ids.size())
+        cdef int n = <int>ids.size()
         sequences = seq_id if isinstance(seq_id, tuple) else (seq_id,)
         if not 0 < len(sequences) <= self.n_seq_max:
             raise ParameterError(
@@ -98,19 +106,28 @@ cdef class Batch:
     def set(self, tokens, positions, seq_ids, outputs) -> None:
         """Replace the content by four buffers of equal length: tokens, positions and sequence ids
         (int32) and outputs (int8 or bool). Nothing is copied token by token in Python."""
-        if tokens is None or positions is None or seq_ids is None or outputs is None:
-            raise ParameterError("set() takes four buffers, not None", parameter="tokens")
-        cdef const int32_t[::1] token_view = tokens
-        cdef const int32_t[::1] pos_view = positions
-        cdef const int32_t[::1] seq_view = seq_ids
-        cdef const int8_t[::1] output_view = memoryview(outputs).cast("B").cast("b")
+        cdef const int32_t[::1] token_view
+        cdef const int32_t[::1] pos_view
+        cdef const int32_t[::1] seq_view
+        cdef const int8_t[::1] output_view
+        try:
+            token_view = memoryview(tokens)     # None is a memoryview to Cython alone
+            pos_view = memoryview(positions)
+            seq_view = memoryview(seq_ids)
+            output_view = memoryview(outputs).cast("B").cast("b")
+        except (TypeError, ValueError, BufferError) as error:
+            raise ParameterError(
+                "tokens, positions and seq_ids must be contiguous buffers of int32, outputs of int8"
+                f" or bool: {error}", parameter="tokens") from None
         cdef Py_ssize_t n = token_view.shape[0]
         cdef Py_ssize_t i
         if not n == pos_view.shape[0] == seq_view.shape[0] == output_view.shape[0]:
             raise ParameterError(
                 f"the buffers have different lengths: {n}, {pos_view.shape[0]},"
                 f" {seq_view.shape[0]}, {output_view.shape[0]}", parameter="tokens")
-        self.c.n_tokens = 0
-        self.reserve(n)
+        if n > self.capacity:
+            raise ParameterError(
+                f"the batch takes {self.capacity} tokens, not {n}", parameter="tokens", value=n)
+        self.clear()
         for i in range(n):
             self.put(token_view[i], pos_view[i], seq_view[i], output_view[i] != 0)

@@ -201,8 +201,7 @@ cdef class Context(Owner):
         yarn_orig_ctx: int = 0,
         perf: bool = True,
     ):
-        if self.ptr != NULL:
-            raise BusyError("this Context is already open")
+        self.begin()
         model.alive()
         if model.vocab_only:
             raise UnsupportedError(
@@ -267,6 +266,8 @@ cdef class Context(Owner):
         if yarn_beta_slow is not None:
             params.yarn_beta_slow = check_float("yarn_beta_slow", yarn_beta_slow, 0.0, 1e6)
         params.yarn_orig_ctx = check_int("yarn_orig_ctx", yarn_orig_ctx, 0, _MAX_CTX)
+        self.rope = (rope_scaling, rope_freq_base, rope_freq_scale, yarn_ext_factor, yarn_attn_factor,
+                     yarn_beta_fast, yarn_beta_slow, yarn_orig_ctx)
         params.no_perf = not perf
         params.abort_callback = on_abort_check
         params.abort_callback_data = &self.aborting
@@ -278,18 +279,20 @@ cdef class Context(Owner):
                           params.type_k, params.type_v, model.n_layer)
         cdef AbortScope scope
         begin_log()
+        self.model = model
+        model.readers += 1      # until we are one of its children
         try:
             with nogil:
                 scope.enter()
                 self.ptr = llama_init_from_model(model.ptr, params)
         finally:
+            model.readers -= 1
             flush_log()
         if self.ptr == NULL:
             problem = native_problem()
             if "alloc" in problem:
                 raise OutOfMemoryError("the context's buffers could not be allocated", log=problem)
             raise EngineError("llama.cpp could not make the context", log=problem)
-        self.model = model
         self.mem = llama_get_memory(self.ptr)
         self.n_batch = llama_n_batch(self.ptr)
         self.n_ubatch = llama_n_ubatch(self.ptr)
@@ -304,6 +307,7 @@ cdef class Context(Owner):
         self.n_vocab = len(model.vocab) if model.vocab.type != "none" else 0
         self.n_embd = model.n_embd_out
         self.embeddings_ = embeddings
+        self.pooling_ = <int>llama_get_pooling_type(self.ptr)
         self.causal_ = llama_get_causal_attn(self.ptr)
         self.last_sequences.resize(self.n_seq_max)
         self.adapters_ = ()
@@ -312,14 +316,17 @@ cdef class Context(Owner):
         count_live("Context", 1)
 
     def __dealloc__(self):
-        if not self.closed and self.forks == fork_count:
+        if self.forks != fork_count:
+            return
+        if not self.closed:
             self.let_go()
+        if self.ptr != NULL:
             llama_free(self.ptr)
 
     cdef void let_go(self) noexcept:
         """Tells the model and the adapters that this context no longer uses them."""
         self.model.children -= 1
-        for item in <tuple>self.adapters_:
+        for item in self.adapters_:
             (<Adapter>(<tuple>item)[0]).children -= 1
         self.adapters_ = ()
         count_live("Context", -1)
@@ -373,8 +380,7 @@ cdef class Context(Owner):
     def pooling(self) -> str:
         """How token embeddings become one: "none", "mean", "cls", "last" or "rank"."""
         self.alive()
-        cdef int found = <int>llama_get_pooling_type(self.ptr)
-        return next((name for name, value in _POOLING.items() if value == found), "none")
+        return next((name for name, value in _POOLING.items() if value == self.pooling_), "none")
 
     # What can change
 
@@ -460,6 +466,7 @@ cdef class Context(Owner):
         cdef int s
         cdef int n = batch.c.n_tokens
         cdef int n_outputs = 0
+        cdef bint pools = self.embeddings_ and self.pooling_ != <int>LLAMA_POOLING_TYPE_NONE
         if n == 0:
             raise ParameterError("the batch is empty", parameter="batch", value=0)
         if n > self.n_batch:
@@ -470,6 +477,11 @@ cdef class Context(Owner):
             raise ParameterError(
                 f"the batch has {n} tokens; without causal attention at most"
                 f" n_ubatch={self.n_ubatch} can be computed", parameter="batch", value=n)
+        # llama.cpp pools each ubatch by itself, and the last one's result is what remains.
+        if pools and n > self.n_ubatch:
+            raise ParameterError(
+                f"the batch has {n} tokens; with pooling at most n_ubatch={self.n_ubatch} can be"
+                " computed", parameter="batch", value=n)
         for i in range(n):
             if batch.token[i] < 0 or batch.token[i] >= self.n_vocab:
                 raise TokenError(
@@ -481,6 +493,9 @@ cdef class Context(Owner):
                     f" n_ctx={self.n_ctx} tokens", needed=batch.pos[i] + 1, n_ctx=self.n_ctx)
             for s in range(batch.n_seq_id[i]):
                 self.check_seq(batch.seq_id[i][s], False)
+                if pools and not self.kv_unified and batch.seq_id[i][s] != batch.seq_id[0][0]:
+                    raise UnsupportedError(
+                        "with kv_unified=False only one sequence can be pooled at once")
             n_outputs += batch.logits[i] != 0
         if encode or self.embeddings_:
             n_outputs = n
@@ -506,8 +521,12 @@ cdef class Context(Owner):
             self.check_batch(batch, False)
             self.output_rows.clear()
             LogQueue.instance().forget_problem()
-            with nogil:
-                code = llama_decode(self.ptr, batch.c)
+            batch.readers += 1
+            try:
+                with nogil:
+                    code = llama_decode(self.ptr, batch.c)
+            finally:
+                batch.readers -= 1
             flush_log()
             if code != 0:
                 raise decode_error(code)
@@ -516,16 +535,23 @@ cdef class Context(Owner):
             self.leave()
 
     def encode(self, Batch batch not None) -> None:
-        """Compute ``batch`` without the cache: encoders and embedding models. Errors as decode."""
+        """Compute ``batch`` without the cache: encoders and embedding models. Errors as decode;
+        UnsupportedError for models that only decode."""
         cdef int code
         self.enter()
         try:
             self.check_no_views()
+            if self.mem != NULL and not self.model.has_encoder:
+                raise UnsupportedError("this model has no encoder; use decode")
             self.check_batch(batch, True)
             self.output_rows.clear()
             LogQueue.instance().forget_problem()
-            with nogil:
-                code = llama_encode(self.ptr, batch.c)
+            batch.readers += 1
+            try:
+                with nogil:
+                    code = llama_encode(self.ptr, batch.c)
+            finally:
+                batch.readers -= 1
             flush_log()
             if code != 0:
                 raise decode_error(code)
@@ -590,11 +616,12 @@ cdef class Context(Owner):
     def token_embedding(self, i: int = -1, *, copy: bool = False):
         """Final hidden state of index ``i`` of the last batch, float32 of shape [n_embd]. Needs
         ``embeddings`` and pooling "none". A view, as with ``logits``."""
-        cdef float * data
+        cdef float * data = NULL
         self.enter()
         try:
-            data = llama_get_embeddings_ith(
-                self.ptr, self.row(check_int("i", i, -2**31, 2**31 - 1)))
+            if self.pooling_ == <int>LLAMA_POOLING_TYPE_NONE:   # else the buffer is never filled
+                data = llama_get_embeddings_ith(
+                    self.ptr, self.row(check_int("i", i, -2**31, 2**31 - 1)))
             if data == NULL:
                 raise EngineError(
                     "the last decode put out no token embeddings; set embeddings=True and"
@@ -653,13 +680,17 @@ cdef class Context(Owner):
         llama_perf_context_reset(self.ptr)
 
 
+@cython.no_gc_clear
 cdef class FloatView:
-    """Exports a row of a context's output buffer; counts how many arrays look at it."""
+    """Exports a row of a context's output buffer; counts how many arrays look at it. Once they are
+    all gone it exports nothing more, since the row may be gone too."""
 
     def __cinit__(self, given=None):
         require_maker(given, "Context.logits")
 
     def __getbuffer__(self, Py_buffer * buffer, int flags):
+        if self.data == NULL:
+            raise BufferError("what this showed was released")
         if flags & PyBUF_WRITABLE:
             raise BufferError("logits and embeddings are read-only; take a copy to change them")
         buffer.buf = <char *>self.data
@@ -679,7 +710,11 @@ cdef class FloatView:
         if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
             buffer.strides = self.strides
         buffer.suboffsets = NULL
+        self.buffers += 1
         self.context.views += 1
 
     def __releasebuffer__(self, Py_buffer * buffer):
         self.context.views -= 1
+        self.buffers -= 1
+        if self.buffers == 0:
+            self.data = NULL

@@ -20,7 +20,8 @@ cdef class Generation:
     sampler: fresh, or carrying what it should remember.
     prompt: tokens; params: a GenerationParams.
 
-    ``step`` gives the next piece of text. Errors leave the generation finished ("error").
+    ``step`` gives the next piece of text. Errors leave the generation finished ("error"), except
+    BusyError: the context, the sampler or the generation serve another thread at the moment.
     """
 
     def __cinit__(self, Context context not None, *args, **kwargs):
@@ -30,6 +31,8 @@ cdef class Generation:
         self.token_logprobs = []
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, params):
+        if self.batch is not None:
+            raise BusyError("this Generation was begun already; make a new one")
         context.alive()
         check_params(params)
         self.context = context
@@ -73,45 +76,60 @@ cdef class Generation:
             raise ParameterError(
                 f"causal_attention=False computes the prompt at once: its {n} tokens are more than"
                 f" n_ubatch={self.context.n_ubatch}", parameter="causal_attention", value=False)
+        if self.embeddings:
+            if self.context.pooling_ != <int>LLAMA_POOLING_TYPE_NONE:
+                raise UnsupportedError(
+                    "embeddings=True gives the last token's hidden state, and this context pools;"
+                    ' make it with pooling="none"')
+            if not self.causal_prompt and n > self.context.n_outputs_max:
+                raise ParameterError(
+                    f"causal_attention=False with embeddings=True needs an output for each of the"
+                    f" {n} tokens of the prompt; the context has"
+                    f" n_outputs_max={self.context.n_outputs_max}",
+                    parameter="causal_attention", value=False)
         return 0
 
-    def prefill(self) -> bool:
-        """Compute one ubatch more of the prompt; True once it is complete.
+    cdef int enter(self) except -1:
+        if self.batch is None:
+            raise ClosedError("this Generation was never initialised")
+        self.context.alive()
+        if self.busy or self.context.busy:
+            raise BusyError("another thread is inside this Generation or its Context")
+        self.sampler.enter()
+        self.busy = True
+        return 0
 
-        The prompt is computed in pieces so that Ctrl-C, and whoever iterates, gets a word in.
-        """
+    cdef void leave(self) noexcept:
+        self.busy = False
+        self.sampler.busy = False
+
+    cdef int prefill(self) except -1:
+        """Computes one ubatch more of the prompt, so that Ctrl-C gets a word in between."""
         cdef int n_prompt = <int>self.prompt.size()
         cdef int n = min(n_prompt - self.n_past, self.batch.capacity)
         cdef int i
-        if self.prefilled:
-            return True
-        self.check_running()
+        if self.n_past == 0:
+            self.t_start = llama_time_us()
+            self.context.memory.clear()
+            if self.context.embeddings_ != self.embeddings:
+                self.context.embeddings = self.embeddings
+        if self.embeddings:
+            n = min(n, self.context.n_outputs_max)
+        self.batch.clear()
+        for i in range(n):
+            self.batch.put(self.prompt[self.n_past + i], self.n_past + i, 0,
+                           self.n_past + i == n_prompt - 1)
+            self.sampler.native.get().accept(self.prompt[self.n_past + i], False)
+        if self.context.causal_ != self.causal_prompt:
+            self.context.causal = self.causal_prompt
         try:
-            if self.n_past == 0:
-                self.context.memory.clear()
-                if self.context.causal_ != self.causal_prompt:
-                    self.context.causal = self.causal_prompt
-                if self.context.embeddings_ != self.embeddings:
-                    self.context.embeddings = self.embeddings
-                self.t_start = llama_time_us()
-            if self.embeddings:
-                n = min(n, self.context.n_outputs_max)
-            self.batch.clear()
-            for i in range(n):
-                self.batch.put(self.prompt[self.n_past + i], self.n_past + i, 0,
-                               self.n_past + i == n_prompt - 1)
-                self.sampler.native.get().accept(self.prompt[self.n_past + i], False)
             self.context.decode(self.batch)
-        except BaseException:
-            self.finish("error")
-            raise
+        finally:
+            if not self.causal_prompt:      # then this was the whole prompt
+                self.context.causal = True
         self.n_past += n
-        if self.n_past < n_prompt:
-            return False
-        if not self.context.causal_:
-            self.context.causal = True
-        self.prefilled = True
-        return True
+        self.prefilled = self.n_past == n_prompt
+        return 0
 
     def step(self) -> bytes | None:
         """The next piece of text (UTF-8, whole characters), or None once finished.
@@ -120,11 +138,12 @@ cdef class Generation:
         followed by the next at once.
         """
         cdef string out
-        self.check_running()
         if self.finish_reason is not None:
             return None
+        self.enter()
         try:
-            while not self.prefill():
+            while not self.prefilled:
+                self.prefill()
                 PyErr_CheckSignals()
             while out.empty() and self.finish_reason is None:
                 self.next_token(out)
@@ -132,44 +151,23 @@ cdef class Generation:
         except BaseException:
             self.finish("error")
             raise
+        finally:
+            self.leave()
         return out if not out.empty() else None
-
-    cdef int check_running(self) except -1:
-        if self.batch is None:
-            raise ClosedError("this Generation was never initialised")
-        if self.finish_reason is None:
-            self.context.alive()
-        return 0
 
     cdef int next_token(self, string & out) except -1:
         cdef llama_token token
         cdef float * logits
         cdef string piece
-        cdef int code = 0
         cdef bint ends
         if self.n_generated == self.max_tokens:
             return self.end("length", out)
-        if self.undecoded:
-            if self.n_past >= self.context.n_ctx and not self.make_room():
-                return self.end("context", out)
-            self.batch.c.n_tokens = 0
-            self.batch.put(self.tokens.back(), self.n_past, 0, True)
-            self.context.enter()
-            try:
-                self.context.check_no_views()
-                self.context.output_rows.clear()
-                with nogil:
-                    code = llama_decode(self.context.ptr, self.batch.c)
-                if code != 0:
-                    flush_log()
-                    raise decode_error(code)
-                self.context.note_outputs(self.batch, False)
-            finally:
-                self.context.leave()
-            self.n_past += 1
-            self.undecoded = False
+        if self.undecoded and self.n_past >= self.context.n_ctx and not self.make_room():
+            return self.end("context", out)
         self.context.enter()
         try:
+            if self.undecoded:
+                self.decode_last()
             logits = self.context.logits_row(-1)
             with nogil:
                 token = self.sampler.native.get().sample(logits)
@@ -191,6 +189,24 @@ cdef class Generation:
         self.undecoded = True
         if self.text.get().feed(piece.data(), piece.size(), out):
             self.finish("stop")
+        return 0
+
+    cdef int decode_last(self) except -1:
+        """As Context.decode, without the checks that a token of the model's own cannot fail."""
+        cdef int code = 0
+        self.context.check_no_views()
+        self.batch.c.n_tokens = 0
+        self.batch.put(self.tokens.back(), self.n_past, 0, True)
+        self.context.output_rows.clear()
+        LogQueue.instance().forget_problem()
+        with nogil:
+            code = llama_decode(self.context.ptr, self.batch.c)
+        flush_log()
+        if code != 0:
+            raise decode_error(code)
+        self.context.note_outputs(self.batch, False)
+        self.n_past += 1
+        self.undecoded = False
         return 0
 
     cdef int make_room(self) except -1:
@@ -238,9 +254,11 @@ cdef class Generation:
         return self.context.token_embedding(-1, copy=True)
 
     def usage(self) -> tuple[int, int, int, int, int, int]:
-        """n_prompt, n_generated, n_shifted tokens; start, first token, end in microseconds."""
+        """n_prompt, n_generated, n_shifted tokens; start, first token, end (or now) in
+        microseconds, 0 for what has not happened."""
         return (<int>self.prompt.size() if self.prefilled else self.n_past,
-                self.n_generated, self.n_shifted, self.t_start, self.t_first, self.t_end)
+                self.n_generated, self.n_shifted, self.t_start, self.t_first,
+                self.t_end or llama_time_us())
 
     @property
     def generated(self) -> list[int]:

@@ -396,14 +396,6 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_fim_mid(const llama_vocab * vocab) noexcept
     cpp_bool llama_vocab_get_add_bos(const llama_vocab * vocab) noexcept
     cpp_bool llama_vocab_get_add_eos(const llama_vocab * vocab) noexcept
-    int32_t llama_tokenize(
-        const llama_vocab * vocab,
-        const char * text,
-        int32_t text_len,
-        llama_token * tokens,
-        int32_t n_tokens_max,
-        cpp_bool add_special,
-        cpp_bool parse_special) except +raise_native_error
     int32_t llama_token_to_piece(
         const llama_vocab * vocab,
         llama_token token,

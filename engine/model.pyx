@@ -92,6 +92,17 @@ cdef cpp_bool on_load_progress(float progress, void * user_data) noexcept with g
         return False
 
 
+cdef bytes path_bytes(str name, object path):
+    """A path as the file system takes it."""
+    try:
+        raw = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ParameterError(f"{name} is no path: {error}", parameter=name, value=path) from None
+    if b"\0" in raw:
+        raise ParameterError(f"{name} holds NUL", parameter=name, value=path)
+    return raw
+
+
 def list_devices() -> list[str]:
     """Names of the devices a model can be placed on ("CPU", "CUDA0", ...)."""
     cdef size_t i
@@ -213,14 +224,12 @@ cdef class Model(Owner):
         repack: bool = True,
         progress=None,
     ):
-        if self.ptr != NULL:
-            raise BusyError("this Model is already loaded")
-        self.path = os.fspath(path) if not isinstance(path, bytes) else os.fsdecode(path)
+        self.begin()
+        cdef bytes raw_path = path_bytes("path", path)
+        self.path = os.fsdecode(raw_path)
         self.vocab_only = vocab_only
         self.repacked = repack
-        cdef bytes raw_path = os.fsencode(self.path)
-        if b"\0" in raw_path:
-            raise ParameterError("path holds NUL", parameter="path", value=path)
+        self.overrides = {}
 
         cdef llama_model_params params = llama_model_default_params()
         params.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
@@ -281,6 +290,8 @@ cdef class Model(Owner):
                 fill_override(&overrides[<size_t>i], key, value)
                 if isinstance(value, (int, float)):
                     numbers[<string>key.encode()] = value
+                self.overrides[key] = (
+                    str(value).lower() if isinstance(value, bool) else str(value))
             overrides.back().key[0] = 0
             params.kv_overrides = overrides.data()
 
@@ -341,8 +352,11 @@ cdef class Model(Owner):
             self.ptr = NULL
 
     def __dealloc__(self):
-        if not self.closed and self.forks == fork_count:
+        if self.forks != fork_count:
+            return
+        if not self.closed:
             count_live("Model", -1)
+        if self.ptr != NULL:
             llama_model_free(self.ptr)
 
     def close(self) -> None:
@@ -374,7 +388,8 @@ cdef class Model(Owner):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """All scalar metadata of the file, as text. (Arrays, such as the token list, are absent.)"""
+        """All scalar metadata of the file, as text, ``kv_overrides`` included. (Arrays, such as
+        the token list, are absent.)"""
         self.alive()
         cdef int32_t i
         cdef int32_t n
@@ -393,6 +408,7 @@ cdef class Model(Owner):
                     buffer.resize(n + 1)
                     llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
                 found[key] = buffer.data()[:n].decode("utf-8", "replace")
+            found.update(self.overrides)
             self.metadata_ = found
         return dict(self.metadata_)
 
@@ -420,10 +436,11 @@ cdef class Model(Owner):
     @property
     def fingerprint(self) -> bytes:
         """32 bytes that identify the model: SHA-256 over the file's size, its header (metadata,
-        vocabulary, tensor table) and 256 samples of 4 KiB spread evenly over the weights."""
+        vocabulary, tensor table), 256 samples of 4 KiB spread evenly over the weights, and
+        ``kv_overrides``. Of a split model, the first part's."""
         self.alive()
         if self.fingerprint_ is None:
-            self.fingerprint_ = fingerprint_file(self.path)
+            self.fingerprint_ = fingerprint_file(self.path, self.overrides)
         return self.fingerprint_
 
     @property
@@ -524,7 +541,7 @@ cdef class Model(Owner):
         return llama_model_is_diffusion(self.ptr)
 
 
-cdef bytes fingerprint_file(str path):
+cdef bytes fingerprint_file(str path, dict overrides=None):
     cdef gguf_init_params params
     params.no_alloc = True
     params.ctx = NULL
@@ -546,4 +563,6 @@ cdef bytes fingerprint_file(str path):
         for i in range(256):
             file.seek(offset + (size - offset) * i // 256)
             digest.update(file.read(4096))
+    if overrides:
+        digest.update(repr(sorted(overrides.items())).encode())
     return digest.digest()

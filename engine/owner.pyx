@@ -47,6 +47,13 @@ cdef class Owner:
         self.forks = fork_count
         self.closed = True      # until the native object exists
 
+    cdef int begin(self) except -1:
+        """First in every __init__."""
+        if self.begun:
+            raise BusyError(f"this {type(self).__name__} was opened already; make a new one")
+        self.begun = True
+        return 0
+
     cdef int alive(self) except -1:
         if self.forks != fork_count:
             raise ForkedError(
@@ -69,7 +76,7 @@ cdef class Owner:
         self.busy = False
 
     cdef int check_childless(self) except -1:
-        if self.busy:
+        if self.busy or self.readers:
             raise BusyError(
                 f"cannot close this {type(self).__name__}: another thread is inside it")
         if self.children:

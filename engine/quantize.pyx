@@ -67,8 +67,8 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     params.allow_requantize = allow_requantize
     params.quantize_output_tensor = quantize_output
     params.pure = pure
-    source_path = os.fspath(source)
-    target_path = os.fspath(target)
+    source_path = os.fsdecode(path_bytes("source", source))
+    target_path = os.fsdecode(path_bytes("target", target))
     if os.path.realpath(source_path) == os.path.realpath(target_path):
         raise ParameterError("target is the source itself", parameter="target", value=target)
     try:

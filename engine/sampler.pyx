@@ -142,6 +142,8 @@ cdef class Sampler:
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048,
                  trigger_patterns=(), trigger_tokens=()):
+        if self.native.get() != NULL:
+            raise BusyError("this Sampler was made already; make a new one, or see update()")
         vocab.alive()
         self.vocab = vocab
         self.n_ctx = check_int("n_ctx", n_ctx, 1, 2**31 - 1)

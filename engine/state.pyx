@@ -5,7 +5,8 @@ sequence it is loaded into, or worse. Ours begin with a header:
 
     magic "TLKV" | version u32 | kind u32 | key 32 bytes | payload length u64 | CRC-32 u32
 
-The key is a SHA-256 over the model's fingerprint and the settings that decide a blob's layout.
+The key is a SHA-256 over the model's fingerprint and the settings that decide a blob's layout or
+what its numbers mean (rope). Adapters are not in it: their caller knows which were applied.
 """
 import struct
 import zlib
@@ -28,7 +29,7 @@ cdef int _KIND_CONTEXT = 2
 
 cdef bytes state_key(Context context, int kind):
     """Who may load a blob: portable across n_ctx, swa_full and, in a unified cache, n_seq_max."""
-    layout = [context.kv_unified, context.flash_attn, context.type_k, context.type_v]
+    layout = [context.kv_unified, context.flash_attn, context.type_k, context.type_v, context.rope]
     if not context.kv_unified:
         layout.append(context.n_seq_max)
     if kind == _KIND_CONTEXT:
@@ -102,7 +103,7 @@ cdef int check_state(Context context, object blob, int kind) except -1:
     if key != state_key(context, kind):
         raise StateError(
             "the state belongs to another model, or to a context with another kv_unified,"
-            " flash_attn, type_k, type_v or size")
+            " flash_attn, type_k, type_v, rope setting or size")
     if zlib.crc32(memoryview(blob)[header:]) != crc:
         raise StateError("the state is damaged: its checksum does not match")
     return 0

@@ -26,7 +26,6 @@ from llama cimport (
     llama_get_vocab_type,
     llama_model_get_vocab,
     llama_token_to_piece,
-    llama_tokenize,
     llama_vocab_bos,
     llama_vocab_eos,
     llama_vocab_eot,
@@ -46,6 +45,11 @@ from llama cimport (
     llama_vocab_pad,
     llama_vocab_sep,
 )
+
+cdef extern from "tokenize.hpp" namespace "triollama" nogil:
+    vector[llama_token] tokenize(
+        const llama_vocab * vocab, const char * text, int32_t n, cpp_bool add_special,
+        cpp_bool parse_special) except +raise_native_error
 
 cdef dict _VOCAB_TYPES = {
     <int>LLAMA_VOCAB_TYPE_NONE: "none",
@@ -80,7 +84,7 @@ cdef vector[llama_token] token_vector(object tokens) except *:
     cdef vector[llama_token] out
     cdef const int32_t[::1] view
     cdef Py_ssize_t i
-    if tokens is None or isinstance(tokens, (str, bytes)):
+    if tokens is None or isinstance(tokens, (str, bytes, bytearray)):
         raise ParameterError(
             f"tokens must be integers, not {tokens!r}", parameter="tokens", value=tokens)
     if not isinstance(tokens, (list, tuple)):
@@ -143,7 +147,7 @@ cdef class Vocab:
 
         ``add_special`` adds beginning- and end-of-sequence tokens where the model wants them.
         ``parse_special`` turns the text of special tokens ("<eos>") into these tokens; leave it
-        off for text from users. Releases the GIL.
+        off for text from users. Releases the GIL. Raises ParameterError, OutOfMemoryError.
         """
         self.alive()
         cdef bytes data
@@ -162,18 +166,12 @@ cdef class Vocab:
         cdef vector[llama_token] tokens
         cdef cpp_bool special = add_special
         cdef cpp_bool parse = parse_special
-        cdef int32_t n = 0
-        with nogil:
-            tokens.resize(length + 8)
-            n = llama_tokenize(self.ptr, chars, <int32_t>length, tokens.data(),
-                               <int32_t>tokens.size(), special, parse)
-            if n < 0:
-                tokens.resize(-n)
-                n = llama_tokenize(self.ptr, chars, <int32_t>length, tokens.data(),
-                                   <int32_t>tokens.size(), special, parse)
-        if n < 0:
-            raise EngineError("llama.cpp could not tokenize the text", log=native_problem())
-        tokens.resize(n)
+        self.model.readers += 1     # until we are done nobody may close it
+        try:
+            with nogil:
+                tokens = tokenize(self.ptr, chars, <int32_t>length, special, parse)
+        finally:
+            self.model.readers -= 1
         return tokens
 
     def detokenize(self, tokens, remove_special: bool = False,
@@ -196,18 +194,25 @@ cdef class Vocab:
             self.check_token(ids[i])
         if ids.size() == 0:
             return b""
+        if <Py_ssize_t>ids.size() > _MAX_TEXT // 8:
+            raise ParameterError(
+                f"{ids.size()} tokens are too many to detokenize at once", parameter="tokens")
         cdef cpp_bool remove = remove_special
         cdef cpp_bool unparse = unparse_special
         cdef int32_t n
         cdef vector[char] text
-        with nogil:
-            text.resize(8 * ids.size() + 16)
-            n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
-                                 <int32_t>text.size(), remove, unparse)
-            if n < 0:
-                text.resize(-n)
+        self.model.readers += 1
+        try:
+            with nogil:
+                text.resize(8 * ids.size() + 16)
                 n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
                                      <int32_t>text.size(), remove, unparse)
+                if n < 0:
+                    text.resize(-n)
+                    n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
+                                         <int32_t>text.size(), remove, unparse)
+        finally:
+            self.model.readers -= 1
         if n < 0:
             raise EngineError("llama.cpp could not detokenize", log=native_problem())
         return PyBytes_FromStringAndSize(text.data(), n)
