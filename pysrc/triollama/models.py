@@ -14,7 +14,6 @@ import logging
 import os
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -159,6 +158,8 @@ def _default_parts() -> list[Path]:
 
 
 def _assemble(parts: Iterable[Path], target: Path) -> None:
+    import tempfile  # and all it imports: not paid for where nothing is assembled
+
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     temporary = Path(name)
     try:
@@ -212,6 +213,8 @@ def _is_verified(target: Path, stamp: Path) -> bool:
 
 def _write_stamp(target: Path, stamp: Path) -> None:
     """Notes that this very file is right. Where the folder is read-only, each call hashes anew."""
+    import tempfile
+
     with contextlib.suppress(PermissionError):
         # Of two writers the last wins, and both describe a verified file.
         handle, name = tempfile.mkstemp(prefix=f".{stamp.name}.", dir=stamp.parent)

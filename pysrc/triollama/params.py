@@ -193,7 +193,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     parameter="logit_bias",
                     value=token,
                 )
-            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+            if not isinstance(bias, (int, float)) or not bias < math.inf:
                 raise ParameterError(
                     f"logit_bias[{token}] is {bias!r}; it must be a finite number or -inf",
                     parameter="logit_bias",
@@ -282,8 +282,12 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
         value = normal.get(name)
         if isinstance(value, str) and name == "stop":
             normal[name] = (value,)
-        elif isinstance(value, (list, set, frozenset)):
+        elif isinstance(value, list):
             normal[name] = tuple(value)
+    if base is not None and not isinstance(base, GenerationParams):
+        raise ParameterError(
+            f"params must be a GenerationParams, not {base!r}", parameter="params", value=base
+        )
     if base is None:
         return GenerationParams(**normal)
     return msgspec.structs.replace(base, **normal) if normal else base

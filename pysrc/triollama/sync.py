@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import models
 from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
-from .errors import BusyError, ParameterError, UnsupportedError
+from .errors import BusyError, ContextFullError, ParameterError, UnsupportedError
 from .params import MAX_SEED, GenerationParams, make_params
 from .results import Completion, FinishReason, Score, TokenLogprob, Usage
 
@@ -31,6 +31,8 @@ __all__ = ["Completion", "GenerationParams", "Llama", "Score", "Stream", "TokenL
 
 # Outputs one decode of ``score`` may have; each needs memory for a row of logits.
 _SCORE_OUTPUTS = 32
+# In llama.cpp's order.
+_POOLINGS = ("none", "mean", "cls", "last", "rank")
 
 
 class Llama:
@@ -45,6 +47,7 @@ class Llama:
     type_k, type_v, flash_attn: see :class:`triollama._engine.Context`.
     progress: called with a float from 0 to 1 while loading; returning False cancels.
     model_options, context_options: further arguments of Model and Context.
+    With an open Model, n_gpu_layers, progress and model_options come too late: ParameterError.
 
     Raises what :class:`~triollama._engine.Model` and ``Context`` raise.
     """
@@ -70,6 +73,13 @@ class Llama:
         self._embedder: Context | None = None
         self._owns_model = not isinstance(path, Model)
         if isinstance(path, Model):
+            if n_gpu_layers != -1 or progress is not None or model_options:
+                raise ParameterError(
+                    "n_gpu_layers, progress and model_options are for loading, and this Model is"
+                    " loaded already",
+                    parameter="path",
+                    value=path,
+                )
             self.model = path
         else:
             self.model = Model(
@@ -134,17 +144,24 @@ class Llama:
         """The text of ``tokens``; special tokens appear if ``special``."""
         return self.vocab.detokenize(tokens, not special, special)
 
-    def _prompt_tokens(self, prompt: str | Iterable[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
+    def _tokens(
+        self, name: str, text: str | Iterable[int], *, add_special: bool = True
+    ) -> list[int]:
+        """``text`` as tokens, if it is not tokens already."""
+        if isinstance(text, str):
+            if not text:
                 raise ParameterError(
-                    "the prompt is empty; to begin from nothing give the beginning-of-sequence"
+                    f"the {name} is empty; to begin from nothing give the beginning-of-sequence"
                     " token: [llama.vocab.bos]",
-                    parameter="prompt",
-                    value=prompt,
+                    parameter=name,
+                    value=text,
                 )
-            return self.vocab.tokenize(prompt)
-        return list(prompt)
+            return self.vocab.tokenize(text, add_special)
+        if isinstance(text, (bytes, bytearray)) or not isinstance(text, Iterable):
+            raise ParameterError(
+                f"{name} must be a string or tokens, not {text!r}", parameter=name, value=text
+            )
+        return list(text)
 
     # Generation
 
@@ -207,13 +224,8 @@ class Llama:
         TokenError, ContextFullError.
         """
         self._check_no_stream()
-        before: list[int] = []
-        if given is not None:
-            before = self._prompt_tokens(given)
-        if isinstance(text, str):
-            tokens = before + self.vocab.tokenize(text, add_special=not before)
-        else:
-            tokens = before + list(text)
+        before = self._tokens("given", given) if given is not None else []
+        tokens = before + self._tokens("text", text, add_special=not before)
         n_given = max(1, len(before))
         if self.context.embeddings:
             self.context.embeddings = False
@@ -230,7 +242,7 @@ class Llama:
         """Embeddings of one text, float32 [n_embd], or of several, [len(text), n_embd].
 
         pooling: "mean", "cls" (first token), "last", "none" (one row a token; one text only),
-        "rank" (rerankers); None is the model's own, or "mean" where it names none.
+        "rank" (rerankers: their score); None is the model's own, or "mean" where it names none.
         normalize: divide by the Euclidean norm ("rank" is left as it is).
         Uses a second context, made when first needed. Raises ParameterError, ContextFullError.
         """
@@ -246,45 +258,52 @@ class Llama:
             raise ParameterError(
                 "text must be a string or a non-empty list of strings", parameter="text", value=text
             )
+        pooling, in_pieces = self._choose_pooling(pooling)
         if pooling == "none" and not isinstance(text, str):
             raise ParameterError(
                 'pooling="none" gives one row a token, so it takes one text at a time',
                 parameter="pooling",
                 value=pooling,
             )
-        rows = [self._embed_one(one, pooling) for one in texts]
+        rows = [self._embed_one(one, pooling, in_pieces) for one in texts]
         result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
         if normalize and pooling != "rank":
             norm = numpy.linalg.norm(result, axis=-1, keepdims=True)
             result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
         return result
 
-    def _embed_one(self, text: str, pooling: str | None) -> npt.NDArray[np.float32]:
+    def _choose_pooling(self, pooling: str | None) -> tuple[str, bool]:
+        """The pooling in effect, and whether we pool, from token embeddings computed in pieces."""
         model = self.model
+        own = _own_pooling(model)
         # Decoders attend backwards only, so their token embeddings can be computed in pieces and
         # pooled by us; encoders see a text whole, and llama.cpp pools.
-        in_pieces = model.has_decoder and not model.has_encoder and self.context.causal
-        choices = (
-            ("mean", "cls", "last", "none")
-            if in_pieces
-            else ("mean", "cls", "last", "none", "rank")
-        )
+        decodes = model.has_decoder and not model.has_encoder and self.context.causal
         if pooling is None:
-            own = _own_pooling(model)
-            pooling = own if own in choices and own != "none" else "mean"
+            pooling = "mean" if own == "none" else own
+        choices = [name for name in _POOLINGS if name != "rank" or own == "rank" or not decodes]
         if pooling not in choices:
             raise ParameterError(
                 f"pooling must be one of {', '.join(choices)} for this model, not {pooling!r}",
                 parameter="pooling",
                 value=pooling,
             )
-        tokens = self._prompt_tokens(text)
+        return pooling, decodes and pooling != "rank"
+
+    def _embed_one(self, text: str, pooling: str, in_pieces: bool) -> npt.NDArray[np.float32]:
+        tokens = self._tokens("text", text)
+        if len(tokens) > self.n_ctx:
+            raise ContextFullError(
+                f"the text has {len(tokens)} tokens and the context n_ctx={self.n_ctx}",
+                needed=len(tokens),
+                n_ctx=self.n_ctx,
+            )
         context = self._embedding_context("none" if in_pieces else pooling, in_pieces)
         if in_pieces or pooling == "none":
             return embed_tokens(context, tokens, pooling)
         batch = Batch(max(1, len(tokens)))
         batch.extend(tokens, 0, 0, "all")
-        if model.has_decoder:
+        if self.model.has_decoder:
             context.memory.clear()
             context.decode(batch)
         else:
@@ -293,8 +312,8 @@ class Llama:
 
     def _embedding_context(self, pooling: str, in_pieces: bool) -> Context:
         if self._embedder is not None and self._embedder.pooling != pooling:
-            self._embedder.close()
-            self._embedder = None
+            embedder, self._embedder = self._embedder, None
+            embedder.close()
         if self._embedder is None:
             n_ubatch = 64 if in_pieces else self.context.n_ctx
             self._embedder = Context(
@@ -312,10 +331,8 @@ class Llama:
 
 def _own_pooling(model: Model) -> str:
     """The pooling a model's metadata names (``llama_pooling_type``), or "none"."""
-    names = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
-    metadata = model.metadata
-    value = metadata.get(f"{metadata.get('general.architecture', '')}.pooling_type", "")
-    return names.get(value, "none")
+    value = model.metadata.get(f"{model.architecture}.pooling_type", "")
+    return dict(enumerate(_POOLINGS)).get(int(value) if value.isdecimal() else 0, "none")
 
 
 class Stream:
@@ -333,7 +350,7 @@ class Stream:
             raise UnsupportedError(
                 f"a model of architecture {model.architecture!r} does not generate token by token"
             )
-        tokens = llama._prompt_tokens(prompt)
+        tokens = llama._tokens("prompt", prompt)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         self.seed = seed
         self.params = params.replace(seed=seed) if params.seed is None else params
@@ -357,8 +374,10 @@ class Stream:
         generation = self._generation
         try:
             piece = generation.step()
-        except BaseException:
-            self._finish("error")
+        except BaseException as error:
+            # Another thread was inside, and nothing has happened: the stream goes on.
+            if not isinstance(error, BusyError) or generation.finish_reason is not None:
+                self._finish("error")
             raise
         if generation.finish_reason is not None:
             self._finish(generation.finish_reason)
@@ -371,18 +390,15 @@ class Stream:
     def _finish(self, reason: FinishReason) -> None:
         if self.finish_reason is not None:
             return
-        self.finish_reason = reason
-        self._generation.cancel()
         context = self._context
-        if context.is_closed:
-            return
-        if self.params.embeddings and reason != "error":
-            self._embedding = self._generation.embedding() if self._has_output() else None
-        if self.params.threads is not None or self.params.batch_threads is not None:
-            context.set_threads(*self._threads)
-
-    def _has_output(self) -> bool:
-        return self._generation.usage()[1] > 0 or self.finish_reason == "length"
+        if not context.is_closed:
+            has_output = reason == "length" or self._generation.usage()[1] > 0
+            if self.params.embeddings and reason != "error" and has_output:
+                self._embedding = self._generation.embedding()
+            if self.params.threads is not None or self.params.batch_threads is not None:
+                context.set_threads(*self._threads)
+        self._generation.cancel()
+        self.finish_reason = reason
 
     def close(self) -> None:
         """End the generation where it is. Idempotent."""
@@ -432,11 +448,11 @@ class Stream:
             generated_tokens=n_generated,
             shifted_tokens=n_shifted,
             first_token_seconds=(first - start) / 1e6 if first else None,
-            seconds=(end - start) / 1e6 if end and start else 0.0,
+            seconds=(end - start) / 1e6 if start else 0.0,
         )
 
     def completion(self) -> Completion:
-        """What came of it; while it runs, ParameterError."""
+        """What came of it; while it runs, BusyError."""
         if self.finish_reason is None:
             raise BusyError("the generation is still running: iterate to the end, or close it")
         return Completion(

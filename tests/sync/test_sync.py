@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from triollama.errors import (
     BusyError,
     ClosedError,
     ContextFullError,
+    DecodeAborted,
     GrammarError,
     ParameterError,
     TokenError,
@@ -496,12 +499,19 @@ def test_tokenize_and_detokenize(llama):
         ([-1], TokenError),
         (["a"], TokenError),
         ([2**70], TokenError),
-        (None, TypeError),
+        ([1.5], TokenError),
+        (None, ParameterError),
+        (5, ParameterError),
+        (b"text", ParameterError),  # its bytes are no tokens
     ],
 )
 def test_bad_prompts(llama, prompt, error):
-    with pytest.raises(error):
-        llama.generate(prompt)
+    for call in llama.generate, llama.score:
+        with pytest.raises(error):
+            call(prompt)
+    if prompt:  # else nothing is given
+        with pytest.raises(error):
+            llama.score("text", given=prompt)
     llama.generate(PROMPT, max_tokens=1)
 
 
@@ -527,6 +537,8 @@ def test_bad_prompts(llama, prompt, error):
         {"samplers": ("top_k", "top_k")},
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {1: 10**400}},
+        {"samplers": {"top_k", "top_p"}},
         {"logprobs": -1},
         {"threads": 0},
         {"context_overflow": "explode"},
@@ -550,6 +562,12 @@ def test_everything_banned(llama):
     with pytest.raises(TriollamaError):
         llama.generate(PROMPT, logit_bias=banned)
     llama.generate(PROMPT, max_tokens=1)
+
+
+def test_params_of_another_kind(llama):
+    for changes in {}, {"seed": 1}:
+        with pytest.raises(ParameterError, match="GenerationParams"):
+            llama.generate(PROMPT, {"max_tokens": 3}, **changes)
 
 
 def test_params_object(llama):
@@ -602,6 +620,108 @@ def test_an_open_model_can_be_given(tiny):
         first.close()
         second.close()
         assert not model.is_closed
+
+
+def test_options_too_late_for_an_open_model(tiny):
+    with Model(tiny("llama")) as model:
+        for options in (
+            {"n_gpu_layers": 0},
+            {"progress": lambda done: None},
+            {"model_options": {"use_mmap": False}},
+        ):
+            with pytest.raises(ParameterError, match="loaded"):
+                Llama(model, n_ctx=64, **options)
+
+
+def test_causal_attention_in_one_piece(tiny):
+    """With embeddings each prompt token has an output, which must not cut the prompt up."""
+    tokens = list(range(10, 110))
+    options = {**GREEDY, "max_tokens": 5, "causal_attention": False}
+    with Llama(tiny("llama"), n_ctx=256, threads=1) as llama:
+        expected = llama.generate(tokens, **options).tokens
+        with pytest.raises(ParameterError, match="n_outputs_max"):
+            llama.generate(tokens, **options, embeddings=True)
+    roomy = {"n_outputs_max": 128}
+    with Llama(tiny("llama"), n_ctx=256, threads=1, context_options=roomy) as llama:
+        assert llama.generate(tokens, **options, embeddings=True).tokens == expected
+
+
+def test_an_aborted_prompt_leaves_attention_causal(llama):
+    tokens = list(range(10, 60))
+    before = llama.score(tokens).logprobs
+    llama.context.aborting = True
+    with pytest.raises(DecodeAborted):
+        llama.generate(tokens, causal_attention=False)
+    llama.context.aborting = False
+    assert llama.context.causal
+    np.testing.assert_array_equal(llama.score(tokens).logprobs, before)
+
+
+def test_embeddings_of_a_pooling_context(tiny):
+    with (
+        Llama(tiny("llama"), n_ctx=64, context_options={"pooling": "mean"}) as llama,
+        pytest.raises(UnsupportedError, match="pools"),
+    ):
+        llama.generate(PROMPT, embeddings=True)
+
+
+def test_embedding_more_than_the_context_holds(tiny):
+    with (
+        Llama(tiny("llama"), n_ctx=64) as llama,
+        pytest.raises(ContextFullError, match="n_ctx=64"),
+    ):
+        llama.embed("word " * 200)
+
+
+def test_rerank_with_a_decoder(tiny):
+    """A decoder whose file says "rank" is scored by its own head: llama.cpp pools then."""
+    overrides = {"kv_overrides": {"llama.pooling_type": 4}}
+    with Llama(tiny("llama"), n_ctx=64, threads=1, model_options=overrides) as llama:
+        scores = llama.embed(["one text", "another one"])
+        assert scores.shape == (2, llama.model.n_cls_out)
+        assert scores[0] != scores[1]
+        tokens = llama.tokenize("one text")
+        with Context(llama.model, n_ctx=64, n_threads=1, embeddings=True) as context:
+            assert context.pooling == "rank"
+            batch = Batch(len(tokens))
+            batch.extend(tokens, 0, 0, "all")
+            context.decode(batch)
+            np.testing.assert_allclose(scores[0], context.sequence_embedding(copy=True), atol=1e-4)
+        assert llama.embed("one text", pooling="mean").shape == (llama.model.n_embd,)
+
+
+def test_usage_while_it_runs(llama):
+    with llama.stream(PROMPT, max_tokens=5, ignore_eos=True) as stream:
+        next(stream)
+        usage = stream.usage
+        assert usage.seconds >= usage.first_token_seconds > 0
+        with pytest.raises(BusyError):
+            stream.completion()
+
+
+def test_a_stream_busy_elsewhere_goes_on(llama):
+    """BusyError says that nothing was done, so the stream is not over."""
+    expected = llama.generate(PROMPT, max_tokens=20, ignore_eos=True).tokens
+    with llama.stream(PROMPT, max_tokens=20, ignore_eos=True) as stream:
+        busy = threading.Event()
+        stop = threading.Event()
+
+        def other() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(BusyError):
+                    llama.context.synchronize()
+                busy.set()
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        busy.wait()
+        while stream.finish_reason is None:
+            with contextlib.suppress(BusyError, StopIteration):
+                next(stream)
+        stop.set()
+        thread.join()
+        assert stream.finish_reason == "length"
+        assert stream.tokens == expected
 
 
 def test_import_leaves_trio_alone(run_isolated):
