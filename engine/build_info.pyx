@@ -1,6 +1,4 @@
 """How this extension was built, and what it finds on this machine."""
-import json
-
 from ggml cimport (
     GGML_BACKEND_DEVICE_TYPE_ACCEL,
     GGML_BACKEND_DEVICE_TYPE_CPU,
@@ -61,6 +59,8 @@ def build_info() -> dict:
     """
     cdef size_t i, free, total
     cdef ggml_backend_dev_t device
+    import json
+
     info = json.loads(TRIOLLAMA_BUILD_JSON.decode())
     # What the linked libraries say of themselves outranks what the build wrote down.
     info["llama_version"] = llama_version().decode()

@@ -1,5 +1,5 @@
 """llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp")."""
-import logging
+import sys
 
 from libcpp.pair cimport pair
 
@@ -25,28 +25,46 @@ cdef extern from "log.hpp" namespace "triollama" nogil:
         string problem() except +
         void forget_problem() noexcept
 
-_logger = logging.getLogger("triollama.llama_cpp")
-# A library must stay silent unless its user configured logging (logging's last resort prints warnings).
-logging.getLogger("triollama").addHandler(logging.NullHandler())
+# logging's own numbers, so that a script which logs nothing need not import it.
+cdef int _DEBUG = 10
+cdef int _INFO = 20
+cdef int _WARNING = 30
+cdef int _ERROR = 40
 
 cdef dict _PYTHON_LEVELS = {
-    <int>GGML_LOG_LEVEL_NONE: logging.INFO,
-    <int>GGML_LOG_LEVEL_DEBUG: logging.DEBUG,
-    <int>GGML_LOG_LEVEL_INFO: logging.INFO,
-    <int>GGML_LOG_LEVEL_WARN: logging.WARNING,
-    <int>GGML_LOG_LEVEL_ERROR: logging.ERROR,
+    <int>GGML_LOG_LEVEL_NONE: _INFO,
+    <int>GGML_LOG_LEVEL_DEBUG: _DEBUG,
+    <int>GGML_LOG_LEVEL_INFO: _INFO,
+    <int>GGML_LOG_LEVEL_WARN: _WARNING,
+    <int>GGML_LOG_LEVEL_ERROR: _ERROR,
 }
+
+cdef object _logger = None
+
+
+cdef object get_logger():
+    """The logger, or None while nobody has imported logging: then nobody can be listening."""
+    global _logger
+    if _logger is None and "logging" in sys.modules:
+        import logging
+        # A library must stay silent unless its user configured logging (whose last resort prints
+        # warnings).
+        logging.getLogger("triollama").addHandler(logging.NullHandler())
+        _logger = logging.getLogger("triollama.llama_cpp")
+    return _logger
 
 
 cdef int begin_log() except -1:
     """Before a call that may fail: what is logged from here on belongs to it."""
     cdef ggml_log_level threshold = GGML_LOG_LEVEL_ERROR
-    if _logger.isEnabledFor(logging.DEBUG):
-        threshold = GGML_LOG_LEVEL_DEBUG
-    elif _logger.isEnabledFor(logging.INFO):
-        threshold = GGML_LOG_LEVEL_INFO
-    elif _logger.isEnabledFor(logging.WARNING):
-        threshold = GGML_LOG_LEVEL_WARN
+    logger = get_logger()
+    if logger is not None:
+        if logger.isEnabledFor(_DEBUG):
+            threshold = GGML_LOG_LEVEL_DEBUG
+        elif logger.isEnabledFor(_INFO):
+            threshold = GGML_LOG_LEVEL_INFO
+        elif logger.isEnabledFor(_WARNING):
+            threshold = GGML_LOG_LEVEL_WARN
     LogQueue.instance().set_threshold(threshold)
     LogQueue.instance().forget_problem()
     return 0
@@ -56,9 +74,11 @@ cdef int flush_log() except -1:
     """Hands waiting lines to logging. Cheap when there are none."""
     if not LogQueue.instance().has_lines():
         return 0
+    logger = get_logger()
     for line in LogQueue.instance().drain():
-        level = _PYTHON_LEVELS.get(line.first, logging.INFO)
-        _logger.log(level, "%s", line.second.decode("utf-8", "replace").rstrip())
+        if logger is not None:
+            level = _PYTHON_LEVELS.get(line.first, _INFO)
+            logger.log(level, "%s", line.second.decode("utf-8", "replace").rstrip())
     return 0
 
 

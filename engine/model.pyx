@@ -1,5 +1,4 @@
 """The model: a GGUF file mapped into memory."""
-import hashlib
 import re
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -555,6 +554,8 @@ cdef bytes fingerprint_file(str path, dict overrides=None):
         raise ModelFormatError(f"{path} is no longer the GGUF file it was", path=path)
     offset = gguf_get_data_offset(gguf)
     gguf_free(gguf)
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,7 +1,5 @@
 """From logits to a token: the chain of engine/sampling.hpp for Python, and log-probabilities."""
-import secrets
-
-from triollama.params import GenerationParams
+from triollama.params import GenerationParams, draw_seed
 
 from libc.stdint cimport int32_t
 from libc.string cimport memcpy
@@ -46,7 +44,7 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingP
     None is drawn here."""
     cdef llama_logit_bias bias
     check_params(params)
-    out.seed = secrets.randbelow(0xFFFFFFFF) if params.seed is None else params.seed
+    out.seed = draw_seed() if params.seed is None else params.seed
     out.stages.clear()
     for name in params.samplers:
         out.stages.push_back(<Stage><int>_STAGES[name])

@@ -34,6 +34,8 @@ cdef bytes state_key(Context context, int kind):
         layout.append(context.n_seq_max)
     if kind == _KIND_CONTEXT:
         layout += [context.n_ctx, context.n_seq_max, context.n_batch, context.embeddings_]
+    import hashlib
+
     digest = hashlib.sha256(context.model.fingerprint)
     digest.update(repr(layout).encode())
     return digest.digest()

@@ -8,9 +8,7 @@ parts, and put together in the user's cache when it is first asked for.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
-import logging
 import os
 import struct
 import sys
@@ -29,8 +27,6 @@ _DEFAULT_NAME = "gemma-3-270m-q4_k_m.gguf"
 _MAGIC = b"GGUF"
 _HEADER = struct.Struct("<4sIqq")  # magic, version, number of tensors, number of keys
 _VERSIONS = (2, 3)
-
-_log = logging.getLogger("triollama.models")
 
 
 def cache_dir() -> Path:
@@ -69,7 +65,9 @@ def default_model() -> Path:
             _write_stamp(target, stamp)
             return target
         parts = _default_parts()
-        _log.info(
+        import logging
+
+        logging.getLogger("triollama.models").info(
             "preparing the default model in %s; its use is subject to the Gemma Terms of Use, "
             "https://ai.google.dev/gemma/terms",
             folder,
@@ -158,6 +156,7 @@ def _default_parts() -> list[Path]:
 
 
 def _assemble(parts: Iterable[Path], target: Path) -> None:
+    import hashlib
     import tempfile  # and all it imports: not paid for where nothing is assembled
 
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -196,6 +195,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
+        import hashlib
+
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,6 +8,7 @@ so that nothing that reaches the engine needs checking again.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 
 from .errors import ParameterError
 
-__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "MAX_SEED", "GenerationParams"]
+__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "MAX_SEED", "GenerationParams", "draw_seed"]
 
 MAX_SEED = 0xFFFF_FFFE
 """Largest seed. 0xFFFFFFFF means "random" to llama.cpp, so it is never a seed here."""
@@ -36,6 +37,11 @@ DEFAULT_SAMPLERS = (
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Strings that interrupt a repetition for DRY: llama.cpp's own default."""
+
+
+def draw_seed() -> int:
+    """A seed from the operating system's randomness: what a ``seed`` of None stands for."""
+    return int.from_bytes(os.urandom(8), "little") % (MAX_SEED + 1)
 
 
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,6 @@ Never imports trio. For many generations at once see :func:`triollama.open_llama
 from __future__ import annotations
 
 import os
-import secrets
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from . import models
 from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
 from .errors import BusyError, ContextFullError, ParameterError, UnsupportedError
-from .params import MAX_SEED, GenerationParams, make_params
+from .params import GenerationParams, draw_seed, make_params
 from .results import Completion, FinishReason, Score, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -351,7 +350,7 @@ class Stream:
                 f"a model of architecture {model.architecture!r} does not generate token by token"
             )
         tokens = llama._tokens("prompt", prompt)
-        seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+        seed = draw_seed() if params.seed is None else params.seed
         self.seed = seed
         self.params = params.replace(seed=seed) if params.seed is None else params
         sampler = Sampler(llama.vocab, self.params, n_ctx=context.n_ctx)

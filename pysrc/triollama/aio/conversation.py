@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -15,7 +14,7 @@ import trio
 from .. import state as saved_state
 from ..chat import ChatTemplate, ChatTokens, assistant_spans
 from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedError
-from ..params import MAX_SEED, GenerationParams, make_params
+from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion
 from ..state import MAX_TITLE, Message
 from .adapters import Adapters, Scaled
@@ -203,7 +202,7 @@ class Conversation:
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
         if "seed" not in changes and (params is None or params.seed is None):
-            changes["seed"] = secrets.randbelow(MAX_SEED + 1)
+            changes["seed"] = draw_seed()
 
         def plan() -> tuple[State, tuple[Message, ...]]:
             if not self._state.turns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -10,7 +9,7 @@ import msgspec
 import trio
 
 from ..errors import BusyError, ParameterError
-from ..params import MAX_SEED, GenerationParams, make_params
+from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         priority: int,
         capacity: int,
     ) -> None:
-        seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+        seed = draw_seed() if params.seed is None else params.seed
         self.params = params.replace(seed=seed) if params.seed is None else params
         self.prompt = tuple(tokens)
         self.priority = priority
