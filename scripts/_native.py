@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fetch_llama_cpp import PIN_FILE, Upstream, locate, read_pin
 
 RECIPE = (PIN_FILE.parent / "CMakeLists.txt", PIN_FILE.parent / "amx_tile_config.h")
 CMAKE_MINIMUM = (3, 20)
+SCRIPTS = sysconfig.get_path("scripts")
 FORMAT = 1  # of what _collect writes; part of the key
 
 # Variables that change what CMake or a compiler makes of the same flags.
@@ -126,10 +128,18 @@ def _cmake_version(cmake: str) -> tuple[int, ...]:
     return (int(match[1]), int(match[2])) if match else ()
 
 
+def _which(*names: str) -> str | None:
+    """The first of these on PATH, else beside Python, where `pip install cmake ninja` puts them."""
+    places = (None, SCRIPTS)
+    return next(
+        (f for path in places for name in names if (f := shutil.which(name, path=path))), None
+    )
+
+
 def usable_cmake() -> str | None:
-    """CMake on PATH, when it is new enough."""
-    found = shutil.which("cmake")
-    return found if found and _cmake_version(found) >= CMAKE_MINIMUM else None
+    """CMake on PATH or beside Python, when it is new enough."""
+    candidates = (shutil.which("cmake"), shutil.which("cmake", path=SCRIPTS))
+    return next((c for c in candidates if c and _cmake_version(c) >= CMAKE_MINIMUM), None)
 
 
 def _check_compilers(flags: dict[str, str]) -> None:
@@ -166,7 +176,7 @@ def find_tools(arguments: Sequence[str]) -> Tools:
     """Find CMake, a make program and ccache, and check that there is a C++ compiler."""
     cmake = usable_cmake()
     if cmake is None:
-        found = shutil.which("cmake")
+        found = _which("cmake")
         state = f"{found} is older" if found else "there is none on PATH"
         wanted = ".".join(map(str, CMAKE_MINIMUM))
         raise BuildError(
@@ -178,11 +188,11 @@ def find_tools(arguments: Sequence[str]) -> Tools:
     user_generator = any(a.startswith("-G") for a in arguments) or os.environ.get("CMAKE_GENERATOR")
     if user_generator or "CMAKE_MAKE_PROGRAM" in flags:
         return Tools(cmake, "", "", ccache)
-    if ninja := shutil.which("ninja") or shutil.which("ninja-build"):
+    if ninja := _which("ninja", "ninja-build"):
         return Tools(cmake, "Ninja", ninja, ccache)
     if os.name == "nt":
         return Tools(cmake, "", "", ccache)
-    if make := shutil.which("make") or shutil.which("gmake"):
+    if make := _which("make", "gmake"):
         return Tools(cmake, "Unix Makefiles", make, ccache)
     raise BuildError(
         f"ninja or make is needed, and neither is on PATH. Get it: {INSTALL_HINTS['ninja']}"

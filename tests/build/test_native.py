@@ -26,6 +26,15 @@ def upstream(fetcher: ModuleType, native: ModuleType, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
+def beside_python(native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the one where pip puts programs."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    monkeypatch.setattr(native, "SCRIPTS", str(folder))
+    return folder
+
+
+@pytest.fixture
 def tools(native: ModuleType) -> Any:
     return native.Tools("cmake", "Ninja", "ninja", "")
 
@@ -118,6 +127,7 @@ def fake_programs(folder: Path, *names: str, version: str = "3.31.0") -> str:
 )
 def test_says_which_tool_is_missing(
     native: ModuleType,
+    beside_python: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     present: tuple[str, ...],
@@ -131,7 +141,7 @@ def test_says_which_tool_is_missing(
 
 @pytest.mark.skipif(os.name == "nt", reason="makes programs of shell scripts")
 def test_an_old_cmake_is_named(
-    native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    native: ModuleType, beside_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake_programs(tmp_path / "bin", "cmake", version="3.19.2")
     monkeypatch.setenv("PATH", folder)
@@ -140,18 +150,32 @@ def test_an_old_cmake_is_named(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="makes programs of shell scripts")
-def test_make_will_do(native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_will_do(
+    native: ModuleType, beside_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", fake_programs(tmp_path / "bin", "cmake", "make", "cc", "c++"))
     found = native.find_tools(())
     assert (found.generator, Path(found.make).name, found.ccache) == ("Unix Makefiles", "make", "")
     assert native.find_tools(("-G", "Something")).generator == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="makes programs of shell scripts")
+def test_programs_beside_python_serve_where_path_has_none(
+    native: ModuleType, beside_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_python.rmdir()
+    fake_programs(beside_python, "cmake", "ninja")
+    monkeypatch.setenv("PATH", fake_programs(tmp_path / "bin", "cc", "c++"))
+    found = native.find_tools(())
+    assert {Path(found.cmake).parent, Path(found.make).parent} == {beside_python}
+
+
 def test_cmake_and_ninja_are_required_from_the_index_where_path_has_none(
     tmp_path: Path,
 ) -> None:
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import _backend\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import _backend, _native\n"
+        "_native.SCRIPTS = sys.argv[2]\n"
         "print(_backend._native_tools()); os.environ['PATH'] = sys.argv[2]\n"
         "print(_backend._native_tools())"
     )
