@@ -21,7 +21,8 @@ cdef class Generation:
     prompt: tokens; params: a GenerationParams.
 
     ``step`` gives the next piece of text. Errors leave the generation finished ("error"), except
-    BusyError: the context, the sampler or the generation serve another thread at the moment.
+    BusyError: the context, the sampler or the generation serve another thread at the moment,
+    or a view of the logits is alive.
     """
 
     def __cinit__(self, Context context not None, *args, **kwargs):
@@ -140,6 +141,7 @@ cdef class Generation:
         cdef string out
         if self.finish_reason is not None:
             return None
+        self.context.check_no_views()
         self.enter()
         try:
             while not self.prefilled:

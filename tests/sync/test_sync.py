@@ -704,7 +704,7 @@ def test_a_busy_stream_goes_on(llama):
         next(stream)
         view = llama.context.logits()  # the next decode would overwrite it
         for _ in range(3):
-            with pytest.raises(BusyError):
+            with pytest.raises(BusyError, match="view"):
                 next(stream)
         assert stream.finish_reason is None
         del view
