@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triollama import _engine
+from triollama import _engine, state
 from triollama.chat import named, template_for_model
+from triollama.errors import StateError
 from triollama.tuning import (
     DataError,
+    Encoder,
     Example,
     ExampleTooLongError,
     InvalidSettingError,
     InvalidValidationSplitError,
     TrainingDataset,
-    encode_chat,
-    encode_completion,
-    encode_text,
     pack_rows,
     prepare_training_data,
+    read_items,
 )
 
 CHAT = [
@@ -60,53 +60,56 @@ def learned(model: _engine.Model, example: Example) -> list[str]:
 
 def test_assistants_and_the_ends_of_their_turns_are_learned(model: _engine.Model) -> None:
     template = template_for_model(model)
-    example = encode_chat(model.vocab, template, CHAT)
+    encoder = Encoder(model.vocab, template)
+    example = encoder.chat(CHAT)
     parts = learned(model, example)
     assert len(parts) == 2
     for part, answer in zip(parts, ("It is 4.", "That makes 6."), strict=True):
         assert part.strip().startswith(answer)
         ending = part.strip().removeprefix(answer).strip()
         assert model.vocab.is_eog(model.vocab.tokenize(ending, False, True)[0])
-    last = encode_chat(model.vocab, template, CHAT, only_last=True)
+    last = encoder.chat(CHAT, only_last=True)
     assert learned(model, last) == parts[1:]
     assert np.array_equal(last.tokens, example.tokens)
 
 
 def test_a_special_token_in_peoples_text_stays_text(gemma: _engine.Model) -> None:
-    example = encode_chat(gemma.vocab, template_for_model(gemma), CHAT)
+    example = Encoder(gemma.vocab, template_for_model(gemma)).chat(CHAT)
     (end,) = gemma.vocab.tokenize("<end_of_turn>", False, True)
     assert list(example.tokens).count(end) == 4  # one for each message, none from the text
 
 
 def test_an_answer_begins_where_generation_begins(gemma: _engine.Model) -> None:
     template = template_for_model(gemma)
-    example = encode_chat(gemma.vocab, template, CHAT[:2])
+    encoder = Encoder(gemma.vocab, template)
+    example = encoder.chat(CHAT[:2])
     first = int(np.flatnonzero(example.targets)[0])
-    prompt = encode_chat(gemma.vocab, template, CHAT[:1])
+    prompt = encoder.chat(CHAT[:1])
     opening = gemma.vocab.tokenize("<start_of_turn>model\n", False, True)
     assert list(example.tokens[:first]) == [*prompt.tokens, *opening]
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_the_text(gemma: _engine.Model) -> None:
-    example = encode_chat(gemma.vocab, named("plain"), CHAT[:2])
+    example = Encoder(gemma.vocab, named("plain")).chat(CHAT[:2])
     assert gemma.vocab.is_eog(int(example.tokens[-1]))
     assert example.targets[-1]
 
 
 def test_completions_and_texts(model: _engine.Model) -> None:
-    example = encode_completion(model.vocab, "Question: why? ", "Because.")
+    example = Encoder(model.vocab).completion("Question: why? ", "Because.")
     (part,) = learned(model, example)
     assert "Because." in part
     assert "why" not in part
     assert example.tokens[-1] == model.vocab.eos
-    text = encode_text(model.vocab, "Once upon a time")
+    text = Encoder(model.vocab).text("Once upon a time")
     assert not text.targets[0]
     assert text.targets[1:].all()
     assert text.tokens[-1] == model.vocab.eos
 
 
 def test_rows_predict_the_next_learned_token(gemma: _engine.Model) -> None:
-    a, b = encode_text(gemma.vocab, "One two"), encode_text(gemma.vocab, "Three four five")
+    encoder = Encoder(gemma.vocab)
+    a, b = encoder.text("One two"), encoder.text("Three four five")
     (row,) = pack_rows([a, b], 100)
     n, m = len(a.tokens), len(b.tokens)
     assert list(row.positions) == [*range(n), *range(m)]
@@ -176,6 +179,58 @@ def test_files_of_each_kind(gemma: _engine.Model, tmp_path: Path) -> None:
     assert "⟦It is 4.<end_of_turn>⟧" in data.preview(0)
 
 
+def test_conversations_saved_by_triollama(gemma: _engine.Model, tmp_path: Path) -> None:
+    messages = tuple(state.Message(role=one["role"], content=one["content"]) for one in CHAT)  # type: ignore[arg-type]
+    document = state.Document(
+        model=state.ModelIdentity(fingerprint=bytes(32)),
+        conversations=(
+            state.Conversation(id="a", messages=messages, title="A chat"),
+            state.Conversation(id="unanswered", messages=messages[:1]),
+            state.Conversation(id="b", messages=messages[:2]),
+        ),
+    )
+    kwargs: dict[str, Any] = {
+        "vocab": gemma.vocab, "template": template_for_model(gemma), "validation_split": 0.0
+    }  # fmt: skip
+    expected = prepare_training_data([CHAT, CHAT[:2]], **kwargs)
+    state.save_document(tmp_path / "a.json", document)
+    state.save_document(tmp_path / "a.msgpack", document, "msgpack")
+    with state.Journal(tmp_path / "a.journal", document):
+        pass
+    indented = json.dumps(json.loads((tmp_path / "a.json").read_bytes()), indent=2)
+    (tmp_path / "indented.json").write_text(indented)
+    for name in ("a.json", "a.msgpack", "a.journal", "indented.json"):
+        data = prepare_training_data(tmp_path / name, **kwargs)
+        assert data.hash() == expected.hash()
+        assert [one.source for one in data.train] == ["conversation a", "conversation b"]
+        assert data.statistics().dropped == 1
+    data = prepare_training_data(document.conversations, **kwargs)
+    assert data.hash() == expected.hash()
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.json").read_bytes()[:-30])
+    with pytest.raises(StateError):
+        prepare_training_data(tmp_path / "a.json", **kwargs)
+
+
+def test_a_prompt_and_its_completion_as_a_chat(gemma: _engine.Model) -> None:
+    kwargs: dict[str, Any] = {
+        "vocab": gemma.vocab, "template": template_for_model(gemma), "validation_split": 0.0
+    }  # fmt: skip
+    pair = {"question": CHAT[0]["content"], "answer": CHAT[1]["content"]}
+    asked = prepare_training_data([pair], as_chat=True, **kwargs)
+    assert asked.hash() == prepare_training_data([CHAT[:2]], **kwargs).hash()
+    assert asked.hash() != prepare_training_data([pair], **kwargs).hash()
+
+
+def test_held_out_data_of_its_own(gemma: _engine.Model, tmp_path: Path) -> None:
+    path = tmp_path / "held-out.jsonl"
+    path.write_text('{"text": "held"}\n{"text": "out"}\n')
+    data = prepare_training_data(texts(5), vocab=gemma.vocab, validation=path)
+    assert (len(data.train), len(data.validation)) == (5, 2)
+    assert list(read_items(path)) == [{"text": "held"}, {"text": "out"}]
+    with pytest.raises(DataError, match="validation"):
+        prepare_training_data(texts(5), vocab=gemma.vocab, validation=[])
+
+
 @pytest.mark.parametrize(
     ("line", "path"),
     [
@@ -193,6 +248,7 @@ def test_files_of_each_kind(gemma: _engine.Model, tmp_path: Path) -> None:
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}',
             "$.messages[1].content",
         ),
+        ('{"messages": [], "tools": "search"}', "$.tools"),
         ("[" * 100000, None),
     ],
 )

@@ -9,16 +9,14 @@ from __future__ import annotations
 from .config import QLoRAConfig, TrainingConfig, learning_rate_at
 from .dataset import (
     DatasetStatistics,
-    Example,
     Row,
     TrainingDataset,
-    encode_chat,
-    encode_completion,
-    encode_text,
     pack_rows,
     prepare_training_data,
+    read_items,
     read_jsonl,
 )
+from .encode import Encoder, Example
 from .errors import (
     AdapterApplicationError,
     AdapterFileNotFoundError,
@@ -63,6 +61,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "DatasetStatistics",
+    "Encoder",
     "EvaluationMetrics",
     "Example",
     "ExampleTooLongError",
@@ -94,15 +93,13 @@ __all__ = [
     "TuningError",
     "UnsupportedModelError",
     "check_adapter",
-    "encode_chat",
-    "encode_completion",
-    "encode_text",
     "evaluate_examples",
     "evaluate_text",
     "learning_rate_at",
     "load_peft",
     "pack_rows",
     "prepare_training_data",
+    "read_items",
     "read_jsonl",
     "save_merged",
     "save_peft",

@@ -1,24 +1,21 @@
-"""Training data: conversations and texts to tokens, with the mask of what is learned.
-
-A model is trained on what it is to say: assistants' messages and the marker that ends their turn.
-Where a chat is cut into tokens it is cut as in serving: text of the template and text of people
-are tokenised apart, special tokens arise in the former alone, and an answer starts a new piece.
-"""
+"""Training data: conversations and texts from files, split into training and held out."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from ..errors import ParameterError, TriollamaError
+from .. import state
+from ..chat import ROLES, ChatTemplate
+from ..errors import ParameterError
+from .encode import Encoder, Example, Tokens, Vocab
 from .errors import (
     DataError,
     ExampleTooLongError,
@@ -28,57 +25,13 @@ from .errors import (
 
 __all__ = [
     "DatasetStatistics",
-    "Example",
     "Row",
     "TrainingDataset",
-    "encode_chat",
-    "encode_completion",
-    "encode_text",
     "pack_rows",
     "prepare_training_data",
+    "read_items",
     "read_jsonl",
 ]
-
-Tokens = NDArray[np.int32]
-
-
-class Vocab(Protocol):
-    """What is needed of a vocabulary; ``Model.vocab`` has it."""
-
-    def tokenize(
-        self, text: str, add_special: bool = True, parse_special: bool = False
-    ) -> list[int]: ...
-    def is_eog(self, token: int) -> bool: ...
-    def piece(self, token: int, special: bool = False) -> bytes: ...
-    @property
-    def bos(self) -> int | None: ...
-    @property
-    def eos(self) -> int | None: ...
-    @property
-    def adds_bos(self) -> bool: ...
-
-
-class Template(Protocol):
-    """What is needed of a chat template; ``triollama.chat.ChatTemplate`` has it."""
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> Any: ...
-
-
-class Example(NamedTuple):
-    """One text. ``tokens``: int32. ``targets``: bool, which of them are learned; the first never.
-
-    ``source`` says where it came from, for messages.
-    """
-
-    tokens: Tokens
-    targets: NDArray[np.bool_]
-    source: str = ""
-
-    @property
-    def n_targets(self) -> int:
-        return int(self.targets.sum())
 
 
 class Row(NamedTuple):
@@ -138,134 +91,6 @@ def pack_rows(examples: Iterable[Example], max_length: int, open_rows: int = 16)
     return [row_of(row) for row in closed + rows]
 
 
-# ---- texts to tokens
-
-
-def encode_text(vocab: Vocab, text: str, source: str = "") -> Example:
-    """Every token is learned, the end of the text among them, except a leading beginning mark."""
-    tokens = vocab.tokenize(text, True, False)
-    if vocab.eos is not None and (not tokens or tokens[-1] != vocab.eos):
-        tokens.append(vocab.eos)
-    targets = np.ones(len(tokens), np.bool_)
-    targets[:1] = False
-    return Example(np.array(tokens, np.int32), targets, source)
-
-
-def encode_completion(vocab: Vocab, prompt: str, completion: str, source: str = "") -> Example:
-    """The completion and the end of the text are learned, the prompt is not."""
-    head = vocab.tokenize(prompt, True, False)
-    if head and vocab.eos is not None and head[-1] == vocab.eos:
-        head.pop()
-    tail = vocab.tokenize(completion, False, False)
-    if vocab.eos is not None and (not tail or tail[-1] != vocab.eos):
-        tail.append(vocab.eos)
-    targets = np.array([False] * len(head) + [True] * len(tail), np.bool_)
-    targets[:1] = False
-    return Example(np.array(head + tail, np.int32), targets, source)
-
-
-def encode_chat(
-    vocab: Vocab,
-    template: Template,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    only_last: bool = False,
-    source: str = "",
-) -> Example:
-    """A chat by its template. Learned is what the assistant would generate: each of its messages
-    from the end of the generation prompt to the token that ends the turn (``only_last``: the last
-    message alone)."""
-    rendered = template.render(messages, add_generation_prompt=False)
-    assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if only_last:
-        assistants = assistants[-1:]
-    spans = _assistant_spans(template, messages, rendered, assistants)
-
-    tokens: list[int] = []
-    targets: list[bool] = []
-    pending = False  # an answer has ended and its end-of-turn token has not come yet
-    open_end: int | None = None  # where the text after an answer without such a token begins
-    for text, of_template, target in _pieces(rendered.segments, spans):
-        piece = vocab.tokenize(text, False, of_template)
-        if target:
-            targets += [True] * len(piece)
-            pending, open_end = True, None
-        elif pending and of_template:
-            stop = next((i for i, token in enumerate(piece) if vocab.is_eog(token)), None)
-            learned = 0 if stop is None else stop + 1
-            open_end = len(targets) if stop is None else None
-            targets += [True] * learned + [False] * (len(piece) - learned)
-            pending = False
-        else:
-            targets += [False] * len(piece)
-            pending, open_end = False, None
-        tokens += piece
-    if pending:
-        open_end = len(targets)
-    if open_end is not None and vocab.eos is not None:
-        # Neither the template nor anything after it ends the last answer: the end of the text does.
-        targets[open_end:] = [True] * (len(targets) - open_end)
-        if not vocab.is_eog(tokens[-1]):
-            tokens.append(vocab.eos)
-            targets.append(True)
-    if vocab.adds_bos and vocab.bos is not None and (not tokens or tokens[0] != vocab.bos):
-        tokens.insert(0, vocab.bos)
-        targets.insert(0, False)
-    mask = np.array(targets, np.bool_)
-    mask[:1] = False
-    return Example(np.array(tokens, np.int32), mask, source)
-
-
-def _assistant_spans(
-    template: Template, messages: Sequence[Mapping[str, Any]], rendered: Any, chosen: Sequence[int]
-) -> list[tuple[int, int]]:
-    """The characters of each answer, [start, end), in the rendered text."""
-    own: dict[int, tuple[int, int]] = {}
-    at = 0
-    for segment in rendered.segments:
-        if segment.message is not None:
-            start, _ = own.get(segment.message, (at, at))
-            own[segment.message] = (start, at + len(segment.text))
-        at += len(segment.text)
-    spans = []
-    for i in chosen:
-        if i not in own:
-            continue
-        start, end = own[i]
-        # What the template puts before the answer after the generation prompt (a tool call's
-        # opening, say) the model has to generate as well.
-        try:
-            prompt = template.render(messages[:i], add_generation_prompt=True).text
-        except TriollamaError:
-            prompt = ""  # a template may refuse half a chat
-        if prompt and len(prompt) <= start and rendered.text.startswith(prompt):
-            start = len(prompt)
-        spans.append((start, end))
-    return spans
-
-
-def _pieces(
-    segments: Sequence[Any], spans: Sequence[tuple[int, int]]
-) -> Iterator[tuple[str, bool, bool]]:
-    """(text, of the template, learned): stretches to be tokenised each by itself."""
-    edges = sorted({edge for span in spans for edge in span})
-    text, kind, at = "", (False, False), 0
-    for segment in segments:
-        end = at + len(segment.text)
-        cuts = [at, *(edge for edge in edges if at < edge < end), end]
-        for start, stop in itertools.pairwise(cuts):
-            learned = any(first <= start and stop <= last for first, last in spans)
-            this = (bool(segment.template), learned)
-            if text and (this != kind or start in edges):
-                yield text, *kind
-                text = ""
-            kind = this
-            text += segment.text[start - at : stop - at]
-        at = end
-    if text:
-        yield text, *kind
-
-
 # ---- files
 
 
@@ -287,6 +112,27 @@ def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
+_STATE_FILE = re.compile(
+    rb'TLJ|\s*\{\s*"format"\s*:\s*"triollama-conversations-'
+    rb"|[\x80-\x8f\xde\xdf]..?.?.?.?\xa6format.{1,3}triollama-conversations-",
+    re.DOTALL,
+)
+
+
+def _read(path: str | PathLike[str]) -> Iterator[tuple[int | None, Any]]:
+    """What a file holds: conversations saved by triollama, or the lines of a JSONL file."""
+    with open(path, "rb") as file:
+        saved = _STATE_FILE.match(file.read(4096))
+    if saved:
+        return ((None, one) for one in state.load_document(path).conversations)
+    return read_jsonl(path)
+
+
+def read_items(path: str | PathLike[str]) -> Iterator[Any]:
+    """The items of a file in any form that :func:`prepare_training_data` reads, one at a time."""
+    return (item for _, item in _read(path))
+
+
 def _text_at(value: Mapping[str, Any], key: str, line: int | None, path: str = "$") -> str:
     found = value.get(key)
     if not isinstance(found, str):
@@ -296,33 +142,44 @@ def _text_at(value: Mapping[str, Any], key: str, line: int | None, path: str = "
     return found
 
 
-def _messages_of(conversation: Any, line: int | None) -> list[dict[str, Any]] | None:
-    """The messages of a chat in any of the forms accepted, or None if it is no chat."""
-    path = "$"
-    if isinstance(conversation, msgspec.Struct):
-        conversation = msgspec.to_builtins(conversation)
-    if isinstance(conversation, Mapping):
-        key = next((key for key in ("messages", "conversations") if key in conversation), None)
+def _chat_of(item: Any, line: int | None) -> tuple[list[dict[str, Any]], Any]:
+    """Messages and tools of a chat in any of the forms accepted."""
+    path, tools = "$", None
+    if isinstance(item, msgspec.Struct):
+        item = msgspec.to_builtins(item)
+    if isinstance(item, Mapping):
+        key = next((key for key in ("messages", "conversations") if key in item), None)
         if key is None:
-            return None
-        path, conversation = f"$.{key}", conversation[key]
-    if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+            keys = ", ".join(map(json.dumps, list(item)[:5]))
+            raise DataError(
+                f"needs messages, prompt and completion, or text; it has {keys}",
+                line=line,
+                path="$",
+            )
+        tools = item.get("tools")
+        if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+            raise DataError("must be a list", line=line, path="$.tools")
+        path, item = f"$.{key}", item[key]
+    if isinstance(item, str) or not isinstance(item, Sequence):
         raise DataError("must be a list of messages", line=line, path=path)
     messages = []
-    for i, given in enumerate(conversation):
+    for i, given in enumerate(item):
         here = f"{path}[{i}]"
+        if isinstance(given, state.Message):
+            messages.append(given.for_template())
+            continue
         message = msgspec.to_builtins(given) if isinstance(given, msgspec.Struct) else given
         if not isinstance(message, Mapping):
             raise DataError("must be an object with role and content", line=line, path=here)
         role = message.get("role")
-        if role not in ("system", "developer", "user", "assistant", "tool"):
+        if role not in ROLES:
             raise DataError(f"unknown role {role!r}", line=line, path=f"{here}.role")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise DataError("must be text", line=line, path=f"{here}.content")
         messages.append(dict(message))
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("no message of an assistant to learn from", line=line, path=path)
-    return messages
+    return messages, tools
 
 
 # ---- the dataset
@@ -416,24 +273,31 @@ def prepare_training_data(
     conversations: Iterable[Any] | str | PathLike[str],
     *,
     vocab: Vocab,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
     validation_split: float = 0.1,
+    validation: Iterable[Any] | str | PathLike[str] | None = None,
     seed: int = 42,
     max_length: int = 512,
     truncation: str = "error",
     only_last: bool = False,
+    as_chat: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> TrainingDataset:
     """Tokens and masks of conversations, with some of the conversations held out.
 
-    conversations: the path of a JSONL file, or an iterable. Each item is a chat (a list of
-    messages, or an object with ``messages``), an object with ``prompt`` and ``completion``
+    conversations: the path of a JSONL file, or of conversations saved by triollama, or an
+    iterable. Each item is a chat (a list of messages, an object with ``messages`` and maybe
+    ``tools``, a ``triollama.state.Conversation``), an object with ``prompt`` and ``completion``
     (``question`` and ``answer`` mean the same), or an object with ``text``, or a plain string.
     Chats need a ``template`` (see ``triollama.chat.template_for_model``). validation_split: the
-    share of conversations, never of messages, held out; drawn with ``seed``. max_length and
-    truncation: see TrainingConfig; an example of which no learned token is left is dropped.
+    share of conversations, never of messages, held out; drawn with ``seed``. validation: what to
+    hold out instead, in the same forms. max_length and truncation: see TrainingConfig; an example
+    of which no learned token is left is dropped, a saved conversation without an answer too.
+    only_last: of a chat, learn the last answer alone. as_chat: a prompt is what the user says and
+    its completion the answer. progress: called with the number of examples made.
 
-    Raises DataError naming line and path, ExampleTooLongError, InvalidValidationSplitError.
+    Raises DataError naming line and path, ExampleTooLongError, InvalidValidationSplitError, and a
+    StateError for a damaged file of saved conversations.
     """
     if not isinstance(validation_split, (int, float)) or not 0.0 <= validation_split < 1.0:
         raise InvalidValidationSplitError(
@@ -447,46 +311,18 @@ def prepare_training_data(
             parameter="truncation",
             value=truncation,
         )
-    items: Iterable[tuple[int | None, Any]]
-    if isinstance(conversations, (str, PathLike)):
-        items = read_jsonl(conversations)
-    else:
-        items = ((None, item) for item in conversations)
-    examples: list[Example] = []
-    truncated = dropped = 0
-    for i, (line, item) in enumerate(items):
-        source = f"line {line}" if line is not None else f"item {i}"
-        try:
-            example = _encode(vocab, template, item, line, only_last, source)
-        except InvalidSettingError:
-            raise
-        except ParameterError as error:
-            raise DataError(str(error), line=line, path="$") from error
-        if len(example.tokens) > max_length:
-            if truncation == "error":
-                raise ExampleTooLongError(
-                    f"{source} has {len(example.tokens)} tokens and max_length is {max_length};"
-                    " raise it, or choose truncation='drop', 'end' or 'start'",
-                    line=line,
-                )
-            if truncation == "drop":
-                dropped += 1
-                continue
-            truncated += 1
-            cut = slice(max_length) if truncation == "end" else slice(-max_length, None)
-            targets = example.targets[cut].copy()
-            targets[:1] = False
-            example = Example(example.tokens[cut], targets, source)
-        if not example.n_targets:
-            dropped += 1
-            continue
-        examples.append(example)
-        if progress:
-            progress(len(examples))
+    reader = _Reader(Encoder(vocab, template), max_length, truncation, only_last, as_chat, progress)
+    examples = reader.read(conversations)
     if not examples:
         raise DataError(
-            f"no examples to train on ({dropped} dropped: too long, or without a learned token)"
+            f"no examples to train on ({reader.dropped} dropped: too long, or without a learned"
+            " token)"
         )
+    if validation is not None:
+        held_out = reader.read(validation)
+        if not held_out:
+            raise DataError("validation holds no example")
+        return reader.dataset(examples, held_out)
     order = np.arange(len(examples))
     np.random.Generator(np.random.PCG64(seed)).shuffle(order)
     n_validation = round(len(examples) * validation_split)
@@ -499,44 +335,111 @@ def prepare_training_data(
             parameter="validation_split",
             value=validation_split,
         )
-    held_out = set(order[:n_validation].tolist())
-    return TrainingDataset(
-        [example for i, example in enumerate(examples) if i not in held_out],
-        [example for i, example in enumerate(examples) if i in held_out],
-        max_length=max_length,
-        truncated=truncated,
-        dropped=dropped,
-        vocab=vocab,
+    chosen = set(order[:n_validation].tolist())
+    return reader.dataset(
+        [example for i, example in enumerate(examples) if i not in chosen],
+        [example for i, example in enumerate(examples) if i in chosen],
     )
 
 
-def _encode(
-    vocab: Vocab,
-    template: Template | None,
-    item: Any,
-    line: int | None,
-    only_last: bool,
-    source: str,
-) -> Example:
-    if isinstance(item, str):
-        return encode_text(vocab, item, source)
-    if isinstance(item, Mapping):
-        for prompt, completion in (("prompt", "completion"), ("question", "answer")):
-            if prompt in item and completion in item:
-                return encode_completion(
-                    vocab,
-                    _text_at(item, prompt, line),
-                    _text_at(item, completion, line),
-                    source,
-                )
-        if "text" in item:
-            return encode_text(vocab, _text_at(item, "text", line), source)
-    messages = _messages_of(item, line)
-    if messages is None:
-        keys = ", ".join(map(json.dumps, list(item)[:5])) if isinstance(item, Mapping) else item
-        raise DataError(
-            f"needs messages, prompt and completion, or text; it has {keys}", line=line, path="$"
+class _Reader:
+    """Items to examples, by the policies of one call."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_length: int,
+        truncation: str,
+        only_last: bool,
+        as_chat: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.encoder = encoder
+        self.max_length = max_length
+        self.truncation = truncation
+        self.only_last = only_last
+        self.as_chat = as_chat
+        self.progress = progress
+        self.truncated = self.dropped = 0
+
+    def read(self, source: Iterable[Any] | str | PathLike[str]) -> list[Example]:
+        items: Iterable[tuple[int | None, Any]]
+        if isinstance(source, (str, PathLike)):
+            items = _read(source)
+        else:
+            items = ((None, item) for item in source)
+        examples: list[Example] = []
+        for i, (line, item) in enumerate(items):
+            name = f"line {line}" if line is not None else f"item {i}"
+            if isinstance(item, state.Conversation):
+                name = f"conversation {item.id}"
+            example = self._fitted(self._encode(item, line, name), line)
+            if example is None:
+                self.dropped += 1
+                continue
+            examples.append(example)
+            if self.progress:
+                self.progress(len(examples))
+        return examples
+
+    def dataset(self, train: Sequence[Example], held_out: Sequence[Example]) -> TrainingDataset:
+        return TrainingDataset(
+            train,
+            held_out,
+            max_length=self.max_length,
+            truncated=self.truncated,
+            dropped=self.dropped,
+            vocab=self.encoder.vocab,
         )
-    if template is None:
-        raise InvalidSettingError("chats need a template", parameter="template")
-    return encode_chat(vocab, template, messages, only_last=only_last, source=source)
+
+    def _fitted(self, example: Example | None, line: int | None) -> Example | None:
+        """The example within ``max_length``; None if nothing is left to learn."""
+        if example is None:
+            return None
+        if len(example.tokens) > self.max_length:
+            if self.truncation == "error":
+                raise ExampleTooLongError(
+                    f"{example.source} has {len(example.tokens)} tokens and max_length is"
+                    f" {self.max_length}; raise it, or choose truncation='drop', 'end' or 'start'",
+                    line=line,
+                )
+            if self.truncation == "drop":
+                return None
+            self.truncated += 1
+            end = self.truncation == "end"
+            cut = slice(self.max_length) if end else slice(-self.max_length, None)
+            targets = example.targets[cut].copy()
+            targets[:1] = False
+            example = Example(example.tokens[cut], targets, example.source)
+        return example if example.n_targets else None
+
+    def _encode(self, item: Any, line: int | None, source: str) -> Example | None:
+        try:
+            return self._example(item, line, source)
+        except InvalidSettingError:
+            raise
+        except ParameterError as error:
+            raise DataError(str(error), line=line, path="$") from error
+
+    def _example(self, item: Any, line: int | None, source: str) -> Example | None:
+        """None for a saved conversation in which nobody has answered yet."""
+        if isinstance(item, str):
+            return self.encoder.text(item, source)
+        if isinstance(item, Mapping):
+            for keys in (("prompt", "completion"), ("question", "answer")):
+                if all(key in item for key in keys):
+                    prompt, completion = (_text_at(item, key, line) for key in keys)
+                    if not self.as_chat:
+                        return self.encoder.completion(prompt, completion, source)
+                    turns = (("user", prompt), ("assistant", completion))
+                    chat = [{"role": role, "content": content} for role, content in turns]
+                    return self.encoder.chat(chat, source=source)
+            if "text" in item:
+                return self.encoder.text(_text_at(item, "text", line), source)
+        if isinstance(item, state.Conversation):
+            messages, tools = [message.for_template() for message in item.messages], None
+            if not any(message["role"] == "assistant" for message in messages):
+                return None
+        else:
+            messages, tools = _chat_of(item, line)
+        return self.encoder.chat(messages, tools=tools, only_last=self.only_last, source=source)

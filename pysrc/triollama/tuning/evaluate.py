@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from .._engine import Trainer
-from .dataset import Example, Vocab, row_of
+from .dataset import row_of
+from .encode import Example, Vocab
 from .errors import DataError, InvalidSettingError
 
 __all__ = ["EvaluationMetrics", "evaluate_examples", "evaluate_text", "without_adapter"]

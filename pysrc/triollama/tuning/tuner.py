@@ -21,10 +21,11 @@ import msgspec
 import numpy as np
 
 from .._engine import Adapter, Batch, Context, Model, Trainer, set_adapters
-from ..chat import ChatTemplate, template_for_model
+from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..errors import AdapterError, ParameterError
 from .config import TrainingConfig
-from .dataset import Example, TrainingDataset, prepare_training_data
+from .dataset import TrainingDataset, prepare_training_data
+from .encode import Example
 from .errors import (
     AdapterApplicationError,
     IncompatibleAdapterError,
@@ -74,11 +75,16 @@ class TrainingMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt's continuation by the base model and by the adapted one, both greedy."""
+    """A prompt's answer by the base model and by the adapted one, both greedy.
+
+    ``base_ended``, ``tuned_ended``: whether the model ended its turn by itself.
+    """
 
     prompt: str
     base: str
     tuned: str
+    base_ended: bool = False
+    tuned_ended: bool = False
 
 
 @runtime_checkable
@@ -442,7 +448,7 @@ class Tuner:
             context.decode(batch)
 
     def compare(self, prompts: Sequence[str], *, max_tokens: int = 64) -> list[Comparison]:
-        """Each prompt continued greedily by the base model and with the adapters applied.
+        """Each prompt answered greedily by the base model and with the adapters applied.
 
         A prompt is the user's turn of a chat. Raises NoAdapterError if no adapter is applied.
         """
@@ -450,36 +456,43 @@ class Tuner:
         if not self._applied:
             raise NoAdapterError("no adapter is applied; compare would show the base twice")
         template = template_for_model(self.model, self._template)
-        answers: dict[str, list[str]] = {"base": [], "tuned": []}
+        tokenizer = ChatTokenizer(self.model.vocab)
+        end = tokenizer.turn_end(template)
+        chats = []
+        for prompt in prompts:
+            rendered = template.render([{"role": "user", "content": prompt}])
+            chats.append(tokenizer.encode(rendered).tokens)
         try:
-            for which, texts in answers.items():
-                self._apply(self._applied if which == "tuned" else {})
-                for prompt in prompts:
-                    text = template.render([{"role": "user", "content": prompt}])
-                    texts.append(self._greedy(context, text.segments, max_tokens))
+            self._apply({})
+            base = [self._greedy(context, tokens, end, max_tokens) for tokens in chats]
+            self._apply(self._applied)
+            tuned = [self._greedy(context, tokens, end, max_tokens) for tokens in chats]
         finally:
             self._apply(self._applied)
             context.memory.clear()
         return [
-            Comparison(prompt=prompt, base=base, tuned=tuned)
-            for prompt, base, tuned in zip(prompts, answers["base"], answers["tuned"], strict=True)
+            Comparison(prompt=prompt, base=a[0], tuned=b[0], base_ended=a[1], tuned_ended=b[1])
+            for prompt, a, b in zip(prompts, base, tuned, strict=True)
         ]
 
-    def _greedy(self, context: Context, segments: Sequence[Any], max_tokens: int) -> str:
+    def _greedy(
+        self, context: Context, tokens: Sequence[int], end: TurnEnd, max_tokens: int
+    ) -> tuple[str, bool]:
+        """The answer, and whether it ended by itself."""
         vocab = self.model.vocab
-        tokens: list[int] = []
-        for segment in segments:
-            tokens += vocab.tokenize(segment.text, False, segment.template)
-        if vocab.adds_bos and vocab.bos is not None and tokens[:1] != [vocab.bos]:
-            tokens.insert(0, vocab.bos)
         context.memory.clear()
         self._decode(context, tokens, 0)
         out: list[int] = []
+        text = ""
         room = min(max_tokens, context.n_ctx - len(tokens))
         while len(out) < room:
             token = int(context.logits(copy=True).argmax())
-            if vocab.is_eog(token):
-                break
+            if vocab.is_eog(token) or token in end.tokens:
+                return text, True
             out.append(token)
+            text = vocab.detokenize(out)
+            stop = min((text.find(one) for one in end.stop if one in text), default=-1)
+            if stop >= 0:
+                return text[:stop], True
             self._decode(context, [token], len(tokens) + len(out) - 1)
-        return vocab.detokenize(out)
+        return text, False

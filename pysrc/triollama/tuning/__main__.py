@@ -1,0 +1,200 @@
+"""``python -m triollama.tuning``: train an adapter on a file, evaluate it, try it out.
+
+Every setting of :class:`TrainingConfig` is an option. With ``--checkpoint`` a run that was
+interrupted goes on where it was, by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .. import models
+from .._engine import Model, Trainer
+from ..chat import template_for_model
+from ..errors import TriollamaError
+from .config import QLoRAConfig, TrainingConfig
+from .dataset import TrainingDataset, prepare_training_data, read_items
+from .errors import IncompatibleAdapterError
+from .evaluate import evaluate_examples
+from .export import check_adapter
+from .session import train
+from .tuner import Tuner
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a refusal that is explained, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (TriollamaError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m triollama.tuning", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    training = commands.add_parser("train", help="train an adapter")
+    training.set_defaults(run=_train)
+    _data_options(training)
+    training.add_argument("--validation", metavar="FILE", help="held-out data, instead of a share")
+    training.add_argument(
+        "--validation-limit", type=int, metavar="N", help="use only its first N items"
+    )
+    training.add_argument("--validation-split", type=float, default=0.1, metavar="SHARE")
+    training.add_argument("--adapter", required=True, metavar="FILE", help="where to write it")
+    training.add_argument("--checkpoint", metavar="FILE", help="write it, and go on from it")
+    training.add_argument("--report", metavar="FILE", help="write the run's summary as JSON")
+    _config_options(training)
+
+    evaluation = commands.add_parser("evaluate", help="loss, perplexity and accuracy on data")
+    evaluation.set_defaults(run=_evaluate)
+    _data_options(evaluation)
+    evaluation.add_argument("--limit", type=int, metavar="N", help="use only the first N items")
+    evaluation.add_argument("--adapter", metavar="FILE")
+    evaluation.add_argument("--threads", type=int)
+    evaluation.add_argument("--max-length", type=int, default=2048)
+
+    comparison = commands.add_parser("compare", help="answers with and without an adapter")
+    comparison.set_defaults(run=_compare)
+    _model_options(comparison)
+    comparison.add_argument("adapter", metavar="ADAPTER")
+    comparison.add_argument("prompts", nargs="+", metavar="PROMPT")
+    comparison.add_argument("--max-tokens", type=int, default=64)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FILE", help="a GGUF file; default: the default model")
+    parser.add_argument("--template", metavar="NAME", help="a chat template; default: the model's")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="JSONL, or saved conversations")
+    _model_options(parser)
+    parser.add_argument(
+        "--as-chat", action="store_true", help="a prompt is what the user says, and so on"
+    )
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings, as in TrainingConfig")
+    for field in msgspec.structs.fields(TrainingConfig):
+        name = "--" + field.name.replace("_", "-")
+        if field.name == "qlora":
+            group.add_argument(name, metavar="TYPE", help="quantise the base to this type first")
+        elif isinstance(field.default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            group.add_argument(name, default=field.default, help=f"default: {field.default}")
+
+
+def _config(options: argparse.Namespace) -> TrainingConfig:
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(TrainingConfig):
+        value = getattr(options, field.name)
+        if isinstance(value, str):
+            if field.name == "targets" and value != "all-linear":
+                value = tuple(value.split(","))
+            elif field.name == "qlora":
+                value = QLoRAConfig(quant_type=value, double_quant="_k" in value.lower())
+            else:
+                value = msgspec.convert(value, field.type, strict=False)
+        values[field.name] = value
+    return TrainingConfig(**values)
+
+
+def _model_path(options: argparse.Namespace) -> Path:
+    return Path(options.model) if options.model else models.default_model()
+
+
+def _dataset(options: argparse.Namespace, config: TrainingConfig) -> TrainingDataset:
+    validation: Iterable[Any] | None = None
+    if options.validation:
+        validation = islice(read_items(options.validation), options.validation_limit)
+    with Model(_model_path(options), vocab_only=True) as model:
+        return prepare_training_data(
+            options.data,
+            vocab=model.vocab,
+            template=template_for_model(model, options.template),
+            validation_split=options.validation_split,
+            validation=validation,
+            seed=config.seed,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            as_chat=options.as_chat,
+        )
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _config(options)
+    dataset = _dataset(options, config)
+    print(msgspec.json.encode(dataset.statistics()).decode(), flush=True)
+    started = time.monotonic()
+    path, checkpoint = _model_path(options), options.checkpoint
+    with train(path, dataset, config, checkpoint=checkpoint, resume=True) as run:
+        for step in run:
+            text = (
+                f"step {step.step}/{step.total_steps}  loss {step.loss:.4f}"
+                f"  {step.tokens_per_second:.0f} tokens/s"
+            )
+            if step.validation_loss is not None:
+                text += f"  held out {step.validation_loss:.4f}"
+            print(text, flush=True)
+        run.save_adapter(options.adapter)
+        summary = run.summary()
+    for at, loss in summary.validation:
+        best = "  (best)" if at == summary.best_step else ""
+        print(f"held-out loss after step {at}: {loss:.4f}{best}")
+    how = "stopped early" if summary.stopped_early else "complete"
+    print(f"{how} after step {summary.step}, {time.monotonic() - started:.0f} s; {options.adapter}")
+    if options.report:
+        text = msgspec.json.format(msgspec.json.encode(summary), indent=1).decode()
+        Path(options.report).write_text(text + "\n", encoding="utf-8")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    path = _model_path(options)
+    with Model(path, vocab_only=True) as model:
+        dataset = prepare_training_data(
+            islice(read_items(options.data), options.limit),
+            vocab=model.vocab,
+            template=template_for_model(model, options.template),
+            validation_split=0.0,
+            max_length=options.max_length,
+            as_chat=options.as_chat,
+        )
+    shape: dict[str, Any] = {"rank": 1}
+    if options.adapter:
+        found = check_adapter(options.adapter, path)
+        if not found.is_compatible:
+            raise IncompatibleAdapterError("; ".join(found.problems), path=options.adapter)
+        shape = {"rank": found.rank, "alpha": found.alpha or found.rank, "targets": found.targets}
+    with Trainer(path, threads=options.threads, **shape) as trainer:
+        if options.adapter:
+            trainer.load_adapter(options.adapter)
+        print(msgspec.json.encode(evaluate_examples(trainer, dataset.train)).decode())
+
+
+def _compare(options: argparse.Namespace) -> None:
+    with Tuner(_model_path(options), template=options.template) as tuner:
+        tuner.apply_lora(options.adapter)
+        for one in tuner.compare(options.prompts, max_tokens=options.max_tokens):
+            print(msgspec.json.encode(one).decode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

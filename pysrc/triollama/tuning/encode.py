@@ -1,0 +1,127 @@
+"""Texts to examples: tokens, and the mask of what is learned.
+
+A model is trained on what it is to say, and on the tokens that serving would give it: chats go
+through the tokenizer of conversations (:class:`triollama.chat.ChatTokenizer`), and what is to be
+generated begins with a token of its own, as it does when the model generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, assistant_spans
+from .errors import InvalidSettingError
+
+__all__ = ["Encoder", "Example", "Tokens", "Vocab"]
+
+Tokens = NDArray[np.int32]
+
+
+class Vocab(Protocol):
+    """What is needed of a vocabulary; ``Model.vocab`` has it."""
+
+    def tokenize(
+        self, text: str | bytes, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]: ...
+    def is_eog(self, token: int) -> bool: ...
+    def piece(self, token: int, special: bool = False) -> bytes: ...
+    def text(self, token: int) -> bytes: ...
+    def attributes(self, token: int) -> frozenset[str]: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
+    def adds_bos(self) -> bool: ...
+
+
+class Example(NamedTuple):
+    """One text. ``tokens``: int32. ``targets``: bool, which of them are learned; the first never.
+
+    ``source`` says where it came from, for messages.
+    """
+
+    tokens: Tokens
+    targets: NDArray[np.bool_]
+    source: str = ""
+
+    @property
+    def n_targets(self) -> int:
+        return int(self.targets.sum())
+
+
+class Encoder:
+    """Makes examples with one vocabulary and, for chats, one template."""
+
+    def __init__(self, vocab: Vocab, template: ChatTemplate | None = None) -> None:
+        self.vocab = vocab
+        self.template = template
+        self._chats = ChatTokenizer(vocab)
+        # Of its own: the other learns a template's markers, which bare texts do not have.
+        self._texts = ChatTokenizer(vocab)
+        self._turn_tokens = (
+            frozenset() if template is None else frozenset(self._chats.turn_end(template).tokens)
+        )
+
+    def text(self, text: str, source: str = "") -> Example:
+        """Every token is learned, the end of the text too, except a leading beginning mark."""
+        tokens = self.vocab.tokenize(text, True, False)
+        targets = [True] * len(tokens)
+        return self._example(*self._ended(tokens, targets), source)
+
+    def completion(self, prompt: str, completion: str, source: str = "") -> Example:
+        """The completion and the end of the text are learned, the prompt is not."""
+        segments = (Segment(prompt, False, 0, False), Segment(completion, False, 1, False))
+        text = prompt + completion
+        made = self._texts.encode(Rendered(text, segments), [(len(prompt), len(text))])
+        return self._example(*self._ended(made.tokens, made.mask), source)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        only_last: bool = False,
+        source: str = "",
+    ) -> Example:
+        """A chat by the template. Learned is what the assistant would generate: each of its
+        messages from the end of the generation prompt to the token that ends the turn
+        (``only_last``: the last message alone).
+
+        Where neither the template nor anything after it ends the last answer, the end of the text
+        does, and is learned. Raises InvalidSettingError without a template, ChatTemplateError.
+        """
+        if self.template is None:
+            raise InvalidSettingError("chats need a template", parameter="template")
+        rendered, spans = assistant_spans(self.template, messages, tools=tools)
+        made = self._chats.encode(rendered, spans)
+        tokens, targets = list(made.tokens), list(made.mask)
+        end = len(targets) - targets[::-1].index(True) if True in targets else 0
+        begin = end - targets[:end][::-1].index(False) if False in targets[:end] else 0
+        answered = messages and messages[-1].get("role") == "assistant"
+        if answered and not any(map(self._ends_turn, tokens[begin:end])):
+            targets[end:] = [True] * (len(targets) - end)
+            tokens, targets = self._ended(tokens, targets)
+        if only_last:
+            targets[:begin] = [False] * begin
+        return self._example(tokens, targets, source)
+
+    def _ends_turn(self, token: int) -> bool:
+        return self.vocab.is_eog(token) or token in self._turn_tokens
+
+    def _ended(self, tokens: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
+        """With the end of the text, learned."""
+        eos = self.vocab.eos
+        if eos is not None and (not tokens or tokens[-1] != eos):
+            return [*tokens, eos], [*targets, True]
+        return tokens, [*targets[:-1], True] if tokens else targets
+
+    @staticmethod
+    def _example(tokens: list[int], targets: list[bool], source: str) -> Example:
+        mask = np.array(targets, np.bool_)
+        mask[:1] = False
+        return Example(np.array(tokens, np.int32), mask, source)
