@@ -88,7 +88,9 @@ cdef class Context(Owner):
     cdef int last_n_tokens
     cdef vector[uint8_t] last_sequences  # of the last decode: 1 where the sequence had tokens
     cdef tuple adapters_                # of (Adapter, scale), those applied
+    cdef str broken                     # what left llama.cpp in the middle of a computation
 
+    cdef int compute(self, Batch batch, bint encode) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1

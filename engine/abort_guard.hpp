@@ -2,11 +2,13 @@
 //
 // ggml_abort() calls its callback before abort(); an exception thrown there passes through ggml's C frames (the ABIs of
 // x86-64 and arm64 give them unwind tables) into llama.cpp, which catches what loading and context creation throw.
-// Never around a computation: ggml's worker threads would wait for ever for the one that left.
+// Inside a parallel computation it still ends the process: the other threads would wait for ever for the one that left.
 #pragma once
 
 #include "ggml.h"
+#include "llama.h"
 
+#include <cstdint>
 #include <stdexcept>
 
 namespace triollama {
@@ -36,5 +38,9 @@ private:
     static inline thread_local int depth = 0;
     int entered = 0;
 };
+
+// llama_decode and llama_encode inside an AbortScope. After a native_abort the context can only be freed.
+int32_t guarded_decode(llama_context * ctx, const llama_batch & batch);
+int32_t guarded_encode(llama_context * ctx, const llama_batch & batch);
 
 }  // namespace triollama

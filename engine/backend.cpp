@@ -1,5 +1,6 @@
 #include "backend.hpp"
 
+#include "abort_guard.hpp"
 #include "log.hpp"
 
 #include <stdexcept>
@@ -33,7 +34,7 @@ int32_t LlamaBackend::decode(const Batch & batch) {
     view.seq_id   = slot_pointers.data();
     view.logits   = const_cast<int8_t *>(batch.output.data());
     LogQueue::instance().forget_problem();
-    const int32_t code = llama_decode(ctx, view);
+    const int32_t code = guarded_decode(ctx, view);
     LogQueue::muted() = false;
     if (code == 0) {
         llama_synchronize(ctx);     // so that a step's measured cost is its own, on GPUs too

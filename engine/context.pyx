@@ -35,8 +35,6 @@ from llama cimport (
     LLAMA_ROPE_SCALING_TYPE_YARN,
     llama_context_default_params,
     llama_context_params,
-    llama_decode,
-    llama_encode,
     llama_flash_attn_type,
     llama_free,
     llama_get_causal_attn,
@@ -505,6 +503,34 @@ cdef class Context(Owner):
                 f" n_outputs_max={self.n_outputs_max}", parameter="batch", value=n_outputs)
         return 0
 
+    cdef int alive(self) except -1:
+        Owner.alive(self)
+        if self.broken is not None:
+            raise EngineError(
+                "this context cannot be used any more, only closed, because llama.cpp failed in"
+                f" the middle of a computation: {self.broken}")
+        return 0
+
+    cdef int compute(self, Batch batch, bint encode) except -1:
+        """llama_decode or llama_encode, the batch having been checked; outputs are not noted."""
+        cdef int code = 0
+        self.output_rows.clear()
+        LogQueue.instance().forget_problem()
+        try:
+            with nogil:
+                if encode:
+                    code = guarded_encode(self.ptr, batch.c)
+                else:
+                    code = guarded_decode(self.ptr, batch.c)
+        except TriollamaError as error:     # a failed assertion, or no memory, anywhere inside
+            self.broken = str(error)
+            raise
+        finally:
+            flush_log()
+        if code != 0:
+            raise decode_error(code)
+        return 0
+
     def decode(self, Batch batch not None) -> None:
         """Compute ``batch``, and keep its tokens in memory. Releases the GIL.
 
@@ -512,24 +538,17 @@ cdef class Context(Owner):
         before), DecodeAborted, DecodeError (tokens of the batch may be in memory: remove them by
         position), ContextFullError, ViewError.
         """
-        cdef int code
         self.enter()
         try:
             self.check_no_views()
             if not self.model.has_decoder:
                 raise UnsupportedError("this model has no decoder; use encode")
             self.check_batch(batch, False)
-            self.output_rows.clear()
-            LogQueue.instance().forget_problem()
             batch.readers += 1
             try:
-                with nogil:
-                    code = llama_decode(self.ptr, batch.c)
+                self.compute(batch, False)
             finally:
                 batch.readers -= 1
-            flush_log()
-            if code != 0:
-                raise decode_error(code)
             self.note_outputs(batch, False)
         finally:
             self.leave()
@@ -537,24 +556,17 @@ cdef class Context(Owner):
     def encode(self, Batch batch not None) -> None:
         """Compute ``batch`` without the cache: encoders and embedding models. Errors as decode;
         UnsupportedError for models that only decode."""
-        cdef int code
         self.enter()
         try:
             self.check_no_views()
             if self.mem != NULL and not self.model.has_encoder:
                 raise UnsupportedError("this model has no encoder; use decode")
             self.check_batch(batch, True)
-            self.output_rows.clear()
-            LogQueue.instance().forget_problem()
             batch.readers += 1
             try:
-                with nogil:
-                    code = llama_encode(self.ptr, batch.c)
+                self.compute(batch, True)
             finally:
                 batch.readers -= 1
-            flush_log()
-            if code != 0:
-                raise decode_error(code)
             self.note_outputs(batch, True)
         finally:
             self.leave()

@@ -22,6 +22,11 @@ cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
         @staticmethod
         void install() noexcept
 
+    int guarded_decode(
+        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+    int guarded_encode(
+        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+
 cdef extern from "gguf_check.hpp" namespace "triollama" nogil:
     void check_gguf(
         const string & path, cpp_bool model, const cpp_map[string, double] & overrides

@@ -195,17 +195,10 @@ cdef class Generation:
 
     cdef int decode_last(self) except -1:
         """As Context.decode, without the checks that a token of the model's own cannot fail."""
-        cdef int code = 0
         self.context.check_no_views()
         self.batch.c.n_tokens = 0
         self.batch.put(self.tokens.back(), self.n_past, 0, True)
-        self.context.output_rows.clear()
-        LogQueue.instance().forget_problem()
-        with nogil:
-            code = llama_decode(self.context.ptr, self.batch.c)
-        flush_log()
-        if code != 0:
-            raise decode_error(code)
+        self.context.compute(self.batch, False)
         self.context.note_outputs(self.batch, False)
         self.n_past += 1
         self.undecoded = False

@@ -317,8 +317,6 @@ cdef extern from "llama.h" nogil:
     llama_memory_t llama_get_memory(const llama_context * ctx) noexcept
     llama_pooling_type llama_get_pooling_type "llama_pooling_type"(
         const llama_context * ctx) noexcept
-    int32_t llama_encode(llama_context * ctx, llama_batch batch) except +raise_native_error
-    int32_t llama_decode(llama_context * ctx, llama_batch batch) except +raise_native_error
     void llama_set_n_threads(
         llama_context * ctx, int32_t n_threads, int32_t n_threads_batch) noexcept
     int32_t llama_n_threads(llama_context * ctx) noexcept

@@ -72,7 +72,7 @@ FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threa
             context.reset(llama_init_from_model(model.get(), context_params));
         }
         llama_token token = 0;
-        if (!context || llama_decode(context.get(), llama_batch_get_one(&token, 1)) != 0) {
+        if (!context || guarded_decode(context.get(), llama_batch_get_one(&token, 1)) != 0) {
             throw unsupported_error(path + ": cannot be trained: llama.cpp cannot evaluate it");
         }
     }

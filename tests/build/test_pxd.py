@@ -205,7 +205,7 @@ def test_mistakes_in_a_copy_of_the_real_pxd_are_found(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     text = (tmp_path / "llama.pxd").read_text()
     for pattern, mistake in [
-        (r"int32_t llama_decode\(", "int64_t llama_decode("),
+        (r"int32_t llama_n_threads\(", "int64_t llama_n_threads("),
         (r"(llama_memory_seq_rm\([^)]*), llama_pos p1\)", r"\1)"),
         (r"uint32_t n_ubatch\n", "uint32_t n_gone\n"),
         (r"LLAMA_SPLIT_MODE_ROW\n", "LLAMA_SPLIT_MODE_ROW = 77\n"),
@@ -215,7 +215,7 @@ def test_mistakes_in_a_copy_of_the_real_pxd_are_found(tmp_path: Path) -> None:
     (tmp_path / "llama.pxd").write_text(text)
     _, found = check_pxd.check(tmp_path, SOURCE, ["llama.pxd"])
     assert {one.what for one in found} == {
-        "function llama_decode",
+        "function llama_n_threads",
         "function llama_memory_seq_rm",
         "llama_context_params.n_gone",
         "enum member LLAMA_SPLIT_MODE_ROW",
