@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <unordered_set>
 
 namespace triollama {
 
@@ -33,11 +34,11 @@ void TensorStore::allocate(ggml_backend_buffer_type_t type) {
     ggml_backend_buffer_clear(buffer.get(), 0);
 }
 
-Graph::Graph(size_t max_nodes, bool gradients, ggml_tensor * row_numbers)
-    : max_nodes(max_nodes), row_numbers(row_numbers) {
+Graph::Graph(size_t max_nodes, bool gradients, const GraphOptions & options)
+    : max_nodes(max_nodes), options(options) {
     ggml_init_params params{};
-    // Twice: a graph rewritten after differentiation holds its nodes in a second list, and views add tensors.
-    params.mem_size = ggml_tensor_overhead() * max_nodes * 2 + ggml_graph_overhead_custom(max_nodes, gradients) * 2;
+    // Thrice: a graph is listed anew when it is pruned and when its products are chosen, which adds tensors.
+    params.mem_size = ggml_tensor_overhead() * max_nodes * 3 + ggml_graph_overhead_custom(max_nodes, gradients) * 3;
     params.no_alloc = true;
     nodes.reset(ggml_init(params));
     if (!nodes) {
@@ -50,10 +51,18 @@ ggml_tensor * Graph::dequantized(ggml_tensor * weight) {
     if (weight->type == GGML_TYPE_F32) {
         return weight;
     }
-    if (row_numbers && ggml_is_quantized(weight->type)) {
-        return ggml_get_rows(nodes.get(), weight, ggml_view_1d(nodes.get(), row_numbers, weight->ne[1], 0));
+    if (options.row_numbers && ggml_is_quantized(weight->type)) {
+        return ggml_get_rows(nodes.get(), weight, ggml_view_1d(nodes.get(), options.row_numbers, weight->ne[1], 0));
     }
     return ggml_cast(nodes.get(), weight, GGML_TYPE_F32);
+}
+
+ggml_tensor * Graph::product(ggml_tensor * weight, ggml_tensor * x) {
+    return ggml_mul_mat(nodes.get(), options.exact ? dequantized(weight) : weight, x);
+}
+
+ggml_tensor * Graph::transposed_product(ggml_tensor * weight, ggml_tensor * y) {
+    return ggml_out_prod(nodes.get(), weight, ggml_transpose(nodes.get(), y));
 }
 
 namespace {
@@ -96,7 +105,7 @@ void transpose_rows(ggml_tensor * dst, int ith, int nth, void *) {
 ggml_tensor * Graph::transposed(ggml_tensor * matrix) {
     ggml_context * c = nodes.get();
     const bool rows_lie_dense = matrix->nb[0] == ggml_type_size(matrix->type) && ggml_n_dims(matrix) <= 2;
-    if (row_numbers || !rows_lie_dense || matrix->ne[1] < 2) {
+    if (options.row_numbers || !rows_lie_dense || matrix->ne[1] < 2) {
         return ggml_cont(c, ggml_transpose(c, dequantized(matrix)));
     }
     return ggml_custom_4d(c, GGML_TYPE_F32, matrix->ne[1], matrix->ne[0], 1, 1, &matrix, 1, transpose_rows,
@@ -178,58 +187,87 @@ void Graph::differentiate(ggml_tensor * out, ggml_tensor * d_out, ggml_tensor * 
         throw unsupported_error(std::string("no derivative for the operation ") + culprit);
     }
     ggml_build_backward_expand(nodes.get(), cgraph, targets.data());
+
+    // Of the forward pass only what gradients need: not, for one, the loss itself.
     if (input) {
         store(ggml_graph_get_grad(cgraph, input), d_input);
         input->flags &= ~GGML_TENSOR_FLAG_PARAM;   // a flag of this graph only: the tensor outlives it
     }
-    replace_outer_products();
+    const int n = ggml_graph_n_nodes(cgraph);
+    std::unordered_set<const ggml_tensor *> needed;
+    if (input) {
+        needed.insert(ggml_graph_node(cgraph, n - 1));
+    }
+    for (int i = 0; i < n_forward; ++i) {
+        if (targets[i] && targets[i] != one) {
+            needed.insert(ggml_graph_get_grad(cgraph, ggml_graph_node(cgraph, i)));
+        }
+    }
+    for (int i = n - 1; i >= 0; --i) {
+        ggml_tensor * node = ggml_graph_node(cgraph, i);
+        if (needed.count(node)) {
+            needed.insert(std::begin(node->src), std::end(node->src));
+        }
+    }
+    ggml_cgraph * pruned = ggml_new_graph_custom(nodes.get(), max_nodes, false);
+    for (int i = 0; i < n; ++i) {
+        if (needed.count(ggml_graph_node(cgraph, i))) {
+            ggml_build_forward_expand(pruned, ggml_graph_node(cgraph, i));
+        }
+    }
+    cgraph = pruned;
 }
 
-// ggml differentiates a matrix product into outer products, which are slow on a CPU, refuse shared key-value heads
-// there, and want F32 on a GPU. out_prod(a, b) = mul_mat(transpose(a), transpose(b)), so that is what is run, with
-// matrices of weights dequantised a second time where they are used, so that nothing keeps them in between.
-void Graph::replace_outer_products() {
-    ggml_context * c = nodes.get();
-    const int n = ggml_graph_n_nodes(cgraph);
-    std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;   // of activations, which several products share
-    const auto shared_transpose = [&](ggml_tensor * x) {
+// out_prod(a, b) = mul_mat(transpose(a), transpose(b)), where matrices of weights are dequantised a second time where
+// they are used, so that nothing keeps them in between.
+void Graph::replace_outer_product(ggml_tensor * node, std::unordered_map<ggml_tensor *, ggml_tensor *> & transposes) {
+    const auto shared_transpose = [&](ggml_tensor * x) {   // of activations, which several products share
         ggml_tensor *& t = transposes[x];
         if (!t) {
             t = transposed(x);
         }
         return t;
     };
-    for (int i = 0; i < n; ++i) {
-        ggml_tensor * node = ggml_graph_node(cgraph, i);
-        if (node->op != GGML_OP_OUT_PROD) {
-            continue;
-        }
-        ggml_tensor * a = node->src[0];
-        ggml_tensor * b = node->src[1];
-
-        ggml_tensor * weight = a;
-        while ((weight->op == GGML_OP_CPY || weight->op == GGML_OP_GET_ROWS) && weight->src[0]->op == GGML_OP_NONE) {
-            weight = weight->src[0];
-        }
-        if (weight->op == GGML_OP_NONE && weight->type != GGML_TYPE_F32) {
-            a = transposed(weight);
-        } else {
-            a = shared_transpose(a);
-        }
-        b = is_transposed_view(b) ? b->src[0] : shared_transpose(b);
-        if (!ggml_is_contiguous(b)) {
-            b = ggml_cont(c, b);
-        }
-        node->op = GGML_OP_MUL_MAT;
-        std::memset(node->op_params, 0, sizeof(node->op_params));
-        node->src[0] = a;
-        node->src[1] = b;
+    ggml_tensor * weight = undequantized(node->src[0]);
+    ggml_tensor * a = weight->type != GGML_TYPE_F32 ? transposed(weight) : shared_transpose(weight);
+    ggml_tensor * b = node->src[1];
+    b = is_transposed_view(b) ? b->src[0] : shared_transpose(b);
+    if (!ggml_is_contiguous(b)) {
+        b = ggml_cont(nodes.get(), b);
     }
-    // The old order stays topological: what was inserted depends on weights and on what its user depended on.
-    ggml_cgraph * rewritten = ggml_new_graph_custom(c, max_nodes, false);
+    node->op = GGML_OP_MUL_MAT;
+    std::memset(node->op_params, 0, sizeof(node->op_params));
+    node->src[0] = a;
+    node->src[1] = b;
+}
+
+// ggml differentiates a matrix product into outer products, which are slow on a CPU, refuse shared key-value heads
+// there, and want F32 on a GPU.
+void Graph::choose_products() {
+    // On a GPU its own; without F32 weights and without tiles ggml's product of quantised weights and activations.
+    const ProductKernel kernel = options.row_numbers ? ProductKernel::ggml : options.kernel;
+    ProductRewriter rewriter(nodes.get(), kernel, options.exact || kernel == ProductKernel::tiles);
+    std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;
+    const int n = ggml_graph_n_nodes(cgraph);
     for (int i = 0; i < n; ++i) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
-        if (!is_transposed_view(node)) {   // brought in by whoever still reads it
+        if (!rewriter.rewrite(node) && node->op == GGML_OP_OUT_PROD) {
+            replace_outer_product(node, transposes);
+        }
+    }
+    // Anew, for what was inserted; what is read no more falls away. The old order stays topological, since what was
+    // inserted depends on weights and on what its user depended on.
+    std::unordered_set<const ggml_tensor *> read;
+    for (int i = 0; i < n; ++i) {
+        for (const ggml_tensor * source : ggml_graph_node(cgraph, i)->src) {
+            read.insert(source);
+        }
+    }
+    ggml_cgraph * rewritten = ggml_new_graph_custom(nodes.get(), max_nodes, false);
+    for (int i = 0; i < n; ++i) {
+        ggml_tensor * node = ggml_graph_node(cgraph, i);
+        const bool dropped = !read.count(node) && (is_transposed_view(node) || undequantized(node) != node);
+        if (!dropped) {
             ggml_build_forward_expand(rewritten, node);
         }
     }
@@ -273,6 +311,7 @@ void Executor::run(Graph & graph) {
     if (abort) {
         throw training_aborted();
     }
+    graph.choose_products();
     ggml_backend_sched_reset(sched.get());
     if (!ggml_backend_sched_alloc_graph(sched.get(), graph.graph())) {
         throw std::bad_alloc();
@@ -288,6 +327,44 @@ void Executor::run(Graph & graph) {
     if (status != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("a training graph failed with status " + std::to_string(status));
     }
+}
+
+namespace {
+
+// What distinguishes the cost of a node: its operation, and of a product the types and shapes.
+std::string kind_of(const ggml_tensor * node) {
+    const ggml_tensor * a = node->src[0];
+    const bool product = node->op == GGML_OP_MUL_MAT || (node->op == GGML_OP_CUSTOM && node->src[1]);
+    if (!product) {
+        return node->op == GGML_OP_CUSTOM ? std::string("REORDER ") + ggml_type_name(node->type) : ggml_op_desc(node);
+    }
+    const int64_t n_k = node->ne[0] == a->ne[1] ? a->ne[0] : a->ne[1];
+    return std::string(node->op == GGML_OP_CUSTOM ? "PRODUCT " : "MUL_MAT ") + ggml_type_name(a->type) + " " +
+           std::to_string(node->ne[0]) + "x" + std::to_string(n_k) + "x" + std::to_string(node->ne[1]);
+}
+
+}  // namespace
+
+bool Executor::time_node(ggml_tensor * node, bool ask, void * self) {
+    Executor & executor = *static_cast<Executor *>(self);
+    if (ask) {
+        executor.node_started = ggml_time_us();
+    } else {
+        Timing & timing = executor.timings[kind_of(node)];
+        timing.seconds += 1e-6 * static_cast<double>(ggml_time_us() - executor.node_started);
+        ++timing.calls;
+    }
+    return true;
+}
+
+void Executor::start_profile() {
+    timings.clear();
+    ggml_backend_sched_set_eval_callback(sched.get(), time_node, this);
+}
+
+std::map<std::string, Executor::Timing> Executor::stop_profile() {
+    ggml_backend_sched_set_eval_callback(sched.get(), nullptr, nullptr);
+    return std::move(timings);
 }
 
 size_t Executor::arena_bytes() const {

@@ -1,12 +1,16 @@
 // What every training graph needs: a place for its nodes, tensors that outlive it, a way to run it, its gradients.
 #pragma once
 
+#include "train_product.hpp"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml.h"
 
 #include <atomic>
+#include <map>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -34,11 +38,18 @@ private:
     ggml_backend_buffer_ptr buffer;
 };
 
+// How products are computed.
+struct GraphOptions {
+    bool          exact  = true;    // weights take part as F32; otherwise as they are, and activations may be rounded
+    ProductKernel kernel = ProductKernel::ggml;
+    // I32: 0, 1, 2, ...; set where the backend cannot cast quantised matrices but can read their rows.
+    ggml_tensor * row_numbers = nullptr;
+};
+
 // One graph and the memory of its nodes' descriptions; the values live in the executor's arena.
 class Graph {
 public:
-    // `row_numbers` (I32: 0, 1, 2, ...) is set where the backend cannot cast quantised matrices but can read their rows.
-    Graph(size_t max_nodes, bool gradients, ggml_tensor * row_numbers);
+    Graph(size_t max_nodes, bool gradients, const GraphOptions & options);
 
     ggml_context * context() { return nodes.get(); }
     ggml_cgraph *  graph() { return cgraph; }
@@ -49,8 +60,9 @@ public:
     // A matrix of weights as F32.
     ggml_tensor * dequantized(ggml_tensor * weight);
 
-    // The same with rows and columns exchanged. Of activations, too: any F32 tensor.
-    ggml_tensor * transposed(ggml_tensor * matrix);
+    // W x and, W transposed, W^T y, in the precision of the options.
+    ggml_tensor * product(ggml_tensor * weight, ggml_tensor * x);
+    ggml_tensor * transposed_product(ggml_tensor * weight, ggml_tensor * y);
 
     // Adds the backward pass of the surrogate loss sum(out * d_out). `accumulators` maps each parameter to the tensor
     // its gradient is added to. Unless `input` is null its gradient is written to `d_input`.
@@ -59,11 +71,16 @@ public:
                        const std::unordered_map<ggml_tensor *, ggml_tensor *> & accumulators,
                        ggml_tensor * input, ggml_tensor * d_input);
 
+    // Puts in place of products what computes them best. Called once, when the graph is complete.
+    void choose_products();
+
 private:
-    void replace_outer_products();
+    // A matrix as F32 with rows and columns exchanged.
+    ggml_tensor * transposed(ggml_tensor * matrix);
+    void replace_outer_product(ggml_tensor * node, std::unordered_map<ggml_tensor *, ggml_tensor *> & transposes);
 
     size_t           max_nodes;
-    ggml_tensor *    row_numbers;
+    GraphOptions     options;
     ggml_context_ptr nodes;
     ggml_cgraph *    cgraph;
 };
@@ -84,7 +101,19 @@ public:
     size_t arena_bytes() const;        // the largest arena so far
     int    max_splits() const { return n_splits; }   // 1: nothing fell back from the GPU to the CPU
 
+    // From now on each node is timed by itself, which costs a little; seconds and calls add up by operation.
+    struct Timing {
+        double  seconds = 0.0;
+        int64_t calls   = 0;
+    };
+    void start_profile();
+    std::map<std::string, Timing> stop_profile();
+
 private:
+    static bool time_node(ggml_tensor * node, bool ask, void * self);
+
+    std::map<std::string, Timing> timings;
+    int64_t                       node_started = 0;
     std::vector<ggml_backend_ptr> backends;
     ggml_backend_sched_ptr        sched;
     int                           n_splits = 0;

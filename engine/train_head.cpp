@@ -43,7 +43,7 @@ ggml_tensor * pick(ggml_context * c, ggml_tensor * values, ggml_tensor * index) 
 
 }  // namespace
 
-HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor * h, const std::vector<int32_t> & labels,
+HeadResult Head::run(Executor & executor, const GraphOptions & options, ggml_tensor * h, const std::vector<int32_t> & labels,
                      const std::vector<float> & weights, ggml_tensor * d_h) const {
     const ModelGraphInfo & m = model.info();
     const int64_t n_blocks = (m.n_vocab + block_rows - 1) / block_rows;
@@ -61,7 +61,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
         };
 
         for (int64_t block = 0; block < n_blocks; block += blocks_per_graph) {
-            Graph graph(blocks_per_graph * nodes_per_block, false, row_numbers);
+            Graph graph(blocks_per_graph * nodes_per_block, false, options);
             ggml_context * c = graph.context();
             ggml_tensor * x       = columns(c, h);
             ggml_tensor * log_sum = block ? group.log_sum : nullptr;
@@ -71,7 +71,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
                 const int64_t rows = std::min(block_rows, m.n_vocab - row);
                 ggml_tensor * w = ggml_view_2d(c, m.output, m.n_embd, rows, m.output->nb[1],
                                                static_cast<size_t>(row) * m.output->nb[1]);
-                ggml_tensor * z = ggml_mul_mat(c, exact ? graph.dequantized(w) : w, x);
+                ggml_tensor * z = graph.product(w, x);
                 if (m.output_b) {
                     z = ggml_add(c, z, ggml_view_1d(c, m.output_b, rows, static_cast<size_t>(row) * sizeof(float)));
                 }
@@ -93,7 +93,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
                     if (tanh) {   // through the cap: the derivative of cap tanh(z / cap) is 1 - tanh^2
                         p = ggml_sub(c, p, ggml_mul(c, p, ggml_sqr(c, tanh)));
                     }
-                    ggml_tensor * part = ggml_mul_mat(c, graph.transposed(w), p);
+                    ggml_tensor * part = graph.transposed_product(w, p);
                     d = delta ? ggml_add(c, d, ggml_mul(c, ggml_sub(c, part, d), ggml_sigmoid(c, delta))) : part;
                     graph.compute(d);
                 }
@@ -107,7 +107,7 @@ HeadResult Head::run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor
             executor.run(graph);
         }
 
-        Graph graph(64, false, row_numbers);
+        Graph graph(64, false, options);
         ggml_context * c = graph.context();
         ggml_tensor * rows  = ggml_get_rows(c, m.output, group.labels);
         ggml_tensor * logit = ggml_sum_rows(c, ggml_mul(c, rows, columns(c, h)));

@@ -21,16 +21,15 @@ struct HeadResult {
 
 class Head {
 public:
-    Head(const FrozenModel & model, bool exact) : model(model), exact(exact) {}
+    explicit Head(const FrozenModel & model) : model(model) {}
 
     // `h` is F32 [n_embd, n], after the last norm; `labels` n token ids. Unless `d_h` is null it receives, per
     // position, weights[i] times the gradient of its loss.
-    HeadResult run(Executor & executor, ggml_tensor * row_numbers, ggml_tensor * h, const std::vector<int32_t> & labels,
+    HeadResult run(Executor & executor, const GraphOptions & options, ggml_tensor * h, const std::vector<int32_t> & labels,
                    const std::vector<float> & weights, ggml_tensor * d_h) const;
 
 private:
     const FrozenModel & model;
-    const bool          exact;
 };
 
 }  // namespace triollama

@@ -40,7 +40,7 @@ ggml_tensor * LayerBuilder::norm(Graph & graph, ggml_tensor * x, ggml_tensor * w
 ggml_tensor * LayerBuilder::linear(Graph & graph, ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x,
                                    const LayerInputs & inputs) const {
     ggml_context * c = graph.context();
-    ggml_tensor * y = ggml_mul_mat(c, exact ? graph.dequantized(weight) : weight, x);
+    ggml_tensor * y = graph.product(weight, x);
     if (const LoraPair * lora = adapters.find(weight)) {
         const auto mask = inputs.dropout.find(weight);
         if (mask != inputs.dropout.end()) {

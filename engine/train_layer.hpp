@@ -20,9 +20,7 @@ struct LayerInputs {
 
 class LayerBuilder {
 public:
-    // `exact`: weights take part as F32; otherwise quantised weights meet quantised activations, as in serving.
-    LayerBuilder(const FrozenModel & model, const AdapterSet & adapters, bool exact)
-        : model(model), adapters(adapters), exact(exact) {}
+    LayerBuilder(const FrozenModel & model, const AdapterSet & adapters) : model(model), adapters(adapters) {}
 
     // `h` is F32 [n_embd, n_tokens]; so is the result.
     ggml_tensor * layer(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs) const;
@@ -37,7 +35,6 @@ private:
 
     const FrozenModel & model;
     const AdapterSet &  adapters;
-    const bool          exact;
 };
 
 // tanh, by operations with bounded derivatives: tanh(x) = 2 sigmoid(2x) - 1 and sigmoid(u) = exp(-softplus(-u)).

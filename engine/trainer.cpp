@@ -73,14 +73,24 @@ Trainer::Trainer(const TrainerConfig & config)
       executor(config.n_gpu_layers > 0, config.n_threads, max_layer_nodes * 2),
       frozen(std::make_unique<FrozenModel>(config.model_path, config.n_gpu_layers, config.n_threads)),
       adapters(std::make_unique<AdapterSet>(*frozen, config.adapter, executor.buffer_type())),
-      builder(*frozen, *adapters, config.exact),
-      head(*frozen, config.exact),
+      builder(*frozen, *adapters),
+      head(*frozen),
       constants(4) {
     if (!(config.dropout >= 0.0f && config.dropout < 1.0f)) {
         throw std::invalid_argument("dropout must be at least 0 and below 1, not " + std::to_string(config.dropout));
     }
     one          = constants.add(GGML_TYPE_F32, 1);
     adamw_params = constants.add(GGML_TYPE_F32, 7);
+    options.exact  = config.exact;
+    options.kernel = config.kernel.value_or(best_product_kernel(config.exact));
+    if (!has_product_kernel(options.kernel)) {
+        throw unsupported_error(std::string("this build on this machine has no product kernel '") +
+                                product_kernel_name(options.kernel) + "'");
+    }
+    if (config.exact && options.kernel == ProductKernel::tiles) {
+        throw std::invalid_argument("the product kernel 'tiles' rounds to BF16, which is not exact");
+    }
+    ggml_tensor *& row_numbers = options.row_numbers;
     row_numbers  = executor.on_gpu() ? constants.add(GGML_TYPE_I32, longest_matrix(*frozen)) : nullptr;
     constants.allocate(executor.buffer_type());
     const float value = 1.0f;
@@ -200,7 +210,7 @@ RowResult Trainer::forward(const TrainingRow & row, bool train) {
     Activations & a = *activations;
     dropping = train && settings.dropout > 0.0f;
     {
-        Graph graph(max_layer_nodes, false, row_numbers);
+        Graph graph(max_layer_nodes, false, options);
         ggml_context * c = graph.context();
         ggml_tensor * rows = ggml_get_rows(c, m.tok_embd, a.tokens);
         graph.store(m.embedding_scale == 1.0f ? rows : ggml_scale(c, rows, m.embedding_scale), a.h[0]);
@@ -208,12 +218,12 @@ RowResult Trainer::forward(const TrainingRow & row, bool train) {
     }
     for (int l = 0; l < m.n_layer; ++l) {
         draw_dropout(l);
-        Graph graph(max_layer_nodes, false, row_numbers);
+        Graph graph(max_layer_nodes, false, options);
         graph.store(builder.layer(graph, l, a.h[l], a.inputs), a.h[l + 1]);
         executor.run(graph);
     }
     {
-        Graph graph(max_layer_nodes, false, row_numbers);
+        Graph graph(max_layer_nodes, false, options);
         graph.store(builder.norm(graph, ggml_get_rows(graph.context(), a.h[m.n_layer], a.picked), m.output_norm), a.selected);
         executor.run(graph);
     }
@@ -225,7 +235,7 @@ RowResult Trainer::forward(const TrainingRow & row, bool train) {
             weights.push_back(row.weights[i]);
         }
     }
-    HeadResult scored = head.run(executor, row_numbers, a.selected, labels, weights, train ? a.d_selected : nullptr);
+    HeadResult scored = head.run(executor, options, a.selected, labels, weights, train ? a.d_selected : nullptr);
 
     RowResult result;
     for (size_t i = 0; i < scored.nll.size(); ++i) {
@@ -240,7 +250,7 @@ void Trainer::backward() {
     const ModelGraphInfo & m = frozen->info();
     Activations & a = *activations;
     {
-        Graph graph(max_layer_nodes, true, row_numbers);
+        Graph graph(max_layer_nodes, true, options);
         ggml_tensor * last = a.h[m.n_layer];
         ggml_tensor * selected =
             builder.norm(graph, ggml_get_rows(graph.context(), last, a.picked), m.output_norm);
@@ -249,7 +259,7 @@ void Trainer::backward() {
     }
     for (int l = m.n_layer - 1; l >= 0; --l) {
         draw_dropout(l);
-        Graph graph(max_layer_nodes, true, row_numbers);
+        Graph graph(max_layer_nodes, true, options);
         ggml_tensor * out = builder.layer(graph, l, a.h[l], a.inputs);
         graph.differentiate(out, a.d_out, one, adapters->accumulators(), l ? a.h[l] : nullptr, a.d_in);
         executor.run(graph);
@@ -269,6 +279,17 @@ RowResult Trainer::forward_backward(const TrainingRow & row) {
     }
 }
 
+std::map<std::string, Executor::Timing> Trainer::profile(const TrainingRow & row) {
+    executor.start_profile();
+    try {
+        forward_backward(row);
+    } catch (...) {
+        executor.stop_profile();
+        throw;
+    }
+    return executor.stop_profile();
+}
+
 RowResult Trainer::evaluate(const TrainingRow & row) { return forward(row, false); }
 
 void Trainer::adamw_step(const AdamW & optimiser) {
@@ -284,7 +305,7 @@ void Trainer::adamw_step(const AdamW & optimiser) {
     const std::vector<LoraPair> & pairs = adapters->pairs();
     const bool abort = executor.abort.exchange(false);
     for (size_t i = 0; i < pairs.size(); i += pairs_per_graph) {
-        Graph graph(max_layer_nodes, false, row_numbers);
+        Graph graph(max_layer_nodes, false, options);
         for (size_t j = i; j < std::min(i + pairs_per_graph, pairs.size()); ++j) {
             const LoraPair & p = pairs[j];
             graph.compute(ggml_opt_step_adamw(graph.context(), p.a, p.grad_a, p.m_a, p.v_a, adamw_params));

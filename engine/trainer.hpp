@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,6 +25,7 @@ struct TrainerConfig {
     bool  exact        = true;    // weights as F32; else quantised weights meet quantised activations forward
     int   n_threads    = 1;
     int   n_gpu_layers = 0;       // above 0 the graphs run on the GPU
+    std::optional<ProductKernel> kernel;   // the best there is, if not given
 };
 
 // One row of tokens: one text, or several packed side by side that cannot see each other.
@@ -64,8 +66,12 @@ public:
     // The same loss without gradients and without dropout.
     RowResult evaluate(const TrainingRow & row);
 
+    // Where the time of one forward_backward goes, by operation. The gradients are added like there.
+    std::map<std::string, Executor::Timing> profile(const TrainingRow & row);
+
     void adamw_step(const AdamW & optimiser);   // uses and clears the gradients
 
+    ProductKernel kernel() const { return options.kernel; }
     AdapterSet &       adapter() { return *adapters; }
     const AdapterSet & adapter() const { return *adapters; }
     const ModelGraphInfo & model() const { return frozen->info(); }
@@ -99,10 +105,10 @@ private:
     std::unique_ptr<AdapterSet>   adapters;
     LayerBuilder                  builder;
     Head                          head;
+    GraphOptions                  options;
     TensorStore                   constants;
     ggml_tensor *                 one;           // the gradient of the loss in itself
     ggml_tensor *                 adamw_params;
-    ggml_tensor *                 row_numbers;
     std::unique_ptr<Activations>  activations;   // of the last row; kept while rows have the same shape
     bool                          dropping = false;
     size_t                        peak_activations = 0;

@@ -1,6 +1,7 @@
 """The native training engine, trainer.hpp."""
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cpp_bool
+from libcpp.map cimport map
 from libcpp.optional cimport optional
 from libcpp.string cimport string
 from libcpp.utility cimport pair
@@ -71,6 +72,15 @@ cdef extern from "train_adapter.hpp" namespace "triollama" nogil:
         void scale_gradients(float factor) except +raise_trainer_error
         void clear_gradients() except +raise_trainer_error
 
+cdef extern from "train_product.hpp" namespace "triollama" nogil:
+    enum class ProductKernel:
+        ggml
+        vector
+        tiles
+
+    cpp_bool has_product_kernel(ProductKernel kernel)
+    const char * product_kernel_name(ProductKernel kernel)
+
 cdef extern from "trainer.hpp" namespace "triollama" nogil:
     cdef cppclass TrainerConfig:
         string model_path
@@ -79,6 +89,7 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         cpp_bool exact
         int n_threads
         int n_gpu_layers
+        optional[ProductKernel] kernel
 
     cdef cppclass TrainingRow:
         vector[int32_t] tokens
@@ -105,11 +116,17 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         size_t activations
         size_t arena
 
+    cdef cppclass Timing "triollama::Executor::Timing":
+        double seconds
+        int64_t calls
+
     cdef cppclass NativeTrainer "triollama::Trainer":
         NativeTrainer(const TrainerConfig & config) except +raise_trainer_error
         RowResult forward_backward(const TrainingRow & row) except +raise_trainer_error
         RowResult evaluate(const TrainingRow & row) except +raise_trainer_error
+        map[string, Timing] profile(const TrainingRow & row) except +raise_trainer_error
         void adamw_step(const AdamW & optimiser) except +raise_trainer_error
+        ProductKernel kernel()
         AdapterSet & adapter()
         const ModelGraphInfo & model()
         void save_adapter(

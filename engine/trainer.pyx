@@ -1,6 +1,8 @@
 """LoRA training on a frozen GGUF model."""
 from typing import NamedTuple
 
+from cython.operator cimport dereference, preincrement
+from libcpp.map cimport map
 from libcpp.optional cimport optional
 from libcpp.utility cimport pair
 
@@ -17,10 +19,14 @@ from trainer cimport (
     GgufTensor,
     LoraPair,
     NativeTrainer,
+    ProductKernel,
     RowResult,
+    Timing,
     TrainerConfig,
     TrainerMemory,
     TrainingRow,
+    has_product_kernel,
+    product_kernel_name,
     trainable_architectures,
 )
 
@@ -36,6 +42,11 @@ cdef dict _MERGED_TYPES = {
     "f32": <int>GGML_TYPE_F32,
 }
 cdef dict _PRECISIONS = {"exact": True, "fast": False}
+cdef dict _KERNELS = {
+    "ggml": <int>ProductKernel.ggml,
+    "vector": <int>ProductKernel.vector,
+    "tiles": <int>ProductKernel.tiles,
+}
 
 
 class TrainingLoss(NamedTuple):
@@ -55,6 +66,17 @@ def training_architectures() -> dict[str, str]:
     cdef vector[Architecture] rows = trainable_architectures()
     cdef Architecture row
     return {row.name.decode(): row.notes.decode() for row in rows}
+
+
+def training_kernels() -> tuple[str, ...]:
+    """The ways of computing matrix products in training that this build on this machine has.
+
+    "ggml": ggml's own. "vector": F32 throughout, and a quantised matrix is dequantised panel by
+    panel where it is multiplied. "tiles": both sides are rounded to BF16 and summed in F32, by the
+    processor's matrix tiles (Intel AMX).
+    """
+    return tuple([name for name, kernel in _KERNELS.items()
+                  if has_product_kernel(<ProductKernel><int>kernel)])
 
 
 def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[int, ...]]]]:
@@ -158,8 +180,10 @@ cdef class Trainer(Owner):
     within a layer (``"attn_q"``, ``"ffn_down"``, ...), or ``"all-linear"``. dropout: probability
     that an element of an adapter's input is dropped while training. seed: of the initial A
     (uniform in +-1/sqrt(n_in); B is zero) and of dropout. precision: ``"exact"`` dequantises
-    weights to F32; ``"fast"`` multiplies quantised weights with quantised activations on the way
-    forward. n_gpu_layers: above 0 the graphs run on the GPU.
+    weights to F32; ``"fast"`` rounds both sides of large products to BF16 where the processor has
+    matrix tiles, else multiplies quantised weights with quantised activations on the way forward.
+    n_gpu_layers: above 0 the graphs run on the GPU. kernel: one of ``training_kernels`` for matrix
+    products on the CPU; default: the fastest that the precision admits.
 
     Raises ParameterError, ModelNotFoundError, ModelFormatError, OutOfMemoryError, and
     UnsupportedError naming what is missing when the architecture cannot be trained. Blocking calls
@@ -172,7 +196,8 @@ cdef class Trainer(Owner):
 
     def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
-                 precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0):
+                 precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0,
+                 kernel: str | None = None):
         cdef TrainerConfig config
         if self.native != NULL:
             raise BusyError("this Trainer is already open")
@@ -190,6 +215,8 @@ cdef class Trainer(Owner):
         config.n_threads = check_int(
             "threads", default_threads() if threads is None else threads, 1, 512)
         config.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        if kernel is not None:
+            config.kernel = <ProductKernel><int>check_choice("kernel", kernel, _KERNELS)
         if targets != "all-linear":
             if isinstance(targets, str):
                 raise ParameterError(
@@ -252,6 +279,12 @@ cdef class Trainer(Owner):
         """32 bytes that identify the base model, as ``Model.fingerprint``."""
         self.alive()
         return fingerprint_file(self.path)
+
+    @property
+    def kernel(self) -> str:
+        """How matrix products are computed: see ``training_kernels``."""
+        self.alive()
+        return product_kernel_name(self.native.kernel()).decode()
 
     @property
     def n_vocab(self) -> int:
@@ -370,6 +403,29 @@ cdef class Trainer(Owner):
         finally:
             self.leave()
         return loss_of(result)
+
+    def profile(self, tokens, labels) -> dict[str, tuple[float, int]]:
+        """Run ``forward_backward`` with each graph node timed by itself.
+
+        Returns seconds and number of nodes by operation, products by type and shape too: rows and
+        columns of the matrix, then how many columns it is multiplied with.
+        """
+        cdef TrainingRow row
+        cdef map[string, Timing] timings
+        self.fill(row, tokens, labels, None, None, None)
+        self.enter()
+        try:
+            with nogil:
+                timings = self.native.profile(row)
+        finally:
+            self.leave()
+        found = {}
+        cdef map[string, Timing].iterator at = timings.begin()
+        while at != timings.end():
+            found[dereference(at).first.decode()] = (
+                dereference(at).second.seconds, dereference(at).second.calls)
+            preincrement(at)
+        return found
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients as one vector."""

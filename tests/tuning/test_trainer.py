@@ -237,6 +237,76 @@ def test_fast_mode_points_where_exact_mode_points(tiny: Any, dtype: str) -> None
     assert fast @ exact / np.linalg.norm(fast) / np.linalg.norm(exact) > 0.98
 
 
+@pytest.mark.parametrize("length", [1, 5, 37, 130])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"])
+def test_every_way_of_multiplying_gives_the_same(tiny: Any, dtype: str, length: int) -> None:
+    tokens = example(length)[0]
+    labels = np.roll(tokens, -1)
+    found = {}
+    for kernel in _engine.training_kernels():
+        precision = "fast" if kernel == "tiles" else "exact"
+        options = {"rank": 4, "precision": precision, "threads": 2, "kernel": kernel}
+        with _engine.Trainer(tiny("gemma3", dtype=dtype), **options) as trainer:
+            assert trainer.kernel == kernel
+            warm(trainer)
+            loss = trainer.evaluate(tokens, labels).loss
+            found[kernel] = loss, gradients(trainer, (tokens, labels))
+    loss, slope = found.pop("ggml")
+    for kernel, (its_loss, its_slope) in found.items():
+        tiles = kernel == "tiles"
+        assert its_loss == pytest.approx(loss, rel=3e-3 if tiles else 1e-5), kernel
+        assert relative_error(its_slope, slope) <= (0.05 if tiles else 2e-5), kernel
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_threads_do_not_change_a_bit(tiny: Any, precision: str) -> None:
+    tokens, labels = example(70)
+    found = []
+    for threads in (1, 2, 5):
+        options = {"rank": 4, "precision": precision, "threads": threads}
+        with _engine.Trainer(tiny("qwen3", dtype="Q8_0"), **options) as trainer:
+            if trainer.kernel == "ggml":
+                pytest.skip("ggml's own products promise nothing about threads")
+            warm(trainer)
+            found.append(gradients(trainer, (tokens, labels)))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_serving_goes_on_as_before_beside_training(tiny: Any) -> None:
+    """On processors with matrix tiles both sides configure them, each for itself."""
+    path = tiny("llama", dtype="Q8_0")
+    batch = _engine.Batch(40)
+    for i in range(40):
+        batch.add(5 + i, i, 0, True)
+    with (
+        _engine.Trainer(path, rank=4, precision="fast", threads=2) as trainer,
+        _engine.Model(path) as model,
+        _engine.Context(model, n_ctx=256, n_threads=2, n_threads_batch=2) as context,
+    ):
+        logits = []
+        for _ in range(3):
+            context.memory.clear()
+            context.decode(batch)
+            logits.append(context.logits(39, copy=True))
+            trainer.forward_backward(*example(40))
+        assert np.array_equal(logits[0], logits[1])
+        assert np.array_equal(logits[0], logits[2])
+
+
+def test_a_profile_accounts_for_the_work_and_changes_nothing(trainer: Any) -> None:
+    tokens, labels = example(40)
+    trainer.forward_backward(tokens, labels)
+    expected = trainer.get("gradients")
+    trainer.clear_gradients()
+    found = trainer.profile(tokens, labels)
+    assert np.array_equal(trainer.get("gradients"), expected)
+    assert all(seconds >= 0 and calls > 0 for seconds, calls in found.values())
+    products = [kind for kind in found if kind.startswith(("PRODUCT ", "MUL_MAT "))]
+    assert products
+    again = trainer.profile(tokens, labels)
+    assert {k: n for k, (_, n) in again.items()} == {k: n for k, (_, n) in found.items()}
+
+
 def test_rslora_scales_by_the_root_of_the_rank(tiny: Any) -> None:
     path = tiny("llama")
     tokens, labels = example(30)
@@ -426,6 +496,7 @@ def test_the_table_of_architectures_is_what_the_tests_cover() -> None:
         ({"targets": ("attn_norm",)}, "attn_norm"),
         ({"precision": "nf4"}, "precision"),
         ({"threads": 0}, "threads"),
+        ({"kernel": "blas"}, "kernel"),
         ({"seed": -1}, "seed"),
     ],
 )

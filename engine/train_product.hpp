@@ -1,0 +1,49 @@
+// Matrix products of training on a CPU. Training meets every weight of a model two times forward and once backward,
+// with hundreds of columns: ggml's products are made for serving, and know neither a transposed quantised matrix nor
+// tiles of BF16. Here a matrix of any type is dequantised panel by panel where it is multiplied.
+#pragma once
+
+#include "ggml.h"
+
+#include <string>
+#include <unordered_map>
+
+namespace triollama {
+
+enum class ProductKernel {
+    ggml,     // none of ours
+    vector,   // F32 throughout
+    tiles,    // both sides rounded to BF16, sums in F32: Intel's AMX; small products as `vector`
+};
+
+// Whether this build on this machine has it.
+bool has_product_kernel(ProductKernel kernel);
+
+// The best for the purpose: `exact` admits F32 only.
+ProductKernel best_product_kernel(bool exact);
+
+const char * product_kernel_name(ProductKernel kernel);
+
+// Turns products of one graph into custom operations.
+class ProductRewriter {
+public:
+    // Weights met by `ggml` in their own type stay as they are if `weights_too` is false.
+    ProductRewriter(ggml_context * context, ProductKernel kernel, bool weights_too)
+        : context(context), kernel(kernel), weights_too(weights_too) {}
+
+    // `node` may be any; MUL_MAT and OUT_PROD that a kernel can do are changed in place, and true is returned.
+    bool rewrite(ggml_tensor * node);
+
+private:
+    ggml_tensor * rows_of(ggml_tensor * x, bool transposed, bool packed);
+
+    ggml_context * context;
+    ProductKernel  kernel;
+    bool           weights_too;
+    std::unordered_map<ggml_tensor *, ggml_tensor *> prepared[4];   // by transposed, packed
+};
+
+// The matrix behind a cast or a row lookup that only dequantises it, else `tensor`.
+ggml_tensor * undequantized(ggml_tensor * tensor);
+
+}  // namespace triollama
