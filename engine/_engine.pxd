@@ -49,6 +49,7 @@ cdef class Model(Owner):
     cdef dict metadata_
     cdef bytes fingerprint_
     cdef dict overrides         # kv_overrides, as metadata has them
+    cdef int drivers            # open Decoders that drive a context of it
 
     cdef void free(self) noexcept
 
@@ -137,6 +138,9 @@ cdef class Adapter(Owner):
     cdef readonly str path
     cdef dict metadata_
 
+    cdef void opened(self) noexcept
+    cdef llama_adapter_lora * let_go(self) noexcept
+
 
 cdef class Sampler:
     cdef Vocab vocab
@@ -175,6 +179,7 @@ cdef class Generation:
     cdef unique_ptr[NativeTextStream] text
     cdef vector[llama_token] prompt
     cdef vector[llama_token] tokens
+    cdef vector[llama_token] end_tokens     # end it as end-of-generation tokens do
     cdef int n_past             # tokens in memory
     cdef int n_generated
     cdef int n_shifted
@@ -211,7 +216,8 @@ cdef class Decoder(Owner):
     cdef NativeDecoder * impl
     cdef readonly Context context
     cdef readonly bint deterministic
-    cdef dict sets                      # of adapters, by number
+    cdef dict sets                      # lists of adapters, by number
+    cdef dict dropping                  # replies to drop_adapters, by number
 
     cdef void stop(self) noexcept
 
@@ -225,5 +231,7 @@ cdef class DecoderStream:
 cdef class DecoderReply:
     cdef shared_ptr[Reply] ptr
     cdef Context context                # whose state it may carry
+    cdef str path                       # of the adapter that is being loaded
+    cdef Adapter loaded
 
     cdef int check(self) except -1

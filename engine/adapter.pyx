@@ -1,7 +1,13 @@
 """LoRA adapters and control vectors."""
+from gguf cimport (
+    gguf_get_n_tensors,
+    gguf_get_tensor_name,
+    gguf_get_tensor_offset,
+    gguf_get_tensor_size,
+    gguf_get_tensor_type,
+)
+from ggml cimport GGML_TYPE_F32
 from llama cimport (
-    llama_adapter_lora_free,
-    llama_adapter_lora_init,
     llama_adapter_meta_count,
     llama_adapter_meta_key_by_index,
     llama_adapter_meta_val_str_by_index,
@@ -9,78 +15,105 @@ from llama cimport (
     llama_set_adapters_lora,
 )
 
+cdef extern from "adapter_file.hpp" namespace "triollama" nogil:
+    llama_adapter_lora * open_adapter(
+        llama_model * model, const string & path) except +raise_native_error
+    void free_adapter(llama_adapter_lora * adapter) noexcept
+    shared_ptr[Reply] open_adapter_between_steps(
+        NativeDecoder & decoder, llama_model * model, const string & path) except +raise_native_error
+    shared_ptr[Reply] free_adapter_between_steps(
+        NativeDecoder & decoder, llama_adapter_lora * adapter) except +raise_native_error
+
+
+cdef str check_adapter_file(Model model, object path):
+    """The path as text, if there is a well-formed GGUF file. Reads its metadata, without the GIL."""
+    model.alive()
+    if model.vocab_only:
+        raise UnsupportedError("the model was loaded with vocab_only=True")
+    cdef bytes raw_path = path_bytes("path", path)
+    cdef string checked_path = raw_path
+    cdef cpp_map[string, double] numbers
+    cdef str name = os.fsdecode(raw_path)
+    try:
+        with open(name, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"cannot open the adapter {name}: {error.strerror or error}", path=name) from error
+    if magic != b"GGUF":
+        raise AdapterError(f"{name} is no GGUF file", path=name)
+    try:
+        with nogil:
+            check_gguf(checked_path, False, numbers)
+    except OutOfMemoryError:
+        raise
+    except TriollamaError as error:
+        raise AdapterError(
+            f"{name} is no adapter that llama.cpp can load: {error}", path=name) from None
+    return name
+
 
 @cython.no_gc_clear
 cdef class Adapter(Owner):
     """A LoRA adapter loaded from GGUF for one model.
 
-    Loading changes tables of the model that running decodes read: load while no context of the
-    model is in use. Raises AdapterError, ModelNotFoundError. Releases the GIL.
+    Loading and closing change tables of the model that decodes read. So do either while no context
+    of the model computes; while a Decoder drives one, its ``load_adapter`` and ``free_adapter`` do
+    it between two steps, and this raises BusyError. Raises AdapterError, ModelNotFoundError.
+    Releases the GIL.
     """
 
     def __init__(self, Model model not None, path):
         self.begin()
-        model.alive()
-        if model.vocab_only:
-            raise UnsupportedError("the model was loaded with vocab_only=True")
-        cdef bytes raw_path = path_bytes("path", path)
-        self.path = os.fsdecode(raw_path)
-        try:
-            with open(self.path, "rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise ModelNotFoundError(
-                f"cannot open the adapter {self.path}: {error.strerror or error}",
-                path=self.path) from error
-        if magic != b"GGUF":
-            raise AdapterError(f"{self.path} is no GGUF file", path=self.path)
-        cdef const char * c_path = raw_path
-        cdef string checked_path = raw_path
-        cdef cpp_map[string, double] numbers
-        cdef AbortScope scope
+        self.path = check_adapter_file(model, path)
+        check_undriven(model, "load it with Decoder.load_adapter")
+        cdef string name = os.fsencode(self.path)
         self.model = model
         begin_log()
         model.enter()
         try:
             with nogil:
-                check_gguf(checked_path, False, numbers)
-                scope.enter()
-                self.ptr = llama_adapter_lora_init(model.ptr, c_path)
+                self.ptr = open_adapter(model.ptr, name)
         except OutOfMemoryError:
             raise
         except TriollamaError as error:
             raise AdapterError(
-                f"{self.path} is no adapter that llama.cpp can load: {error}", path=self.path) from None
+                f"llama.cpp cannot load the adapter {self.path}: {error}", path=self.path) from None
         finally:
             model.leave()
             flush_log()
-        if self.ptr == NULL:
-            raise AdapterError(
-                f"llama.cpp cannot load the adapter {self.path}: {native_problem()}",
-                path=self.path)
+        self.opened()
+
+    cdef void opened(self) noexcept:
         self.closed = False
-        model.children += 1
+        self.model.children += 1
         count_live("Adapter", 1)
 
+    cdef llama_adapter_lora * let_go(self) noexcept:
+        """Closed from here on; who called frees what this gives."""
+        cdef llama_adapter_lora * ptr = self.ptr
+        self.closed = True
+        self.ptr = NULL
+        self.model.children -= 1
+        count_live("Adapter", -1)
+        return ptr
+
     def __dealloc__(self):
-        if self.forks != fork_count:
+        if self.closed or self.forks != fork_count:
             return
-        if not self.closed:
-            self.model.children -= 1
-            count_live("Adapter", -1)
-        if self.ptr != NULL:
-            llama_adapter_lora_free(self.ptr)
+        cdef llama_adapter_lora * ptr = self.let_go()
+        if self.model.drivers == 0:
+            free_adapter(ptr)
+        # Else a decode may be reading: llama.cpp frees it with the model, which lists it.
 
     def close(self) -> None:
-        """Free the adapter. Idempotent; raises BusyError while a context applies it."""
+        """Free the adapter. Idempotent; raises BusyError while a context applies it, and while a
+        Decoder drives one of the model's contexts (``Decoder.free_adapter`` closes it then)."""
         if self.closed or self.forks != fork_count:
             return
         self.check_childless()
-        self.closed = True
-        self.model.children -= 1
-        count_live("Adapter", -1)
-        llama_adapter_lora_free(self.ptr)
-        self.ptr = NULL
+        check_undriven(self.model, "close it with Decoder.free_adapter")
+        free_adapter(self.let_go())
 
     def __enter__(self) -> Adapter:
         self.alive()
@@ -107,6 +140,23 @@ cdef class Adapter(Owner):
                     "utf-8", "replace")
             self.metadata_ = found
         return dict(self.metadata_)
+
+
+cdef int check_undriven(Model model, str instead) except -1:
+    if model.drivers:
+        raise BusyError(f"a Decoder drives a context of this adapter's model: {instead}")
+    return 0
+
+
+cdef Adapter adopt_adapter(Model model, str path, llama_adapter_lora * ptr):
+    """An Adapter of what is loaded already."""
+    cdef Adapter adapter = Adapter.__new__(Adapter)
+    adapter.begin()
+    adapter.model = model
+    adapter.path = path
+    adapter.ptr = ptr
+    adapter.opened()
+    return adapter
 
 
 def set_adapters(Context context not None, adapters) -> None:
@@ -149,6 +199,71 @@ def set_adapters(Context context not None, adapters) -> None:
         context.leave()
 
 
+cdef const float[:, ::1] control_rows(Model model, object data):
+    """``data`` as the rows of a control vector for this model; ParameterError if it is none."""
+    cdef const float[:, ::1] view
+    try:
+        view = data
+    except (TypeError, ValueError, BufferError) as error:
+        raise ParameterError(
+            f"a control vector is a contiguous float32 array of two dimensions: {error}",
+            parameter="data") from None
+    if view.shape[0] != model.n_layer - 1 or view.shape[1] != model.n_embd:
+        raise ParameterError(
+            f"the control vector has shape {view.shape[0]}x{view.shape[1]}; this model"
+            f" needs {model.n_layer - 1}x{model.n_embd}", parameter="data")
+    return view
+
+
+def read_control_vector(Model model not None, path):
+    """The control vector of a GGUF file (F32 tensors ``direction.1``, ``direction.2``... of n_embd
+    values), float32 of shape [n_layer - 1, n_embd]; layers that the file does not name are 0.
+
+    Raises AdapterError, ModelNotFoundError.
+    """
+    import numpy
+    cdef str name = check_adapter_file(model, path)
+    cdef bytes raw_path = os.fsencode(name)
+    cdef const char * c_path = raw_path
+    cdef gguf_init_params params
+    cdef gguf_context * gguf
+    cdef int64_t i
+    params.no_alloc = True
+    params.ctx = NULL
+    with nogil:
+        gguf = gguf_init_from_file(c_path, params)
+    if gguf == NULL:
+        raise AdapterError(f"{name} is no GGUF file", path=name)
+    found = []
+    try:
+        for i in range(gguf_get_n_tensors(gguf)):
+            found.append((
+                gguf_get_tensor_name(gguf, i).decode("utf-8", "replace"),
+                gguf_get_tensor_type(gguf, i) == GGML_TYPE_F32,
+                gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i),
+                gguf_get_tensor_size(gguf, i)))
+    finally:
+        gguf_free(gguf)
+    rows = numpy.zeros((model.n_layer - 1, model.n_embd), dtype=numpy.float32)
+    with open(name, "rb") as file:
+        for tensor, is_f32, offset, size in found:
+            prefix, _, number = tensor.partition(".")
+            if prefix != "direction" or not number.isascii() or not number.isdecimal():
+                continue
+            layer = int(number)
+            if not 1 <= layer < model.n_layer or not is_f32 or size != 4 * model.n_embd:
+                raise AdapterError(
+                    f"{name} is no control vector for this model: {tensor} must be F32, of"
+                    f" {model.n_embd} values, for a layer from 1 to {model.n_layer - 1}", path=name)
+            file.seek(offset)
+            rows[layer - 1] = numpy.frombuffer(file.read(size), dtype="<f4")
+    if not any(tensor.startswith("direction.") for tensor, *_ in found):
+        raise AdapterError(
+            f"{name} holds no control vector: it has no tensor direction.1, direction.2...",
+            path=name)
+    return rows
+
+
 def set_control_vector(Context context not None, data, layer_start: int = 1,
                        layer_end: int | None = None) -> None:
     """Add ``data[l - 1]`` to the hidden state after layer l, for layer_start <= l <= layer_end.
@@ -169,16 +284,7 @@ def set_control_vector(Context context not None, data, layer_start: int = 1,
                 code = llama_set_adapter_cvec(context.ptr, NULL, 0, n_embd, -1, -1)
         else:
             n_layer = context.model.n_layer
-            try:
-                view = data
-            except (TypeError, ValueError, BufferError) as error:
-                raise ParameterError(
-                    f"a control vector is a contiguous float32 array of two dimensions: {error}",
-                    parameter="data") from None
-            if view.shape[0] != n_layer - 1 or view.shape[1] != n_embd:
-                raise ParameterError(
-                    f"the control vector has shape {view.shape[0]}x{view.shape[1]}; this model"
-                    f" needs {n_layer - 1}x{n_embd}", parameter="data")
+            view = control_rows(context.model, data)
             start = check_int("layer_start", layer_start, 1, n_layer)
             end = check_int("layer_end", n_layer - 1 if layer_end is None else layer_end,
                             start, n_layer)

@@ -76,7 +76,8 @@ void LlamaBackend::apply(const ContextSet & set) {
         throw std::runtime_error("llama.cpp refused the set of adapters");
     }
     const float * control = set.control.empty() ? nullptr : set.control.data();
-    if (llama_set_adapter_cvec(ctx, control, set.control.size(), n_embd(), set.control_first, set.control_last) != 0) {
+    const int32_t n_state = llama_model_n_embd(llama_get_model(ctx));
+    if (llama_set_adapter_cvec(ctx, control, set.control.size(), n_state, set.control_first, set.control_last) != 0) {
         throw std::runtime_error("llama.cpp refused the control vector");
     }
 }

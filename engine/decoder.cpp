@@ -48,7 +48,8 @@ Failure failure_of(const std::exception & e) {
     return dynamic_cast<const std::bad_alloc *>(&e) ? Failure::memory : Failure::sampler;
 }
 
-Sampled sample(const llama_vocab * vocab, int32_t n_vocab, Sampler & sampler, int32_t logprobs, float * logits) {
+Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const std::vector<llama_token> & end_tokens, Sampler & sampler,
+               int32_t logprobs, float * logits) {
     Sampled out;
     const int64_t start = now_ns();
     try {
@@ -60,7 +61,8 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, Sampler & sampler, in
             }
         }
         out.token = sampler.sample(logits);
-        out.end   = llama_vocab_is_eog(vocab, out.token);
+        out.end   = llama_vocab_is_eog(vocab, out.token) ||
+                    std::find(end_tokens.begin(), end_tokens.end(), out.token) != end_tokens.end();
         if (logprobs >= 0) {
             out.score.logprob = (float) (logits[out.token] - log_sum);
         }
@@ -960,7 +962,8 @@ struct Decoder::Impl {
         if (w.slow) {
             sample_beside(stream, logits);
         } else {
-            emit(stream, sample(vocab, n_vocab, *stream->request.sampler, stream->request.logprobs, logits));
+            const Request & r = stream->request;
+            emit(stream, sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, logits));
         }
     }
 
@@ -1011,8 +1014,9 @@ struct Decoder::Impl {
         w.sampling = true;
         count.slow_samples++;
         worker.run([this, stream] {
+            const Request & r = stream->request;
             auto result = std::make_shared<Sampled>(
-                sample(vocab, n_vocab, *stream->request.sampler, stream->request.logprobs, stream->work->logits.data()));
+                sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, stream->work->logits.data()));
             post([this, stream, result] {
                 Work & w = *stream->work;
                 w.sampling = false;
@@ -1369,6 +1373,7 @@ ReplyPtr Decoder::define_set(uint64_t set, ContextSet context_set) {
 ReplyPtr Decoder::drop_set(uint64_t set) {
     Impl * self = impl.get();
     return impl->ask([self, set](Reply &) {
+        self->drop_cancelled();     // who was asked to end before this command no longer uses it
         for (const auto & list : {self->active, self->queue}) {
             for (const StreamPtr & stream : list) {
                 if (stream->request.set == set) {

@@ -80,6 +80,7 @@ cdef extern from "stream.hpp" namespace "triollama" nogil:
         unique_ptr[NativeSampler] sampler
         int32_t accept_from
         vector[string] stops
+        vector[llama_token] end_tokens
         int32_t max_tokens
         int32_t logprobs
         cpp_bool special

@@ -1,4 +1,5 @@
 """The decoder: streams of tokens from a thread that never holds the GIL."""
+from libc.stdint cimport intptr_t
 from libcpp.memory cimport shared_ptr
 from libcpp.utility cimport move
 
@@ -47,6 +48,13 @@ cdef object stream_error(Failure failure, str message):
     if failure == Failure.decode:
         return DecodeError(message)
     return EngineError(message)
+
+
+cdef void release_set(Decoder decoder, object number) noexcept:
+    """The set's adapters may be closed as far as this set goes."""
+    cdef Adapter adapter
+    for adapter in decoder.sets.pop(number, ()):
+        adapter.children -= 1
 
 
 @cython.no_gc_clear
@@ -120,7 +128,9 @@ cdef class Decoder(Owner):
             raise
         self.context = context
         self.sets = {}
+        self.dropping = {}
         context.children += 1
+        model.drivers += 1
         self.deterministic = deterministic
         self.closed = False
         count_live("Decoder", 1)
@@ -138,9 +148,10 @@ cdef class Decoder(Owner):
             del impl
         llama_set_abort_callback(self.context.ptr, on_abort_check, &self.context.aborting)
         for number in list(self.sets):
-            self.release_adapters(number)
+            release_set(self, number)
         self.context.leave()
         self.context.children -= 1
+        self.context.model.drivers -= 1
         count_live("Decoder", -1)
 
     def close(self) -> None:
@@ -179,6 +190,7 @@ cdef class Decoder(Owner):
         Sampler sampler=None,
         accept_from: int = 0,
         stop=(),
+        end_tokens=(),
         max_tokens: int | None = None,
         logprobs: int | None = None,
         special: bool = False,
@@ -205,6 +217,7 @@ cdef class Decoder(Owner):
             hidden states, pooled by "mean", "cls" (the first) or "last").
         hidden: keep the final hidden state of the last token, as ``values``.
         sampler: copied; the stream's own afterwards. It is shown tokens[accept_from:].
+        end_tokens: end the stream as the vocabulary's end-of-generation tokens do.
         capacity: pieces that may wait to be taken before the stream pauses.
         sequence: from ``make_sequence``; the first ``cached`` tokens are taken from its KV if they
             are still there. ``commit`` is where this turn began: a stream that is cancelled goes back
@@ -240,6 +253,8 @@ cdef class Decoder(Owner):
         request.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
         for text in stop:
             request.stops.push_back(text.encode())
+        for token in end_tokens:
+            request.end_tokens.push_back(end_token(n_vocab, token))
         request.max_tokens = -1 if max_tokens is None else check_int(
             "max_tokens", max_tokens, 0, 2**31 - 1)
         request.logprobs = -1 if logprobs is None else check_int("logprobs", logprobs, 0, n_vocab)
@@ -309,12 +324,47 @@ cdef class Decoder(Owner):
         self.alive()
         return wrap_reply(self, self.impl.query_sequence(sequence))
 
-    def define_adapters(self, set_id: int, adapters) -> DecoderReply:
+    def load_adapter(self, path) -> DecoderReply:
+        """Load a LoRA adapter between two steps, which wait for it: milliseconds, if the file was
+        read lately. The reply's ``adapter`` is what came of it.
+
+        Raises AdapterError and ModelNotFoundError for a file that is no adapter's; what llama.cpp
+        refuses only while it loads, the reply raises.
+        """
+        self.alive()
+        cdef Model model = self.context.model
+        if model.drivers > 1:
+            raise BusyError("several Decoders drive contexts of this model; close all but one")
+        cdef str name = check_adapter_file(model, path)
+        self.alive()                    # the GIL was free meanwhile
+        begin_log()
+        cdef DecoderReply reply = wrap_reply(
+            self, open_adapter_between_steps(self.impl[0], model.ptr, os.fsencode(name)))
+        reply.path = name
+        return reply
+
+    def free_adapter(self, Adapter adapter not None) -> DecoderReply:
+        """Close an adapter between two steps. BusyError while a set names it."""
+        self.alive()
+        adapter.alive()
+        if adapter.model is not self.context.model:
+            raise AdapterError(f"{adapter.path} was loaded for another model", path=adapter.path)
+        if adapter.model.drivers > 1:
+            raise BusyError("several Decoders drive contexts of this model; close all but one")
+        adapter.check_childless()
+        return wrap_reply(self, free_adapter_between_steps(self.impl[0], adapter.let_go()))
+
+    def define_adapters(self, set_id: int, adapters=(), control=None) -> DecoderReply:
         """Name a set of (Adapter, scale) pairs by a number of your own, at least 1, for ``submit``. Sets
-        cannot change: define another. The adapters stay open until the set is dropped."""
+        cannot change: define another. The adapters stay open until the set is dropped.
+
+        control: a control vector beside them, float32 [n_layer - 1, n_embd]: row l - 1 is added to
+        the hidden state after layer l.
+        """
         self.alive()
         cdef ContextSet native
         cdef Adapter adapter
+        cdef const float[:, ::1] rows
         held = []
         for adapter, scale in adapters:
             adapter.alive()
@@ -323,6 +373,12 @@ cdef class Decoder(Owner):
             native.adapters.push_back(adapter.ptr)
             native.scales.push_back(check_float("scale", scale, -1e6, 1e6))
             held.append(adapter)
+        if control is not None:
+            rows = control_rows(self.context.model, control)
+            if rows.shape[0]:           # a model of one layer has none to add to
+                native.control.assign(&rows[0, 0], &rows[0, 0] + rows.shape[0] * rows.shape[1])
+            native.control_first = 1
+            native.control_last = rows.shape[0]
         number = check_int("set_id", set_id, 1, 2**62)
         if number in self.sets:
             raise ParameterError(f"set {number} is defined already", parameter="set_id", value=number)
@@ -335,13 +391,25 @@ cdef class Decoder(Owner):
         """Forget a set. The reply raises StateError if a stream still uses it; else its adapters may be
         closed once it is done and ``release_adapters`` was called."""
         self.alive()
-        return wrap_reply(self, self.impl.drop_set(check_int("set_id", set_id, 1, 2**62)))
+        number = check_int("set_id", set_id, 1, 2**62)
+        reply = wrap_reply(self, self.impl.drop_set(number))
+        if number in self.sets:
+            self.dropping[number] = reply
+        return reply
 
     def release_adapters(self, set_id: int) -> None:
-        """After ``drop_adapters`` was answered: let the set's adapters be closed."""
-        cdef Adapter adapter
-        for adapter in self.sets.pop(set_id, ()):
-            adapter.children -= 1
+        """After ``drop_adapters`` was answered: let the set's adapters be closed. Raises what the
+        answer raises: BusyError before it is there, StateError if a stream still used the set."""
+        number = check_int("set_id", set_id, 1, 2**62)
+        if number not in self.sets:
+            return
+        if number not in self.dropping:
+            raise BusyError(f"set {number} is in use: ask for drop_adapters first")
+        cdef DecoderReply reply = self.dropping[number]
+        if reply.is_done:
+            del self.dropping[number]
+        reply.check()
+        release_set(self, number)
 
     def step(self, n: int = 1) -> DecoderReply:
         """Stepwise: do n steps. The reply's value is how many had something to do."""
@@ -479,7 +547,7 @@ cdef class DecoderStream:
 
     @property
     def end_token(self) -> int | None:
-        """Which end-of-generation token ended it."""
+        """Which token ended it: of end-of-generation, or one of ``end_tokens``."""
         return self.ptr.get().end_token if self.ptr.get().finish() == Finish.eos else None
 
     @property
@@ -550,7 +618,11 @@ cdef class DecoderReply:
         if not self.ptr.get().is_done():
             raise BusyError("the decoder has not answered yet; wait until poll names this reply")
         if not self.ptr.get().ok:
-            raise StateError(self.ptr.get().message.decode("utf-8", "replace"))
+            why = self.ptr.get().message.decode("utf-8", "replace")
+            if self.path is not None:
+                raise AdapterError(
+                    f"llama.cpp cannot load the adapter {self.path}: {why}", path=self.path)
+            raise StateError(why)
         return 0
 
     @property
@@ -558,6 +630,20 @@ cdef class DecoderReply:
         """The number it answers with. StateError if the command failed, BusyError if it is not done."""
         self.check()
         return self.ptr.get().value
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What ``load_adapter`` loaded, for others None. AdapterError if llama.cpp refused the file,
+        BusyError if it is not done."""
+        self.check()
+        if self.path is None:
+            return None
+        if self.loaded is None:
+            self.context.model.alive()
+            self.loaded = adopt_adapter(
+                self.context.model, self.path,
+                <llama_adapter_lora *><intptr_t>self.ptr.get().value)
+        return self.loaded
 
     @property
     def data(self) -> bytes:

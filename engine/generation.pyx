@@ -12,6 +12,14 @@ from sampling cimport (
 )
 
 
+cdef inline bint contains(const vector[llama_token] & tokens, llama_token token) noexcept nogil:
+    cdef size_t i
+    for i in range(tokens.size()):
+        if tokens[i] == token:
+            return True
+    return False
+
+
 @cython.no_gc_clear
 cdef class Generation:
     """Decodes a prompt and then a token at a time.
@@ -46,6 +54,8 @@ cdef class Generation:
         self.logprobs = -1 if params.logprobs is None else params.logprobs
         self.causal_prompt = params.causal_attention
         self.embeddings = params.embeddings
+        for token in params.stop_tokens:
+            self.end_tokens.push_back(end_token(len(context.model.vocab), token))
         stops = [stop.encode() for stop in params.stop]
         self.text.reset(new NativeTextStream(<vector[string]>stops))
         self.vocab = vocab_of(context.model)
@@ -173,7 +183,7 @@ cdef class Generation:
             logits = self.context.logits_row(-1)
             with nogil:
                 token = self.sampler.native.get().sample(logits)
-                ends = llama_vocab_is_eog(self.vocab.ptr, token)
+                ends = llama_vocab_is_eog(self.vocab.ptr, token) or contains(self.end_tokens, token)
                 if not ends:
                     self.sampler.native.get().accept(token, True)
                     append_piece(self.vocab.ptr, token, self.special, piece)

@@ -283,9 +283,6 @@ cdef extern from "llama.h" nogil:
         const llama_model_quantize_params * params) except +raise_native_error
 
     # adapters
-    llama_adapter_lora * llama_adapter_lora_init(
-        llama_model * model, const char * path_lora) except +raise_native_error
-    void llama_adapter_lora_free(llama_adapter_lora * adapter) noexcept
     int32_t llama_adapter_meta_count(const llama_adapter_lora * adapter) noexcept
     int32_t llama_adapter_meta_key_by_index(
         const llama_adapter_lora * adapter, int32_t i, char * buf, size_t buf_size) noexcept

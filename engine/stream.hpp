@@ -42,7 +42,7 @@ enum class Pooling : int32_t {
 
 enum class Finish : int32_t {
     none,           // still going
-    eos,            // an end-of-generation token
+    eos,            // an end-of-generation token, or one of the request's end_tokens
     stop,           // a stop string
     length,         // max_tokens
     context,        // no more positions, or no more cells
@@ -65,7 +65,7 @@ enum class Failure : int32_t {
 struct Usage {
     int32_t prompt    = 0;      // tokens of the prompt
     int32_t cached    = 0;      // of those, taken from the KV cache
-    int32_t generated = 0;      // tokens sampled and delivered; an end-of-generation token is not counted
+    int32_t generated = 0;      // tokens sampled and delivered; one that ends the generation is not counted
     int64_t submitted_ns = 0;   // steady clock; 0: never happened
     int64_t admitted_ns  = 0;
     int64_t first_ns     = 0;
@@ -85,6 +85,7 @@ struct Request {
     std::unique_ptr<Sampler> sampler;
     int32_t accept_from = 0;                // the sampler has not yet seen the prompt from here on
     std::vector<std::string> stops;
+    std::vector<llama_token> end_tokens;    // end it as the vocabulary's end-of-generation tokens do
     int32_t max_tokens = -1;                // -1: until the context is full
     int32_t logprobs = -1;                  // -1: none; n: with the n most likely
     bool    special = false;
@@ -127,7 +128,7 @@ public:
     Failure failure = Failure::none;
     std::string message;
     int32_t stop_index = -1;
-    llama_token end_token = LLAMA_TOKEN_NULL;   // the end-of-generation token, if that is how it ended
+    llama_token end_token = LLAMA_TOKEN_NULL;   // the token that ended it, if that is how it ended
     int32_t position = 0;                       // positions [0, position) of the sequence are in the KV
     int32_t shifted = 0;                        // tokens dropped by context shifts
     std::vector<float> values;                  // score: log-probabilities; embed: the vector; hidden: the state

@@ -321,3 +321,13 @@ cdef Vocab vocab_of(Model model):
     vocab.ptr = llama_model_get_vocab(model.ptr)
     vocab.n_tokens = llama_vocab_n_tokens(vocab.ptr)
     return vocab
+
+
+cdef llama_token end_token(int n_vocab, object token) except -1:
+    """A token that is to end a generation; TokenError if the vocabulary has none such."""
+    number = check_int("stop_tokens", token, -2**31, 2**31 - 1)
+    if not 0 <= number < n_vocab:
+        raise TokenError(
+            f"stop_tokens holds {number}, which is outside the vocabulary of {n_vocab} tokens",
+            parameter="stop_tokens", value=number)
+    return number

@@ -50,7 +50,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     Length and end
         ``max_tokens``: most new tokens, prompt not counted; ``None``: until the context is full.
         ``stop``: strings that end the text; they are not part of it.
+        ``stop_tokens``: ids of tokens that end the generation like the vocabulary's own
+        end-of-generation tokens (finish reason ``"eos"``); they are not part of it.
         ``ignore_eos``: never end on an end-of-generation token: it is given no probability.
+        (``stop_tokens`` end it nevertheless.)
         ``context_overflow``: when the context is full, ``"stop"`` (finish reason ``"context"``)
         or ``"shift"``: drop the older half of what follows the first ``n_keep`` tokens and go on.
 
@@ -96,6 +99,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     max_tokens: int | None = 100
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     context_overflow: str = "stop"
     n_keep: int = 0
@@ -173,6 +177,19 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                         parameter=name,
                         value=text,
                     )
+        if not isinstance(self.stop_tokens, tuple):
+            raise ParameterError(
+                f"stop_tokens must be a tuple of token ids, not {self.stop_tokens!r}",
+                parameter="stop_tokens",
+                value=self.stop_tokens,
+            )
+        for token in self.stop_tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _I32:
+                raise ParameterError(
+                    f"stop_tokens holds {token!r}; each must be a token id",
+                    parameter="stop_tokens",
+                    value=token,
+                )
         if len(set(self.samplers)) != len(self.samplers):
             raise ParameterError(
                 f"samplers must name each sampler at most once, not {self.samplers!r}",
@@ -284,7 +301,7 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
                 value=changes[name],
             )
     normal = dict(changes)
-    for name in ("stop", "dry_breakers", "samplers"):
+    for name in ("stop", "stop_tokens", "dry_breakers", "samplers"):
         value = normal.get(name)
         if isinstance(value, str) and name == "stop":
             normal[name] = (value,)

@@ -15,8 +15,9 @@ __all__ = ["Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 """Why a generation ended.
 
-"eos": the model ended it; "stop": a stop string; "length": ``max_tokens``; "context": the context
-is full; "cancelled": whoever asked went away; "error": it failed.
+"eos": the model ended it, by an end-of-generation token or one of ``stop_tokens``; "stop": a stop
+string; "length": ``max_tokens``; "context": the context is full; "cancelled": whoever asked went
+away; "error": it failed.
 """
 
 
@@ -59,7 +60,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A finished generation.
 
-    ``stop``: the stop string that ended the text. ``seed``: the one in effect. ``logprobs``: one
+    ``stop``: the stop string that ended the text. ``end_token``: the token that did, if the finish
+    reason is "eos"; it is not among ``tokens``. ``seed``: the one in effect. ``logprobs``: one
     for each token, if asked for. ``embedding``: float32 of shape [n_embd], if asked for.
     """
 
@@ -69,6 +71,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     seed: int
     stop: str | None = None
+    end_token: int | None = None
     logprobs: list[TokenLogprob] | None = None
     embedding: npt.NDArray[np.float32] | None = None
 

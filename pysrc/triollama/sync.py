@@ -429,6 +429,12 @@ class Stream:
         return self.params.stop[index] if index >= 0 else None
 
     @property
+    def end_token(self) -> int | None:
+        """The token that ended it, if ``finish_reason`` is "eos"."""
+        token = self._generation.eog_token
+        return token if token >= 0 else None
+
+    @property
     def logprobs(self) -> list[TokenLogprob] | None:
         """One for each token so far, if ``params.logprobs`` asked for them."""
         if self.params.logprobs is None:
@@ -461,6 +467,7 @@ class Stream:
             usage=self.usage,
             seed=self.seed,
             stop=self.stop,
+            end_token=self.end_token,
             logprobs=self.logprobs,
             embedding=self._embedding,
         )

@@ -11,7 +11,7 @@ import pytest
 import trio
 from triollama import GenerationParams
 from triollama.aio import Llama, LoadedAdapter, open_llama
-from triollama.errors import AdapterError, BusyError, ParameterError, StateMismatchError
+from triollama.errors import AdapterError, ParameterError, StateMismatchError
 
 pytest.importorskip("gguf", reason="adapters are written with the package gguf")
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
@@ -53,6 +53,7 @@ async def talk(llama: Llama, adapters: list[tuple[LoadedAdapter, float]]) -> lis
     return [(await chat.say(text)).tokens for text in SAID]
 
 
+@pytest.mark.promise("S23")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_sets_run_beside_each_other(model: Path, files: list[Path], deterministic: bool) -> None:
     async def main() -> None:
@@ -81,6 +82,7 @@ def test_sets_run_beside_each_other(model: Path, files: list[Path], deterministi
     run(main)
 
 
+@pytest.mark.promise("S23")
 def test_memory_is_never_shared_between_sets(model: Path, files: list[Path]) -> None:
     async def main() -> None:
         async with opened(model) as llama:
@@ -145,11 +147,6 @@ def test_what_is_no_adapter(model: Path, files: list[Path], tmp_path: Path) -> N
                     llama.conversation(adapters=wrong)  # type: ignore[arg-type]
             with pytest.raises(ParameterError, match="twice"):
                 llama.conversation(adapters=[(one, 1.0), (one, 0.5)])
-            async with llama.stream("Once upon", GREEDY, max_tokens=100, capacity=1) as stream:
-                await stream.receive()
-                with pytest.raises(BusyError):
-                    await llama.load_adapter(files[1])
-            await llama.load_adapter(files[1])
         async with opened(model) as other:
             with pytest.raises(ParameterError):
                 other.conversation(adapters=[(one, 1.0)])

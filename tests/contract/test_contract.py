@@ -106,6 +106,7 @@ def test_generate_gives_what_stream_gives(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S20")
 def test_streams_beside_each_other_equal_lone_ones(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -124,6 +125,7 @@ def test_streams_beside_each_other_equal_lone_ones(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S17")
 def test_a_stop_string_ends_the_text_before_it(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -132,6 +134,37 @@ def test_a_stop_string_ends_the_text_before_it(world: World) -> None:
             completion = await llama.generate(PROMPT, GREEDY, max_tokens=40, stop=("\x01", stop))
             assert completion.text == whole[: whole.index(stop)]
             assert (completion.finish_reason, completion.stop) == ("stop", stop)
+
+    world.run(main)
+
+
+@pytest.mark.promise("S17")
+def test_a_stop_token_ends_it_as_the_vocabularys_own_do(world: World) -> None:
+    async def main() -> None:
+        async with world.open() as llama:
+            whole = await llama.generate(PROMPT, GREEDY, max_tokens=40)
+            at = next(i for i in range(3, 40) if whole.tokens[i] not in whole.tokens[:i])
+            chosen = whole.tokens[at]
+            for changes in ({}, {"ignore_eos": True}, {"logprobs": 0}):
+                async with llama.stream(
+                    PROMPT, GREEDY, max_tokens=40, stop_tokens=[2, chosen], **changes
+                ) as stream:
+                    async for _ in stream:
+                        pass
+                    assert stream.tokens == whole.tokens[:at]
+                    assert whole.text.startswith(stream.text)
+                    assert (stream.finish_reason, stream.end_token) == ("eos", chosen)
+                    completion = stream.completion()
+                    assert (completion.end_token, completion.stop) == (chosen, None)
+                    assert completion.usage.generated_tokens == at
+                    if completion.logprobs is not None:
+                        assert len(completion.logprobs) == at
+            assert (await llama.generate(PROMPT, GREEDY)).end_token is None
+            with pytest.raises(TokenError, match="stop_tokens"):
+                await llama.generate(PROMPT, stop_tokens=(2**30,))
+            async with llama.stream(PROMPT, LONG, capacity=1) as stream:
+                with pytest.raises(ParameterError):
+                    stream.update(stop_tokens=(chosen,))
 
     world.run(main)
 
@@ -149,6 +182,7 @@ def test_logprobs_come_one_for_each_token(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S17")
 def test_the_context_ends_a_generation(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -171,6 +205,7 @@ def test_a_drawn_seed_is_told(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S24")
 def test_score_and_embed_work_beside_streams(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama, llama.stream(PROMPT, LONG, capacity=1) as stream:
@@ -192,6 +227,7 @@ def test_score_and_embed_work_beside_streams(world: World) -> None:
 # Mistakes
 
 
+@pytest.mark.promise("S18")
 def test_mistakes_are_typed_and_cost_no_place(world: World) -> None:
     async def main() -> None:
         async with world.open(max_queue=0) as llama:
@@ -237,6 +273,7 @@ def test_a_stream_runs_once_and_only_inside_async_with(world: World) -> None:
 # Channels
 
 
+@pytest.mark.promise("S8", "S27")
 def test_every_async_call_is_a_checkpoint(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -271,6 +308,7 @@ def test_every_async_call_is_a_checkpoint(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S8", "S27")
 def test_opening_and_leaving_are_checkpoints(world: World) -> None:
     async def main() -> None:
         opening = world.open()
@@ -282,6 +320,7 @@ def test_opening_and_leaving_are_checkpoints(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S9")
 def test_a_cancelled_receive_consumes_nothing(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -305,6 +344,7 @@ def test_a_cancelled_receive_consumes_nothing(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S10")
 def test_two_receivers_are_one_too_many(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama, llama.stream(PROMPT, LONG, capacity=1) as stream:
@@ -326,6 +366,7 @@ def test_two_receivers_are_one_too_many(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S11")
 def test_closing_wakes_the_receiver(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -358,6 +399,7 @@ def test_closing_wakes_the_receiver(world: World) -> None:
 # Cancellation
 
 
+@pytest.mark.promise("S13")
 def test_leaving_frees_the_place_at_once(world: World) -> None:
     async def main() -> None:
         async with world.open(max_streams=1, max_queue=0) as llama:
@@ -383,6 +425,7 @@ def test_leaving_frees_the_place_at_once(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S14")
 def test_a_deadline_ends_a_generation_and_nothing_else(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -398,6 +441,7 @@ def test_a_deadline_ends_a_generation_and_nothing_else(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S14", "S16")
 def test_cancel_by_id_ends_the_channel_after_what_is_there(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -416,6 +460,7 @@ def test_cancel_by_id_ends_the_channel_after_what_is_there(world: World) -> None
     world.run(main)
 
 
+@pytest.mark.promise("S14")
 def test_cancel_all(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -432,6 +477,7 @@ def test_cancel_all(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S15")
 def test_cancelling_one_disturbs_no_other(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -451,6 +497,7 @@ def test_cancelling_one_disturbs_no_other(world: World) -> None:
 # Looking after streams
 
 
+@pytest.mark.promise("S22")
 def test_active_tells_what_runs(world: World) -> None:
     async def main() -> None:
         async with world.open(max_streams=1) as llama:
@@ -468,6 +515,7 @@ def test_active_tells_what_runs(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S21")
 def test_an_update_counts_from_the_next_token(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -488,6 +536,7 @@ def test_an_update_counts_from_the_next_token(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S22")
 def test_statistics_add_up(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -506,6 +555,7 @@ def test_statistics_add_up(world: World) -> None:
 # Leaving the Llama
 
 
+@pytest.mark.promise("S5", "S11")
 def test_leaving_ends_streams_in_other_tasks(world: World) -> None:
     async def main() -> None:
         outcomes: list[type[BaseException]] = []
@@ -534,6 +584,7 @@ def test_leaving_ends_streams_in_other_tasks(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S7")
 def test_what_the_body_raises_is_never_wrapped(world: World) -> None:
     async def main() -> None:
         async def leave() -> None:
@@ -572,6 +623,7 @@ def test_a_cancelled_body_leaves_cleanly_and_may_still_close_streams(world: Worl
     world.run(main)
 
 
+@pytest.mark.promise("S18")
 def test_many_streams_on_few_places(world: World) -> None:
     async def main() -> None:
         async with world.open(max_streams=3) as llama:
@@ -589,6 +641,7 @@ def test_many_streams_on_few_places(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S19")
 def test_nobody_waits_for_who_does_not_read(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:

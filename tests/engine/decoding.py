@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,12 @@ class Driver:
         """One stream from start to end; its tokens."""
         return self.finish(self.start(tokens, params, **options))[0]
 
+    def run_stepwise(self, tokens: Sequence[int], params: GenerationParams = GREEDY) -> list[int]:
+        """As ``run``, of a decoder that was opened stepwise."""
+        stream = self.start(tokens, params, capacity=10_000)
+        self.step(10_000)
+        return self.finish(stream)[0]
+
     def statistics_when(self, **wanted: int) -> dict[str, Any]:
         """Statistics once they show these values."""
         end = time.monotonic() + 60
@@ -156,15 +162,21 @@ def prompt(seed: int, n: int = 30) -> list[int]:
 LONG_PROMPT = prompt(0, 120)
 
 
-def reference(path: Path, tokens: Sequence[int], n: int, chunk: int = CHUNK) -> list[int]:
+def reference(
+    path: Path, tokens: Sequence[int], n: int, chunk: int = CHUNK, *, adapter: Path | None = None
+) -> list[int]:
     """Greedy tokens by Context and numpy alone: the prompt in chunks, then one by one."""
     out: list[int] = []
-    with engine.Model(path) as model:
+    with engine.Model(path) as model, ExitStack() as stack:
         context = engine.Context(
             model, n_ctx=256, n_seq_max=1, n_batch=64, n_ubatch=64, n_threads=1,
             kv_unified=False, flash_attn="off",
         )  # fmt: skip
+        if adapter is not None:
+            loaded = stack.enter_context(engine.Adapter(model, adapter))
         with context:
+            if adapter is not None:
+                engine.set_adapters(context, [(loaded, 1.0)])
             batch = engine.Batch(64)
             for i in range(0, len(tokens), chunk):
                 part = tokens[i : i + chunk]

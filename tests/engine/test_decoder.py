@@ -49,6 +49,7 @@ def stepwise(path: Path) -> Iterator[Driver]:
 # Tokens
 
 
+@pytest.mark.promise("S20")
 def test_deterministic_streams_equal_a_reference_whatever_runs_beside_them(
     driver: Driver, path: Path
 ) -> None:
@@ -273,6 +274,7 @@ def test_embeddings_equal_a_reference_beside_running_streams(path: Path, pooling
 # Admission, priorities, backpressure
 
 
+@pytest.mark.promise("S13", "S18")
 def test_the_queue_is_bounded_and_a_cancel_counts_at_once(path: Path) -> None:
     with driving(path, n_seq_max=2, max_queue=1, stepwise=True) as driver:
         streams = [driver.start(prompt(i)) for i in range(3)]
@@ -286,6 +288,7 @@ def test_the_queue_is_bounded_and_a_cancel_counts_at_once(path: Path) -> None:
         driver.start(prompt(4))
 
 
+@pytest.mark.promise("S18")
 def test_higher_priority_is_admitted_first_then_the_older(path: Path) -> None:
     with driving(path, n_seq_max=1, stepwise=True) as driver:
         first = driver.start(prompt(0))
@@ -396,6 +399,7 @@ def test_an_update_counts_from_the_next_token(driver: Driver) -> None:
 # Cancellation
 
 
+@pytest.mark.promise("S14", "S15", "S16")
 @pytest.mark.parametrize("n_others", [0, 1, 3])
 def test_cancel_at_every_chunk_and_every_token_disturbs_nobody(path: Path, n_others: int) -> None:
     victim, others = prompt(50, 5 * CHUNK), [prompt(60 + i, 20 + i) for i in range(n_others)]
@@ -427,6 +431,7 @@ def test_cancel_at_every_chunk_and_every_token_disturbs_nobody(path: Path, n_oth
             assert driver.finish(again) == [fresh]
 
 
+@pytest.mark.promise("S14")
 def test_cancel_while_queued_while_parked_and_twice(driver: Driver) -> None:
     parked = [driver.start(prompt(i), LONG, capacity=1) for i in range(4)]
     driver.statistics_when(parked=4)
@@ -702,6 +707,7 @@ def test_submitting_and_cancelling_from_many_threads(driver: Driver) -> None:
     assert statistics["finished"] + statistics["cancelled"] == len(streams)
 
 
+@pytest.mark.promise("S5")
 def test_no_descriptor_and_no_thread_is_left(path: Path) -> None:
     with driving(path) as driver:
         driver.run(prompt(1))

@@ -131,6 +131,24 @@ def test_end_of_generation(llama):
     assert len(done.tokens) == 9 and eos not in done.tokens
 
 
+def test_stop_tokens(llama):
+    whole = llama.generate(PROMPT, max_tokens=40, ignore_eos=True, **GREEDY)
+    at = next(i for i in range(3, 40) if whole.tokens[i] not in whole.tokens[:i])
+    chosen = whole.tokens[at]
+    with llama.stream(
+        PROMPT, max_tokens=40, ignore_eos=True, stop_tokens=[chosen], logprobs=0, **GREEDY
+    ) as stream:
+        text = "".join(stream)
+    done = stream.completion()
+    assert (done.tokens, done.text) == (whole.tokens[:at], text)
+    assert whole.text.startswith(text)
+    assert (done.finish_reason, done.end_token, done.stop) == ("eos", chosen, None)
+    assert len(done.logprobs) == at == done.usage.generated_tokens
+    assert whole.end_token is None
+    with pytest.raises(TokenError, match="stop_tokens"):
+        llama.generate(PROMPT, stop_tokens=(2**30,))
+
+
 def test_a_full_context_stops_or_shifts(tiny):
     with Llama(tiny("llama"), n_ctx=32, threads=1) as llama:
         assert llama.n_ctx == 32

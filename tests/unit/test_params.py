@@ -74,6 +74,15 @@ def test_booleans(name: str, bad: object) -> None:
     refused(**{name: bad})
 
 
+@pytest.mark.parametrize("bad", [3, [3], (True,), (-1,), ("3",), (2**31,)])
+def test_stop_tokens_refused(bad: Any) -> None:
+    refused(stop_tokens=bad)
+
+
+def test_stop_tokens() -> None:
+    assert make_params(None, {"stop_tokens": [3, 4]}).stop_tokens == (3, 4)
+
+
 @pytest.mark.parametrize("name", ["stop", "dry_breakers", "samplers"])
 @pytest.mark.parametrize(
     "bad", [None, 5, "text", ["\n"], ("",), (5,), ("a\0b",), (None,), ([],)], ids=repr

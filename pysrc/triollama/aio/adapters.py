@@ -1,37 +1,43 @@
-"""LoRA adapters that a serving model has loaded, and the sets of them that turns run with."""
+"""Adapters that a serving model has loaded, and the sets of them that streams run with."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import trio
 
 from .. import state as saved_state
-from .._engine import Adapter
-from ..errors import AdapterError, BusyError, ParameterError
+from .._engine import read_control_vector
+from ..errors import AdapterError, BusyError, ParameterError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .conversations import Conversations
+    import numpy as np
+    import numpy.typing as npt
+
+    from .llama import Llama
 
 __all__ = ["Adapters", "LoadedAdapter", "Scaled"]
 
 
 class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
-    """An adapter ready for use: give it to ``Llama.conversation(adapters=[(adapter, scale)])``.
+    """An adapter ready for use: give it to ``adapters=[(adapter, scale)]`` of a stream or a
+    conversation.
 
-    ``digest``: of its file, by which saved conversations know it.
+    ``kind``: "lora", or "control" for a control vector. ``path``: its file; empty for a control
+    vector given as an array. ``digest``: of its contents, by which saved conversations know it.
     """
 
     path: str
     digest: bytes
     inner: Any
+    kind: Literal["lora", "control"] = "lora"
 
     def __repr__(self) -> str:
-        return f"<LoadedAdapter {self.path!r}>"
+        return f"<LoadedAdapter {self.path!r}, {self.kind}>"
 
 
 Scaled = tuple[tuple[LoadedAdapter, float], ...]
@@ -40,10 +46,17 @@ Scaled = tuple[tuple[LoadedAdapter, float], ...]
 class Adapters:
     """What is loaded, and the numbers under which the decoder knows sets of them."""
 
-    def __init__(self, owner: Conversations) -> None:
-        self._owner = owner
+    def __init__(self, llama: Llama) -> None:
+        engine: Any = llama._engine
+        if not hasattr(engine, "decoder"):
+            raise UnsupportedError("this engine has no adapters")
+        self._llama = llama
+        self._engine = engine
+        self._decoder = engine.decoder
         self._loaded: dict[bytes, LoadedAdapter] = {}
         self._sets: dict[frozenset[tuple[bytes, float]], int] = {}
+        self._last_set = 0
+        self._lock = trio.Lock()  # one load or unload at a time
 
     async def load(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """See ``Llama.load_adapter``."""
@@ -53,25 +66,90 @@ class Adapters:
             with open(name, "rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
 
-        try:
-            digest = await trio.to_thread.run_sync(read)
-        except OSError as error:
-            raise AdapterError(
-                f"cannot read the adapter {name}: {error.strerror or error}", path=name
-            ) from error
-        if digest in self._loaded:
+        async with self._lock:
+            try:
+                digest = await trio.to_thread.run_sync(read)
+            except OSError as error:
+                raise AdapterError(
+                    f"cannot read the adapter {name}: {error.strerror or error}", path=name
+                ) from error
+            if digest not in self._loaded:
+                # Between two steps of the decoder: a decode reads what loading changes.
+                reply = await trio.to_thread.run_sync(self._decoder.load_adapter, name)
+                inner = (await self._llama._answer(reply)).adapter
+                self._engine.adapters.append(inner)
+                self._loaded[digest] = LoadedAdapter(name, digest, inner)
             return self._loaded[digest]
-        owner = self._owner
-        # Loading changes tables that decodes read. The answer comes between two steps; after it
-        # nothing can begin before this task waits again.
-        await owner.answer(owner.decoder.query_sequence(0))
-        counts = owner.engine.statistics()
-        if owner.llama._streams or counts["running"] or counts["prefilling"] or counts["queued"]:
-            raise BusyError("an adapter can be loaded only while no stream is running")
-        inner = Adapter(owner.engine.model, name)
-        owner.engine.adapters.append(inner)
-        self._loaded[digest] = LoadedAdapter(name, digest, inner)
+
+    async def load_control(
+        self,
+        source: str | os.PathLike[str] | npt.NDArray[np.float32],
+        layer_start: int,
+        layer_end: int | None,
+    ) -> LoadedAdapter:
+        """See ``Llama.load_control_vector``."""
+        import numpy
+
+        model = self._engine.model
+        last = model.n_layer - 1
+        end = last if layer_end is None else layer_end
+        for name, value, low in (("layer_start", layer_start, 1), ("layer_end", end, layer_start)):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= last:
+                raise ParameterError(
+                    f"{name} must be an integer from {low} to {last}, not {value!r}",
+                    parameter=name,
+                    value=value,
+                )
+        path = ""
+        if isinstance(source, numpy.ndarray):
+            rows = source
+            if rows.shape != (last, model.n_embd) or not numpy.isfinite(rows).all():
+                raise ParameterError(
+                    f"a control vector for this model is finite and of shape "
+                    f"({last}, {model.n_embd}), not {rows.shape}",
+                    parameter="source",
+                )
+        else:
+            path = os.fspath(source)
+            rows = await trio.to_thread.run_sync(read_control_vector, model, path)
+            if not numpy.isfinite(rows).all():
+                raise AdapterError(f"{path} holds values that are not finite", path=path)
+        rows = numpy.array(rows, dtype=numpy.float32)
+        rows[: layer_start - 1] = 0
+        rows[end:] = 0
+        rows.flags.writeable = False
+        digest = hashlib.sha256(b"control" + rows.tobytes()).digest()
+        if digest not in self._loaded:
+            self._loaded[digest] = LoadedAdapter(path, digest, rows, "control")
         return self._loaded[digest]
+
+    async def unload(self, adapter: LoadedAdapter) -> None:
+        """See ``Llama.unload_adapter``."""
+        async with self._lock:
+            self.check([(adapter, 1.0)])
+            users = [
+                chat.id
+                for chat in self._llama._conversations or ()
+                if any(one is adapter for one, _ in chat._adapters)
+            ]
+            if users:
+                raise BusyError(
+                    f"conversations name this adapter: {', '.join(users[:5])}; close them, or give "
+                    "them another set (set_adapters)"
+                )
+            del self._loaded[adapter.digest]  # from here on no stream can begin with it
+            try:
+                for key, number in list(self._sets.items()):
+                    if any(digest == adapter.digest for digest, _ in key):
+                        await self._llama._answer(self._decoder.drop_adapters(number))
+                        self._decoder.release_adapters(number)
+                        del self._sets[key]
+            except StateError as error:
+                self._loaded[adapter.digest] = adapter
+                raise BusyError(f"{error}; wait for it, or cancel it") from None
+            if adapter.kind == "lora":
+                self._engine.adapters.remove(adapter.inner)
+                await self._llama._answer(self._decoder.free_adapter(adapter.inner))
 
     def check(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
         """Pairs of an adapter of this Llama and a finite scale. Raises ParameterError."""
@@ -86,8 +164,8 @@ class Adapters:
             except (AttributeError, TypeError, ValueError):
                 pass
             raise ParameterError(
-                "adapters must be pairs of an adapter from load_adapter and its scale, not "
-                f"{pair!r}",
+                "adapters must be pairs of an adapter from load_adapter or load_control_vector, "
+                f"still loaded, and its scale, not {pair!r}",
                 parameter="adapters",
                 value=pair,
             )
@@ -99,14 +177,25 @@ class Adapters:
         """The decoder's number for a set, defined on first use; 0 is the bare model."""
         if not adapters:
             return 0
+        self.check(adapters)
         key = frozenset((adapter.digest, scale) for adapter, scale in adapters)
-        if key not in self._sets:
-            # Commands keep their order: a stream may name the set before the answer is there.
-            self._sets[key] = len(self._sets) + 1
-            pairs = [(adapter.inner, scale) for adapter, scale in adapters]
-            reply = self._owner.decoder.define_adapters(self._sets[key], pairs)
-            await self._owner.answer(reply)
-        return self._sets[key]
+        if key in self._sets:
+            return self._sets[key]
+        pairs = [(one.inner, scale) for one, scale in adapters if one.kind == "lora"]
+        control: Any = None
+        for one, scale in adapters:
+            if one.kind == "control":
+                control = one.inner * scale if control is None else control + one.inner * scale
+        if control is not None:
+            control = control.astype("float32")
+        # Commands keep their order: a stream may name the set before the answer is there. Numbers
+        # are never used again, since memory is known by them.
+        self._last_set += 1
+        number = self._sets[key] = self._last_set
+        reply = await self._llama._answer(self._decoder.define_adapters(number, pairs, control))
+        assert reply.value == 0
+        self.check(adapters)  # unloaded meanwhile?
+        return number
 
     @staticmethod
     def saved(adapters: Scaled) -> tuple[saved_state.Adapter, ...]:

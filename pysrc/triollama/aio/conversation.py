@@ -17,7 +17,7 @@ from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedE
 from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion
 from ..state import MAX_TITLE, Message
-from .adapters import Adapters, Scaled
+from .adapters import Adapters, LoadedAdapter, Scaled
 from .history import WORTH_SHARING, Memory, Plan, State, Turn, common_length, now
 from .stream import Piece, Stream
 
@@ -113,6 +113,25 @@ class Conversation:
     def template(self) -> ChatTemplate:
         """How messages become a prompt."""
         return self._template
+
+    @property
+    def adapters(self) -> Scaled:
+        """The adapters it speaks with, and their scales."""
+        return self._adapters
+
+    def set_adapters(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> None:
+        """Speak with these from the next turn on, in place of those before; ``()``: the bare model.
+
+        What the old ones computed is forgotten, so the next turn computes the whole conversation.
+        BusyResourceError in mid-turn; ParameterError for what is not loaded.
+        """
+        self._check_idle()
+        chosen = self._owner.adapters.check(adapters)
+        if chosen == self._adapters:
+            return
+        self._adapters = chosen
+        self._owner.forget(self)
+        self._touch()
 
     @property
     def is_busy(self) -> bool:
@@ -553,6 +572,8 @@ class TurnStream(Stream):
                 cached = await owner.borrow(chat, plan, cached, adapters)
             sampler, shown = await owner.make_sampler(self.params, plan)
             chat._owner.llama._check_open()
+            if chat._closed:
+                raise trio.ClosedResourceError("this conversation was closed")
             running = owner.engine.submit(
                 list(plan.tokens),
                 sampler,

@@ -14,7 +14,7 @@ from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..errors import ParameterError, StateError, UnsupportedError
 from ..params import GenerationParams, make_params
 from ..state import Message
-from .adapters import Adapters, LoadedAdapter
+from .adapters import LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .history import WORTH_SHARING, Memory, Plan, State, common_length, now
 
@@ -41,7 +41,7 @@ class Conversations:
         self.decoder = engine.decoder
         self.vocab = engine.vocab
         self.tokenizer = ChatTokenizer(self.vocab)
-        self.adapters = Adapters(self)
+        self.adapters = llama.adapters
         self.grid = min(32, engine.context.n_ubatch)
         self._all: dict[str, Conversation] = {}
         self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
@@ -250,13 +250,14 @@ class Conversations:
         target.keep(min(got, n))
 
     async def answer(self, reply: Any) -> Any:
-        """Wait until the decoder has answered. Shielded: it takes no longer than a step."""
-        with trio.CancelScope(shield=True):
-            while not reply.is_done:
-                if self.llama._pump.stopped:
-                    raise trio.ClosedResourceError("this Llama was closed")
-                await self.llama._pump.wait_for(reply.id)
-        return reply
+        """Wait until the decoder has answered; see ``Llama._answer``."""
+        return await self.llama._answer(reply)
+
+    def forget(self, chat: Conversation) -> None:
+        """Its memory: the next turn computes everything."""
+        self._index(chat, None)
+        self.decoder.drop_sequence(chat._memory.sequence)
+        chat._memory = Memory(self.decoder.make_sequence())
 
     # Sampling
 

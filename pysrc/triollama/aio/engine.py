@@ -58,7 +58,7 @@ class EngineStream(Protocol):
 
     @property
     def end_token(self) -> int | None:
-        """Which end-of-generation token ended it."""
+        """Which token ended it: of end-of-generation, or one of ``stop_tokens``."""
         ...
 
     @property

@@ -16,7 +16,7 @@ from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
 from ..state import Document, Message
 from . import native, saving
-from .adapters import LoadedAdapter
+from .adapters import Adapters, LoadedAdapter, Scaled
 from .conversation import Conversation, OnCancel, Overflow
 from .conversations import Conversations
 from .engine import Engine, EngineStream
@@ -182,6 +182,7 @@ class Llama:
         self._closed = False
         self._streams: dict[int, Stream] = {}
         self._conversations: Conversations | None = None
+        self._adapters: Adapters | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._streams)} stream(s) open"
@@ -235,6 +236,7 @@ class Llama:
         *,
         priority: int = 0,
         capacity: int = 64,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Stream:
         """A generation, to be used in ``async with``.
@@ -243,6 +245,8 @@ class Llama:
         params, changes: a GenerationParams, and fields of it that differ.
         priority: higher goes first, in the queue and among prompts.
         capacity: pieces that wait for a slow reader before the stream pauses.
+        adapters: LoRA adapters and control vectors (``load_adapter``, ``load_control_vector``)
+            with their scales. Streams with other sets run beside each other, in turns.
 
         Raises ParameterError at once; what else may fail, does so on entering.
         """
@@ -259,7 +263,12 @@ class Llama:
             make_params(params, changes),
             priority=priority,
             capacity=capacity,
+            adapters=self._check_adapters(adapters),
         )
+
+    def _check_adapters(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
+        chosen = tuple(adapters)
+        return self.adapters.check(chosen) if chosen else ()
 
     async def generate(
         self,
@@ -267,10 +276,13 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         priority: int = 0,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Completion:
         """Generate to the end. Arguments as for :meth:`stream`; raises what ``receive`` raises."""
-        async with self.stream(prompt, params, priority=priority, **changes) as stream:
+        async with self.stream(
+            prompt, params, priority=priority, adapters=adapters, **changes
+        ) as stream:
             async for _ in stream:
                 pass
             return stream.completion()
@@ -281,33 +293,48 @@ class Llama:
         *,
         given: str | Iterable[int] | None = None,
         priority: int = 0,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
     ) -> Score:
         """Log-probabilities the model gives to ``text``, after ``given`` or from its beginning.
 
         Without ``given`` the first token is not scored, having nothing before it; where the model
-        begins texts with a special token, that is this one. Computed beside running streams.
+        begins texts with a special token, that is this one. adapters: as for :meth:`stream`.
+        Computed beside running streams.
         """
         import numpy
 
         self._check_open()
+        chosen = self._check_adapters(adapters)
         before = self._prompt_tokens(given) if given is not None else []
         if isinstance(text, str):
             tokens = before + self._engine.tokenize(text, add_special=not before)
         else:
             tokens = before + list(text)
         n_given = max(1, len(before))
-        stream = await self._run("score", tokens, priority=priority)
+        stream = await self._run("score", tokens, chosen, priority=priority)
         values = numpy.asarray(stream.values[n_given - 1 :], dtype=numpy.float32)
         return Score(tokens=tokens[n_given:], logprobs=values)
 
     @overload
     async def embed(
-        self, text: str, *, pooling: str = ..., normalize: bool = ..., priority: int = ...
+        self,
+        text: str,
+        *,
+        pooling: str = ...,
+        normalize: bool = ...,
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
     ) -> npt.NDArray[np.float32]: ...
 
     @overload
     async def embed(
-        self, text: Sequence[str], *, pooling: str = ..., normalize: bool = ..., priority: int = ...
+        self,
+        text: Sequence[str],
+        *,
+        pooling: str = ...,
+        normalize: bool = ...,
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
     ) -> npt.NDArray[np.float32]: ...
 
     async def embed(
@@ -317,16 +344,18 @@ class Llama:
         pooling: str = "mean",
         normalize: bool = True,
         priority: int = 0,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
     ) -> npt.NDArray[np.float32]:
         """Embeddings of one text, float32 [n_embd], or of several, [len(text), n_embd].
 
         pooling: "mean", "cls" (the first token) or "last", over the final hidden states.
-        normalize: divide by the Euclidean norm.
+        normalize: divide by the Euclidean norm. adapters: as for :meth:`stream`.
         Computed beside running streams, several at a time.
         """
         import numpy
 
         self._check_open()
+        chosen = self._check_adapters(adapters)
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ParameterError(
@@ -338,7 +367,7 @@ class Llama:
         rows = []
         for first in range(0, len(prompts), self.max_streams):
             some = prompts[first : first + self.max_streams]
-            streams = await self._run_all("embed", some, pooling=pooling, priority=priority)
+            streams = await self._run_all("embed", some, chosen, pooling=pooling, priority=priority)
             rows += [numpy.asarray(stream.values, dtype=numpy.float32) for stream in streams]
         result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
         if normalize:
@@ -346,15 +375,20 @@ class Llama:
             result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
         return result
 
-    async def _run(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
-        (stream,) = await self._run_all(kind, [tokens], **options)
+    async def _run(
+        self, kind: str, tokens: list[int], adapters: Scaled, **options: Any
+    ) -> EngineStream:
+        (stream,) = await self._run_all(kind, [tokens], adapters, **options)
         return stream
 
     async def _run_all(
-        self, kind: str, prompts: list[list[int]], **options: Any
+        self, kind: str, prompts: list[list[int]], adapters: Scaled, **options: Any
     ) -> list[EngineStream]:
         await trio.lowlevel.checkpoint()
         self._check_open()
+        if adapters:
+            options["adapters"] = await self.adapters.number(adapters)
+            self._check_open()
         streams: list[EngineStream] = []
         try:
             for tokens in prompts:
@@ -413,8 +447,8 @@ class Llama:
         on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
             said so far.
         tools, variables: passed to the template.
-        adapters: LoRA adapters from ``load_adapter`` and their scales. Conversations with other
-            sets run beside each other, and never use each other's memory.
+        adapters: from ``load_adapter`` or ``load_control_vector``, and their scales. Conversations
+            with other sets run beside each other, and never use each other's memory.
 
         Raises ParameterError, ChatTemplateError, UnsupportedError.
         """
@@ -434,15 +468,65 @@ class Llama:
             **changes,
         )
 
-    async def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
-        """Load a LoRA adapter in llama.cpp's GGUF format, for conversations to name.
+    # Adapters
 
-        Takes milliseconds, in which nothing is decoded: raises BusyError while streams run. It
-        stays loaded until the Llama is closed; the same file is loaded once. Raises AdapterError.
+    @property
+    def adapters(self) -> Adapters:
+        """What is loaded."""
+        if self._adapters is None:
+            self._adapters = Adapters(self)
+        return self._adapters
+
+    async def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
+        """Load a LoRA adapter in llama.cpp's GGUF format, for streams and conversations to name.
+
+        Also while streams run: the decoder loads it between two steps, in milliseconds, and the
+        streams' tokens are what they would have been. The same contents are loaded once. It stays
+        until ``unload_adapter``, or until the Llama is closed. Raises AdapterError.
         """
         await trio.lowlevel.checkpoint()
         self._check_open()
-        return await self.conversations.adapters.load(path)
+        return await self.adapters.load(path)
+
+    async def load_control_vector(
+        self,
+        source: str | os.PathLike[str] | npt.NDArray[np.float32],
+        *,
+        layer_start: int = 1,
+        layer_end: int | None = None,
+    ) -> LoadedAdapter:
+        """A control vector, to be named among ``adapters`` as a LoRA adapter is.
+
+        source: a GGUF file with F32 tensors ``direction.1``, ``direction.2``..., or float32 of
+            shape [n_layer - 1, n_embd]: row l - 1 is added to the hidden state after layer l, times
+            its scale. layer_start, layer_end: the layers it acts on, both included; None: the last.
+
+        Several in a set are added up. Raises AdapterError, ParameterError.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        return await self.adapters.load_control(source, layer_start, layer_end)
+
+    async def unload_adapter(self, adapter: LoadedAdapter) -> None:
+        """Free an adapter, also while streams run that do not name it.
+
+        Raises BusyError while a stream, or an open conversation, names it; nothing has happened
+        then. ParameterError if it is not loaded here.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        await self.adapters.unload(adapter)
+
+    async def _answer(self, reply: Any) -> Any:
+        """Wait until the decoder has answered. Shielded: it takes no longer than a step and the
+        command. Raises what the command failed with."""
+        with trio.CancelScope(shield=True):
+            while not reply.is_done:
+                if self._pump.stopped:
+                    raise trio.ClosedResourceError("this Llama was closed")
+                await self._pump.wait_for(reply.id)
+        _ = reply.value
+        return reply
 
     async def save(
         self,

@@ -57,6 +57,7 @@ class NativeEngine:
             tokens,
             sampler=sampler,
             stop=params.stop,
+            end_tokens=params.stop_tokens,
             max_tokens=params.max_tokens,
             logprobs=params.logprobs,
             special=params.special,

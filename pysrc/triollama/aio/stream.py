@@ -13,6 +13,7 @@ from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from .adapters import Scaled
     from .engine import Engine, EngineStream
     from .llama import Llama
 
@@ -21,6 +22,7 @@ __all__ = ["Piece", "Stream"]
 # Fixed while a stream runs: they are part of the prompt's KV, or of what was shown already.
 _FIXED = (
     "stop",
+    "stop_tokens",
     "context_overflow",
     "n_keep",
     "seed",
@@ -84,6 +86,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         *,
         priority: int,
         capacity: int,
+        adapters: Scaled = (),
     ) -> None:
         seed = draw_seed() if params.seed is None else params.seed
         self.params = params.replace(seed=seed) if params.seed is None else params
@@ -91,6 +94,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self.priority = priority
         self.capacity = capacity
         self._llama = llama
+        self._adapters = adapters
         self._stream: EngineStream | None = None
         self._closed = False
         self._cancelled_by_id = False
@@ -117,14 +121,18 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if self._closed or self._stream is not None:
             raise BusyError("a stream runs once; ask for a new one")
         self._llama._check_open()
+        options: dict[str, Any] = {"priority": self.priority, "capacity": self.capacity}
+        if self._adapters:
+            options["adapters"] = await self._llama.adapters.number(self._adapters)
+            self._llama._check_open()
         if self.params.grammar is None:
             sampler = self._engine.make_sampler(self.params)
         else:  # compiling a grammar may take many steps' time
             sampler = await trio.to_thread.run_sync(self._engine.make_sampler, self.params)
             self._llama._check_open()
-        self._stream = self._engine.submit(
-            list(self.prompt), sampler, self.params, priority=self.priority, capacity=self.capacity
-        )
+            if self._adapters:
+                self._llama.adapters.check(self._adapters)  # unloaded meanwhile?
+        self._stream = self._engine.submit(list(self.prompt), sampler, self.params, **options)
         self._llama._streams[self._stream.id] = self
         return self
 
@@ -276,6 +284,11 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         return None if index is None else self.params.stop[index]
 
     @property
+    def end_token(self) -> int | None:
+        """The token that ended it, if ``finish_reason`` is "eos"."""
+        return self._open.end_token
+
+    @property
     def usage(self) -> Usage:
         """Counts and times so far; final after ``ended``."""
         return usage_of(self._open)
@@ -298,6 +311,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             usage=self.usage,
             seed=self.params.seed,
             stop=self.stop,
+            end_token=self.end_token,
             logprobs=self.logprobs,
             embedding=embedding,
         )

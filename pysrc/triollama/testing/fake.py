@@ -210,13 +210,15 @@ class FakeEngine:
             raise ClosedError("the engine is closed")
         if self.cause_of_death:
             raise EngineError(self.cause_of_death)
-        for token in tokens:
-            if not 0 <= token < _N_VOCAB:
-                raise TokenError(
-                    f"token {token} is outside the vocabulary of {_N_VOCAB} tokens",
-                    parameter="tokens",
-                    value=token,
-                )
+        for name, given in (("tokens", tokens), ("stop_tokens", params.stop_tokens)):
+            for token in given:
+                if not 0 <= token < _N_VOCAB:
+                    raise TokenError(
+                        f"{name} holds {token}, which is outside the vocabulary of {_N_VOCAB} "
+                        "tokens",
+                        parameter=name,
+                        value=token,
+                    )
         if not tokens:
             raise ParameterError("the prompt is empty; give at least one token", parameter="tokens")
         if len(tokens) > self.n_ctx:
@@ -354,7 +356,12 @@ class FakeEngine:
                 stream.end_token = END
                 self._end(stream, "eos")
             return
-        self._emit(stream, stream.reply.text[stream.n_sent])
+        character = stream.reply.text[stream.n_sent]
+        if ord(character) in stream.params.stop_tokens:
+            stream.end_token = ord(character)
+            self._end(stream, "eos")
+            return
+        self._emit(stream, character)
         if stream.finish_reason is None and self._check_length(stream):
             if len(stream.ring) >= stream.capacity:
                 stream.parked = True
