@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+    config.addinivalue_line("markers", "promise(S1, ...): of docs/streams.md, tested here")
     config.addinivalue_line("markers", "model: needs the default model, installed with [demo]")
     if config.pluginmanager.hasplugin("timeout") and not (
         config.getini("timeout") or config.getoption("timeout")

@@ -92,6 +92,7 @@ def test_a_turn_decodes_only_what_is_new(llama_model: Path, deterministic: bool)
     run(main)
 
 
+@pytest.mark.promise("S14")
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_cancelled_anywhere_it_is_as_if_it_had_not_been(
     model: Path, params: GenerationParams
@@ -205,6 +206,7 @@ def test_the_end_commits_even_if_the_block_then_fails(llama_model: Path) -> None
     run(main)
 
 
+@pytest.mark.promise("S25")
 def test_one_turn_at_a_time(llama_model: Path) -> None:
     async def main() -> None:
         async with opened(llama_model) as llama:

@@ -271,6 +271,7 @@ def test_bad_documents_leave_everything_as_it_was(llama_model: Path, tmp_path: P
     run(main)
 
 
+@pytest.mark.promise("S26")
 def test_a_save_in_mid_turn_takes_the_last_commit(llama_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"
 

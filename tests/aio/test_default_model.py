@@ -35,6 +35,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
         await trio.sleep(0.002)
 
 
+@pytest.mark.promise("S14", "S15")
 @pytest.mark.parametrize("n_others", [0, 1, 3])
 def test_cancelled_in_its_prompt_and_at_each_token_it_disturbs_nobody(
     default_model_path: Path, n_others: int
@@ -73,6 +74,7 @@ def test_cancelled_in_its_prompt_and_at_each_token_it_disturbs_nobody(
     run(main)
 
 
+@pytest.mark.promise("S19")
 def test_64_streams_on_16_places_finish_beside_one_that_nobody_reads(
     default_model_path: Path,
 ) -> None:

@@ -47,6 +47,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.promise("S1")
 def test_loading_reports_progress_in_the_callers_thread(path: Path) -> None:
     seen: list[float] = []
 
@@ -66,6 +67,7 @@ def test_loading_reports_progress_in_the_callers_thread(path: Path) -> None:
     assert seen[-1] == 1.0
 
 
+@pytest.mark.promise("S2")
 def test_a_cancelled_load_stops_and_leaves_nothing(path: Path) -> None:
     before = native_objects()
 
@@ -79,6 +81,7 @@ def test_a_cancelled_load_stops_and_leaves_nothing(path: Path) -> None:
     assert native_objects() == before
 
 
+@pytest.mark.promise("S1")
 def test_what_the_progress_callback_raises_comes_out(path: Path) -> None:
     before = native_objects()
 
@@ -144,6 +147,7 @@ def test_run_llama_serves_a_nursery(path: Path) -> None:
     run(main)
 
 
+@pytest.mark.promise("S5")
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_nothing_is_left_whatever_the_road_out(path: Path) -> None:
     async def normal() -> None:
@@ -215,6 +219,7 @@ PHASES = {
 }
 
 
+@pytest.mark.promise("S5", "S6")
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_leaves_cleanly(path: Path, run_isolated: Any, phase: str) -> None:
     run_isolated(
@@ -253,6 +258,7 @@ def fake_run(main: Callable[[], Any]) -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
+@pytest.mark.promise("S12")
 def test_when_the_engine_dies_everybody_learns_why() -> None:
     async def main() -> None:
         fake = FakeEngine(max_streams=1)
@@ -278,6 +284,7 @@ def test_when_the_engine_dies_everybody_learns_why() -> None:
     fake_run(main)
 
 
+@pytest.mark.promise("S12")
 def test_a_scripted_failure_ends_its_stream_alone() -> None:
     def reply(prompt: str) -> Reply | str:
         if prompt == "bad":
@@ -297,6 +304,7 @@ def test_a_scripted_failure_ends_its_stream_alone() -> None:
     fake_run(main)
 
 
+@pytest.mark.promise("S27")
 def test_the_fakes_time_is_trios() -> None:
     async def main() -> None:
         fake = FakeEngine(
@@ -324,6 +332,7 @@ def test_the_fakes_time_is_trios() -> None:
     fake_run(main)
 
 
+@pytest.mark.promise("S27")
 def test_loading_a_fake_can_fail_and_be_cancelled() -> None:
     async def main() -> None:
         with pytest.raises(ModelNotFoundError):
