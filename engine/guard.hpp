@@ -5,6 +5,7 @@
 
 #include <Python.h>
 
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -14,9 +15,12 @@ namespace triollama {
 inline void raise_typed(const char * class_name, const char * message) {
     PyObject * module = PyImport_ImportModule("triollama.errors");
     PyObject * cls    = module ? PyObject_GetAttrString(module, class_name) : nullptr;
-    if (cls) {
-        PyErr_SetString(cls, message);
+    // A message may quote a file, whose bytes need not be UTF-8.
+    PyObject * text = cls ? PyUnicode_DecodeUTF8(message, (Py_ssize_t) std::strlen(message), "replace") : nullptr;
+    if (text) {
+        PyErr_SetObject(cls, text);
     }
+    Py_XDECREF(text);
     Py_XDECREF(cls);
     Py_XDECREF(module);
 }
