@@ -1,6 +1,6 @@
 """Measures triollama: one harness, one section for each subject.
 
-    python scripts/bench.py SECTION ... [--json FILE] [--repeats N] [--strict]
+    python scripts/bench.py SECTION ... [--json FILE] [--repeats N] [--strict] [--peer NAME=PYTHON]
     python scripts/bench.py --list
 
 Each figure has a name, a value, a target, whether it holds, and the spread over interleaved
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import benches
 from benches._harness import Figure, Options
+from benches._peers import HOW
 
 
 def sections() -> list[str]:
@@ -42,6 +43,18 @@ def load(section: str) -> ModuleType:
 
 def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def peer(text: str) -> tuple[str, str]:
+    """``NAME=PYTHON`` of the command line."""
+    name, separator, python = text.partition("=")
+    if not separator or name not in HOW:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be NAME=PYTHON, NAME one of {', '.join(HOW)}"
+        )
+    if not Path(python).exists():
+        raise argparse.ArgumentTypeError(f"there is no Python at {python!r}")
+    return name, python
 
 
 def row(figure: Figure) -> str:
@@ -63,8 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--repeats", type=int, help="repeats of each figure, in place of its own")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument(
+        "--peer", action="append", type=peer, default=[], metavar="NAME=PYTHON",
+        help="section streams: compare with this binding, installed for that Python "
+        f"({', '.join(HOW)}); also TRIOLLAMA_BENCH_PEERS=NAME=PYTHON,...",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the sections and end")
     options = parser.parse_args(argv)
+    named = os.environ.get("TRIOLLAMA_BENCH_PEERS", "")
+    try:
+        peers = dict([*(peer(text) for text in named.split(",") if text), *options.peer])
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"TRIOLLAMA_BENCH_PEERS: {error}")
     if options.list:
         for name in sections():
             print(f"{name:12} {(load(name).__doc__ or '').splitlines()[0]}")
@@ -78,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--repeats must be at least 1")
     measured: list[Figure] = []
     for name in options.sections:
-        for figure in load(name).figures(Options(repeats=options.repeats)):
+        chosen = Options(repeats=options.repeats, peers=peers)
+        for figure in load(name).figures(chosen):
             if any(figure.name == other.name for other in measured):
                 raise ValueError(f"two figures are called {figure.name!r}")
             measured.append(figure)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = ["Figure", "Options", "Pairs", "interleave", "median_interval", "sample", "sample_figure"]
 
@@ -24,6 +24,7 @@ class Options:
     """What the command line asks of a section."""
 
     repeats: int | None = None  # in place of each figure's own number of repeats
+    peers: Mapping[str, str] = field(default_factory=dict)  # other bindings: name, their Python
 
     def repeats_or(self, default: int) -> int:
         return self.repeats or default

@@ -22,6 +22,7 @@ from triollama import GenerationParams, open_llama
 from triollama.models import default_model
 
 from ._harness import Figure, Options, interleave, sample_figure
+from ._peers import against_peers
 
 STREAMS = (1, 2, 4, 8, 16)
 N_PROMPT = 32
@@ -82,6 +83,19 @@ def figures(options: Options) -> Iterator[Figure]:
     yield from cancelling(options)
     yield from joining(options)
     yield from in_company(options)
+    yield from against_others(options)
+
+
+def against_others(options: Options) -> Iterator[Figure]:
+    """Our aggregate over that of each binding named by ``--peer``."""
+    yield from against_peers(
+        options,
+        lambda n: float(in_trio(functools.partial(together, n=n))),
+        default_model(),
+        n_prompt=N_PROMPT,
+        n_gen=N_GEN,
+        threads=THREADS,
+    )
 
 
 def in_trio(action: Callable[[Any], Any], **options: Any) -> Any:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench  # noqa: E402
+from benches import _peers  # noqa: E402
 from benches._harness import Figure, Options, Pairs, interleave, median_interval  # noqa: E402
 
 
@@ -158,6 +159,49 @@ def test_unknown_section_is_refused_before_anything_runs(section: list[Options])
         bench.main(["made_up", "nonsense"])
     assert stop.value.code == 2
     assert section == []
+
+
+def test_peers_come_from_the_command_line_and_the_environment(
+    section: list[Options], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = sys.executable
+    monkeypatch.setenv("TRIOLLAMA_BENCH_PEERS", f"xllamacpp={here},llama-cpp-python=/")
+    assert bench.main(["made_up", "--peer", f"llama-cpp-python={here}"]) == 0
+    assert section[0].peers == {"xllamacpp": here, "llama-cpp-python": here}
+    for wrong in ("xllamacpp", "nobody=/", "xllamacpp=/no/python/here"):
+        with pytest.raises(SystemExit):
+            bench.main(["made_up", "--peer", wrong])
+        monkeypatch.setenv("TRIOLLAMA_BENCH_PEERS", wrong)
+        with pytest.raises(SystemExit):
+            bench.main(["made_up"])
+        monkeypatch.delenv("TRIOLLAMA_BENCH_PEERS")
+    capsys.readouterr()
+
+
+def test_a_peer_is_measured_by_a_program_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys\n"
+        "assert sys.argv[1:] == ['xllamacpp', 'm.gguf', '4', '32', '16', '2'], sys.argv\n"
+        "print('noise')\n"
+        "print(json.dumps({'speed': 50.0}))\n"
+    )
+    monkeypatch.setattr(_peers, "PROGRAM", program)
+    options = Options(repeats=2, peers={"xllamacpp": sys.executable})
+    monkeypatch.setattr(_peers, "STREAMS", (4,))
+    (figure,) = _peers.against_peers(
+        options, lambda n: 100.0, Path("m.gguf"), n_prompt=32, n_gen=16, threads=2
+    )
+    assert (figure.name, figure.value, figure.holds) == ("streams.4_over_xllamacpp", 2.0, True)
+    program.write_text("raise SystemExit('it crashed')\n")
+    with pytest.raises(RuntimeError, match="it crashed"):
+        list(
+            _peers.against_peers(
+                options, lambda n: 100.0, Path("m.gguf"), n_prompt=32, n_gen=16, threads=2
+            )
+        )
 
 
 def test_every_section_describes_itself(capsys: pytest.CaptureFixture[str]) -> None:
