@@ -141,6 +141,14 @@ cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outpu
     return 0
 
 
+cdef bint has_learned_positions(Model model):
+    """Whether positions are rows of a table, past whose end llama.cpp would assert."""
+    arch = model.architecture
+    if arch == "mpt":       # an option there, in place of ALiBi
+        return float(model.metadata.get("mpt.attention.max_alibi_bias", 0.0)) == 0.0
+    return arch in ("bert", "gpt2", "starcoder")
+
+
 @cython.no_gc_clear
 cdef class Context(Owner):
     """A model's KV cache and compute buffers, for up to ``n_seq_max`` sequences.
@@ -207,6 +215,10 @@ cdef class Context(Owner):
         cdef llama_context_params params = llama_context_default_params()
         cdef int max_seq = <int>llama_max_parallel_sequences()
         self.n_ctx = check_int("n_ctx", n_ctx, 1, _MAX_CTX)
+        if self.n_ctx > model.n_ctx_train and has_learned_positions(model):
+            raise ParameterError(
+                f"n_ctx is {n_ctx}, and this model has learned {model.n_ctx_train} positions: it"
+                " cannot read further", parameter="n_ctx", value=n_ctx)
         self.n_seq_max = check_int("n_seq_max", n_seq_max, 1, max_seq)
         cdef long long padded = (self.n_ctx + 255) // 256 * 256
         cdef long long total = padded * self.n_seq_max
@@ -369,8 +381,14 @@ cdef class Context(Owner):
         return llama_n_ctx_seq(self.ptr)
 
     @property
+    def has_memory(self) -> bool:
+        """Whether there is a cache: models that only encode have none."""
+        self.alive()
+        return self.mem != NULL
+
+    @property
     def memory(self) -> Memory:
-        """The cache, by sequences and positions."""
+        """The cache, by sequences and positions. UnsupportedError where there is none."""
         self.alive()
         return memory_of(self)
 

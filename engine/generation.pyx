@@ -336,8 +336,9 @@ def embed_tokens(Context context not None, tokens, pooling: str):
     """Embedding of one text: float32 of shape [n_embd], or [len(tokens), n_embd] for "none".
 
     For decoders: token embeddings computed a ubatch at a time and pooled here ("mean", "cls": the
-    first token's, "last", "none"), so memory does not grow with the text. Clears the context,
-    which must have embeddings=True and pooling="none".
+    first token's, "last", "none"), so memory does not grow with the text. Without causal attention
+    the text must fit into one ubatch. Clears the context, which must have embeddings=True and
+    pooling="none".
     """
     cdef vector[llama_token] ids = token_vector(tokens)
     cdef int n = <int>ids.size()
@@ -353,8 +354,13 @@ def embed_tokens(Context context not None, tokens, pooling: str):
             f"the text has {n} tokens and the context n_ctx={context.n_ctx}",
             needed=n, n_ctx=context.n_ctx)
     cdef Batch batch = Batch(min(min(context.n_ubatch, context.n_batch), context.n_outputs_max))
+    if n > batch.capacity and not context.causal_:
+        raise ParameterError(
+            f"the text has {n} tokens; without causal attention at most n_ubatch={batch.capacity}"
+            " can be embedded", parameter="tokens", value=n)
     rows = numpy.empty((n, context.n_embd), dtype=numpy.float32)
-    context.memory.clear()
+    if context.mem != NULL:         # what only encodes has none
+        context.memory.clear()
     while start < n:
         batch.clear()
         count = min(n - start, batch.capacity)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pysrc"))
 
-from triollama.testing.tiny import ARCHITECTURES, DTYPES, ROPE_SCALINGS, make_tiny_model
+from triollama.testing.tiny import ARCHITECTURES, DTYPES, ENCODERS, ROPE_SCALINGS, make_tiny_model
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--arch", choices=(*ARCHITECTURES, *ENCODERS), default="llama")
     parser.add_argument("--dtype", choices=DTYPES, default="F32")
     parser.add_argument("--rope-scaling", choices=ROPE_SCALINGS)
     parser.add_argument("--chat-template", default="default", help="'none' leaves it out")

@@ -302,7 +302,7 @@ class Llama:
             return embed_tokens(context, tokens, pooling)
         batch = Batch(max(1, len(tokens)))
         batch.extend(tokens, 0, 0, "all")
-        if self.model.has_decoder:
+        if context.has_memory:
             context.memory.clear()
             context.decode(batch)
         else:
@@ -345,7 +345,7 @@ class Stream:
         self.finish_reason: FinishReason | None = "cancelled"  # until there is something to close
         llama._check_no_stream()
         model, context = llama.model, llama.context
-        if not model.has_decoder or model.has_encoder or model.is_diffusion:
+        if not context.has_memory or model.has_encoder or model.is_diffusion:
             raise UnsupportedError(
                 f"a model of architecture {model.architecture!r} does not generate token by token"
             )

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .tiny_vocab import BYTE, NORMAL, TinyVocab, make_vocab
 
-__all__ = ["ARCHITECTURES", "DTYPES", "ROPE_SCALINGS", "make_tiny_model"]
+__all__ = ["ARCHITECTURES", "DTYPES", "ENCODERS", "ROPE_SCALINGS", "make_tiny_model"]
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +42,8 @@ class _Arch(NamedTuple):
     post_norm: bool = False
     window: bool = False  # has sliding-window layers
     scaled_embedding: bool = False  # the graph multiplies embeddings by sqrt(n_embd)
-    mixer: str = "attention"  # or mamba, mamba2, jamba (mamba and attention in turn)
+    # or mamba, mamba2, jamba (mamba and attention in turn), encoder (attention both ways)
+    mixer: str = "attention"
 
 
 _ARCHS: dict[str, _Arch] = {
@@ -65,10 +66,15 @@ _ARCHS: dict[str, _Arch] = {
     "mamba": _Arch("gpt2", tied=True, mixer="mamba"),
     "mamba2": _Arch("gpt2", tied=True, mixer="mamba2"),
     "jamba": _Arch("llama", mixer="jamba"),
+    "bert": _Arch("llama", mixer="encoder"),
 }
 
-ARCHITECTURES = tuple(_ARCHS)
+ENCODERS = tuple(arch for arch, a in _ARCHS.items() if a.mixer == "encoder")
+"""Architectures that embed texts and generate none."""
+ARCHITECTURES = tuple(arch for arch in _ARCHS if arch not in ENCODERS)
+"""Architectures that generate."""
 
+_ATTENDING = ("attention", "jamba", "encoder")
 _D_CONV = 4
 _D_STATE = 16
 _EPS = 1e-6
@@ -83,7 +89,7 @@ def make_tiny_model(
     n_layer: int = 2,
     n_embd: int | None = None,
     n_head: int = 4,
-    n_head_kv: int = 2,
+    n_head_kv: int | None = None,
     head_dim: int | None = None,
     n_ff: int | None = None,
     n_vocab: int = 480,
@@ -102,14 +108,16 @@ def make_tiny_model(
 
     ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, qwen2, qwen3, phi3), with
     sliding-window layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba: odd
-    layers attend). ``seed`` decides the weights, each tensor by itself: changing ``dtype`` or
+    layers attend); or of :data:`ENCODERS` (bert: positions are learned, up to ``n_ctx``; pools by
+    the mean). ``seed`` decides the weights, each tensor by itself: changing ``dtype`` or
     ``n_layer`` leaves the numbers behind the other tensors as they were.
 
     ``n_layer``, ``n_embd`` (default 64, or 256 for ``Q4_K``, whose blocks are that wide),
-    ``n_head``, ``n_head_kv``, ``head_dim`` (``n_embd / n_head``, but at least 32 where the
-    architecture allows that), ``n_ff`` (default ``2 * n_embd``) are the shape. ``n_vocab`` counts
-    tokens: special ones, 256 bytes, learned pieces, then ``<unusedN>``; sizes like 262144 are
-    fine. ``n_ctx`` is the context length that the metadata claims.
+    ``n_head``, ``n_head_kv`` (default ``n_head / 2``; for bert ``n_head``), ``head_dim`` (``n_embd
+    / n_head``, but at least 32 where the architecture allows that), ``n_ff`` (default
+    ``2 * n_embd``) are the shape. ``n_vocab`` counts tokens: special ones, 256 bytes, learned
+    pieces, then ``<unusedN>``; sizes like 262144 are fine. ``n_ctx`` is the context length that
+    the metadata claims.
 
     ``sliding_window`` tokens are seen by all but every ``swa_pattern``-th layer (gemma2, gemma3; 0
     turns it off for gemma3; gemma2's pattern is fixed at 2). ``rope_scaling`` is one of
@@ -122,13 +130,15 @@ def make_tiny_model(
     gguf = _import_gguf()
     a = _ARCHS.get(arch)
     if a is None:
-        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join(_ARCHS)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     if n_embd is None:
         n_embd = 256 if dtype == "Q4_K" else 64
     if n_ff is None:
         n_ff = 2 * n_embd
+    if n_head_kv is None:
+        n_head_kv = n_head if a.mixer == "encoder" else max(1, n_head // 2)
     if head_dim is None:
         head_dim = max(32, n_embd // n_head) if a.own_head_dim else n_embd // n_head
     _check_shape(arch, a, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_ctx, dtype)
@@ -150,16 +160,22 @@ def make_tiny_model(
         w.add_context_length(n_ctx)
         w.add_embedding_length(n_embd)
         w.add_block_count(n_layer)
-        w.add_layer_norm_rms_eps(_EPS)
+        if a.mixer == "encoder":
+            w.add_layer_norm_eps(_EPS)
+        else:
+            w.add_layer_norm_rms_eps(_EPS)
         _add_mixer_keys(w, shape, sliding_window, swa_pattern)
-        if a.mixer in ("attention", "jamba"):
+        if a.mixer in _ATTENDING:
             w.add_feed_forward_length(n_ff)
         if a.mixer == "attention":
             w.add_rope_freq_base(rope_base)
             _add_rope_scaling(w, rope_scaling, rope_factor, rope_original_ctx)
         _add_vocab(w, vocab, chat_template)
         writer = _Tensors(gguf, w, seed, dtype)
-        _add_tensors(writer, shape, vocab)
+        if a.mixer == "encoder":
+            _add_encoder(writer, shape, vocab, n_ctx)
+        else:
+            _add_tensors(writer, shape, vocab)
         if rope_scaling == "llama3":
             writer.exact(
                 "rope_freqs.weight",
@@ -242,7 +258,9 @@ def _check_shape(
             raise ValueError(f"{label} must be at least 1, not {value}")
     if n_head % n_head_kv:
         raise ValueError(f"n_head {n_head} must be a multiple of n_head_kv {n_head_kv}")
-    if not a.own_head_dim and a.mixer in ("attention", "jamba") and head_dim * n_head != n_embd:
+    if a.mixer == "encoder" and n_head != n_head_kv:
+        raise ValueError(f"{arch} wants n_head == n_head_kv, not {n_head} and {n_head_kv}")
+    if not a.own_head_dim and a.mixer in _ATTENDING and head_dim * n_head != n_embd:
         raise ValueError(
             f"{arch} wants n_head * head_dim == n_embd, not {n_head} * {head_dim} and {n_embd}"
         )
@@ -250,7 +268,7 @@ def _check_shape(
         raise ValueError(f"head_dim must be even, not {head_dim}")
     block = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256}.get(dtype, 1)
     rows = [("n_embd", n_embd), ("n_ff", n_ff)]
-    if a.mixer in ("attention", "jamba"):
+    if a.mixer in _ATTENDING:
         rows.append(("n_head * head_dim", n_head * head_dim))
     for label, width in rows:
         if width % block:
@@ -272,6 +290,12 @@ def _check_rope(arch: str, a: _Arch, scaling: str | None, factor: float) -> None
 
 
 def _add_mixer_keys(w: Any, s: _Shape, sliding_window: int, swa_pattern: int) -> None:
+    if s.a.mixer == "encoder":
+        w.add_head_count(s.n_head)
+        w.add_causal_attention(False)
+        w.add_uint32(f"{s.arch}.pooling_type", 1)  # the mean
+        w.add_token_type_count(2)
+        return
     if s.a.mixer != "attention":
         w.add_ssm_conv_kernel(_D_CONV)
         w.add_ssm_inner_size(s.d_inner)
@@ -390,6 +414,34 @@ def _add_tensors(t: _Tensors, s: _Shape, vocab: TinyVocab) -> None:
             _add_mamba(t, s, block)
         if s.a.mixer in ("attention", "jamba"):
             _add_feed_forward(t, s, block)
+
+
+def _add_encoder(t: _Tensors, s: _Shape, vocab: TinyVocab, n_ctx: int) -> None:
+    """BERT (arXiv:1810.04805): learned positions, norms after the sums, biases everywhere."""
+
+    def norm(name: str) -> None:
+        t.vector(f"{name}.weight", s.n_embd, 0.1, 1.0)
+        t.vector(f"{name}.bias", s.n_embd, 0.1)
+
+    def projection(name: str, n_out: int, n_in: int, gain: float) -> None:
+        t.matrix(f"{name}.weight", n_out, n_in, gain)
+        t.vector(f"{name}.bias", n_out, 0.1)
+
+    shape = (len(vocab.tokens), s.n_embd)
+    t.weight("token_embd.weight", t.draw("token_embd.weight", shape, 1.0))
+    t.exact("token_types.weight", t.draw("token_types.weight", (2, s.n_embd), 0.3))
+    t.exact("position_embd.weight", t.draw("position_embd.weight", (n_ctx, s.n_embd), 0.5))
+    norm("token_embd_norm")
+    for i in range(s.n_layer):
+        block = f"blk.{i}."
+        projection(block + "attn_q", s.n_embd, s.n_embd, math.sqrt(_SHARPNESS))
+        projection(block + "attn_k", s.n_embd, s.n_embd, math.sqrt(_SHARPNESS))
+        projection(block + "attn_v", s.n_embd, s.n_embd, 1.0)
+        projection(block + "attn_output", s.n_embd, s.n_embd, _ATTENTION_GAIN)
+        norm(block + "attn_output_norm")
+        projection(block + "ffn_up", s.n_ff, s.n_embd, 1.5)
+        projection(block + "ffn_down", s.n_embd, s.n_ff, _FFN_GAIN)
+        norm(block + "layer_output_norm")
 
 
 def _add_embeddings(t: _Tensors, s: _Shape, vocab: TinyVocab) -> None:
