@@ -275,6 +275,8 @@ def test_two_tasks_load_one_file_once_also_when_cancelled(model: Path, files: li
                 for _ in range(5):
                     nursery.start_soon(load)
             assert len({id(one) for one in loaded}) == 1
+            assert list(llama.adapters) == loaded[:1]
+            assert len(llama.adapters) == 1
             for delay in (0.0, 0.0005, 0.002):
                 with trio.move_on_after(delay):
                     await llama.load_adapter(files[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -44,7 +44,7 @@ Scaled = tuple[tuple[LoadedAdapter, float], ...]
 
 
 class Adapters:
-    """What is loaded, and the numbers under which the decoder knows sets of them."""
+    """What is loaded (iterate), and the numbers under which the decoder knows sets of them."""
 
     def __init__(self, llama: Llama) -> None:
         engine: Any = llama._engine
@@ -58,6 +58,13 @@ class Adapters:
         self._last_set = 0
         self._lock = trio.Lock()  # one load or unload at a time
 
+    def __iter__(self) -> Iterator[LoadedAdapter]:
+        return iter(list(self._loaded.values()))
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @trio.lowlevel.enable_ki_protection
     async def load(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """See ``Llama.load_adapter``."""
         name = os.fspath(path)
@@ -81,6 +88,7 @@ class Adapters:
                 self._loaded[digest] = LoadedAdapter(name, digest, inner)
             return self._loaded[digest]
 
+    @trio.lowlevel.enable_ki_protection
     async def load_control(
         self,
         source: str | os.PathLike[str] | npt.NDArray[np.float32],
@@ -123,6 +131,7 @@ class Adapters:
             self._loaded[digest] = LoadedAdapter(path, digest, rows, "control")
         return self._loaded[digest]
 
+    @trio.lowlevel.enable_ki_protection
     async def unload(self, adapter: LoadedAdapter) -> None:
         """See ``Llama.unload_adapter``."""
         async with self._lock:
@@ -173,6 +182,7 @@ class Adapters:
             raise ParameterError("an adapter is named twice", parameter="adapters")
         return tuple(chosen)
 
+    @trio.lowlevel.enable_ki_protection
     async def number(self, adapters: Scaled) -> int:
         """The decoder's number for a set, defined on first use; 0 is the bare model."""
         if not adapters:

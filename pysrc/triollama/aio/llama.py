@@ -472,7 +472,7 @@ class Llama:
 
     @property
     def adapters(self) -> Adapters:
-        """What is loaded."""
+        """The LoRA adapters and control vectors that are loaded: iterate."""
         if self._adapters is None:
             self._adapters = Adapters(self)
         return self._adapters
