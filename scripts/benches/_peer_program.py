@@ -94,11 +94,13 @@ def llama_cpp_python(
         model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False
     )
 
+    sampling = {("temp" if name == "temperature" else name): x for name, x in SAMPLING.items()}
+
     def one(seed: int) -> int:
         tokens = prompt(seed, n_prompt)
         text = b""
         made = 0
-        for token in llama.generate(tokens, reset=True, **SAMPLING):
+        for token in llama.generate(tokens, reset=True, **sampling):
             text += llama.detokenize([token])
             made += 1
             if made == n_gen:

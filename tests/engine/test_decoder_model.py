@@ -9,7 +9,7 @@ from decoding import GREEDY, driving
 
 pytestmark = pytest.mark.slow
 
-GRID = 32
+GRID = 16
 N_CHUNKS = 3
 N_TOKENS = 16
 
@@ -23,8 +23,7 @@ def words(seed: int, n: int) -> list[int]:
 def test_cancelled_at_every_chunk_and_every_token(default_model_path: Path, n_others: int) -> None:
     """Survivors equal lone runs; the place's next use equals a fresh context's."""
     params = GREEDY.replace(ignore_eos=True, max_tokens=N_TOKENS)
-    # They go on for longer than the victim can.
-    longer = params.replace(max_tokens=N_CHUNKS + N_TOKENS + 2)
+    most = N_CHUNKS + N_TOKENS + 4
     short = params.replace(max_tokens=2)
     victim = words(1, N_CHUNKS * GRID - 5)
     others = [words(10 + i, 8 + i) for i in range(n_others)]
@@ -35,12 +34,13 @@ def test_cancelled_at_every_chunk_and_every_token(default_model_path: Path, n_ot
     with driving(default_model_path, **options) as driver:
         whole = driver.run_stepwise(victim, params)
     with driving(default_model_path, **options) as driver:
-        alone = [driver.run_stepwise(tokens, longer) for tokens in others]
-        assert driver.run_stepwise(victim, short) == whole[:2]
+        alone = [driver.run_stepwise(p, params.replace(max_tokens=most)) for p in others]
         for chunks, tokens in [
             *((n, 0) for n in range(N_CHUNKS)),
             *((N_CHUNKS, n) for n in range(1, N_TOKENS + 1)),
         ]:
+            # They have tokens to go when the victim goes.
+            longer = params.replace(max_tokens=chunks + tokens + 4)
             survivors = [driver.start(p, longer, capacity=100) for p in others]
             while not all(s.usage["generated"] for s in survivors):
                 assert driver.step() == 1
@@ -59,7 +59,7 @@ def test_cancelled_at_every_chunk_and_every_token(default_model_path: Path, n_ot
             driver.step(100)
             assert driver.finish(stream) == [whole[:tokens]]
             assert stream.finish_reason == ("length" if tokens == N_TOKENS else "cancelled")
-            assert driver.finish(*survivors) == alone
+            assert driver.finish(*survivors) == [a[: chunks + tokens + 4] for a in alone]
             statistics = driver.decoder.statistics()
             assert (statistics["cells_used"], statistics["slots_free"]) == (0, 4)
             assert driver.run_stepwise(victim, short) == whole[:2]
