@@ -251,6 +251,55 @@ def test_ctrl_c_leaves_cleanly(path: Path, run_isolated: Any, phase: str) -> Non
     )
 
 
+@pytest.mark.promise("S12", "S5")
+def test_a_native_engine_that_dies_tells_everybody_why(tiny: Tiny, run_isolated: Any) -> None:
+    """llama.cpp says that this cache can be shifted, though one half of it has no layers, and then
+    fails an assertion in the next decode: the engine is lost, the process is not."""
+    run_isolated(
+        """
+        import sys, trio
+        from triollama import GenerationParams, _engine as engine, open_llama
+
+        path = sys.argv[1]
+        params = GenerationParams(max_tokens=None, ignore_eos=True)
+        overrides = {"gemma3.attention.sliding_window_pattern": 0}
+        causes = []
+
+        async def consume(llama, **changes):
+            try:
+                await llama.generate("x", params, **changes)
+            except trio.BrokenResourceError as error:
+                causes.append(str(error.__cause__))
+
+        async def main():
+            async with open_llama(
+                path, n_ctx=64, max_streams=2, threads=1, model_options={"kv_overrides": overrides}
+            ) as llama:
+                async with llama.stream("x", params, capacity=1) as parked:
+                    await parked.receive()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(lambda: consume(llama, context_overflow="shift"))
+                        for _ in range(3):
+                            nursery.start_soon(consume, llama)
+                    try:
+                        while True:
+                            await parked.receive()
+                    except trio.BrokenResourceError as error:
+                        causes.append(str(error.__cause__))
+                try:
+                    llama.stream("x")
+                except trio.BrokenResourceError as error:
+                    causes.append(str(error))
+
+        trio.run(main)
+        assert len(causes) >= 3, causes
+        assert all("GGML_ASSERT" in cause for cause in causes), causes
+        assert not engine.live_objects(), engine.live_objects()
+        """,
+        tiny("gemma3"),
+    )
+
+
 # What only the fake can do on demand
 
 
