@@ -12,7 +12,7 @@ from pathlib import Path
 from _env import build_upstream_tools
 
 # One build serves the benchmarks and the parity tests: what shapes it is all of these names.
-TOOLS = ("llama-bench", "llama-completion")
+TOOLS = ("llama-bench", "llama-completion", "llama-perplexity")
 
 
 @functools.cache

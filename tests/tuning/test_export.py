@@ -37,23 +37,28 @@ def trained(path: Path, **options: Any) -> _engine.Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("ftype", [None, "f32", "f16"])
+@pytest.mark.parametrize("ftype", ["auto", "keep", "f32", "f16", "q8_0"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_merged_model_computes_what_the_adapter_did(
-    tiny: Any, tmp_path: Path, arch: str, ftype: str | None
+    tiny: Any, tmp_path: Path, arch: str, ftype: str
 ) -> None:
     merged = tmp_path / "merged.gguf"
     with trained(tiny(arch)) as trainer:
         expected = trainer.evaluate(*example()).nll
         save_merged(trainer, merged, ftype=ftype)
     with _engine.Trainer(merged, rank=1) as again:
-        tolerance = 0.05 if ftype == "f16" else 1e-4
+        tolerance = {"f16": 0.05, "q8_0": 0.3}.get(ftype, 1e-4)
         np.testing.assert_allclose(again.evaluate(*example()).nll, expected, atol=tolerance)
     with _engine.Model(merged) as model:
         assert model.architecture == arch
     before, after = _engine.read_gguf(tiny(arch)), _engine.read_gguf(merged)
-    assert before[0] == after[0]
-    assert list(before[1]) == list(after[1])
+    if ftype == "q8_0":
+        assert set(before[1]) == set(after[1])
+        assert {kind for kind, shape in after[1].values() if len(shape) > 1} == {"q8_0"}
+    else:
+        assert before[0] == after[0]
+        assert list(before[1]) == list(after[1])
+    assert [name.name for name in tmp_path.iterdir()] == ["merged.gguf"]
 
 
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_K", "F16"])
@@ -61,13 +66,20 @@ def test_a_merged_matrix_keeps_its_type(tiny: Any, tmp_path: Path, dtype: str) -
     base, merged = tiny("llama", dtype=dtype), tmp_path / "merged.gguf"
     with trained(base, targets=("attn_v", "ffn_up")) as trainer:
         expected = trainer.evaluate(*example()).loss
-        save_merged(trainer, merged)
+        save_merged(trainer, merged, ftype="keep")
+        save_merged(trainer, tmp_path / "auto.gguf")
         start = _engine.Trainer(base, rank=1)
         untouched = start.evaluate(*example()).loss
         start.close()
     assert {n: t for n, (t, _) in _engine.read_gguf(base)[1].items()} == {
         n: t for n, (t, _) in _engine.read_gguf(merged)[1].items()
     }
+    adapted = {"attn_v.weight", "ffn_up.weight"}
+    for name, (kind, _) in _engine.read_gguf(tmp_path / "auto.gguf")[1].items():
+        as_before = _engine.read_gguf(base)[1][name][0]
+        assert kind == ("f16" if name.partition(".")[2].partition(".")[2] in adapted else as_before)
+    with _engine.Trainer(tmp_path / "auto.gguf", rank=1) as again:
+        assert again.evaluate(*example()).loss == pytest.approx(expected, abs=2e-3)
     with _engine.Trainer(merged, rank=1) as again:
         found = again.evaluate(*example()).loss
     assert abs(found - expected) < 0.1 * abs(untouched - expected)

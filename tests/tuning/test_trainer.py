@@ -375,56 +375,6 @@ def test_the_base_file_is_only_read(tiny: Any, tmp_path: Path) -> None:
     assert (hashlib.sha256(path.read_bytes()).digest(), path.stat().st_mtime_ns) == before
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_llama_cpp_computes_the_same_loss_with_the_saved_adapter(
-    tiny: Any, tmp_path: Path, arch: str, rslora: bool
-) -> None:
-    path = tiny(arch)
-    tokens, labels = example(40)
-    with _engine.Trainer(path, rank=4, alpha=8.0, rslora=rslora, threads=2) as trainer:
-        for _ in range(8):
-            trainer.forward_backward(tokens, labels)
-            trainer.adamw_step(5e-3)
-        expected = trainer.evaluate(tokens, labels).nll
-        base_nll = decoded_nll(path, tokens, labels, None)
-        saved = tmp_path / "adapter.gguf"
-        trainer.save_adapter(saved, {"triollama.note": "für dich"})
-    found = decoded_nll(path, tokens, labels, saved, "für dich")
-    # llama.cpp's GELU goes through a table of half floats, and ours does not.
-    tolerance = 2e-2 if arch.startswith("gemma") else 1e-4
-    np.testing.assert_allclose(found, expected, atol=tolerance)
-    assert abs(found.mean() - expected.mean()) <= (2e-3 if arch.startswith("gemma") else 1e-4)
-    assert np.abs(base_nll - found).max() > 0.1
-
-
-def decoded_nll(
-    path: Path, tokens: np.ndarray, labels: np.ndarray, adapter: Path | None, note: str = ""
-) -> np.ndarray:
-    """-ln p[label], by llama_decode."""
-    with (
-        _engine.Model(path) as model,
-        _engine.Context(model, n_ctx=256, type_k="f32", type_v="f32", flash_attn="off") as context,
-    ):
-        if adapter:
-            loaded = _engine.Adapter(model, adapter)
-            assert loaded.metadata["triollama.note"] == note
-            _engine.set_adapters(context, [(loaded, 1.0)])
-        batch = _engine.Batch(len(tokens))
-        for i, token in enumerate(tokens):
-            batch.add(int(token), i, 0, True)
-        context.decode(batch)
-        nll = []
-        for i, label in enumerate(labels):
-            if label >= 0:
-                z = context.logits(i, copy=True).astype(np.float64)
-                nll.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[label])
-        if adapter:
-            _engine.set_adapters(context, [])
-            loaded.close()
-        return np.array(nll)
-
-
 def test_an_adapter_comes_back_as_it_was_saved(tiny: Any, tmp_path: Path) -> None:
     path, saved = tiny("phi3"), tmp_path / "a.gguf"
     with _engine.Trainer(path, rank=4, seed=1) as one, _engine.Trainer(path, rank=4, seed=2) as two:

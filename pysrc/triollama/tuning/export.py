@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .._engine import Trainer, read_gguf
+from .._engine import Trainer, quantize, read_gguf
 from ..errors import ModelFormatError, ModelNotFoundError
 from .config import MAX_RANK
 from .errors import (
@@ -301,13 +302,34 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
     trainer.set("weights", flat)
 
 
-def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str | None = None) -> None:
+def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str = "auto") -> None:
     """The whole model as GGUF, the adapter added into its weights.
 
-    ftype: None keeps each matrix's type (quantised anew), ``"f16"`` or ``"f32"`` for the adapted
-    ones. To change all of it, follow with ``triollama.quantize``. Raises ModelSaveError.
+    ftype: ``"auto"`` stores adapted matrices that were quantised as F16, since what an adapter
+    changes is mostly smaller than a step of four bits; ``"keep"`` quantises them anew to the type
+    they had; ``"f16"`` and ``"f32"`` are for all adapted matrices. Another type of
+    ``triollama.quantize`` (``"q8_0"``, ``"q4_k_m"``...) is for the whole model. Raises
+    ModelSaveError, ParameterError.
     """
+    target = os.fspath(path)
+    if ftype == "auto":
+        _, tensors = read_gguf(trainer.path)
+        plain = all(tensors[name][0] in ("f32", "f16", "bf16") for name, *_ in trainer.layout)
+        matrices: str | None = None if plain else "f16"
+    elif ftype == "keep":
+        matrices = None
+    else:
+        matrices = ftype if ftype in ("f16", "f32") else "f32"
     try:
-        trainer.save_merged(path, ftype)
+        if ftype in ("auto", "keep", "f16", "f32"):
+            trainer.save_merged(target, matrices)
+            return
+        whole = f"{target}.{os.getpid()}.merged"
+        try:
+            trainer.save_merged(whole, matrices)
+            quantize(whole, target, ftype, allow_requantize=True)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(whole)
     except OSError as error:
-        raise ModelSaveError(error.errno, f"cannot write the model {path}: {error}") from error
+        raise ModelSaveError(error.errno, f"cannot write the model {target}: {error}") from error

@@ -37,7 +37,7 @@ from .errors import (
 )
 from .evaluate import EvaluationMetrics, evaluate_examples
 from .export import AdapterCompatibility, check_adapter, save_merged, save_peft
-from .session import Status, TrainingRun, TrainingStep, train
+from .session import Status, TrainingRun, TrainingStep, TrainingSummary, train
 
 __all__ = ["AppliedAdapter", "Comparison", "TrainingMetrics", "TrainingSession", "Tuner", "Tuning"]
 
@@ -77,7 +77,8 @@ class TrainingMetrics(msgspec.Struct, frozen=True, kw_only=True):
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt's answer by the base model and by the adapted one, both greedy.
 
-    ``base_ended``, ``tuned_ended``: whether the model ended its turn by itself.
+    ``prompt``: the last message. ``base_ended``, ``tuned_ended``: whether the model ended its turn
+    by itself.
     """
 
     prompt: str
@@ -390,6 +391,10 @@ class Tuner:
 
     # ---- results
 
+    def training_summary(self) -> TrainingSummary:
+        """What is known of the run that has ended. Raises NoAdapterError before one has."""
+        return self._trained.summary()
+
     def evaluate_model(self, examples: Sequence[Example]) -> EvaluationMetrics:
         """Metrics on the examples: with the adapter trained here, else of the base model."""
         model = self.model
@@ -402,7 +407,7 @@ class Tuner:
         """The trained adapter as GGUF. Raises NoAdapterError, LoRASaveError."""
         self._trained.save_adapter(path)
 
-    def save_fine_tuned_model(self, path: str | PathLike[str], *, ftype: str | None = None) -> None:
+    def save_fine_tuned_model(self, path: str | PathLike[str], *, ftype: str = "auto") -> None:
         """The whole model with the trained adapter merged in; see :func:`save_merged`."""
         save_merged(self._trained.trainer, path, ftype=ftype)
 
@@ -447,10 +452,13 @@ class Tuner:
                 batch.add(int(token), position + at + i, 0, last)
             context.decode(batch)
 
-    def compare(self, prompts: Sequence[str], *, max_tokens: int = 64) -> list[Comparison]:
+    def compare(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, max_tokens: int = 64
+    ) -> list[Comparison]:
         """Each prompt answered greedily by the base model and with the adapters applied.
 
-        A prompt is the user's turn of a chat. Raises NoAdapterError if no adapter is applied.
+        A prompt is what a user says, or a chat's messages so far. Raises NoAdapterError if no
+        adapter is applied.
         """
         context = self._serving
         if not self._applied:
@@ -458,10 +466,11 @@ class Tuner:
         template = template_for_model(self.model, self._template)
         tokenizer = ChatTokenizer(self.model.vocab)
         end = tokenizer.turn_end(template)
-        chats = []
-        for prompt in prompts:
-            rendered = template.render([{"role": "user", "content": prompt}])
-            chats.append(tokenizer.encode(rendered).tokens)
+        messages = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        chats = [tokenizer.encode(template.render(chat)).tokens for chat in messages]
         try:
             self._apply({})
             base = [self._greedy(context, tokens, end, max_tokens) for tokens in chats]
@@ -471,8 +480,14 @@ class Tuner:
             self._apply(self._applied)
             context.memory.clear()
         return [
-            Comparison(prompt=prompt, base=a[0], tuned=b[0], base_ended=a[1], tuned_ended=b[1])
-            for prompt, a, b in zip(prompts, base, tuned, strict=True)
+            Comparison(
+                prompt=str(chat[-1]["content"]),
+                base=a[0],
+                tuned=b[0],
+                base_ended=a[1],
+                tuned_ended=b[1],
+            )
+            for chat, a, b in zip(messages, base, tuned, strict=True)
         ]
 
     def _greedy(
