@@ -72,6 +72,18 @@ def test_the_tuner_keeps_the_protocol(tuner: Tuner) -> None:
     assert not isinstance(object(), Tuning)
 
 
+def test_a_fake_of_the_users_keeps_it_too() -> None:
+    program = Path(__file__).parents[1] / "typing" / "programs" / "tuning_user.py"
+    names: dict[str, Any] = {"__name__": "tuning_user"}
+    exec(compile(program.read_text(), program, "exec"), names)
+    fake = names["FakeTuner"]()
+    assert isinstance(fake, Tuning)
+    fake.apply_lora("a.gguf", 0.5)
+    fake.remove_lora()
+    with pytest.raises(NoAdapterError):
+        fake.remove_lora()
+
+
 def test_adapters_change_logits_and_leave_no_trace(tuner: Tuner, adapters: list[Path]) -> None:
     first, second = adapters
     base = tuner.logits(TOKENS)

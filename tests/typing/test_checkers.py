@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pysrc" / "triollama"
 PROGRAMS = Path(__file__).parent / "programs"
-CORRECT = [PROGRAMS / "script.py", PROGRAMS / "engine_user.py"]
+CORRECT = [PROGRAMS / name for name in ("script.py", "engine_user.py", "tuning_user.py")]
 WRONG = PROGRAMS / "mistakes.py"
 
 
@@ -91,6 +91,6 @@ def test_mistakes_of_users_are_found(checker, tmp_path: Path) -> None:  # type: 
     """Types that are too loose (Any, object) would let these pass."""
     lines = WRONG.read_text().splitlines()
     expected = {(WRONG.name, n) for n, line in enumerate(lines, 1) if line.endswith("# wrong")}
-    assert len(expected) == 11
+    assert len(expected) == 15
     _, errors, output = checker([WRONG], tmp_path)
     assert errors == expected, output

@@ -1,4 +1,4 @@
-"""Training runs under trio: the same steps, cancellable at any instant.
+"""Training runs under trio: the same steps, cancellable at any instant, beside a running Llama.
 
 The work happens in a worker thread that holds the GIL between rows only. Cancellation aborts the
 row in progress, waits for the thread, and leaves the checkpoint of the last whole step, from which
@@ -7,19 +7,22 @@ the run resumes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import outcome
 import trio
 
 from .config import TrainingConfig
-from .dataset import TrainingDataset
+from .dataset import TrainingDataset, prepare_training_data
+from .errors import NoAdapterError
 from .session import TrainingRun, TrainingStep, train
+from .tuner import Comparison
 
-__all__ = ["AsyncTrainingRun", "train_async"]
+__all__ = ["AsyncTrainingRun", "AsyncTuner", "train_async"]
 
 T = TypeVar("T")
 
@@ -35,9 +38,12 @@ class AsyncTrainingRun:
     Every await is a checkpoint. One task at a time.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(
+        self, run: TrainingRun, on_completion: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self.run = run
         self._steps = iter(run)
+        self._on_completion = on_completion
 
     @property
     def status(self) -> str:
@@ -72,6 +78,9 @@ class AsyncTrainingRun:
     async def __anext__(self) -> TrainingStep:
         step = await self._in_thread(lambda: next(self._steps, None))
         if step is None:
+            if self.status == "completed" and self._on_completion is not None:
+                await self._on_completion()
+                self._on_completion = None
             raise StopAsyncIteration
         return step
 
@@ -117,3 +126,139 @@ def train_async(
     return AsyncTrainingRun(
         train(model, dataset, config, checkpoint=checkpoint, resume=resume, adapter=adapter)
     )
+
+
+class Serving(Protocol):
+    """What is needed of a running Llama; ``triollama.aio.Llama`` has it."""
+
+    @property
+    def conversations(self) -> Any: ...
+    def conversation(self, *, messages: Any, adapters: Any, **options: Any) -> Any: ...
+    async def load_adapter(self, path: str | PathLike[str], /) -> Any: ...
+
+
+class AsyncTuner:
+    """Trains for a running Llama, which goes on generating, and gives it what was learned::
+
+        async with open_llama(path) as llama:
+            tuner = AsyncTuner(llama)
+            data = await tuner.prepare_training_data("chats.jsonl")
+            async with tuner.train(data, config, save="adapter.gguf") as run:
+                async for step in run:
+                    print(step.step, step.loss)
+            chat = llama.conversation(adapters=[(tuner.adapter, 1.0)])
+            print(await tuner.compare(["What is LoRA?"]))
+
+    Training opens the model's file a second time. Both use the machine's threads: the operating
+    system shares the cores out, and ``TrainingConfig.threads`` bounds what training takes.
+    """
+
+    def __init__(self, llama: Serving) -> None:
+        self._llama = llama
+        self._adapter: Any = None
+
+    @property
+    def adapter(self) -> Any:
+        """What the latest completed run taught, as ``Llama.load_adapter`` gave it; NoAdapterError
+        before there is one."""
+        if self._adapter is None:
+            raise NoAdapterError("no run of this tuner has been completed")
+        return self._adapter
+
+    async def prepare_training_data(
+        self, conversations: Iterable[Any] | str | PathLike[str], **options: Any
+    ) -> TrainingDataset:
+        """See :func:`triollama.tuning.prepare_training_data`; the template is the model's own
+        unless ``template`` names another. Made in a thread."""
+        owner = self._llama.conversations
+        template = owner.template(options.pop("template", None))
+        return await trio.to_thread.run_sync(
+            lambda: prepare_training_data(
+                conversations, vocab=owner.vocab, template=template, **options
+            )
+        )
+
+    def train(
+        self,
+        dataset: TrainingDataset,
+        config: TrainingConfig | None = None,
+        *,
+        save: str | PathLike[str],
+        scale: float = 1.0,
+        swap_into: Iterable[Any] = (),
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = False,
+        adapter: str | PathLike[str] | None = None,
+    ) -> AsyncTrainingRun:
+        """A run on the model that is served; see :func:`train_async`.
+
+        When it completes, and before the iteration over its steps ends, the adapter is written to
+        ``save``, loaded into the Llama while its streams go on, and given to the conversations
+        ``swap_into`` at this ``scale``: their next turns speak with it. BusyResourceError for one
+        in mid-turn. A run that is stopped or fails changes nothing.
+        """
+        chosen = tuple(swap_into)
+
+        async def give() -> None:
+            await run.save_adapter(save)
+            self._adapter = await self._llama.load_adapter(os.fspath(save))
+            for chat in chosen:
+                chat.set_adapters([(self._adapter, scale)])
+
+        run = AsyncTrainingRun(
+            train(
+                self._llama.conversations.engine.model.path,
+                dataset,
+                config,
+                checkpoint=checkpoint,
+                resume=resume,
+                adapter=adapter,
+            ),
+            give,
+        )
+        return run
+
+    async def compare(
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+        *,
+        max_tokens: int = 64,
+        scale: float = 1.0,
+    ) -> list[Comparison]:
+        """Each prompt answered greedily by the bare model and with ``adapter``, side by side.
+
+        A prompt is what a user says, or a chat's messages so far, the last one a user's. Raises
+        NoAdapterError before a run has been completed.
+        """
+        tuned = [(self.adapter, scale)]
+        found: list[Comparison | None] = [None] * len(prompts)
+
+        async def one(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            answers = []
+            for adapters in ((), tuned):
+                branch = self._llama.conversation(messages=chat[:-1], adapters=adapters)
+                try:
+                    answers.append(
+                        await branch.say(
+                            chat[-1]["content"],
+                            max_tokens=max_tokens,
+                            temperature=0.0,
+                            repeat_penalty=1.0,
+                        )
+                    )
+                finally:
+                    branch.close()
+            base, better = answers
+            found[index] = Comparison(
+                prompt=str(chat[-1]["content"]),
+                base=base.text,
+                tuned=better.text,
+                base_ended=base.finish_reason != "length",
+                tuned_ended=better.finish_reason != "length",
+            )
+
+        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+            for index, prompt in enumerate(prompts):
+                nursery.start_soon(one, index, prompt)
+        return [comparison for comparison in found if comparison is not None]

@@ -10,7 +10,9 @@ from ..errors import AdapterError, ParameterError, StateError, TriollamaError, U
 __all__ = [
     "AdapterApplicationError",
     "AdapterFileNotFoundError",
+    "BaseModelNotLoadedError",
     "CheckpointError",
+    "ContextNotInitializedError",
     "DataError",
     "ExampleTooLongError",
     "IncompatibleAdapterError",
@@ -27,6 +29,7 @@ __all__ = [
     "NoAdapterError",
     "NonFiniteLossError",
     "SessionNotFoundError",
+    "TokenizerNotInitializedError",
     "TuningError",
     "UnsupportedModelError",
 ]
@@ -37,7 +40,19 @@ class TuningError(TriollamaError):
 
 
 class ModelNotLoadedError(TuningError, RuntimeError):
-    """No model is loaded, so there is no context, tokenizer or base to work on."""
+    """No model is loaded. Which part of it was wanted is told by the class."""
+
+
+class ContextNotInitializedError(ModelNotLoadedError):
+    """There is no context to apply an adapter to, or to compute with."""
+
+
+class TokenizerNotInitializedError(ModelNotLoadedError):
+    """There is no vocabulary to make tokens of training data with."""
+
+
+class BaseModelNotLoadedError(ModelNotLoadedError):
+    """There is no base model to train an adapter for."""
 
 
 class AdapterFileNotFoundError(TuningError, FileNotFoundError):

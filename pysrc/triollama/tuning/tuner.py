@@ -28,12 +28,15 @@ from .dataset import TrainingDataset, prepare_training_data
 from .encode import Example
 from .errors import (
     AdapterApplicationError,
+    BaseModelNotLoadedError,
+    ContextNotInitializedError,
     IncompatibleAdapterError,
     InvalidSettingError,
     ModelExportError,
     ModelNotLoadedError,
     NoAdapterError,
     SessionNotFoundError,
+    TokenizerNotInitializedError,
 )
 from .evaluate import EvaluationMetrics, evaluate_examples
 from .export import AdapterCompatibility, check_adapter, save_merged, save_peft
@@ -202,7 +205,7 @@ class Tuner:
     @property
     def _serving(self) -> Context:
         if self._context is None:
-            raise ModelNotLoadedError("no model is loaded; call load_model first")
+            raise ContextNotInitializedError("no model is loaded; call load_model first")
         return self._context
 
     # ---- adapters
@@ -293,7 +296,12 @@ class Tuner:
         truncation: str = "error",
         only_last: bool = False,
     ) -> TrainingDataset:
-        """See :func:`triollama.tuning.prepare_training_data`; chats by the model's template."""
+        """See :func:`triollama.tuning.prepare_training_data`; chats by the model's template.
+
+        Raises TokenizerNotInitializedError before a model is loaded.
+        """
+        if self._model is None:
+            raise TokenizerNotInitializedError("no model is loaded; call load_model first")
         return prepare_training_data(
             conversations,
             vocab=self.model.vocab,
@@ -315,9 +323,12 @@ class Tuner:
         on_step: Callable[[TrainingStep], None] | None = None,
     ) -> TrainingSession:
         """Train to the end, calling ``on_step`` after each step; then the trained adapter can be
-        evaluated, saved, merged and applied. Raises what the run raises, with the session failed.
+        evaluated, saved, merged and applied. Raises what the run raises, with the session failed;
+        BaseModelNotLoadedError before a model is loaded.
         """
-        model = self.model
+        if self._model is None:
+            raise BaseModelNotLoadedError("no model is loaded; call load_model first")
+        model = self._model
         if self._run is not None:
             self._run.__exit__(None, None, None)
             self._run = None

@@ -5,6 +5,11 @@ from __future__ import annotations
 from triollama import GenerationParams
 from triollama._engine import Batch, Context, Model
 from triollama.sync import Llama
+from triollama.tuning import TrainingConfig, Tuner, Tuning
+
+
+class HalfATuner:
+    def load_model(self, path: str) -> None: ...
 
 
 def mistakes(llama: Llama, model: Model, context: Context) -> None:
@@ -21,3 +26,12 @@ def mistakes(llama: Llama, model: Model, context: Context) -> None:
     model.vocab.tokenize(5)  # wrong
     Context(model, 512)  # wrong
     print(number)
+
+
+def mistakes_in_tuning(tuner: Tuner) -> None:
+    TrainingConfig(rank="8")  # wrong
+    whole: Tuning = tuner
+    half: Tuning = HalfATuner()  # wrong
+    whole.apply_lora(5)  # wrong
+    tuner.start_training_session([], TrainingConfig())  # wrong
+    print(half)
