@@ -51,7 +51,8 @@ def teach(options: argparse.Namespace) -> None:
         epochs=1,
         max_steps=options.steps,
         packing=True,
-        evaluate_every=20,
+        precision="fast",
+        evaluate_every=12,
         checkpoint_every=5,
         threads=options.threads,
     )
@@ -102,7 +103,7 @@ def main() -> int:
     parser.add_argument("--adapter", default=build / "chat.gguf", help="where to write it")
     parser.add_argument("--checkpoint", default=build / "teach_chat.ckpt")
     parser.add_argument("--report", help="write figures and replies to this file, as JSON")
-    parser.add_argument("--steps", type=int, default=80, help="training steps (default 80)")
+    parser.add_argument("--steps", type=int, default=48, help="training steps (default 48)")
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts (default 40)")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()

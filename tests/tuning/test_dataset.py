@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from triollama import _engine, state
-from triollama.chat import named, template_for_model
+from triollama.chat import ChatTemplate, named, template_for_model
 from triollama.errors import StateError
 from triollama.tuning import (
     DataError,
@@ -260,6 +260,19 @@ def test_bad_lines_are_named(
     with pytest.raises(DataError, match="line 3") as caught:
         prepare_training_data(file, vocab=gemma.vocab, template=template_for_model(gemma))
     assert (caught.value.line, caught.value.path) == (3, path)
+
+
+def test_a_template_that_refuses_a_chat_is_told_with_the_line(
+    gemma: _engine.Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": CHAT[:2]}) + "\n" + json.dumps({"messages": CHAT}))
+    picky = ChatTemplate(
+        "{% if messages|length > 2 %}{{ raise_exception('too long a chat') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"line 2.*too long a chat"):
+        prepare_training_data(path, vocab=gemma.vocab, template=picky)
 
 
 def test_long_examples(gemma: _engine.Model) -> None:

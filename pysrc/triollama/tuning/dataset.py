@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import state
 from ..chat import ROLES, ChatTemplate
-from ..errors import ParameterError
+from ..errors import ChatTemplateError, ParameterError
 from .encode import Encoder, Example, Tokens, Vocab
 from .errors import (
     DataError,
@@ -418,7 +418,7 @@ class _Reader:
             return self._example(item, line, source)
         except InvalidSettingError:
             raise
-        except ParameterError as error:
+        except (ParameterError, ChatTemplateError) as error:
             raise DataError(str(error), line=line, path="$") from error
 
     def _example(self, item: Any, line: int | None, source: str) -> Example | None:
