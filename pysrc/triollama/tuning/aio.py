@@ -231,9 +231,8 @@ class AsyncTuner:
         NoAdapterError before a run has been completed.
         """
         tuned = [(self.adapter, scale)]
-        found: list[Comparison | None] = [None] * len(prompts)
-
-        async def one(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        found = []
+        for prompt in prompts:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answers = []
             for adapters in ((), tuned):
@@ -250,15 +249,13 @@ class AsyncTuner:
                 finally:
                     branch.close()
             base, better = answers
-            found[index] = Comparison(
-                prompt=str(chat[-1]["content"]),
-                base=base.text,
-                tuned=better.text,
-                base_ended=base.finish_reason != "length",
-                tuned_ended=better.finish_reason != "length",
+            found.append(
+                Comparison(
+                    prompt=str(chat[-1]["content"]),
+                    base=base.text,
+                    tuned=better.text,
+                    base_ended=base.finish_reason != "length",
+                    tuned_ended=better.finish_reason != "length",
+                )
             )
-
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
-            for index, prompt in enumerate(prompts):
-                nursery.start_soon(one, index, prompt)
-        return [comparison for comparison in found if comparison is not None]
+        return found
