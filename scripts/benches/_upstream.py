@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
+import tempfile
 from pathlib import Path
 
+from _cache import locked
 from _env import build_upstream_tools
+from _native import BuildError, build_native, common_arguments, run_cmake
+from fetch_llama_cpp import FetchError, locate
 
 # One build serves the benchmarks and the parity tests: what shapes it is all of these names.
 TOOLS = ("llama-bench", "llama-completion", "llama-perplexity")
@@ -43,3 +48,76 @@ def llama_bench(
         raise RuntimeError(f"llama-bench ended with {done.returncode}:\n{done.stderr[-2000:]}")
     (result,) = json.loads(done.stdout)
     return float(statistics.median(result["samples_ts"]))
+
+
+FINETUNE_RECIPE = """\
+cmake_minimum_required(VERSION 3.20)
+project(finetune C CXX)
+set(CMAKE_CXX_STANDARD 17)
+include("${TRIOLLAMA_NATIVE}/native.cmake")
+add_executable(llama-finetune "${TRIOLLAMA_LLAMA_SOURCE}/examples/training/finetune.cpp")
+foreach(folder include ggml/include common vendor)
+    target_include_directories(llama-finetune PRIVATE "${TRIOLLAMA_LLAMA_SOURCE}/${folder}")
+endforeach()
+target_compile_definitions(llama-finetune PRIVATE ${TRIOLLAMA_NATIVE_DEFINES})
+target_link_libraries(llama-finetune PRIVATE ${TRIOLLAMA_NATIVE_LINK})
+"""
+
+
+@functools.cache
+def finetune_program() -> Path:
+    """Upstream's llama-finetune, one file among its examples, linked to our build's libraries."""
+    native = build_native()
+    source = locate(["build", "examples"]).path
+    folder = native.folder.parent / f"finetune-{native.key}"
+    program = folder / "build" / "llama-finetune"
+    with locked(folder.with_suffix(".lock")):
+        if not program.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "CMakeLists.txt").write_text(FINETUNE_RECIPE)
+            configure = [
+                native.tools.cmake, "-S", str(folder), "-B", str(folder / "build"),
+                *common_arguments(native.tools, native.arguments), "-DCMAKE_BUILD_TYPE=Release",
+                f"-DTRIOLLAMA_NATIVE={native.folder}", f"-DTRIOLLAMA_LLAMA_SOURCE={source}",
+                *native.arguments,
+            ]  # fmt: skip
+            run_cmake(configure, "configuring llama-finetune")
+            build = [native.tools.cmake, "--build", str(folder / "build"), "--config", "Release"]
+            run_cmake(build, "compiling llama-finetune")
+    return program
+
+
+def finetune(model: Path, *, n_tokens: int, threads: int) -> tuple[float, str]:
+    """Tokens a second of llama-finetune over rows of ``n_tokens``, a multiple of 256.
+
+    Where it does not run, 0.0 and the reason. It trains all weights, in F32; LoRA it has not.
+    """
+    try:
+        program = finetune_program()
+    except (BuildError, FetchError) as error:
+        return 0.0, f"it cannot be built: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text("The quick brown fox jumps over the lazy dog. " * n_tokens)
+        done = subprocess.run(
+            [
+                str(program), "--model", str(model), "--file", str(text), "--ctx-size",
+                str(n_tokens), "--batch-size", str(n_tokens), "--ubatch-size", str(n_tokens),
+                "--threads", str(threads), "--epochs", "1", "--flash-attn", "off",
+                "--val-split", "0.05", "--output", str(Path(folder) / "out.gguf"),
+            ],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )  # fmt: skip
+    lines = [line.strip() for line in re.split(r"[\r\n]", done.stderr + done.stdout)]
+    if done.returncode != 0:
+        where = next((s for s in lines if re.search(r"\.(c|cpp|h):\d+: ", s)), lines[-1])
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"{done.returncode}"
+        return 0.0, f"it ends with {how}: {where}"
+    # Each row ends with a line of the log, which begins with minutes, seconds, ms and us.
+    stamps = re.findall(r"(\d+)\.(\d\d)\.(\d{3}\.\d{3}) I epoch", "\n".join(lines))
+    times = [60 * int(m) + int(s) + 1e-6 * int(us.replace(".", "")) for m, s, us in stamps]
+    return n_tokens * (len(times) - 1) / (times[-1] - times[0]), "all weights, in F32"
