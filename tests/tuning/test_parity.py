@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from served import decoded_nll
 from triollama import _engine
 
 torch = pytest.importorskip("torch")
@@ -144,3 +145,23 @@ def test_packed_rows_agree_with_block_masks_in_torch(tiny: Any) -> None:
         found = trainer.forward_backward(tokens, labels, positions=positions, segments=segments)
         assert abs(found.loss - expected.item()) <= 1e-4
         assert relative_error(trainer.get("gradients"), reference.gradients()) <= 1e-4
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_llama_cpp_differs_by_its_gelu_alone(tiny: Any, tmp_path: Path, arch: str) -> None:
+    path, saved = tiny(arch), tmp_path / "adapter.gguf"
+    tokens, labels = example(40, 480)
+    with _engine.Trainer(path, rank=4, alpha=8.0, threads=2) as trainer:
+        for _ in range(8):
+            trainer.forward_backward(tokens, labels)
+            trainer.adamw_step(5e-3)
+        ours = trainer.evaluate(tokens, labels).nll
+        reference = Reference(path, trainer.layout, trainer.get("weights"), scale=2.0)
+        trainer.save_adapter(saved, {"triollama.note": ""})
+    decoded = decoded_nll(path, tokens, labels, saved)
+    np.testing.assert_allclose(reference.nll(tokens, labels), ours, atol=2e-5)
+    reference.half_gelu = True
+    with_table = reference.nll(tokens, labels)
+    assert np.abs(with_table - decoded).max() <= 3e-4
+    assert abs(with_table.mean() - decoded.mean()) <= 1e-4
+    assert np.abs(with_table - decoded).max() < np.abs(ours - decoded).max() / 3

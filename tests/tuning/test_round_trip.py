@@ -40,10 +40,11 @@ def test_llama_cpp_computes_the_same_loss_with_the_saved_adapter(
         trainer.save_adapter(saved, {"triollama.note": "für dich"})
         save_merged(trainer, merged)
     found = decoded_nll(path, tokens, labels, saved, "für dich")
-    # llama.cpp's GELU goes through a table of half floats, and ours does not.
-    tolerance = 2e-2 if arch.startswith("gemma") else 1e-4
+    # llama.cpp's GELU goes through a table of half floats, and ours does not: test_parity.py shows
+    # that this is the whole difference.
+    tolerance = 5e-3 if arch.startswith("gemma") else 1e-4
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    assert abs(found.mean() - expected.mean()) <= (2e-3 if arch.startswith("gemma") else 1e-4)
+    assert abs(found.mean() - expected.mean()) <= (5e-4 if arch.startswith("gemma") else 1e-4)
     assert np.abs(base_nll - found).max() > 0.1
     np.testing.assert_allclose(decoded_nll(merged, tokens, labels), expected, atol=tolerance)
 

@@ -53,6 +53,7 @@ class Reference:
                 pair.append(part.requires_grad_())
             self.lora[name] = (pair[0], pair[1])
             self.parameters += pair
+        self.half_gelu = False  # as llama.cpp's CPU backend computes it
         # By name of the weight: what its adapter's input is multiplied by.
         self.dropout: dict[str, Any] = {}
 
@@ -158,6 +159,13 @@ class Reference:
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(n, heads * d)
         return self.linear(mixed, p + "attn_output")
 
+    def gelu(self, x: Any) -> Any:
+        if not self.half_gelu:
+            return F.gelu(x, approximate="tanh")
+        # ggml's: looked up by the half float nearest to x, as a half float, between -10 and 10.
+        table = F.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, table))
+
     def feed_forward(self, x: Any, layer: int) -> Any:
         p = f"blk.{layer}."
         up = self.linear(x, p + "ffn_up")
@@ -165,7 +173,7 @@ class Reference:
             gate = self.linear(x, p + "ffn_gate")
         else:
             gate, up = up.chunk(2, -1)
-        act = F.gelu(gate, approximate="tanh") if self.arch.startswith("gemma") else F.silu(gate)
+        act = self.gelu(gate) if self.arch.startswith("gemma") else F.silu(gate)
         return self.linear(act * up, p + "ffn_down")
 
     # ---- the whole
@@ -199,3 +207,12 @@ class Reference:
         texts = torch.zeros(n) if segments is None else torch.as_tensor(segments)
         logits = self.logits(torch.as_tensor(tokens), places, texts)
         return F.cross_entropy(logits, torch.as_tensor(labels).long(), ignore_index=-1)
+
+    def nll(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """-ln p[label] of each label that is not -1."""
+        n = len(tokens)
+        with torch.no_grad():
+            logits = self.logits(torch.as_tensor(tokens), torch.arange(n), torch.zeros(n))
+            wanted = torch.as_tensor(labels).long()
+            nll = F.cross_entropy(logits, wanted, ignore_index=-1, reduction="none")
+        return np.asarray(nll[wanted >= 0])
