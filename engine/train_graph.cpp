@@ -153,6 +153,22 @@ bool differentiable(const ggml_tensor * node) {
     }
 }
 
+// Does no arithmetic: takes operands of any layout on every backend, or is a view of one.
+bool moves_only(const ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+        case GGML_OP_CONT:
+        case GGML_OP_CPY:
+            return true;
+        default:
+            return false;
+    }
+}
+
 bool is_transposed_view(const ggml_tensor * tensor) { return tensor->op == GGML_OP_TRANSPOSE; }
 
 }  // namespace
@@ -241,18 +257,39 @@ void Graph::replace_outer_product(ggml_tensor * node, std::unordered_map<ggml_te
     node->src[1] = b;
 }
 
+// The derivative of a permutation is a permuted view, which some backends' kernels do not take.
+void Graph::make_operands_contiguous(ggml_tensor * node, std::unordered_map<ggml_tensor *, ggml_tensor *> & copies) {
+    if (moves_only(node)) {
+        return;
+    }
+    for (ggml_tensor *& source : node->src) {
+        if (source && !ggml_is_contiguous(source)) {
+            ggml_tensor *& copy = copies[source];
+            if (!copy) {
+                copy = ggml_cont(nodes.get(), source);
+            }
+            source = copy;
+        }
+    }
+}
+
 // ggml differentiates a matrix product into outer products, which are slow on a CPU, refuse shared key-value heads
 // there, and want F32 on a GPU.
 void Graph::choose_products() {
-    // On a GPU its own; without F32 weights and without tiles ggml's product of quantised weights and activations.
-    const ProductKernel kernel = options.row_numbers ? ProductKernel::ggml : options.kernel;
-    ProductRewriter rewriter(nodes.get(), kernel, options.exact || kernel == ProductKernel::tiles);
+    // Without F32 weights and without tiles ggml multiplies quantised weights and activations.
+    ProductRewriter rewriter(nodes.get(), options.kernel, options.exact || options.kernel == ProductKernel::tiles);
     std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;
     const int n = ggml_graph_n_nodes(cgraph);
     for (int i = 0; i < n; ++i) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
         if (!rewriter.rewrite(node) && node->op == GGML_OP_OUT_PROD) {
             replace_outer_product(node, transposes);
+        }
+    }
+    if (options.kernel == ProductKernel::portable) {
+        std::unordered_map<ggml_tensor *, ggml_tensor *> copies;
+        for (int i = 0; i < n; ++i) {
+            make_operands_contiguous(ggml_graph_node(cgraph, i), copies);
         }
     }
     // Anew, for what was inserted; what is read no more falls away. The old order stays topological, since what was
@@ -312,6 +349,9 @@ void Executor::run(Graph & graph) {
         throw training_aborted();
     }
     graph.choose_products();
+    if (auditing) {
+        return audit(graph);
+    }
     ggml_backend_sched_reset(sched.get());
     if (!ggml_backend_sched_alloc_graph(sched.get(), graph.graph())) {
         throw std::bad_alloc();
@@ -365,6 +405,40 @@ void Executor::start_profile() {
 std::map<std::string, Executor::Timing> Executor::stop_profile() {
     ggml_backend_sched_set_eval_callback(sched.get(), nullptr, nullptr);
     return std::move(timings);
+}
+
+void Executor::start_audit(std::set<std::string> missing) {
+    audited.clear();
+    absent   = std::move(missing);
+    auditing = true;
+}
+
+std::map<std::string, Executor::Audited> Executor::stop_audit() {
+    auditing = false;
+    return std::move(audited);
+}
+
+void Executor::audit(Graph & graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph.graph()); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph.graph(), i);
+        if (moves_only(node) && node->op != GGML_OP_CONT && node->op != GGML_OP_CPY) {
+            continue;   // no work
+        }
+        const std::string operation = ggml_op_desc(node);
+        std::string kind = operation + "(";
+        bool contiguous = true;
+        for (const ggml_tensor * source : node->src) {
+            if (source) {
+                kind += (kind.back() == '(' ? "" : ", ") + std::string(ggml_type_name(source->type));
+                contiguous = contiguous && ggml_is_contiguous(source);
+            }
+        }
+        Audited & entry = audited[kind + ")"];
+        ++entry.count;
+        entry.supported  = entry.supported && !absent.count(operation) &&
+                          ggml_backend_supports_op(backends.front().get(), node);
+        entry.contiguous = entry.contiguous && contiguous;
+    }
 }
 
 size_t Executor::arena_bytes() const {

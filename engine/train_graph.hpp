@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -42,8 +43,7 @@ private:
 struct GraphOptions {
     bool          exact  = true;    // weights take part as F32; otherwise as they are, and activations may be rounded
     ProductKernel kernel = ProductKernel::ggml;
-    // I32: 0, 1, 2, ...; set where the backend cannot cast quantised matrices but can read their rows.
-    ggml_tensor * row_numbers = nullptr;
+    ggml_tensor * row_numbers = nullptr;   // I32: 0, 1, 2, ...; for ProductKernel::portable
 };
 
 // One graph and the memory of its nodes' descriptions; the values live in the executor's arena.
@@ -77,6 +77,7 @@ public:
 private:
     // A matrix as F32 with rows and columns exchanged.
     ggml_tensor * transposed(ggml_tensor * matrix);
+    void make_operands_contiguous(ggml_tensor * node, std::unordered_map<ggml_tensor *, ggml_tensor *> & copies);
     void replace_outer_product(ggml_tensor * node, std::unordered_map<ggml_tensor *, ggml_tensor *> & transposes);
 
     size_t           max_nodes;
@@ -101,6 +102,16 @@ public:
     size_t arena_bytes() const;        // the largest arena so far
     int    max_splits() const { return n_splits; }   // 1: nothing fell back from the GPU to the CPU
 
+    // From now on graphs are not run: their nodes are listed, by operation and types of operands.
+    struct Audited {
+        int64_t count      = 0;
+        bool    supported  = true;   // by the GPU, or without one by the CPU
+        bool    contiguous = true;   // all operands of all such nodes
+    };
+    // Operations in `missing` count as not supported.
+    void start_audit(std::set<std::string> missing);
+    std::map<std::string, Audited> stop_audit();
+
     // From now on each node is timed by itself, which costs a little; seconds and calls add up by operation.
     struct Timing {
         double  seconds = 0.0;
@@ -111,9 +122,13 @@ public:
 
 private:
     static bool time_node(ggml_tensor * node, bool ask, void * self);
+    void audit(Graph & graph);
 
-    std::map<std::string, Timing> timings;
-    int64_t                       node_started = 0;
+    bool                           auditing = false;
+    std::set<std::string>          absent;
+    std::map<std::string, Audited> audited;
+    std::map<std::string, Timing>  timings;
+    int64_t                        node_started = 0;
     std::vector<ggml_backend_ptr> backends;
     ggml_backend_sched_ptr        sched;
     int                           n_splits = 0;

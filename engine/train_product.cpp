@@ -476,6 +476,7 @@ bool has_dense_rows(const ggml_tensor * x) { return x->nb[0] == ggml_type_size(x
 
 bool has_product_kernel(ProductKernel kernel) {
     switch (kernel) {
+        case ProductKernel::portable:
         case ProductKernel::ggml:
             return true;
         case ProductKernel::vector:
@@ -503,9 +504,10 @@ ProductKernel best_product_kernel(bool exact) {
 
 const char * product_kernel_name(ProductKernel kernel) {
     switch (kernel) {
-        case ProductKernel::ggml:   return "ggml";
-        case ProductKernel::vector: return "vector";
-        case ProductKernel::tiles:  return "tiles";
+        case ProductKernel::portable: return "portable";
+        case ProductKernel::ggml:     return "ggml";
+        case ProductKernel::vector:   return "vector";
+        case ProductKernel::tiles:    return "tiles";
     }
     return "";
 }
@@ -547,7 +549,7 @@ ggml_tensor * ProductRewriter::rows_of(ggml_tensor * x, bool transposed, bool pa
 
 bool ProductRewriter::rewrite(ggml_tensor * node) {
 #if TRIOLLAMA_VECTORS
-    if (kernel == ProductKernel::ggml || (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_OUT_PROD) || node->ne[3] != 1) {
+    if (kernel < ProductKernel::vector || (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_OUT_PROD) || node->ne[3] != 1) {
         return false;
     }
     const bool outer = node->op == GGML_OP_OUT_PROD;

@@ -11,7 +11,8 @@
 namespace triollama {
 
 enum class ProductKernel {
-    ggml,     // none of ours
+    portable, // ggml's, in the form that GPU backends want: dequantised by row lookup, contiguous, no custom operation
+    ggml,     // ggml's, with a transposition of ours
     vector,   // F32 throughout
     tiles,    // both sides rounded to BF16, sums in F32: Intel's AMX; small products as `vector`
 };

@@ -82,7 +82,12 @@ Trainer::Trainer(const TrainerConfig & config)
     one          = constants.add(GGML_TYPE_F32, 1);
     adamw_params = constants.add(GGML_TYPE_F32, 7);
     options.exact  = config.exact;
-    options.kernel = config.kernel.value_or(best_product_kernel(config.exact));
+    options.kernel = config.kernel.value_or(executor.on_gpu() ? ProductKernel::portable
+                                                              : best_product_kernel(config.exact));
+    if (executor.on_gpu() && options.kernel != ProductKernel::portable) {
+        throw std::invalid_argument(std::string("on a GPU products are computed by its own kernels, not by '") +
+                                    product_kernel_name(options.kernel) + "'");
+    }
     if (!has_product_kernel(options.kernel)) {
         throw unsupported_error(std::string("this build on this machine has no product kernel '") +
                                 product_kernel_name(options.kernel) + "'");
@@ -91,7 +96,7 @@ Trainer::Trainer(const TrainerConfig & config)
         throw std::invalid_argument("the product kernel 'tiles' rounds to BF16, which is not exact");
     }
     ggml_tensor *& row_numbers = options.row_numbers;
-    row_numbers  = executor.on_gpu() ? constants.add(GGML_TYPE_I32, longest_matrix(*frozen)) : nullptr;
+    row_numbers  = options.kernel == ProductKernel::portable ? constants.add(GGML_TYPE_I32, longest_matrix(*frozen)) : nullptr;
     constants.allocate(executor.buffer_type());
     const float value = 1.0f;
     ggml_backend_tensor_set(one, &value, 0, sizeof(value));
@@ -300,10 +305,18 @@ void Trainer::adamw_step(const AdamW & optimiser) {
         static_cast<float>(1.0 / (1.0 - std::pow(static_cast<double>(optimiser.beta2), step))),
     };
     ggml_backend_tensor_set(adamw_params, values, 0, sizeof(values));
-    // In graphs of bounded size; not to be aborted half way, since the step cannot be taken back.
+    const bool abort = executor.abort.exchange(false);   // the step cannot be taken back: not to be cut in half
+    run_optimiser();
+    if (abort) {
+        executor.abort = true;
+    }
+    adapters->clear_gradients();
+    ++n_steps;
+}
+
+void Trainer::run_optimiser() {
     constexpr size_t pairs_per_graph = 256;
     const std::vector<LoraPair> & pairs = adapters->pairs();
-    const bool abort = executor.abort.exchange(false);
     for (size_t i = 0; i < pairs.size(); i += pairs_per_graph) {
         Graph graph(max_layer_nodes, false, options);
         for (size_t j = i; j < std::min(i + pairs_per_graph, pairs.size()); ++j) {
@@ -313,11 +326,28 @@ void Trainer::adamw_step(const AdamW & optimiser) {
         }
         executor.run(graph);
     }
-    if (abort) {
-        executor.abort = true;
+}
+
+std::map<std::string, Executor::Audited> Trainer::audit(int n_tokens, const std::set<std::string> & missing) {
+    const size_t n = static_cast<size_t>(n_tokens);
+    TrainingRow row;
+    row.tokens.assign(n, 0);
+    row.labels.assign(n, 0);
+    row.segments.assign(n, 0);
+    row.weights.assign(n, 1.0f);
+    for (int i = 0; i < n_tokens; ++i) {
+        row.positions.push_back(i);
     }
-    adapters->clear_gradients();
-    ++n_steps;
+    executor.start_audit(missing);
+    try {
+        forward(row, true);
+        backward();
+        run_optimiser();
+    } catch (...) {
+        executor.stop_audit();
+        throw;
+    }
+    return executor.stop_audit();
 }
 
 void Trainer::save_adapter(const std::string & path,

@@ -10,8 +10,10 @@
 #include "train_model.hpp"
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,6 +71,9 @@ public:
     // Where the time of one forward_backward goes, by operation. The gradients are added like there.
     std::map<std::string, Executor::Timing> profile(const TrainingRow & row);
 
+    // What a step on a row of so many tokens is made of, and what of it the GPU leaves to the CPU. Nothing is computed.
+    std::map<std::string, Executor::Audited> audit(int n_tokens, const std::set<std::string> & missing);
+
     void adamw_step(const AdamW & optimiser);   // uses and clears the gradients
 
     ProductKernel kernel() const { return options.kernel; }
@@ -98,6 +103,7 @@ private:
     void draw_dropout(int layer);
     RowResult forward(const TrainingRow & row, bool train);
     void backward();
+    void run_optimiser();
 
     TrainerConfig                 settings;
     Executor                      executor;

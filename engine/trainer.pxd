@@ -3,6 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.map cimport map
 from libcpp.optional cimport optional
+from libcpp.set cimport set as cpp_set
 from libcpp.string cimport string
 from libcpp.utility cimport pair
 from libcpp.vector cimport vector
@@ -74,6 +75,7 @@ cdef extern from "train_adapter.hpp" namespace "triollama" nogil:
 
 cdef extern from "train_product.hpp" namespace "triollama" nogil:
     enum class ProductKernel:
+        portable
         ggml
         vector
         tiles
@@ -116,6 +118,11 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         size_t activations
         size_t arena
 
+    cdef cppclass Audited "triollama::Executor::Audited":
+        int64_t count
+        cpp_bool supported
+        cpp_bool contiguous
+
     cdef cppclass Timing "triollama::Executor::Timing":
         double seconds
         int64_t calls
@@ -125,6 +132,8 @@ cdef extern from "trainer.hpp" namespace "triollama" nogil:
         RowResult forward_backward(const TrainingRow & row) except +raise_trainer_error
         RowResult evaluate(const TrainingRow & row) except +raise_trainer_error
         map[string, Timing] profile(const TrainingRow & row) except +raise_trainer_error
+        map[string, Audited] audit(
+            int n_tokens, const cpp_set[string] & missing) except +raise_trainer_error
         void adamw_step(const AdamW & optimiser) except +raise_trainer_error
         ProductKernel kernel()
         AdapterSet & adapter()

@@ -4,6 +4,7 @@ from typing import NamedTuple
 from cython.operator cimport dereference, preincrement
 from libcpp.map cimport map
 from libcpp.optional cimport optional
+from libcpp.set cimport set as cpp_set
 from libcpp.utility cimport pair
 
 from ggml cimport GGML_TYPE_COUNT, GGML_TYPE_F16, GGML_TYPE_F32, ggml_type
@@ -15,6 +16,7 @@ from trainer cimport (
     AdamW,
     AdapterPart,
     Architecture,
+    Audited,
     GgufMeta,
     GgufTensor,
     LoraPair,
@@ -43,6 +45,7 @@ cdef dict _MERGED_TYPES = {
 }
 cdef dict _PRECISIONS = {"exact": True, "fast": False}
 cdef dict _KERNELS = {
+    "portable": <int>ProductKernel.portable,
     "ggml": <int>ProductKernel.ggml,
     "vector": <int>ProductKernel.vector,
     "tiles": <int>ProductKernel.tiles,
@@ -61,6 +64,20 @@ class TrainingLoss(NamedTuple):
     predicted: object
 
 
+class AuditedOperation(NamedTuple):
+    """One kind of node in the graphs of a training step.
+
+    operation: ggml's name, and the types of its operands. nodes: how many of them one step has.
+    supported: by the GPU the graphs run on (without one, by the CPU backend); what is not runs on
+    the CPU, and its operands are copied there and back. contiguous: all operands of all of them.
+    """
+
+    operation: str
+    nodes: int
+    supported: bool
+    contiguous: bool
+
+
 def training_architectures() -> dict[str, str]:
     """The architectures that can be trained, each with what is particular about it."""
     cdef vector[Architecture] rows = trainable_architectures()
@@ -71,9 +88,10 @@ def training_architectures() -> dict[str, str]:
 def training_kernels() -> tuple[str, ...]:
     """The ways of computing matrix products in training that this build on this machine has.
 
-    "ggml": ggml's own. "vector": F32 throughout, and a quantised matrix is dequantised panel by
-    panel where it is multiplied. "tiles": both sides are rounded to BF16 and summed in F32, by the
-    processor's matrix tiles (Intel AMX).
+    "portable": ggml's own, in the form that GPU backends want. "ggml": ggml's own. "vector": F32
+    throughout, and a quantised matrix is dequantised panel by panel where it is multiplied.
+    "tiles": both sides are rounded to BF16 and summed in F32, by the processor's matrix tiles
+    (Intel AMX).
     """
     return tuple([name for name, kernel in _KERNELS.items()
                   if has_product_kernel(<ProductKernel><int>kernel)])
@@ -243,6 +261,13 @@ cdef class Trainer(Owner):
             flush_log()
         self.closed = False
         count_live("Trainer", 1)
+        if config.n_gpu_layers > 0:
+            left = [each for each in self.audit() if not each.supported]
+            if left:
+                import logging
+                logging.getLogger("triollama.training").warning(
+                    "the GPU leaves to the CPU: %s",
+                    ", ".join([f"{each.operation} x {each.nodes}" for each in left]))
 
     def __dealloc__(self):
         if not self.closed and self.forks == fork_count:
@@ -426,6 +451,32 @@ cdef class Trainer(Owner):
                 dereference(at).second.seconds, dereference(at).second.calls)
             preincrement(at)
         return found
+
+    def audit(self, n_tokens: int = 32, missing=()) -> list[AuditedOperation]:
+        """What one step on a row of so many tokens is made of, without computing any of it.
+
+        missing: names of operations to count as not supported, such as ``"ROPE_BACK"``: what would
+        a backend without them leave to the CPU?
+        """
+        cdef int n = check_int("n_tokens", n_tokens, 1, 2**20)
+        cdef cpp_set[string] absent
+        cdef map[string, Audited] found
+        for name in missing:
+            absent.insert(str(name).encode())
+        self.enter()
+        try:
+            with nogil:
+                found = self.native.audit(n, absent)
+        finally:
+            self.leave()
+        operations = []
+        cdef map[string, Audited].iterator at = found.begin()
+        while at != found.end():
+            operations.append(AuditedOperation(
+                dereference(at).first.decode(), dereference(at).second.count,
+                dereference(at).second.supported, dereference(at).second.contiguous))
+            preincrement(at)
+        return operations
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients as one vector."""

@@ -405,6 +405,12 @@ class TrainingLoss(NamedTuple):
     nll: _FloatArray
     predicted: npt.NDArray[np.int32]
 
+class AuditedOperation(NamedTuple):
+    operation: str
+    nodes: int
+    supported: bool
+    contiguous: bool
+
 def training_architectures() -> dict[str, str]: ...
 def training_kernels() -> tuple[str, ...]: ...
 def read_gguf(
@@ -477,6 +483,7 @@ class Trainer(Owner):
         segments: npt.ArrayLike | None = None,
         weights: npt.ArrayLike | None = None,
     ) -> TrainingLoss: ...
+    def audit(self, n_tokens: int = 32, missing: Iterable[str] = ()) -> list[AuditedOperation]: ...
     def profile(
         self, tokens: npt.ArrayLike, labels: npt.ArrayLike
     ) -> dict[str, tuple[float, int]]: ...

@@ -293,6 +293,44 @@ def test_serving_goes_on_as_before_beside_training(tiny: Any) -> None:
         assert np.array_equal(logits[0], logits[2])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_graphs_for_gpus_have_contiguous_operands_and_no_code_of_ours(
+    tiny: Any, arch: str
+) -> None:
+    options = {"rank": 4, "kernel": "portable", "dropout": 0.1}
+    with _engine.Trainer(tiny(arch, dtype="Q8_0"), **options) as trainer:
+        found = trainer.audit(40)
+        before = trainer.get("weights")
+        assert trainer.step == trainer.dropout_counter == 0
+        assert not trainer.get("gradients").any()
+        assert np.array_equal(trainer.get("weights"), before)
+    kinds = {each.operation.split("(")[0]: each for each in found}
+    assert "CUSTOM" not in kinds and "OUT_PROD" not in kinds
+    assert {"MUL_MAT", "GET_ROWS", "SOFT_MAX_BACK", "OPT_STEP_ADAMW"} <= set(kinds)
+    # Only what moves values takes views; nothing that computes does.
+    views = [each.operation for each in found if not each.contiguous]
+    assert {name.split("(")[0] for name in views} <= {"CONT", "CPY"}, views
+    # Quantised weights are read by row lookup alone, and multiplied as F32.
+    quantised = {e.operation.split("(")[0] for e in found if "q8_0" in e.operation}
+    assert quantised == {"GET_ROWS"}
+    assert all(each.supported for each in found)
+
+
+def test_the_audit_names_what_a_backend_leaves_to_the_cpu(trainer: Any) -> None:
+    everything = {each.operation: each.nodes for each in trainer.audit(16)}
+    lacking = [e for e in trainer.audit(16, missing=("ROPE_BACK", "SILU")) if not e.supported]
+    assert {e.operation.split("(")[0] for e in lacking} == {"ROPE_BACK", "SILU"}
+    for each in lacking:
+        assert each.nodes == everything[each.operation] > 0
+    per_layer = {name: n for name, n in everything.items() if name.startswith("ROPE_BACK")}
+    assert sum(per_layer.values()) == 2 * trainer.n_layer  # Q and K
+    adamw = sum(n for name, n in everything.items() if name.startswith("OPT_STEP_ADAMW"))
+    assert adamw == 2 * len(trainer.layout)
+    for n_tokens in (0, 2**21):
+        with pytest.raises(ParameterError):
+            trainer.audit(n_tokens)
+
+
 def test_a_profile_accounts_for_the_work_and_changes_nothing(trainer: Any) -> None:
     tokens, labels = example(40)
     trainer.forward_backward(tokens, labels)
