@@ -276,8 +276,10 @@ void Graph::make_operands_contiguous(ggml_tensor * node, std::unordered_map<ggml
 // ggml differentiates a matrix product into outer products, which are slow on a CPU, refuse shared key-value heads
 // there, and want F32 on a GPU.
 void Graph::choose_products() {
-    // Without F32 weights and without tiles ggml multiplies quantised weights and activations.
-    ProductRewriter rewriter(nodes.get(), options.kernel, options.exact || options.kernel == ProductKernel::tiles);
+    // Where rounding is admitted, there are no tiles and vectors are short, ggml multiplies quantised weights and
+    // activations, as in serving.
+    const bool weights_too = options.exact || options.kernel == ProductKernel::tiles || f32_outruns_quantized();
+    ProductRewriter rewriter(nodes.get(), options.kernel, weights_too);
     std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;
     const int n = ggml_graph_n_nodes(cgraph);
     for (int i = 0; i < n; ++i) {
@@ -296,8 +298,11 @@ void Graph::choose_products() {
     // inserted depends on weights and on what its user depended on.
     std::unordered_set<const ggml_tensor *> read;
     for (int i = 0; i < n; ++i) {
-        for (const ggml_tensor * source : ggml_graph_node(cgraph, i)->src) {
-            read.insert(source);
+        const ggml_tensor * node = ggml_graph_node(cgraph, i);
+        for (const ggml_tensor * source : node->src) {
+            if (source != node) {   // a cast names itself as the place of its result
+                read.insert(source);
+            }
         }
     }
     ggml_cgraph * rewritten = ggml_new_graph_custom(nodes.get(), max_nodes, false);

@@ -9,9 +9,12 @@
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TRIOLLAMA_TILES 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
 #endif
 
 #if defined(__GNUC__) && (defined(__AVX2__) || defined(__AVX512F__) || defined(__ARM_NEON))
@@ -70,11 +73,69 @@ struct Kernel {
     int64_t panel_i;      // i in a panel's unit
     int64_t element;      // bytes of a panel's element
     int64_t k_step;       // k is padded to a multiple with zeros
-    void (*pack)(const Right & right, int64_t first, int64_t n, char * panel, float * buffer);
+    // Values [first, first + n) of i and all k into as many panels as that takes, each `panel_bytes` after the last.
+    void (*pack)(const Right & right, int64_t first, int64_t n, char * panels, size_t panel_bytes, float * buffer);
     // All j in [first, last) against n <= panel_i values of i. `left` has `left_stride` bytes from j to j.
     void (*multiply)(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
                      int64_t n_k, float * out, size_t out_stride);
 };
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+// Two common types whose rows ggml dequantises value by value; the same values, bit for bit. The layout is GGUF's.
+constexpr int64_t block_values = 32;
+
+float scale_of(const uint8_t * block) {
+    uint16_t half;
+    std::memcpy(&half, block, sizeof(half));
+    return _cvtsh_ss(half);
+}
+
+void store_scaled(__m256i bytes, float scale, float * out) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    const __m512i low  = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
+    const __m512i high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1));
+    _mm512_storeu_ps(out, _mm512_mul_ps(factor, _mm512_cvtepi32_ps(low)));
+    _mm512_storeu_ps(out + 16, _mm512_mul_ps(factor, _mm512_cvtepi32_ps(high)));
+}
+
+void dequantize_q8_0(const void * row, float * out, int64_t n) {
+    const uint8_t * block = static_cast<const uint8_t *>(row);
+    for (int64_t i = 0; i < n; i += block_values, block += 2 + block_values) {
+        store_scaled(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(block + 2)), scale_of(block), out + i);
+    }
+}
+
+// The scale, a fifth bit for each value, then 16 bytes with the low bits of values j and j + 16.
+void dequantize_q5_0(const void * row, float * out, int64_t n) {
+    const uint8_t * block = static_cast<const uint8_t *>(row);
+    for (int64_t i = 0; i < n; i += block_values, block += 6 + block_values / 2) {
+        uint32_t fifth;
+        std::memcpy(&fifth, block + 2, sizeof(fifth));
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block + 6));
+        const __m256i low    = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
+        // Without the fifth bit 16 is to be subtracted.
+        const __m256i values = _mm256_mask_sub_epi8(low, ~fifth, low, _mm256_set1_epi8(16));
+        store_scaled(values, scale_of(block), out + i);
+    }
+}
+
+ggml_to_float_t dequantizer(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:  return nullptr;
+        case GGML_TYPE_Q8_0: return dequantize_q8_0;
+        case GGML_TYPE_Q5_0: return dequantize_q5_0;
+        default:             return ggml_get_type_traits(type)->to_float;
+    }
+}
+
+#else
+
+ggml_to_float_t dequantizer(ggml_type type) {
+    return type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(type)->to_float;
+}
+
+#endif
 
 #if TRIOLLAMA_VECTORS
 
@@ -90,17 +151,20 @@ typedef float vec __attribute__((vector_size(lanes * sizeof(float))));
 typedef float unaligned_vec __attribute__((vector_size(lanes * sizeof(float)), aligned(4), may_alias));
 
 // panel[k][vector_i]
-void pack_vectors(const Right & right, int64_t first, int64_t n, char * memory, float * buffer) {
-    float * panel = reinterpret_cast<float *>(memory);
+void pack_vectors(const Right & right, int64_t first, int64_t n, char * panels, size_t panel_bytes, float * buffer) {
     if (!right.k_contiguous) {
         for (int64_t k = 0; k < right.n_k; ++k) {
             const float * row = right.read(k, first, n, buffer);
-            std::memcpy(panel + k * vector_i, row, static_cast<size_t>(n) * sizeof(float));
-            std::fill(panel + k * vector_i + n, panel + (k + 1) * vector_i, 0.0f);
+            for (int64_t i = 0; i < n; i += vector_i) {
+                float * to = reinterpret_cast<float *>(panels + static_cast<size_t>(i / vector_i) * panel_bytes) + k * vector_i;
+                const int64_t some = std::min<int64_t>(vector_i, n - i);
+                std::fill(std::copy(row + i, row + i + some, to), to + vector_i, 0.0f);
+            }
         }
         return;
     }
     constexpr int together = 8;   // rows read side by side, so that writes fill lines
+    float * panel = reinterpret_cast<float *>(panels);
     for (int64_t i = 0; i < vector_i; i += together) {
         const float * rows[together];
         for (int64_t r = 0; r < together; ++r) {
@@ -237,7 +301,7 @@ void transpose_16(__m512i * r) {
 }
 
 // For each 32 of k two tiles, of the first and the second 16 of i.
-void pack_tiles(const Right & right, int64_t first, int64_t n, char * panel, float * buffer) {
+void pack_tiles(const Right & right, int64_t first, int64_t n, char * panels, size_t panel_bytes, float * buffer) {
     const int64_t n_k = right.n_k, padded = round_up(n_k, tile_k);
     if (right.k_contiguous) {
         for (int half = 0; half < 2; ++half) {
@@ -265,7 +329,7 @@ void pack_tiles(const Right & right, int64_t first, int64_t n, char * panel, flo
                     pairs[r] = bf16_pairs(rows[r] + k);
                 }
                 transpose_16(pairs);
-                char * tile = panel + static_cast<size_t>(k / tile_k * 2 + half) * tile_bytes;
+                char * tile = panels + static_cast<size_t>(k / tile_k * 2 + half) * tile_bytes;
                 for (int r = 0; r < 16; ++r) {
                     _mm512_store_si512(tile + 64 * r, pairs[r]);
                 }
@@ -273,22 +337,31 @@ void pack_tiles(const Right & right, int64_t first, int64_t n, char * panel, flo
         }
         return;
     }
-    float zeros[tile_i] = {};
-    float ends[2][tile_i];
+    const int64_t wide = round_up(n, tile_i);
     for (int64_t k = 0; k < padded; k += 2) {
         const float * rows[2];
         for (int64_t r = 0; r < 2; ++r) {
-            rows[r] = k + r < n_k ? right.read(k + r, first, n, buffer + r * tile_i) : zeros;
-            if (n < tile_i && rows[r] != zeros) {
-                std::fill(std::copy(rows[r], rows[r] + n, ends[r]), ends[r] + tile_i, 0.0f);
-                rows[r] = ends[r];
+            float * own = buffer + r * wide;
+            rows[r] = own;
+            if (k + r >= n_k) {
+                std::fill(own, own + wide, 0.0f);
+                continue;
+            }
+            rows[r] = right.read(k + r, first, n, own);
+            if (wide != n) {
+                if (rows[r] != own) {
+                    std::copy(rows[r], rows[r] + n, own);
+                    rows[r] = own;
+                }
+                std::fill(own + n, own + wide, 0.0f);
             }
         }
-        for (int half = 0; half < 2; ++half) {
-            const __m512i low  = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(_mm512_loadu_ps(rows[0] + 16 * half)));
-            const __m512i high = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(_mm512_loadu_ps(rows[1] + 16 * half)));
-            char * tile = panel + static_cast<size_t>(k / tile_k * 2 + half) * tile_bytes;
-            _mm512_store_si512(tile + 64 * (k % tile_k / 2), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const size_t at = static_cast<size_t>(k / tile_k * 2) * tile_bytes + static_cast<size_t>(64 * (k % tile_k / 2));
+        for (int64_t i = 0; i < wide; i += 16) {
+            const __m512i low  = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(_mm512_loadu_ps(rows[0] + i)));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i) _mm512_cvtneps_pbh(_mm512_loadu_ps(rows[1] + i)));
+            char * panel = panels + static_cast<size_t>(i / tile_i) * panel_bytes + static_cast<size_t>(i % tile_i / 16) * tile_bytes;
+            _mm512_store_si512(panel + at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }
 }
@@ -409,10 +482,11 @@ template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * 
     right.n_k          = transposed ? r->ne[1] : r->ne[0];
     right.n_i          = dst->ne[0];
     right.stride       = r->nb[1];
-    right.to_float     = r->type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(r->type)->to_float;
+    right.to_float     = dequantizer(r->type);
 
-    // A panel holds whole blocks of a quantised type.
-    const int64_t unit   = transposed ? std::max(kernel.panel_i, static_cast<int64_t>(ggml_blck_size(r->type))) : kernel.panel_i;
+    // Where a row is one k, several panels are filled together: long reads, and whole blocks of a quantised type.
+    const int64_t together = std::max<int64_t>(kernel.panel_i, r->type == GGML_TYPE_F32 ? 64 : 128);
+    const int64_t unit     = transposed ? std::max<int64_t>(together, ggml_blck_size(r->type)) : kernel.panel_i;
     const int64_t k_pad  = round_up(right.n_k, kernel.k_step);
     const size_t  panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
     const int64_t n_j    = dst->ne[1], panels = round_up(right.n_i, unit) / unit, batches = dst->ne[2];
@@ -437,25 +511,7 @@ template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * 
         const int64_t first = at * unit, n = std::min(unit, right.n_i - first);
         if (packed != u / splits) {
             right.data = static_cast<const char *>(r->data) + static_cast<size_t>(batch / repeat) * r->nb[2];
-            if (unit == kernel.panel_i) {
-                kernel.pack(right, first, n, panel, buffer);
-            } else {
-                // Blocks longer than a panel: dequantised once, then cut.
-                static thread_local Scratch block_scratch;
-                float * block = block_scratch.get<float>(static_cast<size_t>(unit * right.n_k));
-                for (int64_t k = 0; k < right.n_k; ++k) {
-                    right.read(k, first, n, block + k * unit);
-                }
-                Right values = right;
-                values.data     = reinterpret_cast<const char *>(block);
-                values.type     = GGML_TYPE_F32;
-                values.to_float = nullptr;
-                values.stride   = static_cast<size_t>(unit) * sizeof(float);
-                for (int64_t p = 0; p < n; p += kernel.panel_i) {
-                    kernel.pack(values, p, std::min(kernel.panel_i, n - p),
-                                panel + static_cast<size_t>(p / kernel.panel_i) * panel_bytes, buffer);
-                }
-            }
+            kernel.pack(right, first, n, panel, panel_bytes, buffer);
             packed = u / splits;
         }
         const char * left = static_cast<const char *>(l->data) + static_cast<size_t>(batch) * l->nb[2];
@@ -500,6 +556,14 @@ ProductKernel best_product_kernel(bool exact) {
         return ProductKernel::tiles;
     }
     return has_product_kernel(ProductKernel::vector) ? ProductKernel::vector : ProductKernel::ggml;
+}
+
+bool f32_outruns_quantized() {
+#if TRIOLLAMA_VECTORS
+    return lanes >= 16;
+#else
+    return false;
+#endif
 }
 
 const char * product_kernel_name(ProductKernel kernel) {

@@ -23,6 +23,9 @@ bool has_product_kernel(ProductKernel kernel);
 // The best for the purpose: `exact` admits F32 only.
 ProductKernel best_product_kernel(bool exact);
 
+// Whether F32 vectors are faster here than ggml's quantised products, as they are when 16 values wide.
+bool f32_outruns_quantized();
+
 const char * product_kernel_name(ProductKernel kernel);
 
 // Turns products of one graph into custom operations.

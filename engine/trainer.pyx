@@ -199,7 +199,8 @@ cdef class Trainer(Owner):
     that an element of an adapter's input is dropped while training. seed: of the initial A
     (uniform in +-1/sqrt(n_in); B is zero) and of dropout. precision: ``"exact"`` dequantises
     weights to F32; ``"fast"`` rounds both sides of large products to BF16 where the processor has
-    matrix tiles, else multiplies quantised weights with quantised activations on the way forward.
+    matrix tiles, and without AVX-512 multiplies quantised weights with quantised activations on
+    the way forward.
     n_gpu_layers: above 0 the graphs run on the GPU. kernel: one of ``training_kernels`` for matrix
     products on the CPU; default: the fastest that the precision admits.
 

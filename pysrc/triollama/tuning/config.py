@@ -60,8 +60,8 @@ class QLoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     double_quant: quantised scales, which is what the k-quants (``q*_k*``) have and the others have
         not. It must agree with the type.
     compute_dtype: ``"float32"`` dequantises weights in flight (precision ``"exact"``); ``"int8"``
-        multiplies with activations quantised to 8 bits forward, or on processors with matrix tiles
-        with BF16 on both sides (precision ``"fast"``).
+        admits rounding where the processor gains by it: activations to 8 bits forward, or both
+        sides of products to BF16 (precision ``"fast"``).
     """
 
     quant_type: str = "q4_k_m"
