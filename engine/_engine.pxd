@@ -216,8 +216,10 @@ cdef class Decoder(Owner):
     cdef NativeDecoder * impl
     cdef readonly Context context
     cdef readonly bint deterministic
+    cdef readonly bint can_shift
     cdef dict sets                      # lists of adapters, by number
     cdef dict dropping                  # replies to drop_adapters, by number
+    cdef dict held                      # buffers that the thread reads, by the reply they are for
 
     cdef void stop(self) noexcept
 

@@ -65,8 +65,8 @@ std::string LlamaBackend::state_get(llama_seq_id slot) {
     return bytes;
 }
 
-bool LlamaBackend::state_set(llama_seq_id slot, const std::string & bytes) {
-    return llama_state_seq_set_data(ctx, (const uint8_t *) bytes.data(), bytes.size(), slot) == bytes.size();
+bool LlamaBackend::state_set(llama_seq_id slot, const uint8_t * data, size_t size) {
+    return llama_state_seq_set_data(ctx, data, size, slot) == size;
 }
 
 void LlamaBackend::apply(const ContextSet & set) {

@@ -62,7 +62,7 @@ public:
     virtual bool can_shift() = 0;
 
     virtual std::string state_get(llama_seq_id slot) = 0;                       // empty: failed
-    virtual bool state_set(llama_seq_id slot, const std::string & bytes) = 0;   // false: the sequence is now empty
+    virtual bool state_set(llama_seq_id slot, const uint8_t * data, size_t size) = 0;   // false: the sequence is now empty
 
     virtual void apply(const ContextSet & set) = 0;             // throws std::runtime_error when refused
     virtual void set_embeddings(bool on) = 0;                   // while on, every token has an output
@@ -90,7 +90,7 @@ public:
     llama_pos seq_pos_max(llama_seq_id slot) override;
     bool can_shift() override;
     std::string state_get(llama_seq_id slot) override;
-    bool state_set(llama_seq_id slot, const std::string & bytes) override;
+    bool state_set(llama_seq_id slot, const uint8_t * data, size_t size) override;
     void apply(const ContextSet & set) override;
     void set_embeddings(bool on) override;
     void set_causal(bool on) override;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -48,6 +49,32 @@ private:
     static constexpr int32_t first_guess = 8;
     std::vector<double> ordinary_s;
     double token_s = 0.0;
+};
+
+// What bringing back a saved sequence costs, learned likewise: seconds a byte, by where it was kept.
+class RestoreCost {
+public:
+    // Not 0: what each costs is given, not learned.
+    RestoreCost(double given_byte_s, double given_token_s) : given_byte_s(given_byte_s), given_token_s(given_token_s) {}
+
+    void saw(bool disk, size_t bytes, double seconds) {
+        const double sample = seconds / (double) std::max<size_t>(bytes, 1);
+        double & estimate = byte_s[disk];
+        estimate += estimate > 0.0 ? 0.25 * (sample - estimate) : sample;
+    }
+
+    // Whether `n` tokens are sooner computed again, at `token_s` each, than so many bytes are brought back. While
+    // either is unknown they are brought back, which teaches one of the two.
+    bool recompute(bool disk, size_t bytes, int32_t n, double token_s) const {
+        const double byte  = given_byte_s > 0.0 ? given_byte_s : byte_s[disk];
+        const double token = given_token_s > 0.0 ? given_token_s : token_s;
+        return byte > 0.0 && token > 0.0 && n * token < (double) bytes * byte;
+    }
+
+private:
+    const double given_byte_s;
+    const double given_token_s;
+    double byte_s[2] = {0.0, 0.0};
 };
 
 }  // namespace triollama

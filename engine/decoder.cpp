@@ -116,7 +116,10 @@ struct Decoder::Impl {
     Impl(std::unique_ptr<Backend> backend_, DecoderConfig config_)
         : backend(std::move(backend_)),
           config(config_),
-          slots(*backend, {config.n_slots, config.n_swa, config.unified, config.can_roll_back, config.host_bytes}),
+          slots(*backend,
+                {config.n_slots, config.n_swa, config.unified, config.can_roll_back, config.host_bytes, config.disk_fd,
+                 config.disk_bytes, config.restore_byte_s, config.prompt_token_s},
+                [this] { return cost.prompt_token(); }),
           cost(config.n_slots),
           vocab(backend->vocab()),
           n_vocab(backend->n_vocab()) {
@@ -1110,25 +1113,20 @@ struct Decoder::Impl {
         return true;
     }
 
-    // Drops the older half of what follows the first n_keep tokens. Only where nobody shares the cells.
+    // Drops the older half of what follows the first n_keep tokens.
     bool shift(Stream & stream) {
         Work & w = *stream.work;
-        if (stream.request.sequence || !config.can_roll_back || !backend->can_shift()) {
-            return false;
-        }
         const int32_t keep = std::min(stream.request.n_keep < 0 ? w.n_prompt : stream.request.n_keep, w.n_decoded);
         const int32_t drop = (w.n_decoded - keep) / 2;
-        const int32_t slot = w.sequence->slot;
-        if (drop < 1 || !backend->seq_rm(slot, keep, keep + drop)) {
+        if (!config.can_shift || !slots.shift(*w.sequence, keep, drop)) {
             return false;
         }
-        backend->seq_add(slot, keep + drop, w.n_decoded, -drop);
         w.tokens.erase(w.tokens.begin() + keep, w.tokens.begin() + keep + drop);
         w.n_decoded -= drop;
         w.n_end = (int32_t) w.tokens.size();
         w.n_prompt = std::max(std::min(keep, w.n_prompt), w.n_prompt - drop);
-        w.sequence->n = w.n_decoded;
         stream.shifted += drop;
+        stream.shifts.push_back(drop);
         return true;
     }
 
@@ -1144,8 +1142,12 @@ struct Decoder::Impl {
         s.slots_free = slots.free_count();
         s.cells_used = slots.cells_used();
         s.host_bytes = (int64_t) slots.host_used();
+        s.disk_bytes = (int64_t) slots.disk_used();
+        s.disk_failures = slots.disk_failures();
         s.evictions  = slots.evictions;
         s.restores   = slots.restores;
+        s.recomputes = slots.recomputes;
+        s.spills     = slots.spills;
         s.first_token_s = first_token_s;
         std::lock_guard<std::mutex> lock(statistics_mutex);
         published = std::move(s);
@@ -1336,18 +1338,32 @@ ReplyPtr Decoder::save_sequence(uint64_t sequence) {
     });
 }
 
-ReplyPtr Decoder::load_sequence(uint64_t sequence, std::string bytes, int32_t n, uint64_t set) {
+ReplyPtr Decoder::load_sequence(uint64_t sequence, const uint8_t * data, size_t size, int32_t n, uint64_t set) {
     Impl * self = impl.get();
-    auto shared = std::make_shared<std::string>(std::move(bytes));
-    return impl->ask([self, sequence, shared, n, set](Reply & reply) {
+    return impl->ask([self, sequence, data, size, n, set](Reply & reply) {
         Sequence * s = self->slots.find(sequence);
         if (!s) {
             throw std::runtime_error("the sequence to load was dropped");
         }
-        reply.ok = self->slots.load(*s, std::move(*shared), n, set);
+        reply.ok = self->slots.load(*s, data, size, n, set);
         reply.value = s->n;
         if (!reply.ok) {
             reply.message = "llama.cpp refused the saved state, or every sequence is busy";
+        }
+    });
+}
+
+ReplyPtr Decoder::shift_sequence(uint64_t sequence, int32_t keep, int32_t drop) {
+    Impl * self = impl.get();
+    return impl->ask([self, sequence, keep, drop](Reply & reply) {
+        Sequence * s = self->slots.find(sequence);
+        if (!s || s->busy) {
+            throw std::runtime_error(s ? "the sequence to shift is in use by a stream" : "the sequence to shift was dropped");
+        }
+        reply.ok = self->config.can_shift && self->slots.shift(*s, keep, drop);
+        reply.value = s->n;
+        if (!reply.ok) {
+            reply.message = "the sequence could not be shifted";
         }
     });
 }

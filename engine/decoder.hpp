@@ -48,6 +48,7 @@ struct DecoderConfig {
     int32_t n_ctx = 0;                  // positions of one sequence
     int32_t n_swa = 0;                  // the model's sliding window; 0: none
     bool    unified = true;             // sequences share cells
+    bool    can_shift = true;           // positions can be moved
     bool    can_roll_back = true;       // false for recurrent state: only the end of a sequence can be continued
     double  prompt_budget = 1.5;        // time for prompts in a step, in ordinary steps
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
@@ -55,6 +56,10 @@ struct DecoderConfig {
     int32_t max_queue = 0;              // streams that may wait for a slot
     int32_t set_steps = 8;              // steps of one ContextSet while others wait
     size_t  host_bytes = 0;             // KV of evicted sequences kept in host memory, at most
+    int     disk_fd = -1;               // a file of the caller's for what host memory has no room for; -1: none
+    size_t  disk_bytes = 0;             // of it, at most
+    double  restore_byte_s = 0.0;       // not 0: seconds to bring back a byte of KV, instead of what is measured
+    double  prompt_token_s = 0.0;       // not 0: seconds to compute a token instead, likewise
     bool    stepwise = false;           // decodes only when step() asks: for tests and for debugging
     double  slow_sampler_s = 0.001;     // a sampler slower than this runs beside the decoder
 };
@@ -66,8 +71,9 @@ struct Statistics {
     int32_t queued = 0;
     int32_t sequences = 0;          // kept between streams
     int32_t slots_free = 0;
-    int64_t cells_used = 0;         // KV positions held by all sequences
+    int64_t cells_used = 0;         // KV positions held by all sequences; those that several share count once
     int64_t host_bytes = 0;
+    int64_t disk_bytes = 0;
     int64_t finished = 0;
     int64_t cancelled = 0;
     int64_t failed = 0;
@@ -77,7 +83,10 @@ struct Statistics {
     int64_t steps = 0;              // llama_decode calls that succeeded
     int64_t aborts = 0;             // that were stopped
     int64_t evictions = 0;
-    int64_t restores = 0;
+    int64_t restores = 0;           // of sequences, from host memory or disk
+    int64_t recomputes = 0;         // that were sooner computed again
+    int64_t spills = 0;             // from host memory to disk
+    int64_t disk_failures = 0;
     int64_t preemptions = 0;
     int64_t set_changes = 0;
     int64_t slow_samples = 0;
@@ -131,8 +140,11 @@ public:
     ReplyPtr fork_sequence(uint64_t from, uint64_t to, int32_t n);
     // bytes: upstream's blob of the sequence's state, value: positions in it. Empty if it has none.
     ReplyPtr save_sequence(uint64_t sequence);
-    // The blob must be one that save_sequence gave, for this model and kind of context: the caller verifies that.
-    ReplyPtr load_sequence(uint64_t sequence, std::string bytes, int32_t n, uint64_t set);
+    // The blob must be one that save_sequence gave, for this model and kind of context: the caller verifies that,
+    // and keeps it unchanged until the reply is done.
+    ReplyPtr load_sequence(uint64_t sequence, const uint8_t * data, size_t size, int32_t n, uint64_t set);
+    // Forgets the positions [keep, keep + drop) of an idle sequence; value: positions it has then.
+    ReplyPtr shift_sequence(uint64_t sequence, int32_t keep, int32_t drop);
     // value: positions of the sequence that are in the KV or in host memory
     ReplyPtr query_sequence(uint64_t sequence);
 

@@ -1,5 +1,5 @@
 """The native decoder, as engine/decoder.hpp declares it."""
-from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -104,6 +104,7 @@ cdef extern from "stream.hpp" namespace "triollama" nogil:
         llama_token end_token
         int32_t position
         int32_t shifted
+        vector[int32_t] shifts
         vector[float] values
         vector[int32_t] starts
         Usage usage()
@@ -125,6 +126,7 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         int32_t n_ctx
         int32_t n_swa
         cpp_bool unified
+        cpp_bool can_shift
         cpp_bool can_roll_back
         double prompt_budget
         int32_t prompt_tokens
@@ -132,6 +134,10 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         int32_t max_queue
         int32_t set_steps
         size_t host_bytes
+        int disk_fd
+        size_t disk_bytes
+        double restore_byte_s
+        double prompt_token_s
         cpp_bool stepwise
         double slow_sampler_s
 
@@ -144,6 +150,7 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         int32_t slots_free
         int64_t cells_used
         int64_t host_bytes
+        int64_t disk_bytes
         int64_t finished
         int64_t cancelled
         int64_t failed
@@ -154,6 +161,9 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         int64_t aborts
         int64_t evictions
         int64_t restores
+        int64_t recomputes
+        int64_t spills
+        int64_t disk_failures
         int64_t preemptions
         int64_t set_changes
         int64_t slow_samples
@@ -186,7 +196,10 @@ cdef extern from "decoder_errors.hpp" namespace "triollama" nogil:
         shared_ptr[Reply] fork_sequence(uint64_t a, uint64_t b, int32_t n) except +raise_decoder_error
         shared_ptr[Reply] save_sequence(uint64_t sequence) except +raise_decoder_error
         shared_ptr[Reply] load_sequence(
-            uint64_t sequence, string bytes, int32_t n, uint64_t set) except +raise_decoder_error
+            uint64_t sequence, const uint8_t * data, size_t size, int32_t n,
+            uint64_t set) except +raise_decoder_error
+        shared_ptr[Reply] shift_sequence(
+            uint64_t sequence, int32_t keep, int32_t drop) except +raise_decoder_error
         shared_ptr[Reply] query_sequence(uint64_t sequence) except +raise_decoder_error
         shared_ptr[Reply] define_set(uint64_t set, ContextSet context_set) except +raise_decoder_error
         shared_ptr[Reply] drop_set(uint64_t set) except +raise_decoder_error

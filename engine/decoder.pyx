@@ -68,7 +68,12 @@ cdef class Decoder(Owner):
     prompt_budget: time that prompts may take of a step in which streams run, in ordinary steps;
         measured while running. prompt_tokens: if not 0, this many tokens instead.
     max_queue: streams that may wait beyond the n_seq_max of the context.
-    host_bytes: at most so many bytes of host memory keep the KV of idle sequences.
+    host_bytes: at most so many bytes of host memory keep the KV of idle sequences. disk_fd, disk_bytes:
+        a file open for reading and writing, which the decoder has to itself, and how much of it may
+        keep what host memory has no room for; -1 is none. A full disk loses KV, which is then computed
+        again, and nothing else.
+    restore_cost, prompt_cost: seconds to bring back a byte of KV, and to compute a token: what is
+        cheaper is done. If 0, as measured while running.
     slow_sampler: seconds; a sampler that takes longer runs beside the steps instead of in them.
     stepwise: decode only when ``step`` asks: for tests.
 
@@ -85,6 +90,10 @@ cdef class Decoder(Owner):
         prefill_chunk: int = 32,
         max_queue: int = 0,
         host_bytes: int = 0,
+        disk_fd: int = -1,
+        disk_bytes: int = 0,
+        restore_cost: float = 0.0,
+        prompt_cost: float = 0.0,
         slow_sampler: float = 0.001,
         stepwise: bool = False,
     ):
@@ -111,12 +120,17 @@ cdef class Decoder(Owner):
         config.n_ctx = context.n_ctx
         config.n_swa = model.n_swa
         config.unified = context.kv_unified
+        config.can_shift = not recurrent and memory_can_shift(context)
         config.can_roll_back = not recurrent
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
         config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
         config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
         config.host_bytes = check_int("host_bytes", host_bytes, 0, 2**62)
+        config.disk_fd = check_int("disk_fd", disk_fd, -1, 2**31 - 1)
+        config.disk_bytes = check_int("disk_bytes", disk_bytes, 0, 2**62)
+        config.restore_byte_s = check_float("restore_cost", restore_cost, 0.0, 1e6)
+        config.prompt_token_s = check_float("prompt_cost", prompt_cost, 0.0, 1e6)
         config.slow_sampler_s = check_float("slow_sampler", slow_sampler, 0.0, 1e6)
         config.stepwise = stepwise
         context.check_no_views()
@@ -129,9 +143,11 @@ cdef class Decoder(Owner):
         self.context = context
         self.sets = {}
         self.dropping = {}
+        self.held = {}
         context.children += 1
         model.drivers += 1
         self.deterministic = deterministic
+        self.can_shift = config.can_shift
         self.closed = False
         count_live("Decoder", 1)
 
@@ -146,6 +162,7 @@ cdef class Decoder(Owner):
         self.impl = NULL
         with nogil:
             del impl
+        self.held.clear()
         llama_set_abort_callback(self.context.ptr, on_abort_check, &self.context.aborting)
         for number in list(self.sets):
             release_set(self, number)
@@ -179,6 +196,9 @@ cdef class Decoder(Owner):
         self.alive()
         cdef vector[uint64_t] ids
         self.impl.poll(ids)
+        if self.held:
+            for id in ids:
+                self.held.pop(id, None)
         flush_log()
         return ids
 
@@ -235,14 +255,13 @@ cdef class Decoder(Owner):
         request.kind = <Kind><int>check_choice("kind", kind, _KINDS)
         if request.kind == Kind.generate and sampler is None:
             raise ParameterError("a generation needs a sampler", parameter="sampler")
-        request.tokens.reserve(len(tokens))
-        for token in tokens:
-            number = check_int("tokens", token, -2**31, 2**31 - 1)
-            if not 0 <= number < n_vocab:
+        request.tokens = token_vector(tokens)
+        cdef llama_token token
+        for token in request.tokens:
+            if not 0 <= token < n_vocab:
                 raise TokenError(
-                    f"token {number} is outside the vocabulary of {n_vocab} tokens",
-                    parameter="tokens", value=number)
-            request.tokens.push_back(number)
+                    f"token {token} is outside the vocabulary of {n_vocab} tokens",
+                    parameter="tokens", value=token)
         if request.tokens.empty():
             raise ParameterError("the prompt is empty; give at least one token", parameter="tokens")
         if <int>request.tokens.size() > self.context.n_ctx:
@@ -253,13 +272,16 @@ cdef class Decoder(Owner):
         request.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
         for text in stop:
             request.stops.push_back(text.encode())
-        for token in end_tokens:
-            request.end_tokens.push_back(end_token(n_vocab, token))
+        for number in end_tokens:
+            request.end_tokens.push_back(end_token(n_vocab, number))
         request.max_tokens = -1 if max_tokens is None else check_int(
             "max_tokens", max_tokens, 0, 2**31 - 1)
         request.logprobs = -1 if logprobs is None else check_int("logprobs", logprobs, 0, n_vocab)
         request.special = special
         request.shift = shift
+        if shift and not self.can_shift:
+            raise UnsupportedError(
+                "this model's memory cannot be shifted; use context_overflow='stop'")
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
         request.causal = causal
@@ -307,8 +329,9 @@ cdef class Decoder(Owner):
         self.alive()
         return wrap_reply(self, self.impl.save_sequence(sequence))
 
-    def load_sequence(self, sequence: int, data: bytes, n: int, adapters: int = 0) -> DecoderReply:
+    def load_sequence(self, sequence: int, data, n: int, adapters: int = 0) -> DecoderReply:
         """Restore what ``save_sequence`` gave, ``n`` positions, computed with this set of adapters.
+        ``data``, bytes or another buffer, is not copied: it must not change until the reply is done.
 
         Raises StateError if the bytes are damaged, or of another model or kind of context; the
         reply does, and the sequence is then empty, if they are not n positions or find no room.
@@ -316,8 +339,24 @@ cdef class Decoder(Owner):
         self.alive()
         check_state(self.context, data, _KIND_SEQUENCE)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
-        cdef string payload = bytes(memoryview(data)[_HEADER.size:])
-        return wrap_reply(self, self.impl.load_sequence(sequence, payload, count, adapters))
+        cdef const uint8_t[::1] view = memoryview(data)
+        cdef int header = _HEADER.size
+        if view.shape[0] == header:
+            raise StateError("the state holds nothing")
+        cdef DecoderReply reply = wrap_reply(self, self.impl.load_sequence(
+            sequence, &view[0] + header, view.shape[0] - header, count, adapters))
+        # The thread reads these very bytes: they stay until it has answered.
+        self.held[reply.ptr.get().id] = view
+        return reply
+
+    def shift_sequence(self, sequence: int, keep: int, drop: int) -> DecoderReply:
+        """Forget the positions from ``keep`` to ``keep + drop`` of an idle sequence, and move down what
+        follows; where others share its cells they keep theirs. The reply's value is how many it has
+        then; StateError, and nothing has changed or the sequence is empty, where that cannot be."""
+        self.alive()
+        cdef int kept = check_int("keep", keep, 0, 2**30)
+        cdef int dropped = check_int("drop", drop, 1, 2**30)
+        return wrap_reply(self, self.impl.shift_sequence(sequence, kept, dropped))
 
     def query_sequence(self, sequence: int) -> DecoderReply:
         """The reply's value is the number of positions a sequence holds."""
@@ -430,6 +469,7 @@ cdef class Decoder(Owner):
             "slots_free": s.slots_free,
             "cells_used": s.cells_used,
             "host_bytes": s.host_bytes,
+            "disk_bytes": s.disk_bytes,
             "finished": s.finished,
             "cancelled": s.cancelled,
             "failed": s.failed,
@@ -440,6 +480,9 @@ cdef class Decoder(Owner):
             "aborts": s.aborts,
             "evictions": s.evictions,
             "restores": s.restores,
+            "recomputes": s.recomputes,
+            "spills": s.spills,
+            "disk_failures": s.disk_failures,
             "preemptions": s.preemptions,
             "set_changes": s.set_changes,
             "slow_samples": s.slow_samples,
@@ -561,6 +604,13 @@ cdef class DecoderStream:
         return 0 if self.ptr.get().finish() == Finish.none else self.ptr.get().shifted
 
     @property
+    def shifts(self) -> list[int]:
+        """How many tokens each context shift dropped, after the first ``n_keep``, once finished."""
+        if self.ptr.get().finish() == Finish.none:
+            return []
+        return list(self.ptr.get().shifts)
+
+    @property
     def starts(self) -> list[int]:
         """Deterministic mode: where each decode of the prompt began, once finished."""
         if self.ptr.get().finish() == Finish.none:
@@ -649,5 +699,6 @@ cdef class DecoderReply:
     def data(self) -> bytes:
         """The bytes it answers with; errors as ``value``."""
         self.check()
-        cdef bytes payload = self.ptr.get().bytes
-        return seal_state(self.context, _KIND_SEQUENCE, payload) if payload else b""
+        if self.ptr.get().bytes.empty():
+            return b""
+        return seal_state(self.context, _KIND_SEQUENCE, self.ptr.get().bytes)

@@ -11,6 +11,23 @@ from llama cimport (
 )
 
 
+# The largest period of sliding layers that llama.cpp assumes where a file names none.
+cdef int _LONGEST_PATTERN = 8
+
+
+cdef bint memory_can_shift(Context context) except -1:
+    """Whether positions can be moved. Where every layer slides, llama.cpp says so too, and asserts at
+    the next decode: the cache of the other layers is then empty, and so is the graph that moves it."""
+    if not llama_memory_can_shift(context.mem):
+        return False
+    cdef Model model = context.model
+    if model.n_swa == 0:
+        return True
+    period = model.metadata.get(f"{model.architecture}.attention.sliding_window_pattern", "")
+    most = int(period) if period.isdecimal() else _LONGEST_PATTERN
+    return 0 < most <= model.n_layer
+
+
 cdef class Memory:
     """The memory of a context. Obtained as ``context.memory``.
 
@@ -135,7 +152,7 @@ cdef class Memory:
         cdef llama_pos d
         try:
             d = check_int("delta", delta, -2**30, 2**30)
-            if not llama_memory_can_shift(self.context.mem):
+            if not memory_can_shift(self.context):
                 raise UnsupportedError("this model's memory cannot be shifted")
             with nogil:
                 llama_memory_seq_add(self.context.mem, s, a, b, d)
@@ -146,7 +163,7 @@ cdef class Memory:
     def can_shift(self) -> bool:
         """Whether positions can be moved."""
         self.context.alive()
-        return llama_memory_can_shift(self.context.mem)
+        return memory_can_shift(self.context)
 
     def clear(self) -> None:
         """Forget everything."""

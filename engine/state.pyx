@@ -3,14 +3,16 @@
 llama.cpp's own blobs carry too little to be trusted: a foreign or damaged one can wipe the
 sequence it is loaded into, or worse. Ours begin with a header:
 
-    magic "TLKV" | version u32 | kind u32 | key 32 bytes | payload length u64 | CRC-32 u32
+    magic "TLKV" | version u32 | kind u32 | key 32 bytes | payload length u64 | checksum u32
 
-The key is a SHA-256 over the model's fingerprint and the settings that decide a blob's layout or
-what its numbers mean (rope). Adapters are not in it: their caller knows which were applied.
+The checksum is that of checksum.hpp; in version 1, which is still read, it was a CRC-32. The key is
+a SHA-256 over the model's fingerprint and the settings that decide a blob's layout or what its
+numbers mean (rope). Adapters are not in it: their caller knows which were applied.
 """
 import struct
 import zlib
 
+from checksum cimport state_checksum
 from llama cimport (
     llama_state_get_data,
     llama_state_get_size,
@@ -22,7 +24,8 @@ from llama cimport (
 
 _HEADER = struct.Struct("<4sII32sQI")
 _MAGIC = b"TLKV"
-_VERSION = 1
+_VERSION = 2
+_CRC32_VERSION = 1
 cdef int _KIND_SEQUENCE = 1
 cdef int _KIND_CONTEXT = 2
 
@@ -64,19 +67,33 @@ cdef bytes pack_state(Context context, int kind, int seq_id):
                 written = llama_state_get_data(context.ptr, data + header, size)
         if written == 0 or written > size:
             raise EngineError("llama.cpp could not save the state", log=native_problem())
-        payload = memoryview(blob)[header:header + written]
-        packed = _HEADER.pack(_MAGIC, _VERSION, kind, key, written, zlib.crc32(payload))
-        # The bytes object is not shared with anyone yet, so its header may still be written.
-        memcpy(data, <const char *>(<bytes>packed), header)
+        # The bytes object is not shared with anyone yet, so it may still be written.
+        write_header(data, key, kind, written)
         return blob if written == size else blob[:header + written]
     finally:
         context.leave()
 
 
-cdef bytes seal_state(Context context, int kind, bytes payload):
+cdef int write_header(uint8_t * blob, bytes key, int kind, size_t size) except -1:
+    """Before the ``size`` bytes of payload that follow it."""
+    cdef int header = _HEADER.size
+    cdef uint32_t checksum
+    with nogil:
+        checksum = state_checksum(blob + header, size)
+    packed = _HEADER.pack(_MAGIC, _VERSION, kind, key, size, checksum)
+    memcpy(blob, PyBytes_AS_STRING(packed), header)
+    return 0
+
+
+cdef bytes seal_state(Context context, int kind, const string & payload):
     """A blob from what llama.cpp gave to somebody else, such as the decoder's thread."""
-    key = state_key(context, kind)
-    return _HEADER.pack(_MAGIC, _VERSION, kind, key, len(payload), zlib.crc32(payload)) + payload
+    cdef int header = _HEADER.size
+    cdef bytes blob = PyBytes_FromStringAndSize(NULL, header + payload.size())
+    cdef uint8_t * data = <uint8_t *>PyBytes_AS_STRING(blob)
+    with nogil:
+        memcpy(data + header, payload.data(), payload.size())
+    write_header(data, state_key(context, kind), kind, payload.size())
+    return blob
 
 
 cdef int check_state(Context context, object blob, int kind) except -1:
@@ -90,11 +107,11 @@ cdef int check_state(Context context, object blob, int kind) except -1:
             f"a state is bytes, not {type(blob).__name__}", parameter="blob", value=None) from None
     if view.shape[0] < header:
         raise StateError(f"the state has {view.shape[0]} bytes, fewer than its header")
-    magic, version, found_kind, key, size, crc = _HEADER.unpack_from(view)
+    magic, version, found_kind, key, size, checksum = _HEADER.unpack_from(view)
     if magic != _MAGIC:
         raise StateError("this is no state saved by triollama")
-    if version != _VERSION:
-        raise StateError(f"the state has version {version}; this triollama reads {_VERSION}")
+    if version not in (_CRC32_VERSION, _VERSION):
+        raise StateError(f"the state has version {version}; this triollama reads up to {_VERSION}")
     if found_kind != kind:
         raise StateError(
             "the state is of a whole context, not of one sequence" if kind == _KIND_SEQUENCE
@@ -106,7 +123,14 @@ cdef int check_state(Context context, object blob, int kind) except -1:
         raise StateError(
             "the state belongs to another model, or to a context with another kv_unified,"
             " flash_attn, type_k, type_v, rope setting or size")
-    if zlib.crc32(memoryview(blob)[header:]) != crc:
+    cdef size_t length = view.shape[0] - header
+    cdef uint32_t found
+    if version == _CRC32_VERSION:
+        found = zlib.crc32(memoryview(blob)[header:])
+    else:
+        with nogil:
+            found = state_checksum(&view[0] + header, length)
+    if found != checksum:
         raise StateError("the state is damaged: its checksum does not match")
     return 0
 

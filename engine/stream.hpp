@@ -131,6 +131,7 @@ public:
     llama_token end_token = LLAMA_TOKEN_NULL;   // the token that ended it, if that is how it ended
     int32_t position = 0;                       // positions [0, position) of the sequence are in the KV
     int32_t shifted = 0;                        // tokens dropped by context shifts
+    std::vector<int32_t> shifts;                // how many each of them dropped, after the first n_keep
     std::vector<float> values;                  // score: log-probabilities; embed: the vector; hidden: the state
     std::vector<int32_t> starts;                // deterministic mode: where each decode of the prompt began
 

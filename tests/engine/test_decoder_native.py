@@ -37,6 +37,7 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
         "-I", str(SOURCE / "ggml" / "include"),
         str(ROOT / "engine" / "decoder.cpp"), str(ROOT / "engine" / "slots.cpp"),
+        str(ROOT / "engine" / "disk.cpp"), str(ROOT / "engine" / "checksum.cpp"),
         str(ROOT / "tests" / "engine" / "native" / "decoder_fuzz.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -52,3 +53,20 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
     # Everything that could go wrong did happen.
     reached = dict(re.findall(r"(\w+) (\d+)", done.stdout))
     assert all(int(count) > 0 for count in reached.values()), reached
+
+
+def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:
+    printed = []
+    for number, options in enumerate(([], ["-DTRIOLLAMA_PORTABLE_CHECKSUM"])):
+        program = tmp_path / f"checksum{number}"
+        subprocess.run(
+            [
+                str(COMPILER), "-std=c++17", "-O2", *options, "-I", str(ROOT / "engine"),
+                str(ROOT / "engine" / "checksum.cpp"),
+                str(ROOT / "tests" / "engine" / "native" / "checksum_test.cpp"), "-o", str(program),
+            ],
+            check=True,
+        )  # fmt: skip
+        printed.append(subprocess.run([str(program)], capture_output=True, check=True).stdout)
+    assert printed[0] == printed[1]
+    assert len(set(printed[0].split())) > 100

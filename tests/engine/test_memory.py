@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -189,6 +191,44 @@ def test_damaged_states_change_nothing(model):
         for bad in (None, "text", 5, [1, 2]):
             with pytest.raises(ParameterError):
                 load_sequence(context, bad, 0)
+
+
+def crc32c(data: bytes) -> int:
+    """Castagnoli's CRC bit by bit, as RFC 3720 defines it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def test_the_checksum_is_what_it_says_and_older_files_are_read(model):
+    assert crc32c(b"123456789") == 0xE3069283
+    with make(model, n_ctx=256) as context:
+        for n in (1, 2, 5):
+            decode(context, TOKENS[:n])
+            blob = save_sequence(context, 0)
+            payload = blob[56:]
+            quarter = len(payload) // 4 // 8 * 8
+            cuts = [0, quarter, 2 * quarter, 3 * quarter, len(payload)]
+            sums = b"".join(
+                crc32c(payload[a:b]).to_bytes(4, "little") for a, b in itertools.pairwise(cuts)
+            )
+            assert struct.unpack_from("<I", blob, 4) == (2,)
+            assert struct.unpack_from("<I", blob, 52) == (crc32c(sums),)
+            # Version 1 had a CRC-32.
+            old = bytearray(blob)
+            struct.pack_into("<I", old, 4, 1)
+            with pytest.raises(StateError, match="checksum"):
+                load_sequence(context, old, 1)
+            struct.pack_into("<I", old, 52, zlib.crc32(payload))
+            load_sequence(context, old, 1)
+            assert context.memory.seq_pos_max(1) == n - 1
+            struct.pack_into("<I", old, 4, 3)
+            with pytest.raises(StateError, match="version 3"):
+                load_sequence(context, old, 1)
+            context.memory.seq_rm(0)
 
 
 def test_a_checksum_is_no_proof_against_forgery_but_lengths_are_checked(model):

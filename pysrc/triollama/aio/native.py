@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import IO, Any
 
 import trio
 
 from .. import models
 from .._engine import Adapter, Context, Decoder, Model, Sampler
-from ..errors import LoadCancelled, ParameterError
+from ..errors import LoadCancelled, ParameterError, StateWriteError
 from ..params import GenerationParams
 from .engine import EngineStream
 
@@ -25,7 +26,10 @@ N_OUTPUTS = 32
 class NativeEngine:
     """Owns model, context and decoder. Made by :func:`load`."""
 
-    def __init__(self, model: Model, context: Context, decoder: Decoder) -> None:
+    def __init__(
+        self, model: Model, context: Context, decoder: Decoder, disk: IO[bytes] | None = None
+    ) -> None:
+        self._disk = disk
         self.model = model
         self.context = context
         self.decoder = decoder
@@ -92,10 +96,32 @@ class NativeEngine:
 
     def _close(self) -> None:
         self.decoder.close()
+        if self._disk is not None:
+            self._disk.close()
         self.context.close()
         for adapter in self.adapters:
             adapter.close()
         self.model.close()
+
+
+def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes] | None:
+    """A file for KV that host memory has no room for. It has no name (on Windows: loses it when it
+    is closed), so that it is gone with the process, however that ends."""
+    if not isinstance(n_bytes, int) or isinstance(n_bytes, bool) or not 0 <= n_bytes < 2**62:
+        raise ParameterError(
+            f"disk_bytes must be an integer from 0 on, not {n_bytes!r}",
+            parameter="disk_bytes",
+            value=n_bytes,
+        )
+    if n_bytes == 0:
+        return None
+    try:
+        return tempfile.TemporaryFile(dir=folder, prefix="triollama-", buffering=0)
+    except OSError as error:
+        where = os.fspath(folder) if folder is not None else tempfile.gettempdir()
+        raise StateWriteError(
+            f"no file for KV can be made in {where!r}: {error.strerror or error}", path=where
+        ) from error
 
 
 async def load(
@@ -113,6 +139,8 @@ async def load(
     prompt_budget: float,
     prompt_tokens: int,
     host_bytes: int,
+    disk_bytes: int,
+    disk_folder: str | os.PathLike[str] | None,
     progress: Callable[[float], object] | None,
     model_options: dict[str, Any],
     context_options: dict[str, Any],
@@ -146,8 +174,10 @@ async def load(
             if interruption is not None:
                 raise interruption from None
             raise
+        disk: IO[bytes] | None = None
         try:
             trio.from_thread.check_cancelled()
+            disk = spill_file(disk_bytes, disk_folder)
             options: dict[str, Any] = {
                 "n_ctx": n_ctx,
                 "n_batch": N_UBATCH,
@@ -173,14 +203,18 @@ async def load(
                     prompt_budget=prompt_budget,
                     prompt_tokens=prompt_tokens,
                     host_bytes=host_bytes,
+                    disk_fd=-1 if disk is None else disk.fileno(),
+                    disk_bytes=disk_bytes,
                 )
             except BaseException:
                 context.close()
                 raise
         except BaseException:
+            if disk is not None:
+                disk.close()
             model.close()
             raise
-        return NativeEngine(model, context, decoder)
+        return NativeEngine(model, context, decoder, disk)
 
     engine = await trio.to_thread.run_sync(work)
     return engine

@@ -13,12 +13,15 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     ``running``: streams that generate; ``prefilling``: whose prompt is being read; ``parked``: of
     those, the ones that wait for their reader; ``queued``: that wait for a place.
     ``sequences``: kept between streams; ``slots_free``: places for more; ``cells_used``: positions
-    of the KV cache in use, ``host_bytes``: bytes of host memory that hold evicted ones.
+    of the KV cache in use, those that forks share counted once; ``host_bytes``, ``disk_bytes``:
+    bytes of host memory, and of disk, that hold evicted ones.
     ``finished``, ``cancelled``, ``failed``: streams that ended so. ``prompt_tokens`` and
     ``generated_tokens`` were computed, ``cached_tokens`` taken from memory instead.
-    ``steps``: decodes; ``aborts``: decodes stopped by a cancellation; ``evictions`` and
-    ``restores``: of sequences; ``preemptions``: streams that had to give up their place for a
-    while; ``set_changes``: of adapters; ``slow_samples``: tokens chosen beside the steps.
+    ``steps``: decodes; ``aborts``: decodes stopped by a cancellation; ``evictions``: of sequences,
+    ``spills``: of those from host memory to disk; ``restores``: that came back from either,
+    ``recomputes``: that were sooner computed again; ``disk_failures``: writes and reads that
+    failed; ``preemptions``: streams that had to give up their place; ``set_changes``: of adapters;
+    ``slow_samples``: tokens chosen beside the steps.
     ``first_token_s``: seconds from submission to the first token, of the last 256 streams.
     """
 
@@ -30,6 +33,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     slots_free: int
     cells_used: int
     host_bytes: int
+    disk_bytes: int
     finished: int
     cancelled: int
     failed: int
@@ -40,6 +44,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     aborts: int
     evictions: int
     restores: int
+    recomputes: int
+    spills: int
+    disk_failures: int
     preemptions: int
     set_changes: int
     slow_samples: int

@@ -151,10 +151,10 @@ public:
         const auto & row = kv.at(slot);
         return std::string((const char *) row.data(), row.size() * sizeof(llama_token));
     }
-    bool state_set(llama_seq_id slot, const std::string & bytes) override {
+    bool state_set(llama_seq_id slot, const uint8_t * bytes, size_t size) override {
         auto & row = kv.at(slot);
-        row.resize(bytes.size() / sizeof(llama_token));
-        std::copy_n(bytes.data(), bytes.size(), (char *) row.data());
+        row.resize(size / sizeof(llama_token));
+        std::copy_n(bytes, size, (uint8_t *) row.data());
         return true;
     }
     void apply(const ContextSet &) override {}
@@ -237,7 +237,17 @@ static void round(unsigned seed) {
     config.max_queue = 40;
     config.prefill_chunk = 1 + below(12);
     config.prompt_tokens = below(3) ? 1 + below(12) : 0;
-    config.host_bytes = below(2) ? 4096 : 0;
+    config.host_bytes = below(2) ? 64 + below(4096) : 0;
+    std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(below(2) ? std::tmpfile() : nullptr, [](std::FILE * f) { return f ? std::fclose(f) : 0; });
+    config.disk_fd = file ? fileno(file.get()) : -1;
+    config.disk_bytes = 64 + below(4096);
+    if (below(3) == 0) {                // a price that makes it choose
+        config.restore_byte_s = 1.0;
+        config.prompt_token_s = 3.0 + below(3);
+    }
+    if (below(8) == 0) {
+        config.disk_fd = 9999;          // a disk that takes nothing
+    }
     config.slow_sampler_s = below(4) ? 1.0 : 0.0;
     const bool tight = below(3) == 0;
     const size_t cells = tight ? config.n_ctx + 8 : (size_t) config.n_ctx * config.n_slots;
@@ -400,10 +410,13 @@ static void round(unsigned seed) {
     total.aborts += s.aborts;
     total.evictions += s.evictions;
     total.restores += s.restores;
+    total.recomputes += s.recomputes;
+    total.spills += s.spills;
+    total.disk_failures += s.disk_failures;
     total.preemptions += s.preemptions;
     total.slow_samples += s.slow_samples;
     check(s.slots_free == config.n_slots, "a slot was lost");
-    check(s.cells_used == 0 && s.host_bytes == 0 && s.sequences == 0, "memory was lost");
+    check(s.cells_used == 0 && s.host_bytes == 0 && s.disk_bytes == 0 && s.sequences == 0, "memory was lost");
 }
 
 static Request simple(std::vector<llama_token> tokens, int32_t max_tokens) {
