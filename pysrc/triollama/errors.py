@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
+    "AnswerError",
     "BusyError",
     "ChatTemplateError",
     "ClosedError",
@@ -199,6 +200,16 @@ class StateWriteError(StateError, OSError):
 
 class GrammarError(TriollamaError, ValueError):
     """A grammar cannot be parsed, or allows no continuation."""
+
+
+class AnswerError(TriollamaError, ValueError):
+    """An answer is no value of the type that was asked for. ``text`` is the answer;
+    ``finish_reason`` tells whether it was cut short."""
+
+    def __init__(self, message: str, *, text: str = "", finish_reason: str = "") -> None:
+        super().__init__(message)
+        self.text = text
+        self.finish_reason = finish_reason
 
 
 class AdapterError(TriollamaError, ValueError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from . import models
 from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["Completion", "GenerationParams", "Llama", "Score", "Stream", "TokenLogprob", "Usage"]
+
+T = TypeVar("T")
 
 # Outputs one decode of ``score`` may have; each needs memory for a row of logits.
 _SCORE_OUTPUTS = 32
@@ -181,17 +183,49 @@ class Llama:
         """
         return Stream(self, prompt, make_params(params, changes))
 
+    @overload
     def generate(
         self,
         prompt: str | Iterable[int],
         params: GenerationParams | None = None,
+        *,
+        into: type[T],
         **changes: Any,
-    ) -> Completion:
-        """Generate to the end. Arguments and errors as for :meth:`stream`."""
-        with self.stream(prompt, params, **changes) as stream:
-            for _ in stream:
-                pass
-            return stream.completion()
+    ) -> T: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        into: None = ...,
+        **changes: Any,
+    ) -> Completion: ...
+
+    def generate(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        into: Any = None,
+        **changes: Any,
+    ) -> Any:
+        """Generate to the end. Arguments and errors as for :meth:`stream`.
+
+        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
+        the result is then its value. Raises AnswerError if the text is none, being cut short.
+        """
+        if into is None:
+            with self.stream(prompt, params, **changes) as stream:
+                for _ in stream:
+                    pass
+                return stream.completion()
+        from .structured import structured
+
+        kind = structured(into)
+        completion = self.generate(prompt, kind.constrain(make_params(params, changes)))
+        return kind.parse(completion.text, completion.finish_reason)
 
     def warm_up(self) -> None:
         """Compute one token and forget it, so that the first generation does not pay for loading
