@@ -653,3 +653,21 @@ def test_nobody_waits_for_who_does_not_read(world: World) -> None:
                 assert "".join([str(piece) async for piece in lazy]) == whole
 
     world.run(main)
+
+
+def test_warm_up_leaves_nothing(world: World) -> None:
+    async def main() -> None:
+        async with world.open() as llama:
+            with assert_checkpoints():
+                await llama.warm_up()
+            counts = llama.statistics()
+            assert counts.prompt_tokens > 0
+            assert counts.generated_tokens == counts.cells_used == 0
+            expected = [piece.text for piece in await pieces_of(llama)]
+            async with llama.stream(PROMPT, GREEDY) as stream:
+                await llama.warm_up()
+                assert [piece.text async for piece in stream] == expected
+            assert len(llama.vocab) > 400
+            assert llama.model.architecture
+
+    world.run(main)

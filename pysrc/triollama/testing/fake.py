@@ -23,12 +23,9 @@ from ..errors import (
     TokenError,
 )
 from ..params import GenerationParams
+from .fake_memory import END, N_VOCAB, FakeContext, FakeDecoder, FakeModel, FakeSampler, FakeVocab
 
 __all__ = ["FakeEngine", "Reply"]
-
-_N_VOCAB = 0x110000
-END = 0
-"""The fake's end-of-generation token. Every other token is a character's code point."""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -47,6 +44,19 @@ def _echo(prompt: str) -> str:
     return f" and so on, after {prompt!r}." * 200
 
 
+class Turn(msgspec.Struct, frozen=True):
+    """Of a conversation: see ``Decoder.submit``."""
+
+    sequence: int = 0
+    cached: int = 0
+    commit: int = 0
+    keep_on_cancel: bool = False
+    cuts: tuple[int, ...] = ()
+
+
+_NO_TURN = Turn()
+
+
 class FakeStream:
     """A stream of the fake: same members as the native ``DecoderStream``."""
 
@@ -60,8 +70,13 @@ class FakeStream:
         kind: str,
         priority: int,
         capacity: int,
+        turn: Turn,
     ) -> None:
         self.id = id
+        self.turn = turn
+        self.cached = 0
+        self.starts: list[int] = []
+        self.started = False  # the prompt was read
         self.kind = kind
         self.priority = priority
         self.capacity = capacity
@@ -95,7 +110,12 @@ class FakeStream:
 
     @property
     def usage(self) -> dict[str, int]:
-        return {"prompt": self.n_prompt, "cached": 0, "generated": self.n_sent, **self.times}
+        return {
+            "prompt": self.n_prompt,
+            "cached": self.cached,
+            "generated": self.n_sent,
+            **self.times,
+        }
 
     def take(self) -> tuple[str, tuple[int, ...], Any, int] | None:
         if self._engine.closed:
@@ -118,6 +138,9 @@ class FakeStream:
 
     def set_priority(self, priority: int) -> None:
         self.priority = priority
+
+    def sampler_state(self) -> bytes:
+        return FakeSampler(self.params).save_state()
 
 
 class FakeEngine:
@@ -158,6 +181,10 @@ class FakeEngine:
         self.changed: Callable[[], None] = lambda: (
             None
         )  # called when ``delay`` may have become less
+        self.vocab = FakeVocab()
+        self.model = FakeModel(self.vocab)
+        self.context = FakeContext(max_streams)
+        self.decoder = FakeDecoder(self)
         self._reply = reply
         self._token_seconds = token_seconds
         self._prompt_token_seconds = prompt_token_seconds
@@ -170,7 +197,16 @@ class FakeEngine:
         self._due: list[tuple[float, int, int, FakeStream]] = []
         self._news: list[int] = []
         self._count: dict[str, int] = dict.fromkeys(
-            ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens", "steps"), 0
+            (
+                "finished",
+                "cancelled",
+                "failed",
+                "prompt_tokens",
+                "cached_tokens",
+                "generated_tokens",
+                "steps",
+            ),
+            0,
         )
         self._first_token_s: list[float] = []
 
@@ -182,8 +218,8 @@ class FakeEngine:
     def detokenize(self, tokens: Iterable[int]) -> str:
         return "".join(chr(token) for token in tokens if token != END)
 
-    def make_sampler(self, params: GenerationParams) -> None:
-        """Nothing is sampled."""
+    def make_sampler(self, params: GenerationParams) -> FakeSampler:
+        return FakeSampler(params)
 
     # Streams
 
@@ -195,8 +231,16 @@ class FakeEngine:
         *,
         priority: int = 0,
         capacity: int = 64,
+        sequence: int = 0,
+        cached: int = 0,
+        commit: int = 0,
+        keep_on_cancel: bool = False,
+        cuts: Sequence[int] = (),
+        accept_from: int = 0,
+        adapters: int = 0,
     ) -> FakeStream:
-        return self._submit("generate", tokens, params, priority, capacity)
+        turn = Turn(sequence, cached, commit, keep_on_cancel, tuple(cuts))
+        return self._submit("generate", tokens, params, priority, capacity, turn)
 
     def submit_other(
         self, kind: str, tokens: list[int], *, priority: int = 0, pooling: str = "mean"
@@ -204,7 +248,13 @@ class FakeEngine:
         return self._submit(kind, tokens, GenerationParams(), priority, 64)
 
     def _submit(
-        self, kind: str, tokens: list[int], params: GenerationParams, priority: int, capacity: int
+        self,
+        kind: str,
+        tokens: list[int],
+        params: GenerationParams,
+        priority: int,
+        capacity: int,
+        turn: Turn = _NO_TURN,
     ) -> FakeStream:
         if self.closed:
             raise ClosedError("the engine is closed")
@@ -212,9 +262,9 @@ class FakeEngine:
             raise EngineError(self.cause_of_death)
         for name, given in (("tokens", tokens), ("stop_tokens", params.stop_tokens)):
             for token in given:
-                if not 0 <= token < _N_VOCAB:
+                if not 0 <= token < N_VOCAB:
                     raise TokenError(
-                        f"{name} holds {token}, which is outside the vocabulary of {_N_VOCAB} "
+                        f"{name} holds {token}, which is outside the vocabulary of {N_VOCAB} "
                         "tokens",
                         parameter=name,
                         value=token,
@@ -234,13 +284,23 @@ class FakeEngine:
         reply = self._reply(self.detokenize(tokens)) if kind == "generate" else Reply("")
         if isinstance(reply, str):
             reply = Reply(reply)
-        self._last_id += 1
-        stream = FakeStream(self, self._last_id, tokens, params, reply, kind, priority, capacity)
+        stream = FakeStream(
+            self, self._new_id(), tokens, params, reply, kind, priority, capacity, turn
+        )
         stream.times["submitted_ns"] = self._ns()
         self._counted += 1
         self._queue.append(stream)
         self._admit()
         return stream
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _cancel_sequence(self, sequence: int) -> None:
+        for stream in [*self._active, *self._queue]:
+            if stream.turn.sequence == sequence:
+                stream.cancel()
 
     def statistics(self) -> dict[str, Any]:
         started = [s for s in self._active if s.n_sent]
@@ -249,14 +309,18 @@ class FakeEngine:
             "prefilling": len(self._active) - len(started),
             "parked": sum(s.parked for s in self._active),
             "queued": len(self._queue),
-            "sequences": 0,
+            "sequences": len(self.decoder.sequences),
             "slots_free": self.max_streams - len(self._active),
-            "cells_used": sum(s.n_prompt + s.n_sent for s in self._active),
+            "cells_used": sum(s.n_prompt + s.n_sent for s in self._active)
+            + sum(map(len, self.decoder.sequences.values())),
             "host_bytes": 0,
-            "cached_tokens": 0,
+            "disk_bytes": 0,
             "aborts": 0,
             "evictions": 0,
             "restores": 0,
+            "recomputes": 0,
+            "spills": 0,
+            "disk_failures": 0,
             "preemptions": 0,
             "set_changes": 0,
             "slow_samples": 0,
@@ -316,7 +380,14 @@ class FakeEngine:
             stream = self._queue.pop(0)
             self._active.append(stream)
             stream.times["admitted_ns"] = self._ns()
-            self._schedule(stream, stream.n_prompt * self._prompt_token_seconds)
+            turn = stream.turn
+            if turn.sequence:
+                stream.cached = self.decoder.begin(turn.sequence, stream.tokens, turn.cached)
+                grid = range(turn.commit, stream.n_prompt, self.context.n_ubatch)
+                stream.starts = [at for at in (*turn.cuts, *grid) if at >= stream.cached]
+                self._count["cached_tokens"] += stream.cached
+            n_new = stream.n_prompt - stream.cached
+            self._schedule(stream, n_new * self._prompt_token_seconds)
 
     def _unpark(self, stream: FakeStream) -> None:
         stream.parked = False
@@ -344,8 +415,9 @@ class FakeEngine:
             stream.values = self._values(stream.kind, stream.tokens)
             self._end(stream, "done")
             return
-        if stream.n_sent == 0:
-            self._count["prompt_tokens"] += stream.n_prompt
+        if not stream.started:
+            stream.started = True
+            self._count["prompt_tokens"] += stream.n_prompt - stream.cached
         if not self._check_length(stream):
             return
         if stream.n_sent == len(stream.reply.text):
@@ -420,6 +492,7 @@ class FakeEngine:
         stream.version += 1
         stream.parked = False
         stream.times["finished_ns"] = self._ns()
+        self._settle(stream, reason)
         stream.finish_reason = reason
         if not stream.cancelled:
             self._counted -= 1
@@ -432,6 +505,20 @@ class FakeEngine:
         self.changed()
         if not self.cause_of_death:
             self._admit()
+
+    def _settle(self, stream: FakeStream, reason: str) -> None:
+        """What stays of a turn in its sequence: as the native engine leaves it."""
+        turn = stream.turn
+        if not turn.sequence or stream in self._queue:
+            return
+        said = [ord(character) for character in stream.reply.text[: stream.n_sent]]
+        # The last token that was said is computed only if something comes after it.
+        n_said = stream.n_sent if reason == "eos" else max(0, stream.n_sent - 1)
+        n = stream.n_prompt + n_said if stream.started else stream.cached
+        if reason == "error" or (reason == "cancelled" and not turn.keep_on_cancel):
+            n = min(n, turn.commit)
+        stream.position = n
+        self.decoder.end(turn.sequence, [*stream.tokens, *said][:n])
 
     def _values(self, kind: str, tokens: Sequence[int]) -> list[float]:
         if kind == "score":

@@ -24,6 +24,10 @@ class SimulatedEngine:
         self.n_ctx = fake.n_ctx
         self.max_streams = fake.max_streams
         self.deterministic = fake.deterministic
+        self.model = fake.model
+        self.vocab = fake.vocab
+        self.context = fake.context
+        self.decoder = fake.decoder
         self._changed = trio.Event()
         fake.changed = self._on_change
         fake.clock = trio.current_time
