@@ -14,7 +14,6 @@ from triollama.aio import Conversation, Llama, open_llama
 from triollama.chat import ChatTemplate
 from triollama.errors import ContextFullError, ParameterError, UnsupportedError
 from triollama.state import Message
-from triollama.testing import FakeEngine, open_fake_llama
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=6)
 SAMPLED = GenerationParams(temperature=1.2, top_k=0, top_p=1.0, max_tokens=6, seed=7)
@@ -344,13 +343,24 @@ def test_32_branches_compute_no_prompt_token_twice(llama_model: Path) -> None:
             branches = [await chat.fork() for _ in range(32)]
             forked = llama.statistics()
             assert forked.prompt_tokens == start.prompt_tokens
-            assert forked.cells_used <= start.cells_used * 33
+            assert forked.cells_used == start.cells_used
             new = 0
+            cells = start.cells_used
             for number, branch in enumerate(branches):
                 reply = await branch.say(f"Branch {number}")
                 assert reply.usage.cached_tokens == chat.total_tokens - 1
                 new += reply.usage.prompt_tokens
+                # The branch's own cells: what was read and said, but for the last token said.
+                cells += reply.usage.prompt_tokens + reply.usage.generated_tokens - 1
+                assert llama.statistics().cells_used == cells
             assert llama.statistics().prompt_tokens == start.prompt_tokens + new
+            # One that goes has only its own to give back; so does the trunk, while others share it.
+            own = branches[0].total_tokens - chat.total_tokens
+            branches[0].close()
+            chat.close()
+            while llama.statistics().sequences > 31:
+                await trio.sleep(0.001)
+            assert llama.statistics().cells_used == cells - own
             assert new < 32 * 60
 
     run(main)
@@ -489,6 +499,31 @@ def test_stop_strings_of_a_template(llama_model: Path) -> None:
     run(main)
 
 
+def test_a_token_that_only_the_template_ends_turns_with(llama_model: Path) -> None:
+    """The vocabulary does not mark it; it ends the answer all the same, and is no part of it."""
+    template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            vocab = llama.conversations.vocab
+            assert not vocab.is_eog(vocab.bos)
+            chat = llama.conversation(template=template, params=GREEDY)
+            assert (await chat.say("Hello", ignore_eos=True)).finish_reason == "length"
+            chat.rewind()
+            reply = await chat.say("Hello", logit_bias={vocab.bos: 50.0})
+            assert (reply.finish_reason, reply.tokens, reply.text) == ("eos", [], "")
+            assert chat.tokens == tuple(
+                llama.conversations.tokenizer.encode(
+                    chat.template.render([{"role": "user", "content": "Hello"}])
+                ).tokens
+            )
+            plain = llama.conversation(template="plain", params=GREEDY)
+            reply = await plain.say("Hello", logit_bias={vocab.bos: 50.0})
+            assert reply.finish_reason == "length"
+
+    run(main)
+
+
 def test_special_tokens_in_what_users_say_are_text(model: Path) -> None:
     async def main() -> None:
         async with opened(model) as llama:
@@ -534,7 +569,7 @@ def test_what_cannot_be(llama_model: Path) -> None:
                 with pytest.raises(ParameterError):
                     await chat.say("x", **wrong)
             with pytest.raises(ParameterError):
-                await chat.say(3)  # type: ignore[arg-type]
+                await chat.say(3)  # type: ignore[call-overload]
             for n in (-1, 1, True):
                 with pytest.raises(ParameterError):
                     chat.rewind(n)
@@ -542,9 +577,6 @@ def test_what_cannot_be(llama_model: Path) -> None:
             assert list(llama.conversations) == [chat]
             assert llama.conversations["one"] is chat
             assert "one" in llama.conversations
-        async with open_fake_llama(FakeEngine()) as llama:
-            with pytest.raises(UnsupportedError):
-                llama.conversation()
 
     run(main)
 
@@ -675,5 +707,52 @@ def test_sharing_and_saving_make_nobody_busy(llama_model: Path, tmp_path: Path) 
                 for task in (talk, borrow, save, fork):
                     nursery.start_soon(task)
             assert found == answers
+
+    run(main)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_cut_short_goes_on(model: Path, params: GenerationParams) -> None:
+    """An answer in three parts is what one longer answer would have been; so is what follows."""
+    params = params.replace(ignore_eos=True)
+
+    async def main() -> None:
+        async with opened(model) as llama:
+            whole = await fresh(llama, params)
+            await whole.say("Hello", max_tokens=20)
+            expected = (await whole.say("More")).tokens
+            chat = await fresh(llama, params)
+            with pytest.raises(ParameterError, match="no answer"):
+                await chat.go_on()
+            first = await chat.say("Hello", max_tokens=4)
+            with trio.CancelScope() as scope:  # one that is rolled back in between
+                async with chat.stream_on(max_tokens=9) as turn:
+                    async for _ in turn:
+                        scope.cancel()
+            second = await chat.go_on(max_tokens=6)
+            third = await chat.go_on(max_tokens=10)
+            assert third.usage.prompt_tokens == 1
+            assert [*first.tokens, *second.tokens, *third.tokens] == list(whole.messages[2].tokens)
+            assert chat.messages[2].content == whole.messages[2].content
+            assert chat.messages[2].n_tokens == 20
+            assert (chat.n_turns, chat.tokens) == (1, whole.tokens[: len(chat.tokens)])
+            assert (await chat.say("More")).tokens == expected
+            assert chat.tokens == whole.tokens
+            chat.rewind(1)
+            chat.rewind(1)
+            assert [message.role for message in chat.messages] == ["system"]
+
+    run(main)
+
+
+def test_a_whole_answer_does_not_go_on(llama_model: Path) -> None:
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            chat = await fresh(llama, stop=("e", "a", "o"), max_tokens=200)
+            assert (await chat.say("Hello")).finish_reason == "stop"
+            before = chat.messages
+            with pytest.raises(ParameterError, match="ended by 'stop'"):
+                await chat.go_on()
+            assert chat.messages == before
 
     run(main)

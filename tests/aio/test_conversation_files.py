@@ -397,3 +397,61 @@ def test_autosave_refuses_what_it_would_destroy(
 
     run(one)
     run(two)
+
+
+def test_every_option_is_restored(llama_model: Path, tmp_path: Path) -> None:
+    """What a turn said by parameters of its own leaves is restored too."""
+    path = tmp_path / "chats.json"
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"+": {"a": [1]}}}}]
+    template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{{ mood }}"
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}>"
+    )
+    expected: list[Any] = []
+
+    def made(llama: Any, name: str) -> Any:
+        return llama.conversation(
+            name,
+            params=SAMPLED,
+            template=template,
+            overflow="truncate_turns",
+            on_cancel="keep",
+            tools=tools,
+            variables={"mood": "glad"},
+        )
+
+    async def talk() -> None:
+        async with opened(llama_model) as llama:
+            chat = made(llama, "a")
+            await chat.say("Hello", seed=11, temperature=0.9, repetition_lookback=7)
+            await llama.conversation("own", overflow=lambda messages, n: messages[-1:]).say("Hello")
+            await llama.save(path)
+            with trio.move_on_after(0.05):
+                await llama.autosave(tmp_path / "auto", every=0.01)
+            expected.append([(await chat.say(text)).tokens for text in SAID[2:]])
+
+    async def go_on(source: Path) -> None:
+        async with opened(llama_model) as llama:
+            with pytest.raises(ParameterError, match="no option"):
+                await llama.restore(source, colour="red")
+            with pytest.raises(ParameterError):
+                await llama.restore(source, overflow="maybe")
+            chat, own = await llama.restore(source)
+            document = chat.to_saved()
+            assert (document.overflow, document.on_cancel) == ("truncate_turns", "keep")
+            assert (document.tools, document.variables) == (tuple(tools), {"mood": "glad"})
+            assert [(await chat.say(text)).tokens for text in SAID[2:]] == expected[0]
+            with trio.CancelScope() as scope:  # kept, as the file says
+                async with chat.stream("x", max_tokens=50) as turn:
+                    await turn.receive()
+                    scope.cancel()
+                    await trio.lowlevel.checkpoint()
+            assert turn.committed
+            assert own.to_saved().overflow == "raise"
+            own.close()
+            (own,) = await llama.restore(source, ["own"], overflow="truncate_turns")
+            assert own.to_saved().overflow == "truncate_turns"
+
+    run(talk)
+    for source in (path, tmp_path / "auto"):
+        run(lambda source=source: go_on(source))  # type: ignore[misc]

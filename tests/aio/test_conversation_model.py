@@ -77,31 +77,57 @@ def test_kv_restored_goes_on_where_it_was(default_model_path: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_back_past_the_sliding_window(default_model_path: Path, deterministic: bool) -> None:
-    """From 3,500 tokens back to 1,000: the answers of a conversation that never went there."""
+def test_back_past_the_sliding_window(
+    default_model_path: Path, tmp_path: Path, deterministic: bool
+) -> None:
+    """From 3,500 tokens back to 1,000, by five roads: the answers of a conversation that never
+    went there."""
+    file = tmp_path / "chats.json"
+    question = "What did the engine do?"
+
+    def check(found: list[int], expected: list[int]) -> None:
+        if deterministic:
+            assert found == expected
+        else:
+            # Rounding may differ; a stale window would give another text altogether.
+            assert sum(a == b for a, b in zip(found, expected, strict=False)) >= 4
 
     async def main() -> None:
-        async with opened(default_model_path, deterministic=deterministic) as llama:
+        options = {"deterministic": deterministic, "host_bytes": 1 << 28}
+        async with opened(default_model_path, **options) as llama:
+            never = await filled(llama, 1000)
+            expected = (await never.say(question)).tokens
+            never.close()
             chat = await filled(llama, 1000, 2200, 3500)
             assert chat.total_tokens > 3300
+            await llama.save(file, [chat], kv=True)
+            # Edited: messages are system, user, assistant, user...
+            branch = await chat.fork()
+            check((await branch.edit(3, question)).tokens, expected)
+            branch.close()
+            # Rewound where it is.
+            before = llama.statistics()
             chat.rewind(2)
             assert chat.total_tokens < 1100
-            answer = (await chat.say("What did the engine do?")).tokens
-            reused = llama.statistics().cached_tokens
-            assert reused > 900  # nothing was computed again
-            for other in list(llama.conversations):
+            check((await chat.say(question)).tokens, expected)
+            if deterministic:  # the cells are all there: nothing was computed again
+                assert llama.statistics().cached_tokens - before.cached_tokens > 900
+            # Evicted, then rewound: a blob holds the window alone.
+            (chat,) = await llama.restore(file, replace=True)
+            evictions = llama.statistics().evictions
+            others = [llama.conversation(params=GREEDY) for _ in range(2)]
+            for other in others:
+                await other.say("Hello")
+            assert llama.statistics().evictions > evictions
+            chat.rewind(2)
+            check((await chat.say(question)).tokens, expected)
+            for other in others:
                 other.close()
-            never = await filled(llama, 1000)
-            expected = (await never.say("What did the engine do?")).tokens
-            if deterministic:
-                assert answer == expected
-                # Edited back, and evicted to host memory or computed again in between.
-                await never.say(TEXT * 60)
-                edited = await never.edit(3, "What did the engine do?")
-                assert edited.tokens == expected
-            else:
-                # Rounding may differ; a stale window would give another text altogether.
-                same = sum(a == b for a, b in zip(answer, expected, strict=False))
-                assert same >= 4
+            # Restored, gone on, and then rewound.
+            (chat,) = await llama.restore(file, replace=True)
+            reply = await chat.say("And so?")
+            assert reply.usage.cached_tokens > 3300
+            chat.rewind(3)
+            check((await chat.say(question)).tokens, expected)
 
     run(main)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import msgspec
 import trio
@@ -17,8 +17,19 @@ from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedE
 from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion
 from ..state import MAX_TITLE, Message
+from ..structured import Structured, structured
 from .adapters import Adapters, LoadedAdapter, Scaled
-from .history import WORTH_SHARING, Memory, Plan, State, Turn, common_length, now
+from .history import (
+    WORTH_SHARING,
+    Memory,
+    Plan,
+    Shift,
+    State,
+    Turn,
+    common_length,
+    now,
+    shifted,
+)
 from .stream import Piece, Stream
 
 if TYPE_CHECKING:
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "OnCancel", "Overflow", "TurnStream"]
 
+T = TypeVar("T")
 OnCancel = Literal["rollback", "keep"]
 Overflow = (
     Literal["raise", "truncate_turns", "shift"]
@@ -76,6 +88,8 @@ class Conversation:
         self._adapters = adapters
         self._turn: TurnStream | None = None
         self._start: tuple[int, ...] | None = None
+        self._kept: int | None = None
+        self._prompt: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # the last one rendered
         self._closed = False
         self._memory = Memory(owner.decoder.make_sequence())
         self._n_prompt_tokens = 0
@@ -177,6 +191,7 @@ class Conversation:
         params: GenerationParams | None = None,
         *,
         role: str = "user",
+        into: Any = None,
         on_cancel: OnCancel | None = None,
         priority: int = 0,
         capacity: int = 64,
@@ -185,15 +200,51 @@ class Conversation:
         """A turn, to be used in ``async with``: ``text`` is said, the answer comes in pieces.
 
         role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
-        instead of and on top of the conversation's. The others as for ``Llama.stream``.
+        instead of and on top of the conversation's. into: a type, whose JSON the answer will be
+        (see :func:`triollama.structured.structured`); at the end ``value`` is what it decodes to.
+        Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
+        The others as for ``Llama.stream``.
 
         Entering raises BusyResourceError if a turn is running, ContextFullError (``overflow``),
         ChatTemplateError, and what a stream raises.
         """
         added = (self._said(role, text),)
         return self._make(
-            lambda: (self._state, added), params, changes, on_cancel, priority, capacity, False
+            lambda: (self._state, added),
+            params,
+            changes,
+            on_cancel,
+            priority,
+            capacity,
+            False,
+            None if into is None else structured(into),
         )
+
+    @overload
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        into: type[T],
+        role: str = ...,
+        on_cancel: OnCancel | None = ...,
+        priority: int = ...,
+        **changes: Any,
+    ) -> T: ...
+
+    @overload
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        into: None = ...,
+        role: str = ...,
+        on_cancel: OnCancel | None = ...,
+        priority: int = ...,
+        **changes: Any,
+    ) -> Completion: ...
 
     async def say(
         self,
@@ -201,14 +252,21 @@ class Conversation:
         params: GenerationParams | None = None,
         *,
         role: str = "user",
+        into: Any = None,
         on_cancel: OnCancel | None = None,
         priority: int = 0,
         **changes: Any,
-    ) -> Completion:
-        """A whole turn. Arguments and errors as for ``stream``."""
-        return await _whole(
-            self.stream(text, params, role=role, on_cancel=on_cancel, priority=priority, **changes)
+    ) -> Any:
+        """A whole turn: its Completion, or with ``into`` the value of that type. Arguments and
+        errors as for ``stream``."""
+        turn = self.stream(
+            text, params, role=role, into=into, on_cancel=on_cancel, priority=priority, **changes
         )
+        completion = await _whole(turn)
+        if turn._into is None:
+            return completion
+        # Ended by ``Llama.cancel`` it was not committed.
+        return turn.value if turn.committed else turn._into.parse(turn.text, "cancelled")
 
     def stream_again(
         self,
@@ -243,6 +301,47 @@ class Conversation:
         fails. With another random seed, unless one is given."""
         return await _whole(
             self.stream_again(params, on_cancel=on_cancel, priority=priority, **changes)
+        )
+
+    def stream_on(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """As ``go_on``, in pieces: those that are new."""
+
+        def plan() -> tuple[State, tuple[Message, ...]]:
+            last = self._state.messages[-1] if self._state.turns else None
+            if last is None or last.finish_reason in ("eos", "stop"):
+                raise ParameterError(
+                    "there is no answer that was cut short"
+                    + ("" if last is None else f": the last one ended by {last.finish_reason!r}"),
+                    parameter="turn",
+                )
+            return self._state, ()
+
+        return self._make(plan, params, changes, on_cancel, priority, capacity, False)
+
+    async def go_on(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """More of the last answer, which ``max_tokens``, a cancellation or the context cut short.
+
+        It becomes part of that answer and its turn; the result is what is new. In deterministic
+        mode both together are what one longer answer would have been. Raises ParameterError where
+        the model had ended the answer itself.
+        """
+        return await _whole(
+            self.stream_on(params, on_cancel=on_cancel, priority=priority, **changes)
         )
 
     async def edit(
@@ -293,12 +392,17 @@ class Conversation:
         priority: int,
         capacity: int,
         fresh_sampler: bool,
+        into: Structured[Any] | None = None,
     ) -> TurnStream:
         self._owner.llama._check_open()
         made = make_params(self.params if params is None else params, changes)
-        if made.context_overflow == "shift":
+        if into is not None:
+            made = into.constrain(made)
+        if self._overflow == "shift":
+            made = made.replace(context_overflow="shift")
+        elif made.context_overflow == "shift":
             raise UnsupportedError(
-                "a conversation cannot shift its context; use overflow='truncate_turns'"
+                "a conversation shifts its context by overflow='shift', not by context_overflow"
             )
         policy = self._on_cancel if on_cancel is None else on_cancel
         if policy not in ("rollback", "keep"):
@@ -310,8 +414,10 @@ class Conversation:
         end = self._owner.turn_end(self._template)
         if end.stop:
             made = made.replace(stop=(*made.stop, *end.stop))
+        if end.tokens and not made.ignore_eos:  # of which the vocabulary does not know it
+            made = made.replace(stop_tokens=(*made.stop_tokens, *end.tokens))
         return TurnStream(
-            self, plan, made, policy, fresh_sampler, priority=priority, capacity=capacity
+            self, plan, made, policy, fresh_sampler, into, priority=priority, capacity=capacity
         )
 
     def rewind(self, n: int = 1) -> None:
@@ -409,14 +515,27 @@ class Conversation:
         )
 
     def _tokens_for(self, base: State, added: Sequence[Message], dropped: int) -> list[int]:
-        """The prompt: committed tokens as they are, where the text goes on from them."""
+        """The prompt: committed tokens as they are, where the text goes on from them.
+
+        Nothing added: the last answer itself goes on.
+        """
+        if not added:
+            if base.tokens and dropped == base.dropped:
+                return list(base.tokens)
+            prompt = self._tokens_for(State(), base.messages[:-1], dropped)
+            answer = self._owner.vocab.tokenize(base.messages[-1].content, False, False)
+            return [*prompt, *answer]
         messages = (*base.messages, *added)
         rendered = self._render(messages, dropped)
+        known_before = self._prompt
+        self._prompt = (messages, dropped, rendered.text)
         tokenizer = self._owner.tokenizer
         if base.tokens and dropped == base.dropped:
-            last = base.messages[-1]
-            said = self._owner.text_of(last.tokens)
-            prefix = self._render(base.messages[:-1], dropped).text + said
+            before, last = base.messages[:-1], base.messages[-1]
+            # What the last turn rendered, usually; the messages are then the same objects.
+            known = known_before[:2] == (before, dropped)
+            prompt = known_before[2] if known else self._render(before, dropped).text
+            prefix = prompt + self._owner.text_of(last.tokens)
             if rendered.text.startswith(prefix):
                 rest = tokenizer.encode(rendered, start=len(prefix))
                 return [*base.tokens, *rest.tokens]
@@ -431,15 +550,54 @@ class Conversation:
         room = quarter if params.max_tokens is None else min(max(1, params.max_tokens), quarter)
         dropped = base.dropped
         tokens = self._tokens_for(base, added, dropped)
+        shift, n_keep = None, 0
+        if self._overflow == "shift":
+            n_keep = self._n_keep((*base.messages, *added))
         if len(tokens) + room > n_ctx:
-            dropped, added, tokens, base = self._make_room(base, added, len(tokens), room)
+            if self._overflow == "shift":
+                shift = self._shift(base, added, tokens, room, n_keep)
+                tokens = list(shift.of(tuple(tokens)))
+                base = shifted(base, shift)
+            else:
+                dropped, added, tokens, base = self._make_room(base, added, len(tokens), room)
         commit = min(base.n_computed, common_length(base.tokens, tuple(tokens)))
         if commit < base.n_computed:
             # The text no longer begins with what was computed: go back to a turn that still fits.
             ends = [turn.n_computed for turn in base.turns if turn.n_computed <= commit]
             commit = max(ends, default=0)
         cuts = tuple(cut for cut in base.cuts if cut < commit)
-        return Plan(base, added, tokens, commit, cuts, dropped, fresh)
+        return Plan(base, added, tokens, commit, cuts, dropped, fresh, shift, n_keep)
+
+    def _n_keep(self, messages: Sequence[Message]) -> int:
+        """Tokens of the system prompt and what stands before it: a shift keeps them."""
+        if self._kept is None:
+            first, self._kept = messages[:2], 1
+            if len(first) == 2 and first[0].role in ("system", "developer"):
+                rendered = self._render(first, 0)
+                end = rendered.text.find(first[1].content, len(first[0].content))
+                encode = self._owner.tokenizer.encode
+                if end > 0 and first[1].content:
+                    self._kept = len(encode(rendered).tokens) - len(
+                        encode(rendered, start=end).tokens
+                    )
+        return self._kept
+
+    def _shift(
+        self, base: State, added: tuple[Message, ...], tokens: list[int], room: int, keep: int
+    ) -> Shift:
+        """What to forget: down to three quarters of the context, nothing of what is said now."""
+        n_ctx = self._owner.llama.n_ctx
+        said = sum(len(message.content.encode()) for message in added)
+        last = len(base.tokens) if base.tokens else max(keep, len(tokens) - said - WORTH_SHARING)
+        drop = min(len(tokens) + room - (n_ctx - n_ctx // 4), last - keep)
+        if drop < 1 or len(tokens) - drop + room > n_ctx:
+            raise ContextFullError(
+                f"the system prompt and the last turn have {len(tokens) - max(0, last - keep)} "
+                f"tokens and the answer needs room for {room}; the context holds n_ctx={n_ctx}",
+                needed=len(tokens) - max(0, last - keep) + room,
+                n_ctx=n_ctx,
+            )
+        return Shift(keep, drop)
 
     def _make_room(
         self, base: State, added: tuple[Message, ...], n: int, room: int
@@ -459,7 +617,10 @@ class Conversation:
                     "the overflow function must return messages, the last of them the user's",
                     parameter="overflow",
                 )
-            base, added = State(messages=chosen[:-1]), chosen[-1:]
+            if added:
+                base, added = State(messages=chosen[:-1]), chosen[-1:]
+            else:
+                base = State(messages=chosen, turns=base.turns)
             tokens = self._tokens_for(base, added, 0)
             if len(tokens) + room > n_ctx:
                 raise ContextFullError(
@@ -498,7 +659,9 @@ class Conversation:
     def to_saved(self, kv: saved_state.KVFile | None = None) -> saved_state.Conversation:
         """As of the last commit, for a state document."""
         state = self._state
-        sampler, _ = state.sampler
+        sampler, sampled_by = state.sampler
+        params = saved_params(self.params)
+        last = params if sampled_by is None else saved_params(sampled_by)
         edges = (*state.cuts, state.n_computed)
         return saved_state.Conversation(
             id=self.id,
@@ -507,8 +670,13 @@ class Conversation:
             updated=self.updated,
             messages=state.messages,
             template=self._source,
-            params=saved_params(self.params),
+            params=params,
             sampler=sampler,
+            sampler_params={} if last == params or not sampler else last,
+            overflow=self._overflow if isinstance(self._overflow, str) else "function",
+            on_cancel=self._on_cancel,
+            tools=None if self._tools is None else tuple(map(dict, self._tools)),
+            variables={key: value for key, value in self._variables.items() if _is_data(value)},
             tokens=state.tokens,
             split=tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
             dropped=state.dropped,
@@ -529,7 +697,10 @@ async def _whole(turn: TurnStream) -> Completion:
 
 
 class TurnStream(Stream):
-    """The answer of a turn, as a stream. Receiving its end commits the turn."""
+    """The answer of a turn, as a stream. Receiving its end commits the turn.
+
+    ``value``: with ``into``, what the answer decodes to; None before its end.
+    """
 
     def __init__(
         self,
@@ -538,6 +709,7 @@ class TurnStream(Stream):
         params: GenerationParams,
         on_cancel: OnCancel,
         fresh_sampler: bool,
+        into: Structured[Any] | None = None,
         *,
         priority: int,
         capacity: int,
@@ -547,6 +719,9 @@ class TurnStream(Stream):
         )
         self.conversation = conversation
         self.committed = False
+        self.value: Any = None
+        self._into = into
+        self._refused = False
         self._make_plan = plan
         self._plan: Plan | None = None
         self._on_cancel = on_cancel
@@ -567,17 +742,22 @@ class TurnStream(Stream):
             self.prompt = tuple(plan.tokens)
             owner = chat._owner
             adapters = await owner.adapters.number(chat._adapters)
+            if plan.shift is not None and self._remembers(base, plan.shift):
+                await owner.shift(chat._memory, plan.shift)
             cached = owner.reusable(chat._memory, plan)
             if cached < WORTH_SHARING:
                 cached = await owner.borrow(chat, plan, cached, adapters)
-            sampler, shown = await owner.make_sampler(self.params, plan)
+            params = self.params
+            if params.context_overflow == "shift":
+                params = params.replace(n_keep=plan.n_keep)
+            sampler, shown = await owner.make_sampler(params, plan)
             chat._owner.llama._check_open()
             if chat._closed:
                 raise trio.ClosedResourceError("this conversation was closed")
             running = owner.engine.submit(
                 list(plan.tokens),
                 sampler,
-                self.params,
+                params,
                 priority=self.priority,
                 capacity=self.capacity,
                 accept_from=shown,
@@ -595,6 +775,11 @@ class TurnStream(Stream):
             raise
         return self
 
+    def _remembers(self, base: State, shift: Shift) -> bool:
+        """Whether the sequence holds, before a shift, more than what the shift keeps anyway."""
+        held = self.conversation._memory.tokens
+        return common_length(held, base.tokens) > shift.keep + shift.drop
+
     @trio.lowlevel.enable_ki_protection
     async def receive(self) -> Piece:
         """The next piece; EndOfChannel once the turn is committed. Otherwise as a Stream's."""
@@ -602,6 +787,10 @@ class TurnStream(Stream):
             return await super().receive()
         except trio.EndOfChannel:
             if not self.committed and self._open.finish_reason != "cancelled":
+                if self._into is not None:
+                    self._refused = True
+                    self.value = self._into.parse(self.text, self._open.finish_reason or "")
+                    self._refused = False
                 self._commit()
             raise
 
@@ -635,7 +824,11 @@ class TurnStream(Stream):
                     while self._stream.finish_reason is None and not self._llama._pump.stopped:
                         await self._llama._pump.wait_for(self._stream.id)
                 reason = self._stream.finish_reason
-                if self._on_cancel == "keep" and reason not in (None, "error"):
+                if (
+                    self._on_cancel == "keep"
+                    and reason not in (None, "error")
+                    and not self._refused
+                ):
                     while (taken := self._stream.take()) is not None:
                         self._note(taken)
                     if self._tokens:
@@ -646,13 +839,28 @@ class TurnStream(Stream):
             self._release()
             chat._turn = None
 
+    def _after_shifts(self) -> tuple[list[int], list[Shift]]:
+        """The tokens that the context holds after what was received, and the shifts on the way."""
+        assert self._plan is not None
+        plan, n_ctx = self._plan, self._llama.n_ctx
+        drops = list(getattr(self._open, "shifts", ()))
+        tokens, done = [*plan.tokens], []
+        for token in self._tokens:
+            tokens.append(token)
+            if drops and len(tokens) > n_ctx:
+                done.append(Shift(plan.n_keep, drops.pop(0)))
+                tokens = list(done[-1].of(tuple(tokens)))
+        return tokens, done
+
     def _note_memory(self) -> None:
         """What the sequence holds now."""
         assert self._plan is not None
         chat, stream, plan = self.conversation, self._open, self._plan
         memory = chat._memory
         position = stream.position if stream.finish_reason is not None else 0
-        generated = [*plan.tokens, *self._tokens]
+        generated, done = self._after_shifts()
+        if len(done) < len(getattr(stream, "shifts", ())):  # not all of it was received
+            generated = generated[: plan.n_keep]
         before = memory.cuts
         memory.tokens = tuple(generated[:position])
         starts = getattr(stream, "starts", [])
@@ -669,7 +877,11 @@ class TurnStream(Stream):
         chat, plan = self.conversation, self._plan
         self._note_memory()
         kept = chat._owner.tokens_of_text(self._tokens, self.text)
-        tokens = (*plan.tokens, *kept)
+        held, shifts = self._after_shifts()
+        tokens = tuple(held[: len(held) - (len(self._tokens) - len(kept))])
+        base = plan.base
+        for shift in shifts:
+            base = shifted(base, shift)
         n_computed = min(len(chat._memory.tokens), len(tokens))
         reason = self.finish_reason or "cancelled"
         usage = self.usage
@@ -683,15 +895,19 @@ class TurnStream(Stream):
             n_computed=n_computed,
             finish_reason=reason,
         )
-        messages = (*plan.base.messages, *plan.messages, answer)
+        messages, turns = base.messages, base.turns
+        if not plan.messages:  # it went on with the answer of the last turn
+            answer = _joined(messages[-1], answer)
+            messages, turns = messages[:-1], turns[:-1]
+        messages = (*messages, *plan.messages, answer)
         sampler, params = chat._owner.sampler_after(self)
         turn = Turn(len(messages), len(tokens), n_computed, sampler, params)
         # Where the text no longer goes on from a turn's tokens, they are of no use to a rewind.
         before = tuple(
             turn
-            if turn.n_computed <= plan.commit
+            if turn.n_computed <= plan.commit or shifts
             else msgspec.structs.replace(turn, n_tokens=0, n_computed=0)
-            for turn in plan.base.turns
+            for turn in turns
         )
         chat._state = State(
             messages=messages,
@@ -707,10 +923,34 @@ class TurnStream(Stream):
         chat._touch()
 
 
+def _joined(one: Message, more: Message) -> Message:
+    """An answer and what it went on with."""
+    return msgspec.structs.replace(
+        more,
+        created=one.created,
+        content=one.content + more.content,
+        tokens=one.tokens + more.tokens,
+        n_tokens=one.n_tokens + more.n_tokens,
+        extras=one.extras,
+    )
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a file can hold it."""
+    try:
+        return bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return False
+
+
 def saved_params(params: GenerationParams) -> dict[str, Any]:
     """The parameters that differ from the defaults."""
     plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
     default: dict[str, Any] = msgspec.to_builtins(GenerationParams(), str_keys=True)
     # JSON has no infinity; this is as far below every logit.
     plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
-    return {name: value for name, value in plain.items() if value != default[name]}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in plain.items()
+        if value != default[name]
+    }

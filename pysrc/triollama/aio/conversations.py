@@ -16,7 +16,7 @@ from ..params import GenerationParams, make_params
 from ..state import Message
 from .adapters import LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
-from .history import WORTH_SHARING, Memory, Plan, State, common_length, now
+from .history import WORTH_SHARING, Memory, Plan, Shift, State, common_length, now
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -79,16 +79,7 @@ class Conversations:
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Conversation:
-        if overflow == "shift":
-            raise UnsupportedError(
-                "overflow='shift' is not available for conversations: their memory may be shared"
-            )
-        if not callable(overflow) and overflow not in ("raise", "truncate_turns"):
-            raise ParameterError(
-                f"overflow must be 'raise', 'truncate_turns' or a function, not {overflow!r}",
-                parameter="overflow",
-                value=overflow,
-            )
+        self.check_overflow(overflow)
         if on_cancel not in ("rollback", "keep"):
             raise ParameterError(
                 f"on_cancel must be 'rollback' or 'keep', not {on_cancel!r}",
@@ -124,6 +115,28 @@ class Conversations:
             )
         )
 
+    def check_overflow(self, overflow: Any) -> Overflow:
+        """``overflow``, if it is a policy that this model allows."""
+        if overflow == "shift":
+            if self.llama.deterministic:
+                raise UnsupportedError(
+                    "overflow='shift' is not available with deterministic=True: what a shift "
+                    "leaves still knows of what was forgotten, and cannot be computed again"
+                )
+            if not self.decoder.can_shift:
+                raise UnsupportedError(
+                    "overflow='shift': this model's memory cannot be shifted; use 'truncate_turns'"
+                )
+        if not callable(overflow) and overflow not in ("raise", "truncate_turns", "shift"):
+            raise ParameterError(
+                f"overflow must be 'raise', 'truncate_turns', 'shift' or a function, not "
+                f"{overflow!r}",
+                parameter="overflow",
+                value=overflow,
+            )
+        chosen: Overflow = overflow
+        return chosen
+
     def new_id(self, id: str | None) -> str:
         if id is None:
             return secrets.token_hex(8)
@@ -158,12 +171,6 @@ class Conversations:
     def turn_end(self, template: ChatTemplate) -> Any:
         if id(template) not in self._ends:
             end = self.tokenizer.turn_end(template)
-            if end.tokens:
-                _log.warning(
-                    "the template ends turns with tokens %s, which the vocabulary does not know to "
-                    "end a generation: answers may go on",
-                    end.tokens,
-                )
             self._ends[id(template)] = (template, end)
         return self._ends[id(template)][1]
 
@@ -248,6 +255,17 @@ class Conversations:
             return
         target.tokens, target.cuts = tokens, cuts
         target.keep(min(got, n))
+
+    async def shift(self, memory: Memory, shift: Shift) -> None:
+        """Forget part of what a sequence holds; all of it where that cannot be."""
+        reply = self.decoder.shift_sequence(memory.sequence, shift.keep, shift.drop)
+        try:
+            n = (await self.answer(reply)).value
+        except StateError as error:
+            _log.debug("a sequence could not be shifted: %s", error)
+            memory.keep(0)
+        else:
+            memory.tokens = shift.of(memory.tokens)[:n]
 
     async def answer(self, reply: Any) -> Any:
         """Wait until the decoder has answered; see ``Llama._answer``."""

@@ -88,6 +88,10 @@ class Engine(Protocol):
     n_ctx: int
     max_streams: int
     deterministic: bool
+    model: Any
+    """As :class:`triollama._engine.Model`, or what a fake has of it."""
+    vocab: Any
+    """As :class:`triollama._engine.Vocab`, likewise."""
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of ``text``."""

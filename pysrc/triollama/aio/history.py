@@ -9,7 +9,17 @@ import msgspec
 from ..params import GenerationParams
 from ..state import Message
 
-__all__ = ["WORTH_SHARING", "Memory", "Plan", "State", "Turn", "common_length", "now"]
+__all__ = [
+    "WORTH_SHARING",
+    "Memory",
+    "Plan",
+    "Shift",
+    "State",
+    "Turn",
+    "common_length",
+    "now",
+    "shifted",
+]
 
 WORTH_SHARING = 16
 """Fewer common tokens than this are computed again rather than copied from another sequence."""
@@ -63,8 +73,55 @@ class State(msgspec.Struct, frozen=True):
         )
 
 
+class Shift(msgspec.Struct, frozen=True):
+    """Of ``n`` tokens those from ``keep`` on, ``drop`` of them, were forgotten."""
+
+    keep: int
+    drop: int
+
+    def end(self, position: int) -> int:
+        """Where what ended at ``position`` ends now; 0 if its end is gone."""
+        if position <= self.keep:
+            return position
+        return max(position - self.drop, 0) if position >= self.keep + self.drop else 0
+
+    def of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """``tokens`` without the forgotten ones."""
+        return tokens[: self.keep] + tokens[self.keep + self.drop :]
+
+
+def shifted(state: State, shift: Shift) -> State:
+    """A conversation after a shift. All messages stay; to turns whose end was forgotten a rewind
+    goes by their text."""
+
+    def fits(n_tokens: int, n_computed: int) -> tuple[int, int]:
+        end = shift.end(n_tokens)
+        return (end, min(shift.end(n_computed), end)) if end and n_tokens else (0, 0)
+
+    messages = []
+    for message in state.messages:
+        n_context, n_computed = fits(message.n_context, message.n_computed)
+        same = n_context == message.n_context
+        messages.append(
+            message
+            if same
+            else msgspec.structs.replace(message, n_context=n_context, n_computed=n_computed)
+        )
+    turns = []
+    for turn in state.turns:
+        n_tokens, n_computed = fits(turn.n_tokens, turn.n_computed)
+        turns.append(msgspec.structs.replace(turn, n_tokens=n_tokens, n_computed=n_computed))
+    return msgspec.structs.replace(
+        state,
+        messages=tuple(messages),
+        tokens=shift.of(state.tokens),
+        n_computed=shift.end(state.n_computed),
+        turns=tuple(turns),
+    )
+
+
 class Plan(msgspec.Struct):
-    """What a turn is going to do."""
+    """What a turn is going to do; ``shift`` and ``n_keep`` with the policy of that name."""
 
     base: State
     messages: tuple[Message, ...]
@@ -73,6 +130,8 @@ class Plan(msgspec.Struct):
     cuts: tuple[int, ...]
     dropped: int
     fresh_sampler: bool
+    shift: Shift | None = None
+    n_keep: int = 0
 
 
 class Memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 import trio
@@ -15,9 +15,10 @@ from ..errors import BusyError, ParameterError
 from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
 from ..state import Document, Message
+from ..structured import structured
 from . import native, saving
 from .adapters import Adapters, LoadedAdapter, Scaled
-from .conversation import Conversation, OnCancel, Overflow
+from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .conversations import Conversations
 from .engine import Engine, EngineStream
 from .pump import Pump
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .._engine import Model, Vocab
+
 __all__ = ["Llama", "StreamInfo", "open_llama", "run_llama"]
+
+T = TypeVar("T")
 
 
 class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A stream that has not ended. ``state``: "queued", "prompt" (being read) or "running";
-    ``waiting``: pieces nobody has received yet."""
+    ``waiting``: pieces nobody has received yet; ``conversation``: of the one it is a turn of, the
+    id."""
 
     id: int
     state: Literal["queued", "prompt", "running"]
@@ -41,6 +47,7 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     priority: int
     waiting: int
     usage: Usage
+    conversation: str = ""
 
 
 class open_llama:
@@ -59,6 +66,10 @@ class open_llama:
         as measured: at 1.5 a running stream waits 2.5 times as long as usual while a prompt joins.
         prompt_tokens: if not 0, so many tokens a step instead.
     host_bytes: host memory for the KV of sequences that had to make room, in bytes.
+    disk_bytes: disk for what host memory has no room for, in bytes, in a nameless file in
+        ``disk_folder`` (default: the system's for temporary files), which vanishes with the
+        process. A sequence comes back from either, or is computed again, whichever is measured
+        cheaper.
     progress: called with a float from 0 to 1 while loading, in this thread.
     model_options, context_options: further arguments of Model and Context.
 
@@ -83,6 +94,8 @@ class open_llama:
         prompt_budget: float = 1.5,
         prompt_tokens: int = 0,
         host_bytes: int = 0,
+        disk_bytes: int = 0,
+        disk_folder: str | os.PathLike[str] | None = None,
         progress: Callable[[float], object] | None = None,
         model_options: dict[str, Any] | None = None,
         context_options: dict[str, Any] | None = None,
@@ -102,6 +115,8 @@ class open_llama:
                 prompt_budget=prompt_budget,
                 prompt_tokens=prompt_tokens,
                 host_bytes=host_bytes,
+                disk_bytes=disk_bytes,
+                disk_folder=disk_folder,
                 progress=progress,
                 model_options=model_options or {},
                 context_options=context_options or {},
@@ -210,6 +225,26 @@ class Llama:
         """Whether a stream's tokens do not depend on what runs beside it."""
         return self._engine.deterministic
 
+    @property
+    def model(self) -> Model:
+        """What is known of the model: architecture, sizes, metadata, chat template, fingerprint."""
+        self._check_open()
+        model: Model = self._engine.model
+        return model
+
+    @property
+    def vocab(self) -> Vocab:
+        """The model's vocabulary: pieces, special tokens, attributes."""
+        self._check_open()
+        vocab: Vocab = self._engine.vocab
+        return vocab
+
+    async def warm_up(self) -> None:
+        """Compute a few tokens and forget them, so that the first stream does not pay for loading
+        weights into memory and starting threads. Beside running streams, if there are any."""
+        async with self.stream(self._engine.tokenize("warm up"), max_tokens=0) as stream:
+            await stream.ended()
+
     # Text and tokens
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -270,21 +305,54 @@ class Llama:
         chosen = tuple(adapters)
         return self.adapters.check(chosen) if chosen else ()
 
+    @overload
     async def generate(
         self,
         prompt: str | Iterable[int],
         params: GenerationParams | None = None,
         *,
+        into: type[T],
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
+        **changes: Any,
+    ) -> T: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        into: None = ...,
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
+        **changes: Any,
+    ) -> Completion: ...
+
+    async def generate(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams | None = None,
+        *,
+        into: Any = None,
         priority: int = 0,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
-    ) -> Completion:
-        """Generate to the end. Arguments as for :meth:`stream`; raises what ``receive`` raises."""
-        async with self.stream(
-            prompt, params, priority=priority, adapters=adapters, **changes
-        ) as stream:
+    ) -> Any:
+        """Generate to the end. Arguments as for :meth:`stream`; raises what ``receive`` raises.
+
+        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
+        the result is then its value. Raises AnswerError if the text is none, being cut short.
+        """
+        made = make_params(params, changes)
+        kind = None if into is None else structured(into)
+        if kind is not None:
+            made = kind.constrain(made)
+        async with self.stream(prompt, made, priority=priority, adapters=adapters) as stream:
             async for _ in stream:
                 pass
+            if kind is not None:
+                return kind.parse(stream.text, stream.finish_reason or "")
             return stream.completion()
 
     async def score(
@@ -442,8 +510,10 @@ class Llama:
         params, changes: of its turns. title: for people, at most 200 characters.
         overflow: when a turn's prompt, and room for its answer (``max_tokens``, at most a quarter
             of the context), do not fit: "raise" ContextFullError before any work; "truncate_turns"
-            no longer shows the model the oldest turns; or a function of the messages and the
-            number of tokens that are too many, which returns the messages to go on with.
+            no longer shows the model the oldest turns; "shift", not in deterministic mode, forgets
+            the oldest tokens after the system prompt and moves the others down, also within an
+            answer; or a function of the messages and the number of tokens that are too many, which
+            returns the messages to go on with.
         on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
             said so far.
         tools, variables: passed to the template.
@@ -557,7 +627,8 @@ class Llama:
         on_mismatch: "recompute" takes messages alone from a file of another model, and computes
             what damaged KV would have held. KV of another kind of context is computed again anyway.
         replace: close open conversations of the same ids instead of raising ParameterError.
-        options: ``overflow``, ``on_cancel``, ``tools``, ``variables``: files do not hold them.
+        options: ``overflow``, ``on_cancel``, ``tools``, ``variables``, instead of what was saved.
+            A file holds no overflow function, and of the variables those that are plain data.
 
         Raises FileNotFoundError, StateError.
         """
@@ -642,6 +713,7 @@ class Llama:
                     priority=stream.priority,
                     waiting=inner.waiting,
                     usage=usage_of(inner),
+                    conversation=stream.conversation.id if isinstance(stream, TurnStream) else "",
                 )
             )
         return infos

@@ -19,10 +19,11 @@ from ..errors import (
     StateMismatchError,
     StateVersionError,
     StateWriteError,
+    UnsupportedError,
 )
 from ..params import GenerationParams
 from .adapters import Scaled
-from .conversation import Conversation
+from .conversation import Conversation, Overflow
 from .history import State, Turn, now
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ async def restore(
     """See ``Llama.restore``."""
     await trio.lowlevel.checkpoint()
     chats.llama._check_open()
+    for name, value in options.items():
+        if name not in ("overflow", "on_cancel", "tools", "variables"):
+            raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
+    if "overflow" in options:
+        chats.check_overflow(options["overflow"])
     if isinstance(source, saved_state.Document):
         document, path = source, None
     else:
@@ -219,15 +225,18 @@ def _revive(
         turns = tuple(
             Turn(at + 1, message.n_context, message.n_computed, b"", None)
             for at, message in enumerate(one.messages)
+            # Messages given at the start have no reason to have finished; answers to which a shift
+            # left no tokens have one.
             if message.role == "assistant"
-            and 0 < message.n_context <= len(one.tokens)
-            and message.n_computed <= message.n_context
+            and (message.n_context or message.finish_reason)
+            and message.n_computed <= message.n_context <= len(one.tokens)
         )
-        if turns and turns[-1].n_messages == len(one.messages):
-            last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=params)
+        if turns and turns[-1].n_messages == len(one.messages) and turns[-1].n_tokens:
+            sampled_by = saved_state.known_params(one.sampler_params or one.params)
+            last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=sampled_by)
             turns = (*turns[:-1], last)
             if one.sampler:
-                _check_sampler(chats, one.sampler, params, place)
+                _check_sampler(chats, one.sampler, sampled_by, place)
             state = State(
                 messages=one.messages,
                 tokens=one.tokens,
@@ -242,10 +251,10 @@ def _revive(
         template=chats.template(one.template or None),
         source=one.template,
         params=params,
-        overflow=options.get("overflow", "raise"),
-        on_cancel=options.get("on_cancel", "rollback"),
-        tools=options.get("tools"),
-        variables=options.get("variables") or {},
+        overflow=options["overflow"] if "overflow" in options else _overflow(chats, one),
+        on_cancel=options.get("on_cancel", one.on_cancel),
+        tools=options.get("tools", one.tools),
+        variables=options.get("variables", one.variables) or {},
         state=state,
         adapters=adapters,
         title=one.title,
@@ -257,6 +266,19 @@ def _revive(
     chat._n_generated_tokens = one.n_generated_tokens
     chat._extras = one.extras
     return chat
+
+
+def _overflow(chats: Conversations, one: saved_state.Conversation) -> Overflow:
+    """What was saved, if it can be had here."""
+    try:
+        return chats.check_overflow(one.overflow)
+    except (ParameterError, UnsupportedError):
+        _log.warning(
+            "%s: overflow=%r cannot be restored; it is 'raise' now (give restore an overflow=)",
+            one.id,
+            one.overflow,
+        )
+        return "raise"
 
 
 def _check_sampler(chats: Conversations, data: bytes, params: GenerationParams, place: str) -> None:

@@ -137,7 +137,10 @@ class Conversation(_Saved, frozen=True, kw_only=True):
     ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
     ``split`` the sizes of the batches in which the first of them were computed: replaying it
     gives the same bits in deterministic mode. ``dropped`` messages after the system prompt are no
-    longer shown to the model. ``parent`` is the conversation it was forked from.
+    longer shown to the model. ``parent`` is the conversation it was forked from. ``sampler_params``
+    are those of the last turn, where they differ from ``params``. ``overflow``, ``on_cancel``,
+    ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow function is saved as
+    "function", and variables that are no plain data are not.
     """
 
     id: Name
@@ -156,6 +159,11 @@ class Conversation(_Saved, frozen=True, kw_only=True):
     adapters: tuple[Adapter, ...] = ()
     kv: KVFile | None = None
     parent: str = ""
+    sampler_params: dict[str, Any] = {}
+    overflow: str = "raise"
+    on_cancel: Literal["rollback", "keep"] = "rollback"
+    tools: tuple[dict[str, Any], ...] | None = None
+    variables: dict[str, Any] = {}
 
     @property
     def total_tokens(self) -> int:
@@ -442,16 +450,24 @@ def check(saved: _Saved, path: str = "", place: str = "$") -> None:
                     place=f"{place}.adapters[{at}].scale",
                     path=path,
                 )
-        if saved.params:
-            _check_nesting(saved.params, f"{place}.params", path)
-            try:
-                known_params(saved.params)
-            except (ParameterError, TypeError) as error:
-                name = getattr(error, "parameter", "")
-                raise StateFormatError(
-                    str(error), place=f"{place}.params" + (f".{name}" if name else ""), path=path
-                ) from None
+        for name in ("params", "sampler_params"):
+            _check_params(getattr(saved, name), f"{place}.{name}", path)
+        _check_nesting(list(saved.tools or ()), f"{place}.tools", path)
+        _check_nesting(saved.variables, f"{place}.variables", path)
         for at, message in enumerate(saved.messages):
             if message.tool_calls:
                 where = f"{place}.messages[{at}].tool_calls"
                 _check_nesting(list(message.tool_calls), where, path)
+
+
+def _check_params(params: Mapping[str, Any], place: str, path: str) -> None:
+    if not params:
+        return
+    _check_nesting(params, place, path)
+    try:
+        known_params(params)
+    except (ParameterError, TypeError) as error:
+        name = getattr(error, "parameter", "")
+        raise StateFormatError(
+            str(error), place=place + (f".{name}" if name else ""), path=path
+        ) from None

@@ -95,6 +95,8 @@ def _spread_all(raw: Any) -> Any:
     return raw
 
 
+# The user's own mappings, in which no field is ours.
+_DATA = ("params", "sampler_params", "tools", "variables")
 _OTHERS = tuple(
     field.name
     for field in msgspec.structs.fields(Conversation)
@@ -114,7 +116,7 @@ def _delta(old: Conversation | None, new: Conversation) -> dict[str, Any]:
             changed[name] = [same, _plain(list(now[same:]))]
     others = {
         name: msgspec.to_builtins(getattr(new, name), builtin_types=(bytes, datetime.datetime))
-        if name == "params"
+        if name in _DATA
         else _plain(getattr(new, name))
         for name in _OTHERS
         if getattr(old, name) != getattr(new, name)

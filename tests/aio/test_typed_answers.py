@@ -1,0 +1,140 @@
+"""Answers of a type: by grammar while generated, decoded at the end, or a typed error."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+import trio
+from msgspec import Meta
+from triollama import GenerationParams, sync
+from triollama.aio import open_llama
+from triollama.errors import AnswerError, ParameterError, UnsupportedError
+from triollama.testing import FakeEngine, open_fake_llama
+
+# Without the tokens of single bytes: bytes that make no character count otherwise in a text.
+PARAMS = GenerationParams(
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=3,
+    max_tokens=200,
+    logit_bias={token: float("-inf") for token in range(6 + 128, 6 + 256)},
+)
+
+
+class Size(enum.Enum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+class City(msgspec.Struct):
+    name: Annotated[str, Meta(min_length=1, max_length=8)]
+    size: Size
+    coast: bool
+    altitude: Annotated[int, Meta(ge=-400, le=5000)]
+    twin: bool | None = None
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(100):
+            await test()
+
+    trio.run(bounded)
+
+
+def opened(path: Path, **options: Any) -> open_llama:
+    settings = {"n_ctx": 1024, "max_streams": 2, "threads": 1, "deterministic": True, **options}
+    return open_llama(path, **settings)
+
+
+@pytest.fixture
+def path(tiny: Any) -> Path:
+    made: Path = tiny("llama")
+    return made
+
+
+def test_a_conversation_answers_with_values(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as llama:
+            chat = llama.conversation(system="Be brief.", params=PARAMS)
+            seen: set[str] = set()
+            for text in ("Where is Lima?", "And Quito?", "And Bogota?"):
+                city = await chat.say(text, into=City)
+                assert type(city) is City
+                assert msgspec.json.decode(chat.messages[-1].content, type=City) == city
+                assert chat.messages[-1].finish_reason == "eos"
+                seen.add(city.name)
+            assert len(seen) == 3
+            # The next turn is free again, and what follows is as ever a matter of the history.
+            reply = await chat.say("Thank you.", max_tokens=8)
+            assert reply.usage.generated_tokens == 8
+            async with chat.stream("Once more", into=list[Size] | None) as turn:
+                assert turn.value is None
+                pieces = [piece.text async for piece in turn]
+                assert turn.value == msgspec.json.decode("".join(pieces), type=list[Size] | None)
+            assert turn.committed
+
+    run(main)
+
+
+@pytest.mark.parametrize("policy", ["rollback", "keep"])
+def test_cut_short_it_is_an_error_and_no_turn(path: Path, policy: Any) -> None:
+    async def main() -> None:
+        async with opened(path) as llama:
+            chat = llama.conversation(params=PARAMS, on_cancel=policy)
+            await chat.say("Hello", max_tokens=4)
+            before = (chat.messages, chat.tokens, chat.n_turns)
+            with pytest.raises(AnswerError, match=r"no City.*'length'") as caught:
+                await chat.say("Where is Lima?", into=City, max_tokens=5)
+            assert caught.value.finish_reason == "length"
+            assert caught.value.text[:9] == '{"name":"'[: len(caught.value.text)]
+            assert (chat.messages, chat.tokens, chat.n_turns) == before
+            assert not chat.is_busy
+            other = llama.conversation(params=PARAMS, on_cancel=policy)
+            await other.say("Hello", max_tokens=4)
+            assert (await chat.say("x")).tokens == (await other.say("x")).tokens
+            with pytest.raises(UnsupportedError, match=r"\$ has a pattern"):
+                await chat.say("x", into=Annotated[str, Meta(pattern="a")])
+            with pytest.raises(ParameterError):
+                await chat.say("x", into=City, grammar='root ::= "x"')
+            assert chat.n_turns == 2
+
+    run(main)
+
+
+def test_generate_into_in_both_apis(path: Path) -> None:
+    async def main() -> City:
+        async with opened(path) as llama:
+            with pytest.raises(AnswerError):
+                await llama.generate("Lima", PARAMS, into=City, max_tokens=3)
+            assert await llama.generate("Lima", PARAMS, into=bool) in (True, False)
+            return await llama.generate("Lima is", PARAMS, into=City)
+
+    city = trio.run(main)
+    with sync.Llama(path, n_ctx=1024, threads=1) as llama:
+        assert type(llama.generate("Lima is", PARAMS, into=City)) is City
+        assert llama.generate("Lima", PARAMS, into=None).text
+        with pytest.raises(AnswerError):
+            llama.generate("Lima", PARAMS, into=City, max_tokens=3)
+    assert -400 <= city.altitude <= 5000
+
+
+def test_a_scripted_answer_is_decoded_too() -> None:
+    """With the fake engine programs test what they do with values, and with none."""
+
+    async def main() -> None:
+        replies = iter(['{"name":"Lima","size":"large","coast":true,"altitude":154}', "Lima!"])
+        async with open_fake_llama(FakeEngine(lambda prompt: next(replies))) as llama:
+            city = await llama.generate("Where is Lima?", into=City)
+            assert city == City("Lima", Size.LARGE, True, 154)
+            with pytest.raises(AnswerError) as caught:
+                await llama.generate("Where is Lima?", into=City)
+            assert caught.value.text == "Lima!"
+
+    run(main)
