@@ -123,7 +123,7 @@ def structured(into: type[T]) -> Structured[T]:
     lengths of bytes, and custom types; ParameterError for what is no type.
     """
     try:
-        return _cached(into)
+        return _cached(into)  # type: ignore[arg-type]
     except TypeError:  # not hashable
         return Structured(into)
 

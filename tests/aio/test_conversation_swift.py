@@ -42,6 +42,7 @@ def test_model_and_vocabulary(tiny: Any) -> None:
             assert llama.model.n_layer == 2
             assert len(llama.model.fingerprint) == 32
             assert len(llama.vocab) == llama.model.vocab.n_tokens > 400
+            assert llama.vocab.eos is not None
             assert llama.vocab.is_eog(llama.vocab.eos)
             async with llama.conversation("mine").stream("Hello", max_tokens=200) as turn:
                 await turn.receive()

@@ -199,7 +199,7 @@ def test_every_async_call_is_a_checkpoint_also_when_it_succeeds_at_once(
 async def zeros(llama: Llama) -> Any:
     import numpy
 
-    model = llama._engine.model  # type: ignore[attr-defined]
+    model = llama.model
     return numpy.zeros((model.n_layer - 1, model.n_embd), dtype=numpy.float32)
 
 

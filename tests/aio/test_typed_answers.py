@@ -99,8 +99,8 @@ def test_cut_short_it_is_an_error_and_no_turn(path: Path, policy: Any) -> None:
             other = llama.conversation(params=PARAMS, on_cancel=policy)
             await other.say("Hello", max_tokens=4)
             assert (await chat.say("x")).tokens == (await other.say("x")).tokens
-            with pytest.raises(UnsupportedError, match=r"\$ has a pattern"):
-                await chat.say("x", into=Annotated[str, Meta(pattern="a")])
+            with pytest.raises(UnsupportedError, match=r"\$\[...\] has a pattern"):
+                await chat.say("x", into=list[Annotated[str, Meta(pattern="a")]])
             with pytest.raises(ParameterError):
                 await chat.say("x", into=City, grammar='root ::= "x"')
             assert chat.n_turns == 2

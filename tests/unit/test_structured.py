@@ -199,11 +199,11 @@ def values(info: Any) -> st.SearchStrategy[Any]:
     if kind == "BytesType":
         return st.binary(max_size=10)
     if kind == "DateTimeType":
-        zones = st.none() if info.tz is False else st.sampled_from([datetime.UTC, WEST])
-        return st.datetimes(timezones=zones)
+        zones = [None] if info.tz is False else [datetime.UTC, WEST]
+        return st.datetimes(timezones=st.sampled_from(zones))
     if kind == "TimeType":
-        zones = st.none() if info.tz is False else st.sampled_from([None, datetime.UTC])
-        return st.times(timezones=zones)
+        some = [None] if info.tz is False else [None, datetime.UTC]
+        return st.times(timezones=st.sampled_from(some))
     if kind == "DateType":
         return st.dates() | st.sampled_from([datetime.date(y, 2, 29) for y in (4, 2000, 2024)])
     if kind == "TimeDeltaType":
@@ -220,9 +220,9 @@ def values(info: Any) -> st.SearchStrategy[Any]:
         return st.one_of([values(one) for one in info.types])
     if kind in ("ListType", "SetType", "VarTupleType"):
         most = info.max_length if info.max_length is not None else 4
-        unique = {"unique": True} if kind == "SetType" else {}
+        unique = kind == "SetType"
         return st.lists(
-            values(info.item_type), min_size=info.min_length or 0, max_size=most, **unique
+            values(info.item_type), min_size=info.min_length or 0, max_size=most, unique=unique
         )
     if kind == "TupleType":
         return st.tuples(*map(values, info.item_types))

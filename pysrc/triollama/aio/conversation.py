@@ -522,9 +522,9 @@ class Conversation:
         if not added:
             if base.tokens and dropped == base.dropped:
                 return list(base.tokens)
-            prompt = self._tokens_for(State(), base.messages[:-1], dropped)
+            asked = self._tokens_for(State(), base.messages[:-1], dropped)
             answer = self._owner.vocab.tokenize(base.messages[-1].content, False, False)
-            return [*prompt, *answer]
+            return [*asked, *answer]
         messages = (*base.messages, *added)
         rendered = self._render(messages, dropped)
         known_before = self._prompt

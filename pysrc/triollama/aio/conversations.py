@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
@@ -134,8 +134,7 @@ class Conversations:
                 parameter="overflow",
                 value=overflow,
             )
-        chosen: Overflow = overflow
-        return chosen
+        return cast(Overflow, overflow)
 
     def new_id(self, id: str | None) -> str:
         if id is None:

@@ -95,7 +95,7 @@ def make_tiny_model(
     n_vocab: int = 480,
     n_ctx: int = 2048,
     sliding_window: int = 16,
-    swa_pattern: int = 2,
+    swa_pattern: int | Sequence[bool] = 2,
     rope_base: float = 10_000.0,
     rope_scaling: str | None = None,
     rope_factor: float = 4.0,
@@ -119,8 +119,9 @@ def make_tiny_model(
     pieces, then ``<unusedN>``; sizes like 262144 are fine. ``n_ctx`` is the context length that
     the metadata claims.
 
-    ``sliding_window`` tokens are seen by all but every ``swa_pattern``-th layer (gemma2, gemma3; 0
-    turns it off for gemma3; gemma2's pattern is fixed at 2). ``rope_scaling`` is one of
+    ``sliding_window`` tokens are seen by all but every ``swa_pattern``-th layer, or by those for
+    which it says True (gemma2, gemma3; 0 turns it off for gemma3; gemma2's pattern is fixed at 2).
+    ``rope_scaling`` is one of
     :data:`ROPE_SCALINGS` with ``rope_factor`` and ``rope_original_ctx``. ``dtype`` is one of
     :data:`DTYPES`. ``chat_template``: the family's own by default, ``None`` for none, or Jinja.
 
@@ -144,7 +145,7 @@ def make_tiny_model(
     _check_shape(arch, a, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_ctx, dtype)
     _check_rope(arch, a, rope_scaling, rope_factor)
     least_window = 0 if arch == "gemma3" else 1
-    if a.window and (sliding_window < least_window or swa_pattern < 1):
+    if a.window and (sliding_window < least_window or swa_pattern in (0, ())):
         raise ValueError(
             f"sliding_window {sliding_window} with swa_pattern {swa_pattern} makes no {arch}"
         )
@@ -289,7 +290,9 @@ def _check_rope(arch: str, a: _Arch, scaling: str | None, factor: float) -> None
         raise ValueError(f"rope_factor must be at least 1, not {factor}")
 
 
-def _add_mixer_keys(w: Any, s: _Shape, sliding_window: int, swa_pattern: int) -> None:
+def _add_mixer_keys(
+    w: Any, s: _Shape, sliding_window: int, swa_pattern: int | Sequence[bool]
+) -> None:
     if s.a.mixer == "encoder":
         w.add_head_count(s.n_head)
         w.add_causal_attention(False)
