@@ -2,8 +2,8 @@
 
     PEER_PYTHON _peer_program.py PEER MODEL N_STREAMS N_PROMPT N_GEN THREADS
 
-Prints tokens a second, prompts included, from the first request to the end of the last, after one
-generation that is not measured. Standard library and the peer alone: nothing of ours is there.
+Prints tokens a second, prompts included, from the first request to the end of the last, after a
+round that is not measured. Standard library and the peer alone: nothing of ours is there.
 """
 
 from __future__ import annotations
@@ -69,18 +69,18 @@ def xllamacpp(model: str, n: int, n_prompt: int, n_gen: int, threads: int) -> Ca
         server.handle_completions(request, on_piece)
         counts.append(tokens)
 
-    def together(n_streams: int = n) -> int:
+    def together() -> int:
         counts: list[int] = []
-        running = [threading.Thread(target=one, args=(seed, counts)) for seed in range(n_streams)]
+        running = [threading.Thread(target=one, args=(seed, counts)) for seed in range(n)]
         for thread in running:
             thread.start()
         for thread in running:
             thread.join()
-        if counts != [n_gen] * n_streams:
+        if counts != [n_gen] * n:
             raise RuntimeError(f"xllamacpp gave {counts} tokens where {n_gen} each were asked for")
-        return n_streams * (n_prompt + n_gen)
+        return n * (n_prompt + n_gen)
 
-    together(1)
+    together()
     return together
 
 

@@ -216,6 +216,7 @@ def test_one_turn_at_a_time(llama_model: Path) -> None:
                     lambda: chat.say("x"),
                     chat.fork,
                     chat.regenerate,
+                    chat.go_on,
                     lambda: chat.edit(1, "x"),
                 ):
                     with pytest.raises(trio.BusyResourceError):

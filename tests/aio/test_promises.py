@@ -104,6 +104,7 @@ def test_there_is_no_async_generator() -> None:
 CHECKED = {
     "Conversation.edit",
     "Conversation.fork",
+    "Conversation.go_on",
     "Conversation.make_title",
     "Conversation.regenerate",
     "Conversation.say",
@@ -111,6 +112,7 @@ CHECKED = {
     "Conversations.borrow",
     "Conversations.make_sampler",
     "Conversations.share",
+    "Conversations.shift",
     "Llama.embed",
     "Llama.generate",
     "Llama.load_adapter",
@@ -119,6 +121,7 @@ CHECKED = {
     "Llama.save",
     "Llama.score",
     "Llama.unload_adapter",
+    "Llama.warm_up",
     "Stream.__aenter__",
     "Stream.__aexit__",
     "Stream.__anext__",
@@ -175,9 +178,11 @@ def test_every_async_call_is_a_checkpoint_also_when_it_succeeds_at_once(
             await checked(stream.__aexit__(None, None, None))
         await checked(llama.generate("abc", GREEDY))
         await checked(llama.generate("abc", GREEDY, max_tokens=0))
+        await checked(llama.warm_up())
         await checked(llama.score("abc"))
         await checked(llama.embed("abc"))
         await checked(chat.say("More"))
+        await checked(chat.go_on())
         await checked(chat.regenerate())
         await checked(chat.edit(0, "Good day"))
         branch = await checked(chat.fork())
