@@ -18,20 +18,31 @@ public:
 
     // A step with `n_prompt` prompt tokens beside `n_running` took `seconds`.
     void saw_prompt(int32_t n_running, int32_t n_prompt, double seconds) {
-        const double base = n_running > 0 ? ordinary_s[n_running] : 0.0;
-        blend(token_s, std::max(seconds - base, 0.1 * seconds) / n_prompt);
+        blend(token_s, std::max(seconds - ordinary(n_running), 0.1 * seconds) / n_prompt);
     }
 
-    bool knows(int32_t n_running) const { return ordinary_s[n_running] > 0.0; }
-    double ordinary(int32_t n_running) const { return ordinary_s[n_running]; }
+    // What an ordinary step of so many costs; if that was never seen, at least what it must cost, since a running token
+    // costs no less than a prompt's; 0 if no fewer were seen either.
+    double ordinary(int32_t n_running) const {
+        for (int32_t n = n_running; n > 0; n--) {
+            if (ordinary_s[n] > 0.0) {
+                return ordinary_s[n] + (n_running - n) * token_s;
+            }
+        }
+        return 0.0;
+    }
+    bool knows(int32_t n_running) const { return ordinary(n_running) > 0.0; }
     double prompt_token() const { return token_s; }
 
-    // As many prompt tokens as fit into `budget` ordinary steps of `n_running`; at least one.
-    int32_t prompt_tokens(int32_t n_running, double budget, int32_t most) const {
+    // As many prompt tokens as fit beside `n_running` into `budget` ordinary steps, or into what the step will cost anyway
+    // once the `n_joining` prompts are read and run too, if that is more; at least one.
+    int32_t prompt_tokens(int32_t n_running, int32_t n_joining, double budget, int32_t most) const {
         if (token_s <= 0.0) {
             return std::min(first_guess, most);
         }
-        const double n = std::floor(budget * ordinary_s[n_running] / token_s);
+        const double now  = ordinary(n_running);
+        const double then = ordinary(std::min(n_running + n_joining, (int32_t) ordinary_s.size() - 1));
+        const double n = std::floor(std::max(budget * now, then - now) / token_s);
         return (int32_t) std::clamp(n, 1.0, (double) std::max(most, 1));
     }
 

@@ -1,6 +1,7 @@
 #include "decoder.hpp"
 
 #include "cost.hpp"
+#include "helpers.hpp"
 #include "native_errors.hpp"
 #include "slots.hpp"
 #include "text.hpp"
@@ -112,6 +113,13 @@ struct Entry {
 
 using Group = std::vector<Entry>;       // what goes into one llama_decode
 
+// A stream whose next token is to be sampled, from this row of the decode's output.
+struct Sampling {
+    StreamPtr stream;
+    float * logits = nullptr;
+    Sampled result;
+};
+
 struct Decoder::Impl {
     Impl(std::unique_ptr<Backend> backend_, DecoderConfig config_)
         : backend(std::move(backend_)),
@@ -121,6 +129,7 @@ struct Decoder::Impl {
                  config.disk_bytes, config.restore_byte_s, config.prompt_token_s},
                 [this] { return cost.prompt_token(); }),
           cost(config.n_slots),
+          helpers(config.n_helpers),
           vocab(backend->vocab()),
           n_vocab(backend->n_vocab()) {
         sets[0] = ContextSet();
@@ -155,6 +164,7 @@ struct Decoder::Impl {
     // ------------------------------------------------------------------ the decoder's thread alone
     Slots slots;
     StepCost cost;
+    Helpers helpers;
     const llama_vocab * vocab;
     const int32_t n_vocab;
     std::vector<StreamPtr> queue;                   // by priority, then order of submission
@@ -738,7 +748,7 @@ struct Decoder::Impl {
             if (config.prompt_tokens > 0) {
                 budget = config.prompt_tokens;
             } else if (cost.knows(n_running)) {
-                budget = cost.prompt_tokens(n_running, config.prompt_budget, config.n_ubatch);
+                budget = cost.prompt_tokens(n_running, (int32_t) prompts.size(), config.prompt_budget, config.n_ubatch);
             } else {
                 budget = 0;             // one step without prompts shows what an ordinary one costs
             }
@@ -867,9 +877,11 @@ struct Decoder::Impl {
         if (code == 0) {
             shielded = false;
             count.steps++;
+            std::vector<Sampling> samplings;
             for (Entry & e : group) {
-                advance(e);
+                advance(e, samplings);
             }
+            sample_all(samplings);
             return true;
         }
         for (Entry & e : group) {
@@ -926,7 +938,8 @@ struct Decoder::Impl {
         }
     }
 
-    void advance(Entry & e) {
+    // What follows from one entry of a decode, but for the sampling of its next token.
+    void advance(Entry & e, std::vector<Sampling> & samplings) {
         const StreamPtr & stream = e.stream;
         Work & w = *stream->work;
         const bool was_running = w.running();
@@ -965,8 +978,30 @@ struct Decoder::Impl {
         if (w.slow) {
             sample_beside(stream, logits);
         } else {
-            const Request & r = stream->request;
-            emit(stream, sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, logits));
+            samplings.push_back(Sampling{stream, logits, {}});
+        }
+    }
+
+    // Each stream has its own sampler and its own row of logits, so it does not matter which thread takes which.
+    void sample_all(std::vector<Sampling> & samplings) {
+        auto one = [this, &samplings](int32_t i) {
+            Sampling & s = samplings[i];
+            const Request & r = s.stream->request;
+            s.result = sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, s.logits);
+        };
+        double expected = 0.0;
+        for (const Sampling & s : samplings) {
+            expected += s.stream->work->sample_s;
+        }
+        if (expected >= config.share_sampling_s) {
+            helpers.share((int32_t) samplings.size(), one);
+        } else {
+            for (int32_t i = 0; i < (int32_t) samplings.size(); i++) {
+                one(i);
+            }
+        }
+        for (Sampling & s : samplings) {
+            emit(s.stream, std::move(s.result));
         }
     }
 

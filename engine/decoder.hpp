@@ -62,6 +62,8 @@ struct DecoderConfig {
     double  prompt_token_s = 0.0;       // not 0: seconds to compute a token instead, likewise
     bool    stepwise = false;           // decodes only when step() asks: for tests and for debugging
     double  slow_sampler_s = 0.001;     // a sampler slower than this runs beside the decoder
+    int32_t n_helpers = 0;              // threads that sample together with the decoder's own
+    double  share_sampling_s = 100e-6;  // a step that samples less than this needs no help: waking a thread takes longer
 };
 
 struct Statistics {

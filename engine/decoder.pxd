@@ -140,6 +140,7 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         double prompt_token_s
         cpp_bool stepwise
         double slow_sampler_s
+        int32_t n_helpers
 
     cdef cppclass NativeStatistics "triollama::Statistics":
         int32_t running

@@ -132,6 +132,8 @@ cdef class Decoder(Owner):
         config.restore_byte_s = check_float("restore_cost", restore_cost, 0.0, 1e6)
         config.prompt_token_s = check_float("prompt_cost", prompt_cost, 0.0, 1e6)
         config.slow_sampler_s = check_float("slow_sampler", slow_sampler, 0.0, 1e6)
+        # Together with the decoder's own no more than compute a step, and no more than there are streams.
+        config.n_helpers = min(context.n_threads, context.n_seq_max, 8) - 1
         config.stepwise = stepwise
         context.check_no_views()
         context.enter()                 # stays inside until close

@@ -1,6 +1,7 @@
 """Measures triollama: one harness, one section for each subject.
 
-    python scripts/bench.py SECTION ... [--json FILE] [--repeats N] [--strict] [--peer NAME=PYTHON]
+    python scripts/bench.py SECTION ... [--only NAME ...] [--json FILE] [--repeats N] [--strict]
+        [--peer NAME=PYTHON ...]
     python scripts/bench.py --list
 
 Each figure has a name, a value, a target, whether it holds, and the spread over interleaved
@@ -74,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(sections()))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME",
+        help="only the figures whose names begin so; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, help="repeats of each figure, in place of its own")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument(
@@ -100,9 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.repeats is not None and options.repeats < 1:
         parser.error("--repeats must be at least 1")
     measured: list[Figure] = []
+    asked = Options(repeats=options.repeats, only=tuple(options.only), peers=peers)
     for name in options.sections:
-        chosen = Options(repeats=options.repeats, peers=peers)
-        for figure in load(name).figures(chosen):
+        for figure in load(name).figures(asked):
+            if not asked.wants(figure.name):
+                continue
             if any(figure.name == other.name for other in measured):
                 raise ValueError(f"two figures are called {figure.name!r}")
             measured.append(figure)
@@ -110,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.json:  # at once: a later figure may fail
                 table = {one.name: one.to_json() for one in measured}
                 options.json.write_text(json.dumps(table, indent=1) + "\n")
+    if not measured:
+        parser.error(f"no figure's name begins with {' or '.join(options.only)}")
     return 1 if options.strict and any(one.holds is False for one in measured) else 0
 
 

@@ -24,10 +24,15 @@ class Options:
     """What the command line asks of a section."""
 
     repeats: int | None = None  # in place of each figure's own number of repeats
+    only: tuple[str, ...] = ()  # beginnings of the names of figures; none: all of them
     peers: Mapping[str, str] = field(default_factory=dict)  # other bindings: name, their Python
 
     def repeats_or(self, default: int) -> int:
         return self.repeats or default
+
+    def wants(self, *names: str) -> bool:
+        """Whether any figure of these names was asked for. A section asks before it measures."""
+        return not self.only or any(name.startswith(self.only) for name in names)
 
 
 @dataclass(frozen=True)

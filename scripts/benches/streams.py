@@ -19,6 +19,7 @@ from typing import Any
 import trio
 from _env import build_upstream_tools
 from triollama import GenerationParams, open_llama
+from triollama.aio.native import N_UBATCH
 from triollama.models import default_model
 
 from ._harness import Figure, Options, interleave, sample_figure
@@ -28,6 +29,7 @@ STREAMS = (1, 2, 4, 8, 16)
 N_PROMPT = 32
 N_GEN = 32
 JOINING = 1500
+LIBGOMP_DEFAULT = "300000"  # turns that its threads spin when nobody says otherwise
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # The library's own sampling, except that a text may not end early.
@@ -63,6 +65,7 @@ def batched_bench(tool: Path, n: int) -> float:
         [
             str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
             "-npl", str(n), "--ctx-size", str(2048 * 16), "--kv-unified",
+            "--ubatch-size", str(N_UBATCH),
             "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
         ],
         capture_output=True,
@@ -77,11 +80,19 @@ def batched_bench(tool: Path, n: int) -> float:
     return float(json.loads(lines[-1])["speed"])
 
 
+# Each measures the figures whose names begin so. (A place for "streams.peer_": the same aggregate
+# of other libraries, each in an environment of its own.)
 def figures(options: Options) -> Iterator[Figure]:
     yield from against_upstream(options)
-    yield from with_busy_tasks(options)
-    yield from cancelling(options)
-    yield from joining(options)
+    for names, measure in (
+        (("streams.step_with_two_busy_tasks", "streams.waking_p50", "streams.waking_p99"), waking),
+        (("streams.cancel_to_free_p50", "streams.cancel_to_free_p99"), cancelling),
+        (("streams.worst_gap_while_joining",), joining),
+        (("streams.two_contexts_over_one",), two_contexts),
+        (("streams.short_spin_over_default",), short_spin),
+    ):
+        if options.wants(*names):
+            yield from measure(options)
     yield from in_company(options)
     yield from against_others(options)
 
@@ -109,17 +120,26 @@ def in_trio(action: Callable[[Any], Any], **options: Any) -> Any:
 
 
 def against_upstream(options: Options) -> Iterator[Figure]:
+    if not options.wants(*(f"streams.{n}_over_batched_bench" for n in STREAMS)):
+        return
     tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
+
+    async def warm(llama: Any, n: int) -> float:
+        await together(llama, n)  # so that it knows what steps cost
+        return await together(llama, n)
 
     # Both are timed inside, so that loading does not count; neither is there while the other runs.
     for n in STREAMS:
+        name = f"streams.{n}_over_batched_bench"
+        if not options.wants(name):
+            continue
         pairs = interleave(
-            functools.partial(in_trio, functools.partial(together, n=n)),
+            functools.partial(in_trio, functools.partial(warm, n=n)),
             functools.partial(batched_bench, tool, n),
             options.repeats_or(7),
         )
         note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
-        yield pairs.ratio(f"streams.{n}_over_batched_bench", target=0.95, note=note)
+        yield pairs.ratio(name, target=0.95, note=note)
 
 
 async def spin(seconds: float = 0.001) -> None:
@@ -130,7 +150,7 @@ async def spin(seconds: float = 0.001) -> None:
         await trio.sleep(0)
 
 
-def with_busy_tasks(options: Options) -> Iterator[Figure]:
+def waking(options: Options) -> Iterator[Figure]:
     latencies: list[float] = []
 
     async def steps(llama: Any, busy: int) -> float:
@@ -242,6 +262,82 @@ def joining(options: Options) -> Iterator[Figure]:
     )  # fmt: skip
 
 
+def two_contexts(options: Options) -> Iterator[Figure]:
+    """Two models open in one process, a stream on each, against one of them alone."""
+
+    async def measure(llama: Any) -> list[float]:
+        ratios = []
+        async with serving(max_streams=1) as other:
+
+            async def both() -> float:
+                speeds: list[float] = []
+
+                async def one(which: Any) -> None:
+                    speeds.append(await together(which, 1, 64))
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(one, llama)
+                    nursery.start_soon(one, other)
+                return 2 * min(speeds)  # from the common start to the last end
+
+            for i in range(options.repeats_or(11)):
+                if i % 2:
+                    joint, alone = await both(), await together(llama, 1, 64)
+                else:
+                    alone, joint = await together(llama, 1, 64), await both()
+                ratios.append(joint / alone)
+        return ratios
+
+    ratios = in_trio(measure, max_streams=1)
+    yield sample_figure(
+        "streams.two_contexts_over_one", ratios, "ratio", target=0.95,
+        note="tokens a second of two contexts in one process, over those of one alone",
+    )  # fmt: skip
+
+
+# One stream in a process of its own; says its tokens a second.
+ALONE = """
+import sys, time, trio
+from triollama import GenerationParams, open_llama
+from triollama.models import default_model
+async def main():
+    params = GenerationParams(max_tokens=128, ignore_eos=True)
+    async with open_llama(default_model(), n_ctx=2048, threads=int(sys.argv[1])) as llama:
+        for _ in range(2):
+            start = time.perf_counter()
+            await llama.generate([2, 1000, 2000], params)
+            speed = 128 / (time.perf_counter() - start)
+    print(speed)
+trio.run(main)
+"""
+
+
+def without_spin_count(**changes: str) -> dict[str, str]:
+    """This environment as a user has it, who set nothing."""
+    return {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | changes
+
+
+def short_spin(options: Options) -> Iterator[Figure]:
+    """What our setting of libgomp costs when nobody else is there."""
+
+    def alone(environment: dict[str, str]) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, str(THREADS)],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        return float(done.stdout)
+
+    pairs = interleave(
+        functools.partial(alone, without_spin_count()),
+        functools.partial(alone, without_spin_count(GOMP_SPINCOUNT=LIBGOMP_DEFAULT)),
+        options.repeats_or(11),
+    )
+    yield pairs.ratio(
+        "streams.short_spin_over_default", target=0.97,
+        note="alone, triollama's setting of libgomp over libgomp's own",
+    )  # fmt: skip
+
+
 # Another program on the same cores: decodes until its input ends.
 NEIGHBOUR = """
 import sys, threading, trio
@@ -268,11 +364,14 @@ def in_company(options: Options) -> Iterator[Figure]:
     environments = {
         "streams.beside_another_over_half": ({}, 0.9, "another triollama, as installed"),
         "streams.beside_peers_default_over_half": (
-            {"GOMP_SPINCOUNT": "300000"}, None, "one whose libgomp spins by default, as peers' do",
+            {"GOMP_SPINCOUNT": LIBGOMP_DEFAULT}, None,
+            "one whose libgomp spins by default, as peers' do",
         ),
     }  # fmt: skip
     for name, (changes, target, note) in environments.items():
-        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | changes
+        if not options.wants(name):
+            continue
+        environment = without_spin_count(**changes)
 
         async def measure(llama: Any, environment: dict[str, str] = environment) -> list[float]:
             ratios = []

@@ -154,6 +154,21 @@ def test_strict_fails_on_a_missed_target(section: list[Options]) -> None:
     assert bench.main(["made_up", "--strict"]) == 1
 
 
+def test_figures_can_be_chosen_by_the_beginning_of_their_names(
+    section: list[Options], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["made_up", "--only", "fast", "--only", "for the"]) == 0
+    (options,) = section
+    assert options.wants("fast enough")
+    assert options.wants("too slow", "for the record")
+    assert not options.wants("too slow")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["fast", "for"]
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["made_up", "--only", "nothing"])
+    assert stop.value.code == 2
+
+
 def test_unknown_section_is_refused_before_anything_runs(section: list[Options]) -> None:
     with pytest.raises(SystemExit) as stop:
         bench.main(["made_up", "nonsense"])

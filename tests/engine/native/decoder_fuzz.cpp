@@ -249,6 +249,8 @@ static void round(unsigned seed) {
         config.disk_fd = 9999;          // a disk that takes nothing
     }
     config.slow_sampler_s = below(4) ? 1.0 : 0.0;
+    config.n_helpers = below(4);
+    config.share_sampling_s = 0.0;
     const bool tight = below(3) == 0;
     const size_t cells = tight ? config.n_ctx + 8 : (size_t) config.n_ctx * config.n_slots;
     faults.no_slot = below(3) == 0 ? below(60) : 0;
@@ -501,7 +503,7 @@ static void shares() {
         check(cost.knows(2) && !cost.knows(1), "mixes up the numbers of streams");
         double took = 0.0;
         for (int i = 0; i < 60; i++) {
-            const int32_t n = cost.prompt_tokens(2, 1.5, 128);
+            const int32_t n = cost.prompt_tokens(2, 1, 1.5, 128);
             took = 0.020 + n * token_s;
             cost.saw_prompt(2, n, i == 30 ? 20 * took : took);
         }
@@ -511,10 +513,25 @@ static void shares() {
     }
 }
 
+// Where many prompts join, a step may cost what it will cost anyway once they run.
+static void joins() {
+    StepCost cost(16);
+    cost.saw_ordinary(1, 0.016);
+    cost.saw_prompt(0, 100, 0.2);
+    check(std::abs(cost.ordinary(9) - (0.016 + 8 * 0.002)) < 1e-9, "not the least that nine streams cost");
+    check(cost.prompt_tokens(1, 1, 1.6, 128) == 12, "a lone prompt got more than its budget");
+    check(cost.prompt_tokens(1, 15, 1.6, 128) == 15, "the least that a step will cost was not allowed");
+    cost.saw_ordinary(16, 0.0965);
+    check(cost.prompt_tokens(1, 15, 1.6, 128) == 40, "what a step will cost was not allowed");
+    check(cost.prompt_tokens(1, 99, 1.6, 32) == 32, "more than there is room for");
+    check(cost.prompt_tokens(16, 1, 1.6, 128) == 77, "the budget depends on who joins");
+}
+
 int main(int argc, char ** argv) {
     const unsigned seed = argc > 1 ? std::atoi(argv[1]) : 1;
     const unsigned rounds = argc > 2 ? std::atoi(argv[2]) : 20;
     shares();
+    joins();
     poisoned();
     death();
     for (unsigned i = 0; i < rounds; i++) {
