@@ -88,4 +88,29 @@ private:
     double byte_s[2] = {0.0, 0.0};
 };
 
+// llama.cpp asks whether to stop between the nodes of its graph, and the longest node is a layer's attention: tokens times
+// positions. Deep in a prompt fewer tokens at once keep that as short as it is for a full ubatch at position `span`.
+class AttentionBudget {
+public:
+    // span 0: no limit but the ubatch
+    AttentionBudget(int32_t n_ubatch, int32_t span) : n_ubatch(n_ubatch), left(span > 0 ? (int64_t) span * n_ubatch : INT64_MAX) {}
+
+    // Tokens of a prompt at `position` that may join the ubatch. The first prompt always gets some.
+    int32_t room(int32_t position) const {
+        const int64_t n = left / std::max(position, 1) / tile * tile;
+        return (int32_t) std::clamp<int64_t>(n, untouched ? std::min(tile, n_ubatch) : 0, n_ubatch);
+    }
+
+    void spend(int32_t position, int32_t n) {
+        left -= std::min(left, (int64_t) n * position);
+        untouched = false;
+    }
+
+private:
+    static constexpr int32_t tile = 32;         // matrix products take so many tokens at once; a remainder costs as much
+    int32_t n_ubatch;
+    int64_t left;
+    bool untouched = true;
+};
+
 }  // namespace triollama

@@ -758,7 +758,7 @@ struct Decoder::Impl {
                 plan.push_back(std::move(running));
             }
             for (const StreamPtr & s : prompts) {
-                const int32_t n = chunk(*s, std::min(budget, config.n_ubatch));
+                const int32_t n = chunk(*s, std::min(budget, AttentionBudget(config.n_ubatch, config.check_span).room(s->work->n_decoded)));
                 if (n > 0) {
                     plan.push_back(Group{Entry{s, n}});
                     budget -= n;
@@ -770,8 +770,9 @@ struct Decoder::Impl {
         Group mixed = std::move(running);
         int32_t room = std::min(budget, config.n_ubatch - n_running);
         int32_t rows = config.n_outputs - n_running;
+        AttentionBudget attention(config.n_ubatch, config.check_span);
         for (const StreamPtr & s : prompts) {
-            int32_t n = chunk(*s, room);
+            int32_t n = chunk(*s, std::min(room, attention.room(s->work->n_decoded)));
             int32_t need = outputs(*s, n);
             if (need > rows) {
                 n = every_output(*s) ? rows : n - 1;
@@ -779,6 +780,7 @@ struct Decoder::Impl {
             }
             if (n > 0) {
                 mixed.push_back(Entry{s, n});
+                attention.spend(s->work->n_decoded, n);
                 room -= n;
                 rows -= need;
             }

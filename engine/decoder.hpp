@@ -52,6 +52,7 @@ struct DecoderConfig {
     bool    can_roll_back = true;       // false for recurrent state: only the end of a sequence can be continued
     double  prompt_budget = 1.5;        // time for prompts in a step, in ordinary steps
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
+    int32_t check_span = 0;             // position up to which prompts are read in full ubatches; 0: always
     int32_t prefill_chunk = 32;         // single packing: the grid on which prompts are cut
     int32_t max_queue = 0;              // streams that may wait for a slot
     int32_t set_steps = 8;              // steps of one ContextSet while others wait

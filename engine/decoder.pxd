@@ -130,6 +130,7 @@ cdef extern from "decoder.hpp" namespace "triollama" nogil:
         cpp_bool can_roll_back
         double prompt_budget
         int32_t prompt_tokens
+        int32_t check_span
         int32_t prefill_chunk
         int32_t max_queue
         int32_t set_steps

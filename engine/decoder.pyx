@@ -124,6 +124,8 @@ cdef class Decoder(Owner):
         config.can_roll_back = not recurrent
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
+        # Only the CPU is asked whether to stop in the middle of a ubatch.
+        config.check_span = 0 if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
         config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
         config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
         config.host_bytes = check_int("host_bytes", host_bytes, 0, 2**62)

@@ -250,6 +250,7 @@ static void round(unsigned seed) {
     }
     config.slow_sampler_s = below(4) ? 1.0 : 0.0;
     config.n_helpers = below(4);
+    config.check_span = below(3);
     config.share_sampling_s = 0.0;
     const bool tight = below(3) == 0;
     const size_t cells = tight ? config.n_ctx + 8 : (size_t) config.n_ctx * config.n_slots;
@@ -527,11 +528,25 @@ static void joins() {
     check(cost.prompt_tokens(16, 1, 1.6, 128) == 77, "the budget depends on who joins");
 }
 
+// The deeper in their prompts, the fewer tokens at once, and together no more attention than a full ubatch at the span.
+static void depths() {
+    const AttentionBudget free(128, 0);
+    check(free.room(0) == 128 && free.room(1000000) == 128, "a limit that nobody set");
+    AttentionBudget budget(128, 512);
+    check(budget.room(0) == 128 && budget.room(512) == 128, "less than a full ubatch near the beginning");
+    check(budget.room(700) == 64 && budget.room(1024) == 64 && budget.room(1500) == 32, "a ubatch too long to stop");
+    check(budget.room(1000000) == 32, "the first prompt does not move");
+    budget.spend(1024, 32);
+    check(budget.room(1024) == 32 && budget.room(1500) == 0, "two prompts together take too long to stop");
+    check(AttentionBudget(8, 1).room(1000) == 8, "more than the ubatch holds, or nothing");
+}
+
 int main(int argc, char ** argv) {
     const unsigned seed = argc > 1 ? std::atoi(argv[1]) : 1;
     const unsigned rounds = argc > 2 ? std::atoi(argv[2]) : 20;
     shares();
     joins();
+    depths();
     poisoned();
     death();
     for (unsigned i = 0; i < rounds; i++) {
