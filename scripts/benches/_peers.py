@@ -54,11 +54,14 @@ def against_peers(
             measure_peer, name, python, model, n_prompt=n_prompt, n_gen=n_gen, threads=threads
         )
         for n in STREAMS:
+            figure = f"streams.{n}_over_{name.replace('-', '_')}"
+            if not options.wants(figure):
+                continue
             pairs = interleave(
                 functools.partial(ours, n), functools.partial(theirs, n), options.repeats_or(7)
             )
             yield pairs.ratio(
-                f"streams.{n}_over_{name.replace('-', '_')}",
+                figure,
                 target=1.0 if n >= 4 else None,
                 note=f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} "
                 f"tok/s ({HOW[name]})",

@@ -49,6 +49,12 @@ async def serving(**options: Any) -> AsyncIterator[Any]:
         yield llama
 
 
+async def warmed(llama: Any, n: int) -> float:
+    """``together`` of an engine that has seen so many before, and knows what its steps cost."""
+    await together(llama, n)
+    return await together(llama, n)
+
+
 async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
     """Tokens a second of n streams, prompts included, from the first submission to the last end."""
     async with trio.open_nursery() as nursery:
@@ -80,8 +86,6 @@ def batched_bench(tool: Path, n: int) -> float:
     return float(json.loads(lines[-1])["speed"])
 
 
-# Each measures the figures whose names begin so. (A place for "streams.peer_": the same aggregate
-# of other libraries, each in an environment of its own.)
 def figures(options: Options) -> Iterator[Figure]:
     yield from against_upstream(options)
     for names, measure in (
@@ -101,7 +105,7 @@ def against_others(options: Options) -> Iterator[Figure]:
     """Our aggregate over that of each binding named by ``--peer``."""
     yield from against_peers(
         options,
-        lambda n: float(in_trio(functools.partial(together, n=n))),
+        lambda n: float(in_trio(functools.partial(warmed, n=n))),
         default_model(),
         n_prompt=N_PROMPT,
         n_gen=N_GEN,
@@ -124,17 +128,13 @@ def against_upstream(options: Options) -> Iterator[Figure]:
         return
     tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
 
-    async def warm(llama: Any, n: int) -> float:
-        await together(llama, n)  # so that it knows what steps cost
-        return await together(llama, n)
-
     # Both are timed inside, so that loading does not count; neither is there while the other runs.
     for n in STREAMS:
         name = f"streams.{n}_over_batched_bench"
         if not options.wants(name):
             continue
         pairs = interleave(
-            functools.partial(in_trio, functools.partial(warm, n=n)),
+            functools.partial(in_trio, functools.partial(warmed, n=n)),
             functools.partial(batched_bench, tool, n),
             options.repeats_or(7),
         )
