@@ -46,7 +46,7 @@ private:
     std::vector<char> memory;
 };
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+[[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // R of one matrix of the batch.
 struct Right {
@@ -80,7 +80,7 @@ struct Kernel {
                      int64_t n_k, float * out, size_t out_stride);
 };
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
 
 // Two common types whose rows ggml dequantises value by value; the same values, bit for bit. The layout is GGUF's.
 constexpr int64_t block_values = 32;
@@ -120,7 +120,7 @@ void dequantize_q5_0(const void * row, float * out, int64_t n) {
     }
 }
 
-ggml_to_float_t dequantizer(ggml_type type) {
+[[maybe_unused]] ggml_to_float_t dequantizer(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:  return nullptr;
         case GGML_TYPE_Q8_0: return dequantize_q8_0;
@@ -131,7 +131,7 @@ ggml_to_float_t dequantizer(ggml_type type) {
 
 #else
 
-ggml_to_float_t dequantizer(ggml_type type) {
+[[maybe_unused]] ggml_to_float_t dequantizer(ggml_type type) {
     return type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(type)->to_float;
 }
 
@@ -526,7 +526,7 @@ template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * 
 
 #endif  // TRIOLLAMA_VECTORS
 
-bool has_dense_rows(const ggml_tensor * x) { return x->nb[0] == ggml_type_size(x->type); }
+[[maybe_unused]] bool has_dense_rows(const ggml_tensor * x) { return x->nb[0] == ggml_type_size(x->type); }
 
 }  // namespace
 
