@@ -335,12 +335,17 @@ cdef class Decoder(Owner):
 
     def load_sequence(self, sequence: int, data, n: int, adapters: int = 0) -> DecoderReply:
         """Restore what ``save_sequence`` gave, ``n`` positions, computed with this set of adapters.
-        ``data``, bytes or another buffer, is not copied: it must not change until the reply is done.
+        ``data``, bytes or another buffer, is copied only if it can be written to.
 
         Raises StateError if the bytes are damaged, or of another model or kind of context; the
         reply does, and the sequence is then empty, if they are not n positions or find no room.
         """
         self.alive()
+        try:
+            if not memoryview(data).readonly:
+                data = bytes(data)      # what was checked is what the thread will read
+        except TypeError:
+            pass                        # no buffer at all: the check says so
         check_state(self.context, data, _KIND_SEQUENCE)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
         cdef const uint8_t[::1] view = memoryview(data)

@@ -147,7 +147,7 @@ def test_left_early_or_failing_it_is_rolled_back(llama_model: Path) -> None:
                     await turn.aclose()
                     with pytest.raises(trio.ClosedResourceError):
                         await turn.receive()
-                async with chat.stream("cancelled by id", max_tokens=50) as turn:
+                async with chat.stream("cancelled by id", max_tokens=50, capacity=1) as turn:
                     llama.cancel(turn.id)
                     async for _ in turn:
                         pass

@@ -643,6 +643,14 @@ def test_save_and_load_go_on_bit_equal_in_another_decoder(path: Path) -> None:
         stream = driver.start(history, sequence=sequence, cached=n, commit=n)
         assert driver.finish(stream) == [expected]
         assert stream.usage["cached"] == n
+        # What is changed after it was checked is not what is loaded.
+        for kind in (bytearray, lambda blob: memoryview(bytearray(blob))):
+            written = kind(data)
+            reply = driver.decoder.load_sequence(sequence, written, n)
+            written[100:] = bytes(len(data) - 100)
+            assert driver.answer(reply).value == n
+            stream = driver.start(history, sequence=sequence, cached=n, commit=n)
+            assert driver.finish(stream) == [expected]
         for damaged in (b"", data[:-1], data + b"x", data[:99] + b"?" + data[100:], b"x" * 999):
             with pytest.raises(StateError):
                 driver.decoder.load_sequence(sequence, damaged, n)
