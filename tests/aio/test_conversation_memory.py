@@ -56,8 +56,11 @@ def path(request: pytest.FixtureRequest, tiny: Any) -> Path:
     return made
 
 
-def test_host_memory_then_disk(path: Path, tmp_path: Path) -> None:
+def test_host_memory_then_disk(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are those of conversations that never left, whatever the budgets."""
+    # What is measured would decide now and then on a busy machine, with models as small as these.
+    always = functools.partial(Decoder, restore_cost=1e-12, prompt_cost=1.0)
+    monkeypatch.setattr(native, "Decoder", always)
 
     async def main() -> None:
         expected, roomy, size = await talk(path, max_streams=N)
