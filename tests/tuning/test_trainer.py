@@ -93,8 +93,16 @@ def test_the_seed_decides_the_start(tiny: Any) -> None:
 def test_masked_labels_change_nothing(trainer: Any) -> None:
     tokens, labels = example(40)
     loss = trainer.evaluate(tokens, labels)
-    shown = np.where(labels < 0, -1, labels)
-    assert trainer.evaluate(tokens, shown).loss == loss.loss
+    # A label without weight is masked, whatever it says.
+    masked = labels < 0
+    assert masked.sum() > 5
+    weights = np.where(masked, 0.0, 1.0 / (~masked).sum()).astype(np.float32)
+    slope = gradients(trainer, (tokens, labels))
+    for seed in range(3):
+        others = np.random.default_rng(seed).integers(5, 480, len(labels))
+        shown = np.where(masked, others, labels).astype(np.int32)
+        again = gradients(trainer, (tokens, shown, {"weights": weights}))
+        assert relative_error(again, slope) <= 1e-6
     assert len(loss.nll) == len(loss.predicted) == (labels >= 0).sum()
     assert loss.loss == pytest.approx(loss.nll.mean(), rel=1e-6)
     # A token after the last label is seen by none.
