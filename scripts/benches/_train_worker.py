@@ -128,7 +128,7 @@ def peft_side(job: dict[str, Any], tokens: Sequence[int]) -> Step:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        return loss.item()
+        return float(loss.item())
 
     return step
 
