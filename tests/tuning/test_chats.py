@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -77,3 +78,30 @@ def test_it_is_what_training_takes(tiny: Any) -> None:
         assert data.statistics().dropped == data.statistics().truncated == 0
         ends = [example.tokens[example.targets][-1] for example in data.train]
         assert all(model.vocab.is_eog(int(token)) for token in ends)
+
+
+@pytest.mark.slow
+def test_teaching_begins_to_work_at_once(default_model_path: Path, tmp_path: Path) -> None:
+    """Three steps of scripts/teach_chat.py; docs/tuning.md records all of them."""
+    assert default_model_path.exists()
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from teach_chat import teach
+
+    options = argparse.Namespace(
+        steps=3,
+        prompts=1,
+        threads=2,
+        adapter=tmp_path / "chat.gguf",
+        checkpoint=tmp_path / "teach.ckpt",
+        report=tmp_path / "report.json",
+    )
+    teach(options)
+    report = json.loads(options.report.read_text(encoding="utf-8"))
+    (start, before), (end, after) = report["held_out_loss"]
+    assert (start, end) == (0, 3)
+    assert after < before - 0.2
+    assert len(report["losses"]) == 3
+    (reply,) = report["replies"]
+    assert reply["prompt"] == conversations(NAMES[1])[0]["messages"][0]["content"]
+    assert reply["base"] != reply["tuned"]
+    assert options.adapter.exists()
