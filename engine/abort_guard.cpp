@@ -1,26 +1,10 @@
 #include "abort_guard.hpp"
 
+#include "openmp.hpp"
+
 #include <cstdio>
 
-// There if the CPU backend was built with OpenMP. Its own thread pool cannot say whether a computation runs.
-#if defined(__GNUC__)
-extern "C" int omp_in_parallel(void) __attribute__((weak, visibility("default")));
-#endif
-
 namespace triollama {
-
-namespace {
-
-// 1: in a parallel computation, 0: not, -1: cannot tell.
-int in_parallel() {
-#if defined(__GNUC__)
-    return omp_in_parallel ? omp_in_parallel() : -1;
-#else
-    return -1;
-#endif
-}
-
-}  // namespace
 
 int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) {
     AbortScope scope;

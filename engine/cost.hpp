@@ -34,15 +34,17 @@ public:
     bool knows(int32_t n_running) const { return ordinary(n_running) > 0.0; }
     double prompt_token() const { return token_s; }
 
-    // As many prompt tokens as fit beside `n_running` into `budget` ordinary steps, or into what the step will cost anyway
-    // once the `n_joining` prompts are read and run too, if that is more; at least one.
+    // As many prompt tokens as fit beside `n_running` into `budget` ordinary steps. Into more of them, in proportion, where
+    // many wait and few run: what costs those that run a moment saves it to each that waits, who weighs twice, having had
+    // nothing yet. And no less than what the step will cost anyway once the `n_joining` prompts run too. At least one.
     int32_t prompt_tokens(int32_t n_running, int32_t n_joining, double budget, int32_t most) const {
         if (token_s <= 0.0) {
             return std::min(first_guess, most);
         }
         const double now  = ordinary(n_running);
         const double then = ordinary(std::min(n_running + n_joining, (int32_t) ordinary_s.size() - 1));
-        const double n = std::floor(std::max(budget * now, then - now) / token_s);
+        const double waiting = std::max(1.0, n_joining / std::max(1.0, 0.5 * n_running));
+        const double n = std::floor(std::max(budget * waiting * now, then - now) / token_s);
         return (int32_t) std::clamp(n, 1.0, (double) std::max(most, 1));
     }
 

@@ -3,6 +3,7 @@
 #include "cost.hpp"
 #include "helpers.hpp"
 #include "native_errors.hpp"
+#include "openmp.hpp"
 #include "slots.hpp"
 #include "text.hpp"
 #include "worker.hpp"
@@ -287,7 +288,11 @@ struct Decoder::Impl {
         {
             std::unique_lock<std::mutex> lock(mutex);
             if (wait) {
-                changed.wait(lock, [this] { return nudged || !inbox.empty() || closing; });
+                const auto called = [this] { return nudged || !inbox.empty() || closing; };
+                if (!changed.wait_for(lock, std::chrono::seconds(1), called)) {
+                    release_team();         // for the other contexts of this process
+                    changed.wait(lock, called);
+                }
             }
             nudged = false;
             commands.swap(inbox);

@@ -85,7 +85,7 @@ cdef class Decoder(Owner):
         Context context not None,
         *,
         deterministic: bool = False,
-        prompt_budget: float = 1.5,
+        prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
         prefill_chunk: int = 32,
         max_queue: int = 0,

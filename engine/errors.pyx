@@ -27,6 +27,9 @@ cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
     int guarded_encode(
         llama_context * ctx, const llama_batch & batch) except +raise_native_error
 
+cdef extern from "openmp.hpp" namespace "triollama" nogil:
+    void release_team() noexcept
+
 cdef extern from "gguf_check.hpp" namespace "triollama" nogil:
     void check_gguf(
         const string & path, cpp_bool model, const cpp_map[string, double] & overrides

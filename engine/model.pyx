@@ -321,6 +321,8 @@ cdef class Model(Owner):
                 check_gguf(checked_path, has_weights, numbers)
                 scope.enter()
                 self.ptr = llama_model_load_from_file(c_path, params)
+                # Whoever loads is seldom who decodes.
+                release_team()
         except OutOfMemoryError:
             raise
         except TriollamaError as error:

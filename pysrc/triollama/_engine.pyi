@@ -526,7 +526,7 @@ class Decoder(Owner):
         context: Context,
         *,
         deterministic: bool = False,
-        prompt_budget: float = 1.5,
+        prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
         prefill_chunk: int = 32,
         max_queue: int = 0,

@@ -28,6 +28,7 @@ from ._peers import against_peers
 STREAMS = (1, 2, 4, 8, 16)
 N_PROMPT = 32
 N_GEN = 32
+ROUNDS = 3  # in a process, of which the median counts
 JOINING = 1500
 LIBGOMP_DEFAULT = "300000"  # turns that its threads spin when nobody says otherwise
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -52,7 +53,7 @@ async def serving(**options: Any) -> AsyncIterator[Any]:
 async def warmed(llama: Any, n: int) -> float:
     """``together`` of an engine that has seen so many before, and knows what its steps cost."""
     await together(llama, n)
-    return await together(llama, n)
+    return statistics.median([await together(llama, n) for _ in range(ROUNDS)])
 
 
 async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
@@ -70,7 +71,7 @@ def batched_bench(tool: Path, n: int) -> float:
     done = subprocess.run(
         [
             str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
-            "-npl", str(n), "--ctx-size", str(2048 * 16), "--kv-unified",
+            "-npl", ",".join([str(n)] * ROUNDS), "--ctx-size", str(2048 * 16), "--kv-unified",
             "--ubatch-size", str(N_UBATCH),
             "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
         ],
@@ -83,7 +84,7 @@ def batched_bench(tool: Path, n: int) -> float:
         raise RuntimeError(
             f"llama-batched-bench ended with {done.returncode}: {done.stderr[-900:]}"
         )
-    return float(json.loads(lines[-1])["speed"])
+    return statistics.median(float(json.loads(line)["speed"]) for line in lines)
 
 
 def figures(options: Options) -> Iterator[Figure]:

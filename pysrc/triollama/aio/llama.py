@@ -63,7 +63,8 @@ class open_llama:
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
     type_k, type_v: cache types, see :class:`triollama._engine.Context`.
     prompt_budget: time that prompts may take of a step beside running streams, in ordinary steps,
-        as measured: at 1.5 a running stream waits 2.5 times as long as usual while a prompt joins.
+        as measured: at 1.0 a running stream waits twice as long as usual while a prompt joins.
+        Where many wait and few run, more.
         prompt_tokens: if not 0, so many tokens a step instead.
     host_bytes: host memory for the KV of sequences that had to make room, in bytes.
     disk_bytes: disk for what host memory has no room for, in bytes, in a nameless file in
@@ -91,7 +92,7 @@ class open_llama:
         n_gpu_layers: int = -1,
         type_k: str = "f16",
         type_v: str = "f16",
-        prompt_budget: float = 1.5,
+        prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
         host_bytes: int = 0,
         disk_bytes: int = 0,
@@ -186,6 +187,10 @@ class Serving:
             await self._llama._engine.aclose()
         finally:
             await self._manager.__aexit__(None, None, None)
+
+
+# A capacity that no text reaches.
+_UNREAD = 2**31 - 1
 
 
 class Llama:
@@ -348,7 +353,10 @@ class Llama:
         kind = None if into is None else structured(into)
         if kind is not None:
             made = kind.constrain(made)
-        async with self.stream(prompt, made, priority=priority, adapters=adapters) as stream:
+        async with self.stream(
+            prompt, made, priority=priority, adapters=adapters, capacity=_UNREAD
+        ) as stream:
+            await stream.ended()  # nobody looks at the pieces: they are not worth waking up for
             async for _ in stream:
                 pass
             if kind is not None:

@@ -521,9 +521,11 @@ static void joins() {
     cost.saw_prompt(0, 100, 0.2);
     check(std::abs(cost.ordinary(9) - (0.016 + 8 * 0.002)) < 1e-9, "not the least that nine streams cost");
     check(cost.prompt_tokens(1, 1, 1.6, 128) == 12, "a lone prompt got more than its budget");
-    check(cost.prompt_tokens(1, 15, 1.6, 128) == 15, "the least that a step will cost was not allowed");
+    check(cost.prompt_tokens(1, 15, 0.05, 128) == 15, "the least that a step will cost was not allowed");
+    check(cost.prompt_tokens(4, 8, 1.6, 128) == 70, "four to one waiting do not count four times");
+    check(cost.prompt_tokens(1, 15, 1.6, 128) == 128, "one stream holds up fifteen");
     cost.saw_ordinary(16, 0.0965);
-    check(cost.prompt_tokens(1, 15, 1.6, 128) == 40, "what a step will cost was not allowed");
+    check(cost.prompt_tokens(1, 15, 0.05, 128) == 40, "what a step will cost was not allowed");
     check(cost.prompt_tokens(1, 99, 1.6, 32) == 32, "more than there is room for");
     check(cost.prompt_tokens(16, 1, 1.6, 128) == 77, "the budget depends on who joins");
 }
