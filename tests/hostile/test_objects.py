@@ -479,7 +479,7 @@ def test_an_assertion_inside_a_decode_is_an_exception(tiny, run_isolated, thread
     run_isolated(
         PREAMBLE
         + """
-model = Model(path, kv_overrides={"gemma3.attention.sliding_window_pattern": 0})
+model = Model(path)
 context = Context(model, n_ctx=32, n_threads=int(sys.argv[2]), n_threads_batch=int(sys.argv[2]))
 batch = Batch(4)
 batch.extend([3, 4, 5, 6], 0)
@@ -507,6 +507,6 @@ with Context(model, n_ctx=32) as other:
     assert len(other.logits(copy=True)) == model.vocab.n_tokens
 model.close()
 """,
-        tiny("gemma3"),
+        tiny("gemma3", n_layer=8, swa_pattern=(True,) * 8),
         threads,
     )
