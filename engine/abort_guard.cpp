@@ -6,21 +6,20 @@
 
 namespace triollama {
 
-int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) {
+namespace {
+
+int32_t guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context * ctx, const llama_batch & batch) {
     AbortScope scope;
     if (in_parallel() >= 0) {
         scope.enter();
     }
-    return llama_decode(ctx, batch);
+    return compute(ctx, batch);
 }
 
-int32_t guarded_encode(llama_context * ctx, const llama_batch & batch) {
-    AbortScope scope;
-    if (in_parallel() >= 0) {
-        scope.enter();
-    }
-    return llama_encode(ctx, batch);
-}
+}  // namespace
+
+int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) { return guarded(llama_decode, ctx, batch); }
+int32_t guarded_encode(llama_context * ctx, const llama_batch & batch) { return guarded(llama_encode, ctx, batch); }
 
 void AbortScope::on_abort(const char * message) {
     if (depth > 0 && in_parallel() <= 0) {

@@ -34,14 +34,7 @@ cdef str check_adapter_file(Model model, object path):
     cdef string checked_path = raw_path
     cdef cpp_map[string, double] numbers
     cdef str name = os.fsdecode(raw_path)
-    try:
-        with open(name, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"cannot open the adapter {name}: {error.strerror or error}", path=name) from error
-    if magic != b"GGUF":
-        raise AdapterError(f"{name} is no GGUF file", path=name)
+    check_magic(name, "the adapter ", AdapterError)
     try:
         with nogil:
             check_gguf(checked_path, False, numbers)

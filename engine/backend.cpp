@@ -56,7 +56,6 @@ void LlamaBackend::seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_
 }
 llama_pos LlamaBackend::seq_pos_min(llama_seq_id slot) { return llama_memory_seq_pos_min(memory, slot); }
 llama_pos LlamaBackend::seq_pos_max(llama_seq_id slot) { return llama_memory_seq_pos_max(memory, slot); }
-bool LlamaBackend::can_shift() { return llama_memory_can_shift(memory); }
 
 std::string LlamaBackend::state_get(llama_seq_id slot) {
     std::string bytes(llama_state_seq_get_size(ctx, slot), '\0');

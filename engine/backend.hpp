@@ -59,7 +59,6 @@ public:
     virtual void seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) = 0;
     virtual llama_pos seq_pos_min(llama_seq_id slot) = 0;
     virtual llama_pos seq_pos_max(llama_seq_id slot) = 0;
-    virtual bool can_shift() = 0;
 
     virtual std::string state_get(llama_seq_id slot) = 0;                       // empty: failed
     virtual bool state_set(llama_seq_id slot, const uint8_t * data, size_t size) = 0;   // false: the sequence is now empty
@@ -88,7 +87,6 @@ public:
     void seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) override;
     llama_pos seq_pos_min(llama_seq_id slot) override;
     llama_pos seq_pos_max(llama_seq_id slot) override;
-    bool can_shift() override;
     std::string state_get(llama_seq_id slot) override;
     bool state_set(llama_seq_id slot, const uint8_t * data, size_t size) override;
     void apply(const ContextSet & set) override;

@@ -126,8 +126,8 @@ struct Decoder::Impl {
         : backend(std::move(backend_)),
           config(config_),
           slots(*backend,
-                {config.n_slots, config.n_swa, config.unified, config.can_roll_back, config.host_bytes, config.disk_fd,
-                 config.disk_bytes, config.restore_byte_s, config.prompt_token_s},
+                {config.n_slots, config.n_swa, config.unified, config.can_roll_back, config.can_shift,
+                 config.host_bytes, config.disk_fd, config.disk_bytes, config.restore_byte_s, config.prompt_token_s},
                 [this] { return cost.prompt_token(); }),
           cost(config.n_slots),
           helpers(config.n_helpers),
@@ -1160,7 +1160,7 @@ struct Decoder::Impl {
         Work & w = *stream.work;
         const int32_t keep = std::min(stream.request.n_keep < 0 ? w.n_prompt : stream.request.n_keep, w.n_decoded);
         const int32_t drop = (w.n_decoded - keep) / 2;
-        if (!config.can_shift || !slots.shift(*w.sequence, keep, drop)) {
+        if (!slots.shift(*w.sequence, keep, drop)) {
             return false;
         }
         w.tokens.erase(w.tokens.begin() + keep, w.tokens.begin() + keep + drop);
@@ -1402,7 +1402,7 @@ ReplyPtr Decoder::shift_sequence(uint64_t sequence, int32_t keep, int32_t drop) 
         if (!s || s->busy) {
             throw std::runtime_error(s ? "the sequence to shift is in use by a stream" : "the sequence to shift was dropped");
         }
-        reply.ok = self->config.can_shift && self->slots.shift(*s, keep, drop);
+        reply.ok = self->slots.shift(*s, keep, drop);
         reply.value = s->n;
         if (!reply.ok) {
             reply.message = "the sequence could not be shifted";

@@ -50,7 +50,7 @@ struct DecoderConfig {
     bool    unified = true;             // sequences share cells
     bool    can_shift = true;           // positions can be moved
     bool    can_roll_back = true;       // false for recurrent state: only the end of a sequence can be continued
-    double  prompt_budget = 1.5;        // time for prompts in a step, in ordinary steps
+    double  prompt_budget = 1.0;        // time for prompts in a step, in ordinary steps
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
     int32_t check_span = 0;             // position up to which prompts are read in full ubatches; 0: always
     int32_t prefill_chunk = 32;         // single packing: the grid on which prompts are cut

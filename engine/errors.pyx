@@ -56,6 +56,20 @@ cdef object decode_error(int code):
     return DecodeError(f"llama.cpp failed with code {code}", code=code, log=log)
 
 
+cdef int check_magic(str path, str what, object wrong) except -1:
+    """ModelNotFoundError if the file, called ``what`` in the message, cannot be read; ``wrong``, an
+    exception class, if it does not begin as a GGUF file does."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"cannot open {what}{path}: {error.strerror or error}", path=path) from error
+    if magic != b"GGUF":
+        raise wrong(f"{path} is no GGUF file", path=path)
+    return 0
+
+
 cdef object check_int(str name, object value, long long low, long long high):
     """``value`` as an int within bounds; ParameterError otherwise."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

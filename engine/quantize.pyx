@@ -71,15 +71,7 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     target_path = os.fsdecode(path_bytes("target", target))
     if os.path.realpath(source_path) == os.path.realpath(target_path):
         raise ParameterError("target is the source itself", parameter="target", value=target)
-    try:
-        with open(source_path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"cannot open the model {source_path}: {error.strerror or error}",
-            path=source_path) from error
-    if magic != b"GGUF":
-        raise ModelFormatError(f"{source_path} is no GGUF file", path=source_path)
+    check_magic(source_path, "the model ", ModelFormatError)
     partial = f"{target_path}.{os.getpid()}.partial"
     cdef bytes raw_source = os.fsencode(source_path)
     cdef bytes raw_target = os.fsencode(partial)

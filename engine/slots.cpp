@@ -278,8 +278,8 @@ bool Slots::is_shared(Sequence & sequence) {
 }
 
 bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
-    if (!rules.can_roll_back || keep < 0 || drop < 1 || keep + drop > sequence.n || !acquire(sequence) ||
-        keep + drop > sequence.n || !backend.can_shift()) {
+    if (!rules.can_shift || !rules.can_roll_back || keep < 0 || drop < 1 || keep + drop > sequence.n || !acquire(sequence) ||
+        keep + drop > sequence.n) {
         return false;
     }
     const int32_t n = sequence.n;

@@ -39,6 +39,7 @@ struct SlotRules {
     int32_t n_swa = 0;
     bool    unified = true;
     bool    can_roll_back = true;
+    bool    can_shift = true;           // positions can be moved
     size_t  host_bytes = 0;
     int     disk_fd = -1;
     size_t  disk_bytes = 0;

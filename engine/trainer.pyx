@@ -103,14 +103,7 @@ def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[
     Shapes have rows first, as numpy's. Raises ModelNotFoundError, ModelFormatError.
     """
     name = os.fspath(path)
-    try:
-        with open(name, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"cannot open {name}: {error.strerror or error}", path=name) from error
-    if magic != b"GGUF":
-        raise ModelFormatError(f"{name} is no GGUF file", path=name)
+    check_magic(name, "", ModelFormatError)
     cdef string raw_path = os.fsencode(name)
     cdef GgufMeta * meta = new GgufMeta(raw_path)
     cdef optional[string] text
@@ -245,15 +238,7 @@ cdef class Trainer(Owner):
                 config.adapter.targets.push_back(str(name).encode())
             if config.adapter.targets.empty():
                 raise ParameterError("targets is empty", parameter="targets", value=targets)
-        try:
-            with open(self.path, "rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise ModelNotFoundError(
-                f"cannot open the model {self.path}: {error.strerror or error}",
-                path=self.path) from error
-        if magic != b"GGUF":
-            raise ModelFormatError(f"{self.path} is no GGUF file", path=self.path)
+        check_magic(self.path, "the model ", ModelFormatError)
         begin_log()
         try:
             with nogil:
@@ -651,14 +636,7 @@ cdef class Trainer(Owner):
         """
         name = os.fspath(path)
         cdef string raw_path = os.fsencode(name)
-        try:
-            with open(name, "rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise ModelNotFoundError(
-                f"cannot open the adapter {name}: {error.strerror or error}", path=name) from error
-        if magic != b"GGUF":
-            raise AdapterError(f"{name} is no GGUF file", path=name)
+        check_magic(name, "the adapter ", AdapterError)
         self.enter()
         try:
             with nogil:

@@ -146,7 +146,6 @@ public:
     void seq_add(llama_seq_id, llama_pos, llama_pos, llama_pos) override { die("nobody asked for a shift"); }
     llama_pos seq_pos_min(llama_seq_id slot) override { return kv.at(slot).empty() ? -1 : 0; }
     llama_pos seq_pos_max(llama_seq_id slot) override { return (llama_pos) kv.at(slot).size() - 1; }
-    bool can_shift() override { return false; }
     std::string state_get(llama_seq_id slot) override {
         const auto & row = kv.at(slot);
         return std::string((const char *) row.data(), row.size() * sizeof(llama_token));
@@ -234,6 +233,7 @@ static void round(unsigned seed) {
     config.packing  = (Packing) below(3);
     config.unified  = config.packing == Packing::mixed;
     config.can_roll_back = below(4) > 0;
+    config.can_shift = false;
     config.max_queue = 40;
     config.prefill_chunk = 1 + below(12);
     config.prompt_tokens = below(3) ? 1 + below(12) : 0;
