@@ -44,9 +44,12 @@ def run_tool(name: str, *arguments: object) -> str:
 
 def upstream_perplexity(model: Path, text: Path, n_ctx: int, *more: object) -> tuple[float, int]:
     """Perplexity, and the number of windows."""
-    output = run_tool("llama-perplexity", "-m", model, "-f", text, "-c", n_ctx, *more)
-    estimate = re.search(r"Final estimate: PPL = ([\d.]+)", output)
-    windows = re.search(r"calculating perplexity over (\d+) chunks", output)
+    for _ in range(3):  # upstream's logger may lose its last line when the program ends
+        output = run_tool("llama-perplexity", "-m", model, "-f", text, "-c", n_ctx, *more)
+        estimate = re.search(r"Final estimate: PPL = ([\d.]+)", output)
+        windows = re.search(r"calculating perplexity over (\d+) chunks", output)
+        if estimate and windows:
+            break
     assert estimate and windows, output[-2000:]
     return float(estimate[1]), int(windows[1])
 
