@@ -51,16 +51,19 @@ cdef class Model(Owner):
     cdef dict overrides         # kv_overrides, as metadata has them
     cdef int drivers            # open Decoders that drive a context of it
 
-    cdef void free(self) noexcept
+    cdef void free(self) noexcept nogil
 
 
 cdef class Vocab:
     cdef Model model
     cdef const llama_vocab * ptr
     cdef readonly int n_tokens
+    cdef vector[llama_token] eog
+    cdef bint eog_known
 
     cdef int alive(self) except -1
     cdef int check_token(self, llama_token token) except -1
+    cdef const vector[llama_token] * find_eog(self) except NULL
 
 
 cdef class Context(Owner):

@@ -73,7 +73,9 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingP
     out.mirostat_eta = params.mirostat_eta
     out.adaptive_target = params.adaptive_target
     out.adaptive_decay = params.adaptive_decay
-    out.ignore_eos = params.ignore_eos
+    out.banned.clear()
+    if params.ignore_eos:
+        out.banned = vocab.find_eog()[0]
     out.logit_bias.clear()
     for token, value in params.logit_bias.items():
         vocab.check_token(check_int("logit_bias's token", token, 0, 2**31 - 1))

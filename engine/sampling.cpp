@@ -111,13 +111,7 @@ void Sampler::Impl::configure(SamplingParams p) {
             banned.push_back(suppressed[i]);
         }
     }
-    if (params.ignore_eos) {
-        for (llama_token id = 0; id < n_vocab; ++id) {
-            if (llama_vocab_is_eog(vocab, id)) {
-                banned.push_back(id);
-            }
-        }
-    }
+    banned.insert(banned.end(), params.banned.begin(), params.banned.end());
 
     const auto keep = (size_t) params.min_keep;
     sorter.reset(llama_sampler_init_top_k(std::numeric_limits<int32_t>::max()));

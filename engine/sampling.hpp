@@ -56,7 +56,7 @@ struct SamplingParams {
     float   adaptive_target = -1.0f;    // off: < 0
     float   adaptive_decay = 0.9f;
     std::vector<llama_logit_bias> logit_bias;
-    bool    ignore_eos = false;         // every end-of-generation token is banned, whatever the stages
+    std::vector<llama_token> banned;    // never chosen, whatever the stages
     std::string grammar;                // GBNF; empty: none
     std::string grammar_root = "root";
     bool    grammar_lazy = false;

@@ -60,7 +60,7 @@ cdef extern from "sampling.hpp" namespace "triollama" nogil:
         float adaptive_target
         float adaptive_decay
         vector[llama_logit_bias] logit_bias
-        cpp_bool ignore_eos
+        vector[llama_token] banned
         string grammar
         string grammar_root
         cpp_bool grammar_lazy

@@ -112,7 +112,7 @@ struct Sampler::Impl {
 
     // Derived from the parameters.
     std::vector<Stage> active;                  // the stages that do something
-    std::vector<llama_token> banned;            // by the model, or by ignore_eos
+    std::vector<llama_token> banned;            // by the model, or by params
     PenaltyParams penalty;
     DryParams dry_params;
     OwnedSampler sorter, top_k, top_p, min_p, typical, top_n_sigma, temperature;

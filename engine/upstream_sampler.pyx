@@ -26,7 +26,6 @@ from llama cimport (
     llama_sampler_init_xtc,
     llama_token_data_array,
     llama_vocab_get_suppress_tokens,
-    llama_vocab_is_eog,
 )
 from sampling cimport NativeGrammar, NativeGrammarParams
 
@@ -125,11 +124,9 @@ cdef class UpstreamSampler:
         for i in range(n):
             ban.token = suppressed[i]
             bans.push_back(ban)
-        if p.ignore_eos:
-            for i in range(self.vocab.n_tokens):
-                if llama_vocab_is_eog(self.vocab.ptr, i):
-                    ban.token = i
-                    bans.push_back(ban)
+        for i in p.banned:
+            ban.token = i
+            bans.push_back(ban)
         self.add(llama_sampler_init_logit_bias(self.vocab.n_tokens, <int32_t>bans.size(), bans.data()))
         return 0
 

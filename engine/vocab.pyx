@@ -122,6 +122,18 @@ cdef class Vocab:
             raise UnsupportedError("this model has no vocabulary")
         return 0
 
+    cdef const vector[llama_token] * find_eog(self) except NULL:
+        """Tokens that end generation: looked for once, since a vocabulary has hundreds of thousands."""
+        cdef int i
+        cdef vector[llama_token] found
+        if not self.eog_known:
+            for i in range(self.n_tokens):
+                if llama_vocab_is_eog(self.ptr, i):
+                    found.push_back(i)
+            self.eog.swap(found)
+            self.eog_known = True
+        return &self.eog
+
     cdef int check_token(self, llama_token token) except -1:
         if token < 0 or token >= self.n_tokens:
             raise TokenError(
@@ -266,8 +278,7 @@ cdef class Vocab:
     def eog_tokens(self) -> list[int]:
         """All tokens that end generation."""
         self.alive()
-        cdef int i
-        return [i for i in range(self.n_tokens) if llama_vocab_is_eog(self.ptr, i)]
+        return list(self.find_eog()[0])
 
     @property
     def special_tokens(self) -> dict[str, int]:
