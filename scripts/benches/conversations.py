@@ -126,8 +126,7 @@ async def _restored(path: Path, deterministic: bool, options: Options) -> list[F
                 seconds = []
                 for source in (file, bare):
                     async with open_llama(path, **settings) as llama:
-                        await llama.generate("warm up", GREEDY, max_tokens=2)
-                        _ = llama.model.fingerprint  # part of loading a model
+                        await llama.warm_up()
                         start = time.perf_counter()
                         (chat,) = await llama.restore(source)
                         begun = time.perf_counter()

@@ -393,3 +393,21 @@ def test_loading_a_fake_can_fail_and_be_cancelled() -> None:
         assert trio.current_time() < 10_000
 
     fake_run(main)
+
+
+def test_warming_up_needs_no_file_and_says_nothing_of_templates(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "model.gguf"
+    copy.write_bytes(tiny("llama", chat_template=None).read_bytes())
+
+    async def main() -> None:
+        async with open_llama(copy, **OPTIONS) as llama:
+            copy.unlink()  # its fingerprint cannot be read any more
+            await llama.warm_up()
+            assert "chat template" not in caplog.text
+            for _ in range(2):
+                llama.conversation()
+            assert caplog.text.count("the model has no chat template") == 1
+
+    run(main)

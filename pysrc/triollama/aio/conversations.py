@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,8 @@ import trio
 
 from .. import state as saved_state
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
-from ..errors import ParameterError, StateError, UnsupportedError
+from ..chat.template import warn_of_default
+from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
 from ..params import GenerationParams, make_params
 from ..state import Message
 from .adapters import LoadedAdapter
@@ -34,7 +36,7 @@ class Conversations:
 
     def __init__(self, llama: Llama) -> None:
         engine: Any = llama._engine
-        if not hasattr(engine, "decoder"):
+        if not self.possible(llama):
             raise UnsupportedError("this engine keeps no conversations")
         self.llama = llama
         self.engine = engine
@@ -46,8 +48,14 @@ class Conversations:
         self._all: dict[str, Conversation] = {}
         self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
         self._templates: dict[str, ChatTemplate] = {}
+        self._chosen_quietly = False
         self._ends: dict[int, tuple[ChatTemplate, Any]] = {}
         self._watchers: list[tuple[set[str], Callable[[], None]]] = []
+
+    @staticmethod
+    def possible(llama: Llama) -> bool:
+        """Whether its engine keeps conversations."""
+        return hasattr(llama._engine, "decoder")
 
     # Keeping them
 
@@ -165,6 +173,9 @@ class Conversations:
         key = wanted or ""
         if key not in self._templates:
             self._templates[key] = template_for_model(self.engine.model, wanted or None)
+        elif not key and self._chosen_quietly and not self.engine.model.chat_template():
+            warn_of_default(self._templates[key].name)
+        self._chosen_quietly = self._chosen_quietly and bool(key)
         return self._templates[key]
 
     def turn_end(self, template: ChatTemplate) -> Any:
@@ -172,6 +183,14 @@ class Conversations:
             end = self.tokenizer.turn_end(template)
             self._ends[id(template)] = (template, end)
         return self._ends[id(template)][1]
+
+    def prepare(self) -> None:
+        """Parse the model's template before the first conversation waits for it."""
+        if "" not in self._templates:
+            with contextlib.suppress(ChatTemplateError):  # the conversation will hear of it
+                self._templates[""] = template_for_model(self.engine.model, quiet=True)
+                self._chosen_quietly = True
+                self.turn_end(self._templates[""])
 
     # Tokens
 

@@ -93,6 +93,10 @@ class Engine(Protocol):
     vocab: Any
     """As :class:`triollama._engine.Vocab`, likewise."""
 
+    async def fingerprint(self) -> bytes:
+        """The model's, 32 bytes; the first time its file is read, beside the event loop."""
+        ...
+
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of ``text``."""
         ...

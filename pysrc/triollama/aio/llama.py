@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -11,7 +12,7 @@ import msgspec
 import trio
 
 from ..chat import ChatTemplate
-from ..errors import BusyError, ParameterError
+from ..errors import BusyError, ParameterError, TriollamaError
 from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
 from ..state import Document, Message
@@ -246,9 +247,15 @@ class Llama:
 
     async def warm_up(self) -> None:
         """Compute a few tokens and forget them, so that the first stream does not pay for loading
-        weights into memory and starting threads. Beside running streams, if there are any."""
-        async with self.stream(self._engine.tokenize("warm up"), max_tokens=0) as stream:
+        weights into memory and starting threads, nor the first conversation for parsing the model's
+        template and reading its fingerprint. Beside running streams, if there are any."""
+        tokens = self._engine.tokenize("warm up")
+        async with self.stream(tokens, max_tokens=0) as stream:
             await stream.ended()
+        if Conversations.possible(self):
+            with contextlib.suppress(TriollamaError, OSError):  # whoever saves will hear of it
+                await self._engine.fingerprint()
+            self.conversations.prepare()
 
     # Text and tokens
 

@@ -38,6 +38,12 @@ class NativeEngine:
         self.n_ctx = context.n_ctx
         self.max_streams = context.n_seq_max
         self.deterministic = decoder.deterministic
+        self._fingerprint: bytes | None = None
+
+    async def fingerprint(self) -> bytes:
+        if self._fingerprint is None:
+            self._fingerprint = await trio.to_thread.run_sync(lambda: self.model.fingerprint)
+        return self._fingerprint
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         return self.vocab.tokenize(text, add_special, False)

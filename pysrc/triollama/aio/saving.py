@@ -87,7 +87,7 @@ async def save(
     """See ``Llama.save``."""
     await trio.lowlevel.checkpoint()
     chats.llama._check_open()
-    await _fingerprint(chats)
+    await chats.engine.fingerprint()
     chosen = list(chats._all.values() if conversations is None else conversations)
     files: dict[str, saved_state.KVFile] = {}
     if kv:
@@ -106,16 +106,6 @@ async def save(
 
     await trio.to_thread.run_sync(write)
     return document
-
-
-async def _fingerprint(chats: Conversations) -> bytes:
-    """The model's; the first time this reads the file."""
-
-    def read() -> bytes:
-        fingerprint: bytes = chats.engine.model.fingerprint
-        return fingerprint
-
-    return await trio.to_thread.run_sync(read)
 
 
 async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, ...], bytes] | None:
@@ -159,7 +149,7 @@ async def restore(
     else:
         path = source
         document = await trio.to_thread.run_sync(saved_state.load_document, path)
-    same = saved_state.check_model(document.model, await _fingerprint(chats), on_mismatch)
+    same = saved_state.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)
     wanted = None if ids is None else set(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
@@ -338,7 +328,7 @@ async def autosave(
     chats.llama._check_open()
     if not every > 0:
         raise ParameterError("every must be more than 0", parameter="every", value=every)
-    await _fingerprint(chats)
+    await chats.engine.fingerprint()
     chosen = None if conversations is None else {one.id for one in conversations}
 
     def followed() -> list[Conversation]:

@@ -47,6 +47,8 @@ __all__ = ["Evaluator", "Raised", "parse"]
 _MAX_RANGE = 100_000
 _MAX_BITS = 1024
 _MAX_BRACKETS = 60
+_OPENING = frozenset({"lparen", "lbracket", "lbrace"})
+_CLOSING = frozenset({"rparen", "rbracket", "rbrace"})
 
 
 class Raised(TemplateFault):
@@ -71,6 +73,15 @@ class _Generation(jinja2.ext.Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
+    def filter_stream(self, stream: Any) -> Any:
+        """The parser recurses with brackets, and asks for one token at a time."""
+        depth = 0
+        for token in stream:
+            depth += (token.type in _OPENING) - (token.type in _CLOSING)
+            if depth > _MAX_BRACKETS:
+                raise TemplateFault(f"its brackets are nested deeper than {_MAX_BRACKETS}")
+            yield token
+
 
 _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
@@ -93,12 +104,6 @@ _REFUSED = (
 def parse(source: str) -> nodes.Template:
     """The tree of a template. Raises TemplateFault; ``line`` is in its text."""
     try:
-        depth = 0
-        for _, token, value in _ENVIRONMENT.lex(source):
-            if token == "operator":
-                depth += (value in "([{") - (value in ")]}")
-                if depth > _MAX_BRACKETS:
-                    raise TemplateFault(f"its brackets are nested deeper than {_MAX_BRACKETS}")
         tree = _ENVIRONMENT.parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateFault(f"line {error.lineno}: {error.message}") from None

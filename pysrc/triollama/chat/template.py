@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,6 @@ class ChatTemplate:
             self._tree = parse(source)
         except TemplateFault as fault:
             raise ChatTemplateError(str(fault), template=name) from None
-        self._abilities: _Abilities | None = None
 
     def __repr__(self) -> str:
         return f"<ChatTemplate {self.name or 'of its own'}, {len(self.source)} characters>"
@@ -150,42 +150,39 @@ class ChatTemplate:
 
     # Fitting ------------------------------------------------------------------------------------
 
-    @property
-    def abilities(self) -> _Abilities:
-        """What the template can express, found by trying."""
-        if self._abilities is None:
-            self._abilities = self._probe()
-        return self._abilities
+    # What the template can express, found by trying.
 
-    def _shows(self, wanted: str, messages: list[dict[str, Any]]) -> bool:
+    def _shows(self, wanted: str, *messages: dict[str, Any]) -> bool:
         try:
-            return wanted in self._render(messages, False, None, {}).text
+            return wanted in self._render(list(messages), False, None, {}).text
         except ChatTemplateError:
             return False
 
-    def _probe(self) -> _Abilities:
+    def _probe(self, role: str, content: str) -> dict[str, Any]:
+        return {"role": role, "content": _parts(content) if self._typed_content else content}
+
+    @functools.cached_property
+    def _typed_content(self) -> bool:
         user: dict[str, Any] = {"role": "user", "content": "what4user"}
-        parts = {"role": "user", "content": [{"type": "text", "text": "what4user"}]}
-        typed = not self._shows("what4user", [user]) and self._shows("what4user", [parts])
-        if typed:
-            user = parts
-        system: dict[str, Any] = {"role": "system", "content": "what4system"}
-        if typed:
-            system["content"] = [{"type": "text", "text": "what4system"}]
+        typed = {**user, "content": _parts("what4user")}
+        return not self._shows("what4user", user) and self._shows("what4user", typed)
+
+    @functools.cached_property
+    def _has_system(self) -> bool:
+        system = self._probe("system", "what4system")
+        return self._shows("what4system", system, self._probe("user", "what4user"))
+
+    @functools.cached_property
+    def _has_developer(self) -> bool:
+        developer = self._probe("developer", "what4system")
+        return self._shows("what4system", developer, self._probe("user", "what4user"))
+
+    @functools.cached_property
+    def _object_arguments(self) -> bool:
         call = {"name": "what4call", "arguments": {"what4name": "what4value"}}
-        calling: dict[str, Any] = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "id": "call00000", "function": call}],
-        }
-        if typed:
-            calling["content"] = [{"type": "text", "text": ""}]
-        return _Abilities(
-            typed_content=typed,
-            system=self._shows("what4system", [system, user]),
-            developer=self._shows("what4system", [{**system, "role": "developer"}, user]),
-            object_arguments=self._shows("what4value", [user, calling]),
-        )
+        calling = self._probe("assistant", "")
+        calling["tool_calls"] = [{"type": "function", "id": "call00000", "function": call}]
+        return self._shows("what4value", self._probe("user", "what4user"), calling)
 
     def fitted_away(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether fitting puts the first message, a system prompt, into the second."""
@@ -194,39 +191,33 @@ class ChatTemplate:
 
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         fitted = [dict(message) for message in messages]
-        able = self.abilities
         for message in fitted:
-            if message["role"] == "developer" and not able.developer:
+            if message["role"] == "developer" and not self._has_developer:
                 message["role"] = "system"
             if message.get("content") is None:
                 message["content"] = ""
-            if able.object_arguments and message.get("tool_calls"):
+            if message.get("tool_calls") and self._object_arguments:
                 message["tool_calls"] = [_object_arguments(call) for call in message["tool_calls"]]
         first = fitted[0] if fitted else None
         if (
             first is not None
             and first["role"] == "system"
-            and not able.system
             and len(fitted) > 1
             and isinstance(first["content"], str)
             and isinstance(fitted[1]["content"], str)
+            and not self._has_system
         ):
             fitted[1]["content"] = first["content"] + "\n" + fitted[1]["content"]
             del fitted[0]
-        if able.typed_content:
+        if self._typed_content:
             for message in fitted:
                 if isinstance(message["content"], str):
-                    message["content"] = [{"type": "text", "text": message["content"]}]
+                    message["content"] = _parts(message["content"])
         return fitted
 
 
-class _Abilities(msgspec.Struct, frozen=True):
-    """What a template can express."""
-
-    typed_content: bool
-    system: bool
-    developer: bool
-    object_arguments: bool
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _object_arguments(call: Any) -> Any:
@@ -341,13 +332,15 @@ def named(name: str, *, bos_token: str = "", eos_token: str = "") -> ChatTemplat
     return ChatTemplate(BUILTIN[name], name=name, bos_token=bos_token, eos_token=eos_token)
 
 
-def template_for_model(model: _Model, template: str | ChatTemplate | None = None) -> ChatTemplate:
+def template_for_model(
+    model: _Model, template: str | ChatTemplate | None = None, *, quiet: bool = False
+) -> ChatTemplate:
     """The template to use with a model.
 
     ``template`` may be a ChatTemplate, the name of a built-in one, or Jinja source (whatever
     holds "{{" or "{%"). By default it is the one in the model file; for a model without one, the
     built-in one whose markers are special tokens of its vocabulary, else ``plain``; that choice
-    is logged as a warning of ``triollama.chat``.
+    is logged as a warning of ``triollama.chat``, unless ``quiet``.
 
     Raises ChatTemplateError for a template that cannot be parsed, ParameterError for an
     unknown name.
@@ -370,12 +363,18 @@ def template_for_model(model: _Model, template: str | ChatTemplate | None = None
         if all(_is_special(vocab, marker) for marker in markers):
             chosen = name
             break
+    if not quiet:
+        warn_of_default(chosen)
+    return named(chosen, bos_token=bos, eos_token=eos)
+
+
+def warn_of_default(name: str) -> None:
+    """Tells whoever uses it that a template was chosen for a model that has none."""
     _log.warning(
         "the model has no chat template: using the built-in template %r (a base model may not "
         "follow it; choose another with template=)",
-        chosen,
+        name,
     )
-    return named(chosen, bos_token=bos, eos_token=eos)
 
 
 def _is_special(vocab: _Vocab, marker: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import StateDamagedError, StateMismatchError, StateVersionError
 from .documents import KVFile
 from .fingerprint import tokens_key
-from .store import StrPath, read_bytes, real_path, write_bytes
+from .store import StrPath, read_large, real_path, write_bytes
 
 __all__ = ["MAX_KV_BYTES", "kv_folder", "read_kv", "remove_kv_except", "write_kv"]
 
@@ -72,15 +72,15 @@ def read_kv(
     """
     file = kv_folder(path) / saved.name
     name = os.fspath(file)
-    data = read_bytes(file, limit)
+    data = read_large(file, limit)
     if len(data) < _HEADER.size:
         raise StateDamagedError(f"it has {len(data)} bytes, fewer than its header", path=name)
     magic, found_key, digest, n_tokens, size, crc, own = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise StateVersionError("it is no KV file of this version of triollama", path=name)
-    if zlib.crc32(data[: _HEADER.size - 4] + bytes(4)) != own:
+    if zlib.crc32(bytes(data[: _HEADER.size - 4]) + bytes(4)) != own:
         raise StateDamagedError("its header's checksum does not match", path=name)
-    blob = memoryview(data)[_HEADER.size :]
+    blob = data[_HEADER.size :]
     if len(blob) != size:
         raise StateDamagedError(f"it holds {len(blob)} bytes of KV; it says {size}", path=name)
     if found_key != key:

@@ -35,6 +35,9 @@ class SimulatedEngine:
     def _on_change(self) -> None:
         self._changed.set()
 
+    async def fingerprint(self) -> bytes:
+        return self.model.fingerprint
+
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         return self.fake.tokenize(text, add_special=add_special)
 
