@@ -35,15 +35,15 @@ public:
     double prompt_token() const { return token_s; }
 
     // As many prompt tokens as fit beside `n_running` into `budget` ordinary steps. Into more of them, in proportion, where
-    // many wait and few run: what costs those that run a moment saves it to each that waits, who weighs twice, having had
-    // nothing yet. And no less than what the step will cost anyway once the `n_joining` prompts run too. At least one.
+    // many wait and few run: what costs those that run a moment saves it to each that waits, who weighs as much as eight,
+    // having had nothing yet. And no less than what the step will cost anyway once the `n_joining` prompts run too. At least one.
     int32_t prompt_tokens(int32_t n_running, int32_t n_joining, double budget, int32_t most) const {
         if (token_s <= 0.0) {
             return std::min(first_guess, most);
         }
         const double now  = ordinary(n_running);
         const double then = ordinary(std::min(n_running + n_joining, (int32_t) ordinary_s.size() - 1));
-        const double waiting = std::max(1.0, n_joining / std::max(1.0, 0.5 * n_running));
+        const double waiting = std::max(1.0, n_joining / std::max(1.0, n_running / 8.0));
         const double n = std::floor(std::max(budget * waiting * now, then - now) / token_s);
         return (int32_t) std::clamp(n, 1.0, (double) std::max(most, 1));
     }

@@ -522,7 +522,8 @@ static void joins() {
     check(std::abs(cost.ordinary(9) - (0.016 + 8 * 0.002)) < 1e-9, "not the least that nine streams cost");
     check(cost.prompt_tokens(1, 1, 1.6, 128) == 12, "a lone prompt got more than its budget");
     check(cost.prompt_tokens(1, 15, 0.05, 128) == 15, "the least that a step will cost was not allowed");
-    check(cost.prompt_tokens(4, 8, 1.6, 128) == 70, "four to one waiting do not count four times");
+    check(cost.prompt_tokens(4, 4, 0.55, 128) == 24, "four who wait do not count four times beside few");
+    check(cost.prompt_tokens(16, 4, 0.6, 128) == 27, "one who waits does not weigh as much as eight who run");
     check(cost.prompt_tokens(1, 15, 1.6, 128) == 128, "one stream holds up fifteen");
     cost.saw_ordinary(16, 0.0965);
     check(cost.prompt_tokens(1, 15, 0.05, 128) == 40, "what a step will cost was not allowed");
