@@ -51,7 +51,8 @@ def build_info() -> dict:
     and ``pinned``, whether that is the one this release names; ``compiler``, ``cuda_compiler`` (""
     without CUDA), ``system``, ``build_type``; ``cmake_args``, the user's flags, and ``options``, the
     effective value of each ggml option; ``backends``, the names of those compiled in; ``features``, for
-    each backend what it was compiled for, and ``cpu_features``, the names of the CPU's; ``devices``, a
+    each backend what it was compiled for, and ``cpu_features``, the names of the CPU's; ``threads``, whose
+    compute on the CPU: "triollama", "OpenMP" (the system's) or "ggml"; ``devices``, a
     dict for each device found: ``name``, ``description``, ``type`` ("cpu", "gpu", "igpu", "accel"),
     ``memory_free`` and ``memory_total`` in bytes (0 where the backend does not say).
 
@@ -72,6 +73,9 @@ def build_info() -> dict:
     features = _features(llama_print_system_info().decode())
     info["features"] = features
     info["cpu_features"] = [name for name, value in features.get("CPU", {}).items() if value != "0"]
+    info["threads"] = (
+        "triollama" if has_own_threads()
+        else "OpenMP" if features.get("CPU", {}).get("OPENMP", "0") != "0" else "ggml")
     devices = []
     for i in range(ggml_backend_dev_count()):
         device = ggml_backend_dev_get(i)

@@ -28,7 +28,8 @@ cdef extern from "abort_guard.hpp" namespace "triollama" nogil:
         llama_context * ctx, const llama_batch & batch) except +raise_native_error
 
 cdef extern from "openmp.hpp" namespace "triollama" nogil:
-    void release_team() noexcept
+    bint has_own_threads() noexcept
+    void retire_threads() noexcept
 
 cdef extern from "gguf_check.hpp" namespace "triollama" nogil:
     void check_gguf(

@@ -321,8 +321,6 @@ cdef class Model(Owner):
                 check_gguf(checked_path, has_weights, numbers)
                 scope.enter()
                 self.ptr = llama_model_load_from_file(c_path, params)
-                # Whoever loads is seldom who decodes.
-                release_team()
         except OutOfMemoryError:
             raise
         except TriollamaError as error:
@@ -346,10 +344,10 @@ cdef class Model(Owner):
         self.closed = False
         count_live("Model", 1)
 
-    cdef void free(self) noexcept:
+    cdef void free(self) noexcept nogil:
         if self.ptr != NULL:
-            with nogil:
-                llama_model_free(self.ptr)
+            llama_model_free(self.ptr)
+            retire_threads()
             self.ptr = NULL
 
     def __dealloc__(self):
@@ -357,8 +355,7 @@ cdef class Model(Owner):
             return
         if not self.closed:
             count_live("Model", -1)
-        if self.ptr != NULL:
-            llama_model_free(self.ptr)
+        self.free()     # with the GIL: a weak reference could still find what is being freed
 
     def close(self) -> None:
         """Free the model. Idempotent; raises BusyError while contexts or adapters of it are open."""
@@ -367,7 +364,8 @@ cdef class Model(Owner):
         self.check_childless()
         self.closed = True
         count_live("Model", -1)
-        self.free()
+        with nogil:
+            self.free()
 
     def __enter__(self) -> Model:
         self.alive()

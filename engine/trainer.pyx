@@ -258,7 +258,12 @@ cdef class Trainer(Owner):
     def __dealloc__(self):
         if not self.closed and self.forks == fork_count:
             count_live("Trainer", -1)
-            del self.native
+            self.free()
+
+    cdef void free(self) noexcept nogil:
+        del self.native
+        self.native = NULL
+        retire_threads()
 
     def close(self) -> None:
         """Unmap the model and free the adapter. Idempotent; BusyError while a call runs."""
@@ -267,8 +272,8 @@ cdef class Trainer(Owner):
         self.check_childless()
         self.closed = True
         count_live("Trainer", -1)
-        del self.native
-        self.native = NULL
+        with nogil:
+            self.free()
 
     def __enter__(self) -> Trainer:
         self.alive()

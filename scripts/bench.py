@@ -22,10 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-# libgomp reads this once, when it is loaded: before anything that may load it. Without it two
-# programs on the same cores, which is what a comparison is, all but stop each other.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import benches

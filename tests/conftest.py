@@ -18,7 +18,7 @@ from triollama import models
 from triollama._engine import live_objects
 from triollama.testing import make_tiny_model
 
-# libgomp spins by default, and tests share their cores with each other.
+# The threads of libgomp, which upstream's programs have, spin by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 TIMEOUT = 120

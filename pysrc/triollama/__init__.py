@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._openmp import short_spin
-
-with short_spin():
-    from ._engine import build_info
-
+from ._engine import build_info
 from .errors import TriollamaError
 from .params import GenerationParams
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -30,7 +29,6 @@ N_PROMPT = 32
 N_GEN = 32
 ROUNDS = 3  # in a process, of which the median counts
 JOINING = 1500
-LIBGOMP_DEFAULT = "300000"  # turns that its threads spin when nobody says otherwise
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # The library's own sampling, except that a text may not end early.
@@ -66,19 +64,20 @@ async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
     return n * (N_PROMPT + n_gen) / (time.perf_counter() - start)
 
 
-def batched_bench(tool: Path, n: int) -> float:
+def batched_bench_command(n: int, rounds: int) -> list[str]:
+    tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
+    return [
+        str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
+        "-npl", ",".join([str(n)] * rounds), "--ctx-size", str(2048 * 16), "--kv-unified",
+        "--ubatch-size", str(N_UBATCH),
+        "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
+    ]  # fmt: skip
+
+
+def batched_bench(n: int) -> float:
     """Upstream's tokens a second for the same shape. It samples nothing."""
-    done = subprocess.run(
-        [
-            str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
-            "-npl", ",".join([str(n)] * ROUNDS), "--ctx-size", str(2048 * 16), "--kv-unified",
-            "--ubatch-size", str(N_UBATCH),
-            "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+    command = batched_bench_command(n, ROUNDS)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
         raise RuntimeError(
@@ -94,7 +93,7 @@ def figures(options: Options) -> Iterator[Figure]:
         (("streams.cancel_to_free_p50", "streams.cancel_to_free_p99"), cancelling),
         (("streams.worst_gap_while_joining",), joining),
         (("streams.two_contexts_over_one",), two_contexts),
-        (("streams.short_spin_over_default",), short_spin),
+        (("streams.waiting_over_spinning",), waiting_or_spinning),
     ):
         if options.wants(*names):
             yield from measure(options)
@@ -127,8 +126,6 @@ def in_trio(action: Callable[[Any], Any], **options: Any) -> Any:
 def against_upstream(options: Options) -> Iterator[Figure]:
     if not options.wants(*(f"streams.{n}_over_batched_bench" for n in STREAMS)):
         return
-    tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
-
     # Both are timed inside, so that loading does not count; neither is there while the other runs.
     for n in STREAMS:
         name = f"streams.{n}_over_batched_bench"
@@ -136,7 +133,7 @@ def against_upstream(options: Options) -> Iterator[Figure]:
             continue
         pairs = interleave(
             functools.partial(in_trio, functools.partial(warmed, n=n)),
-            functools.partial(batched_bench, tool, n),
+            functools.partial(batched_bench, n),
             options.repeats_or(7),
         )
         note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
@@ -313,29 +310,22 @@ trio.run(main)
 """
 
 
-def without_spin_count(**changes: str) -> dict[str, str]:
-    """This environment as a user has it, who set nothing."""
-    return {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | changes
+def waiting_or_spinning(options: Options) -> Iterator[Figure]:
+    """What it costs to share the cores when nobody else is there."""
 
-
-def short_spin(options: Options) -> Iterator[Figure]:
-    """What our setting of libgomp costs when nobody else is there."""
-
-    def alone(environment: dict[str, str]) -> float:
+    def alone(**policy: str) -> float:
         done = subprocess.run(
             [sys.executable, "-c", ALONE, str(THREADS)],
-            capture_output=True, text=True, check=True, env=environment,
+            capture_output=True, text=True, check=True, env={**os.environ, **policy},
         )  # fmt: skip
         return float(done.stdout)
 
     pairs = interleave(
-        functools.partial(alone, without_spin_count()),
-        functools.partial(alone, without_spin_count(GOMP_SPINCOUNT=LIBGOMP_DEFAULT)),
-        options.repeats_or(11),
+        alone, functools.partial(alone, OMP_WAIT_POLICY="active"), options.repeats_or(11)
     )
     yield pairs.ratio(
-        "streams.short_spin_over_default", target=0.97,
-        note="alone, triollama's setting of libgomp over libgomp's own",
+        "streams.waiting_over_spinning", target=0.97,
+        note="alone, as installed, over threads that never sleep or yield",
     )  # fmt: skip
 
 
@@ -362,26 +352,27 @@ trio.run(main)
 
 def in_company(options: Options) -> Iterator[Figure]:
     """Our speed beside another decoder on the same cores, over half of our speed alone."""
-    environments = {
-        "streams.beside_another_over_half": ({}, 0.9, "another triollama, as installed"),
-        "streams.beside_peers_default_over_half": (
-            {"GOMP_SPINCOUNT": LIBGOMP_DEFAULT}, None,
-            "one whose libgomp spins by default, as peers' do",
+    neighbours: dict[str, tuple[Callable[[], list[str]], float | None, str]] = {
+        "streams.beside_another_over_half": (
+            lambda: [sys.executable, "-c", NEIGHBOUR, str(THREADS)], 0.9, "another triollama",
+        ),
+        "streams.beside_upstream_over_half": (
+            lambda: batched_bench_command(1, 10_000), None,
+            "llama-batched-bench, whose libgomp spins, as peers' do",
         ),
     }  # fmt: skip
-    for name, (changes, target, note) in environments.items():
+    for name, (command, target, note) in neighbours.items():
         if not options.wants(name):
             continue
-        environment = without_spin_count(**changes)
+        arguments = command()
 
-        async def measure(llama: Any, environment: dict[str, str] = environment) -> list[float]:
+        async def measure(llama: Any, arguments: list[str] = arguments) -> list[float]:
             ratios = []
             for _ in range(options.repeats_or(5)):
                 alone = await together(llama, 1, 64)
                 neighbour = subprocess.Popen(
-                    [sys.executable, "-c", NEIGHBOUR, str(THREADS)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                )  # fmt: skip
+                    arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
                 assert neighbour.stdin is not None
                 assert neighbour.stdout is not None
                 await trio.to_thread.run_sync(neighbour.stdout.readline)  # it runs now

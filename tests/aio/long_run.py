@@ -142,10 +142,6 @@ def main() -> None:
     before = left()
     run = Run(n, seed)
     idle = trio.run(run.main, path)
-    # OpenMP's threads end after the one that they served.
-    end = time.monotonic() + 30
-    while threads() > before["threads"] and time.monotonic() < end:
-        time.sleep(0.01)
     after = left()
     drift = run.memory[-1] / run.memory[0] - 1
     print(

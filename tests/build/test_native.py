@@ -220,6 +220,18 @@ def test_the_extension_exports_its_entry_alone() -> None:
     assert [line.split()[-1].lstrip("_") for line in lines] == ["PyInit__engine"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ggml has the system's threads")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
+def test_openmp_as_gcc_compiles_it_is_linked_to_our_threads() -> None:
+    info = triollama.build_info()
+    if not info["compiler"].startswith("GNU") or "TRIOLLAMA_TEAM" in str(info["cmake_args"]):
+        pytest.skip("this build asks for others")
+    assert info["threads"] == "triollama"
+    command = ["nm", "-D", _engine.__file__]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"\b(?:GOMP|omp)_\w+", names) == []  # what upstream calls and gomp.cpp lacks
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the map of a Linux process")
 def test_the_extension_is_one_file() -> None:
     """Static: no library of llama.cpp or ggml is loaded beside it."""

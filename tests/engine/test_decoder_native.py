@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
         *([f"-fsanitize={sanitizer}"] if sanitizer else []),
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
         "-I", str(SOURCE / "ggml" / "include"),
-        str(ROOT / "engine" / "decoder.cpp"), str(ROOT / "engine" / "slots.cpp"),
+        *map(str, (ROOT / "engine").glob("decoder*.cpp")), str(ROOT / "engine" / "slots.cpp"),
         str(ROOT / "engine" / "disk.cpp"), str(ROOT / "engine" / "checksum.cpp"),
         str(ROOT / "tests" / "engine" / "native" / "decoder_fuzz.cpp"), "-o", str(program),
     ]  # fmt: skip
@@ -53,6 +54,48 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
     # Everything that could go wrong did happen.
     reached = dict(re.findall(r"(\w+) (\d+)", done.stdout))
     assert all(int(count) > 0 for count in reached.values()), reached
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads are ours on Linux only")
+@pytest.mark.parametrize(
+    ("sanitizer", "policy"),
+    [("", ""), ("", "passive"), ("", "active"), ("thread", ""), ("address,undefined", "")],
+)
+def test_what_gcc_makes_of_openmp_runs_on_our_threads(
+    tmp_path: Path, sanitizer: str, policy: str
+) -> None:
+    version = subprocess.run(
+        [str(COMPILER), "--version"], capture_output=True, text=True, check=True
+    )
+    if "Free Software Foundation" not in version.stdout:
+        pytest.skip("another compiler has another OpenMP")
+    options = ["-std=c++17", "-O1", "-g", "-pthread", "-DTRIOLLAMA_TEAM"]
+    options += [f"-fsanitize={sanitizer}"] if sanitizer else []
+    options += ["-I", str(ROOT / "engine")]
+    source = ROOT / "tests" / "engine" / "native" / "team_check.cpp"
+    ours = [str(ROOT / "engine" / "team.cpp"), str(ROOT / "engine" / "gomp.cpp")]
+    program, compiled = tmp_path / "team", tmp_path / "team.o"
+    # Only the check is compiled for OpenMP, and nothing is linked to libgomp.
+    subprocess.run(
+        [str(COMPILER), *options, "-fopenmp", "-c", str(source), "-o", str(compiled)], check=True
+    )
+    built = subprocess.run(
+        [str(COMPILER), *options, *ours, str(compiled), "-o", str(program)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if sanitizer and "cannot find" in built.stderr:
+        pytest.skip(f"this compiler has no library for {sanitizer}")
+    assert built.returncode == 0, built.stderr
+    environment = {**os.environ, "TSAN_OPTIONS": "die_after_fork=0"}
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    done = subprocess.run(
+        [str(program), "20" if policy == "active" else "200" if sanitizer else "2000"],
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout == "ok\n"
+    assert "Sanitizer" not in done.stderr
 
 
 def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:

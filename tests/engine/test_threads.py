@@ -1,0 +1,104 @@
+"""The threads that compute: one pool for the process, which ends with its last model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triollama
+
+pytestmark = pytest.mark.skipif(
+    triollama.build_info()["threads"] != "triollama", reason="this build has the system's threads"
+)
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from triollama._engine import Batch, Context, Model
+
+def opened(model, n=2):
+    return Context(model, n_ctx=64, n_threads=n, n_threads_batch=n)
+
+def compute(context):
+    batch = Batch(4)
+    batch.extend([5, 6, 7, 8], 0)
+    context.memory.clear()
+    context.decode(batch)
+    return context.logits()[-1].tobytes()
+
+def helpers():
+    "The threads of the pool, callers not counted."
+    tasks = Path("/proc/self/task").iterdir()
+    return [task for task in tasks if (task / "comm").read_text() == "triollama-cpu\\n"]
+
+def state(task):
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+path = sys.argv[1]
+"""
+
+
+@pytest.fixture
+def path(tiny) -> Path:
+    return tiny("llama")
+
+
+def run(code: str, path: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + code, str(path)],
+        capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_contexts_share_them_and_they_end_with_the_model(path: Path) -> None:
+    code = """
+counts = [len(helpers())]
+with Model(path) as model:
+    with opened(model) as one, opened(model) as other, opened(model, 3) as wide:
+        results = set()
+        for context in (one, other, wide, one):
+            results.add(compute(context))
+            counts.append(len(helpers()))
+    counts.append(len(helpers()))
+counts.append(len(helpers()))
+with Model(path) as model, opened(model) as again:
+    results.add(compute(again))
+    counts.append(len(helpers()))
+print(counts, len(results))
+"""
+    assert run(code, path) == "[0, 1, 1, 2, 2, 2, 0, 1] 1\n"
+
+
+def test_a_forked_child_has_threads_of_its_own(path: Path) -> None:
+    code = """
+model = Model(path)
+context = opened(model)
+expected = compute(context)
+child = os.fork()
+if child == 0:
+    model = Model(path)
+    os._exit(0 if compute(opened(model)) == expected else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert compute(context) == expected
+"""
+    run(code, path)
+
+
+@pytest.mark.parametrize(("policy", "states"), [("", {"S"}), ("passive", {"S"}), ("active", {"R"})])
+def test_the_users_wait_policy_is_kept(path: Path, policy: str, states: set[str]) -> None:
+    code = """
+model = Model(path)
+context = opened(model)
+compute(context)
+(task,) = helpers()
+end = time.monotonic() + 20
+while os.environ["OMP_WAIT_POLICY"] != "active" and state(task) == "R" and time.monotonic() < end:
+    pass
+print(*{state(task) for _ in range(50)})
+"""
+    assert set(run(code, path, OMP_WAIT_POLICY=policy).split()) == states
