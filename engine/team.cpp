@@ -70,7 +70,7 @@ public:
 
 private:
     static constexpr microseconds SLICE{1500};
-    static constexpr int ENOUGH = 10;
+    static constexpr int ENOUGH = 20;
     static constexpr std::chrono::seconds MEMORY{1};
 
     static thread_local int evidence;
