@@ -6,7 +6,7 @@
 // sleeps only after a millisecond or two. Alone nobody takes the offer, and nobody pays for waking a sleeper or a core;
 // beside another program no time slice is spent on waiting for a thread that is not running.
 //
-// The programs of gomp.cpp call this; nothing else needs to. All functions are of the calling thread.
+// gomp.cpp calls it for ggml, openmp.hpp for the rest of the engine. Functions that ask are of the calling thread.
 #pragma once
 
 namespace triollama {

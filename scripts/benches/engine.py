@@ -1,8 +1,8 @@
 """The engine beside upstream's llama-bench: decode, prefill, cost per token, import time.
 
 Both sides have the same model file, threads, batch, ubatch, KV type, flash attention (auto),
-repacking and memory mapping; libgomp's spin is the same. llama-bench decodes random tokens and
-samples nothing; our side generates text through ``triollama.sync``: sampling, detokenising and
+repacking and memory mapping, and its own threads as they come. llama-bench decodes random tokens
+and samples nothing; our side generates text through ``triollama.sync``: sampling, detokenising and
 making Python strings are in our time.
 """
 

@@ -48,7 +48,7 @@ class Conversations:
         self._all: dict[str, Conversation] = {}
         self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
         self._templates: dict[str, ChatTemplate] = {}
-        self._chosen_quietly = False
+        self._prepared: ChatTemplate | None = None  # the default one, before anybody used it
         self._ends: dict[int, tuple[ChatTemplate, Any]] = {}
         self._watchers: list[tuple[set[str], Callable[[], None]]] = []
 
@@ -172,10 +172,12 @@ class Conversations:
             return wanted
         key = wanted or ""
         if key not in self._templates:
-            self._templates[key] = template_for_model(self.engine.model, wanted or None)
-        elif not key and self._chosen_quietly and not self.engine.model.chat_template():
-            warn_of_default(self._templates[key].name)
-        self._chosen_quietly = self._chosen_quietly and bool(key)
+            made = None if key else self._prepared
+            if made is None:
+                made = template_for_model(self.engine.model, wanted or None)
+            elif not self.engine.model.chat_template():
+                warn_of_default(made.name)
+            self._templates[key] = made
         return self._templates[key]
 
     def turn_end(self, template: ChatTemplate) -> Any:
@@ -186,11 +188,10 @@ class Conversations:
 
     def prepare(self) -> None:
         """Parse the model's template before the first conversation waits for it."""
-        if "" not in self._templates:
+        if "" not in self._templates and self._prepared is None:
             with contextlib.suppress(ChatTemplateError):  # the conversation will hear of it
-                self._templates[""] = template_for_model(self.engine.model, quiet=True)
-                self._chosen_quietly = True
-                self.turn_end(self._templates[""])
+                self._prepared = template_for_model(self.engine.model, quiet=True)
+                self.turn_end(self._prepared)
 
     # Tokens
 

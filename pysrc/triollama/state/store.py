@@ -103,7 +103,12 @@ def read_bytes(path: StrPath, limit: int = MAX_BYTES) -> bytes:
     Raises FileNotFoundError where there is none, StateFormatError for what is no regular file or
     too large, StateError for what cannot be read.
     """
-    with _regular_file(path, limit) as (fd, size), open(fd, "rb", closefd=False) as file:
+    with _regular_file(path, limit) as (fd, size):
+        return _whole(path, limit, fd, size)
+
+
+def _whole(path: StrPath, limit: int, fd: int, size: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
         data = file.read(size + 1)
     if len(data) > limit:
         raise StateFormatError(f"it has more than {limit} bytes", path=os.fspath(path))
@@ -114,20 +119,20 @@ def read_large(path: StrPath, limit: int) -> memoryview:
     """As ``read_bytes``, a large file in two halves at once: the first touch of each page of new
     memory takes longer than the copy into it."""
     with _regular_file(path, limit) as (fd, size):
-        if size >= _WORTH_HALVING and hasattr(os, "preadv"):
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            view = memoryview(mmap.mmap(-1, size, flags=flags))
-            half = size // 2
-            with ThreadPoolExecutor(1, "triollama-read") as other:
-                try:
-                    second = other.submit(_fill, view[half:], fd, half)
-                except RuntimeError as error:  # no more threads
-                    raise OSError(str(error)) from error
-                n = _fill(view[:half], fd, 0)
-                if n == half:  # else it has become shorter
-                    n += second.result()
-            return view[:n].toreadonly()
-    return memoryview(read_bytes(path, limit))
+        if size < _WORTH_HALVING or not hasattr(os, "preadv"):
+            return memoryview(_whole(path, limit, fd, size))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        view = memoryview(mmap.mmap(-1, size, flags=flags))
+        half = size // 2
+        with ThreadPoolExecutor(1, "triollama-read") as other:
+            try:
+                second = other.submit(_fill, view[half:], fd, half)
+            except RuntimeError as error:  # no more threads
+                raise OSError(str(error)) from error
+            n = _fill(view[:half], fd, 0)
+            if n == half:  # else it has become shorter
+                n += second.result()
+        return view[:n].toreadonly()
 
 
 def _fill(view: memoryview, fd: int, offset: int) -> int:

@@ -121,6 +121,18 @@ static void orphaned() {
     check(total == 499500, "a loop outside of teams");
 }
 
+// Of a team of two, how many may run on these and no others.
+static int pinned_to(const cpu_set_t & cpus) {
+    std::atomic<int> there{0};
+    #pragma omp parallel num_threads(2)
+    {
+        cpu_set_t mine;
+        sched_getaffinity(0, sizeof mine, &mine);
+        there += CPU_EQUAL(&mine, &cpus) != 0;
+    }
+    return there;
+}
+
 static void pinned() {
     cpu_set_t before, one;
     sched_getaffinity(0, sizeof before, &before);
@@ -132,23 +144,9 @@ static void pinned() {
             }
         }
         sched_setaffinity(0, sizeof one, &one);
-        std::atomic<int> there{0};
-        #pragma omp parallel num_threads(2)
-        {
-            cpu_set_t mine;
-            sched_getaffinity(0, sizeof mine, &mine);
-            there += CPU_EQUAL(&mine, &one) != 0;
-        }
-        check(there == 2, "a team runs where its caller is pinned");
+        check(pinned_to(one) == 2, "a team runs where its caller is pinned");
     }).join();
-    std::atomic<int> there{0};
-    #pragma omp parallel num_threads(2)
-    {
-        cpu_set_t mine;
-        sched_getaffinity(0, sizeof mine, &mine);
-        there += CPU_EQUAL(&mine, &before) != 0;
-    }
-    check(there == 2, "and others do not");
+    check(pinned_to(before) == 2, "and others do not");
 }
 
 static void thrown() {
