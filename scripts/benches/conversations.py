@@ -15,12 +15,12 @@ import trio
 from triollama import GenerationParams, models
 from triollama.aio import open_llama
 from triollama.chat import named
-from triollama.state import (
-    Conversation,
+from triollama.files import (
     Document,
     Journal,
     Message,
     ModelIdentity,
+    SavedConversation,
     decode,
     encode,
 )
@@ -43,7 +43,7 @@ def document(n_messages: int = MESSAGES) -> Document:
         )
         for number in range(n_messages)
     )
-    conversation = Conversation(
+    conversation = SavedConversation(
         id="bench", messages=messages, tokens=tuple(range(4000)), split=(2000, 2000)
     )
     return Document(model=ModelIdentity(fingerprint=bytes(32)), conversations=(conversation,))
@@ -207,7 +207,7 @@ def figures(options: Options) -> list[Figure]:
 
             def commit() -> None:
                 last = state[0]
-                state[0] = Conversation(id=last.id, messages=last.messages + turn)
+                state[0] = SavedConversation(id=last.id, messages=last.messages + turn)
                 journal.commit(state)
 
             found.append(

@@ -16,10 +16,10 @@ KILLING = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import trio
-import triollama.state
+import triollama.files
 from triollama import GenerationParams
 from triollama.aio import open_llama
-from triollama.state import Journal, load_document
+from triollama.files import Journal, load_document
 
 model, path, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 chance = random.Random(int(sys.argv[4]))
@@ -46,7 +46,7 @@ def child(pipe):
             tell(done=True)
             return size
 
-    triollama.state.Journal = Told
+    triollama.files.Journal = Told
 
     async def talk(llama, name, serial):
         chat = llama.conversations[name] if name in llama.conversations else None

@@ -13,7 +13,7 @@ from triollama import GenerationParams
 from triollama.aio import Conversation, Llama, open_llama
 from triollama.chat import ChatTemplate
 from triollama.errors import ContextFullError, ParameterError, UnsupportedError
-from triollama.state import Message
+from triollama.files import Message
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=6)
 SAMPLED = GenerationParams(temperature=1.2, top_k=0, top_p=1.0, max_tokens=6, seed=7)

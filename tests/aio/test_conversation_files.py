@@ -22,7 +22,7 @@ from triollama.errors import (
     StateMismatchError,
     StateWriteError,
 )
-from triollama.state import kv_folder, load_document, save_document
+from triollama.files import kv_folder, load_document, save_document
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=6)
 SAMPLED = GenerationParams(

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from triollama import GenerationParams
 from triollama.aio import open_llama
 from triollama.errors import ContextFullError, ParameterError
-from triollama.state import load_document
+from triollama.files import load_document
 from triollama.testing import FakeEngine, Reply, open_fake_llama
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, ignore_eos=True)

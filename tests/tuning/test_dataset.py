@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triollama import _engine, state
+from triollama import _engine, files
 from triollama.chat import ChatTemplate, named, template_for_model
 from triollama.errors import StateError
 from triollama.tuning import (
@@ -180,22 +180,22 @@ def test_files_of_each_kind(gemma: _engine.Model, tmp_path: Path) -> None:
 
 
 def test_conversations_saved_by_triollama(gemma: _engine.Model, tmp_path: Path) -> None:
-    messages = tuple(state.Message(role=one["role"], content=one["content"]) for one in CHAT)  # type: ignore[arg-type]
-    document = state.Document(
-        model=state.ModelIdentity(fingerprint=bytes(32)),
+    messages = tuple(files.Message(role=one["role"], content=one["content"]) for one in CHAT)  # type: ignore[arg-type]
+    document = files.Document(
+        model=files.ModelIdentity(fingerprint=bytes(32)),
         conversations=(
-            state.Conversation(id="a", messages=messages, title="A chat"),
-            state.Conversation(id="unanswered", messages=messages[:1]),
-            state.Conversation(id="b", messages=messages[:2]),
+            files.SavedConversation(id="a", messages=messages, title="A chat"),
+            files.SavedConversation(id="unanswered", messages=messages[:1]),
+            files.SavedConversation(id="b", messages=messages[:2]),
         ),
     )
     kwargs: dict[str, Any] = {
         "vocab": gemma.vocab, "template": template_for_model(gemma), "validation_split": 0.0
     }  # fmt: skip
     expected = prepare_training_data([CHAT, CHAT[:2]], **kwargs)
-    state.save_document(tmp_path / "a.json", document)
-    state.save_document(tmp_path / "a.msgpack", document, "msgpack")
-    with state.Journal(tmp_path / "a.journal", document):
+    files.save_document(tmp_path / "a.json", document)
+    files.save_document(tmp_path / "a.msgpack", document, "msgpack")
+    with files.Journal(tmp_path / "a.journal", document):
         pass
     indented = json.dumps(json.loads((tmp_path / "a.json").read_bytes()), indent=2)
     (tmp_path / "indented.json").write_text(indented)

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors",),
     ("params", "results"),
     ("_engine",),
-    ("chat", "structured", "models", "state"),
+    ("chat", "structured", "models", "files"),
     ("aio", "sync", "tuning"),
     ("testing",),
     ("cli",),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import trio
 
-from .. import state as saved_state
+from .. import files
 from .._engine import read_control_vector
 from ..errors import AdapterError, BusyError, ParameterError, StateError, UnsupportedError
 
@@ -208,14 +208,14 @@ class Adapters:
         return number
 
     @staticmethod
-    def saved(adapters: Scaled) -> tuple[saved_state.Adapter, ...]:
+    def saved(adapters: Scaled) -> tuple[files.SavedAdapter, ...]:
         """For a state document."""
         return tuple(
-            saved_state.Adapter(path=adapter.path, scale=scale, digest=adapter.digest)
+            files.SavedAdapter(path=adapter.path, scale=scale, digest=adapter.digest)
             for adapter, scale in adapters
         )
 
-    def find(self, saved: Iterable[saved_state.Adapter]) -> Scaled | None:
+    def find(self, saved: Iterable[files.SavedAdapter]) -> Scaled | None:
         """The loaded ones that a document names; None if one is missing."""
         found = []
         for one in saved:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 import msgspec
 import trio
 
-from .. import state as saved_state
+from .. import files
 from ..chat import ChatTemplate, ChatTokens, assistant_spans
 from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedError
+from ..files import MAX_TITLE, Message
 from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion
-from ..state import MAX_TITLE, Message
 from ..structured import Structured, structured
 from .adapters import Adapters, LoadedAdapter, Scaled
 from .history import (
@@ -656,14 +656,14 @@ class Conversation:
 
     # Saving
 
-    def to_saved(self, kv: saved_state.KVFile | None = None) -> saved_state.Conversation:
+    def to_saved(self, kv: files.KVFile | None = None) -> files.SavedConversation:
         """As of the last commit, for a state document."""
         state = self._state
         sampler, sampled_by = state.sampler
         params = saved_params(self.params)
         last = params if sampled_by is None else saved_params(sampled_by)
         edges = (*state.cuts, state.n_computed)
-        return saved_state.Conversation(
+        return files.SavedConversation(
             id=self.id,
             title=self._title,
             created=self.created,

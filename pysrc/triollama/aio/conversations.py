@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from .. import state as saved_state
+from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..chat.template import warn_of_default
 from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
+from ..files import Message
 from ..params import GenerationParams, make_params
-from ..state import Message
 from .adapters import LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .history import WORTH_SHARING, Memory, Plan, Shift, State, common_length, now
@@ -101,9 +101,7 @@ class Conversations:
             history.append(
                 message
                 if isinstance(message, Message)
-                else saved_state.documents.document_from(
-                    dict(message), Message, place=f"messages[{at}]"
-                )
+                else files.document_from(dict(message), Message, place=f"messages[{at}]")
             )
         source = template.source if isinstance(template, ChatTemplate) else template or ""
         return self.add(

@@ -6,8 +6,8 @@ import datetime
 
 import msgspec
 
+from ..files import Message
 from ..params import GenerationParams
-from ..state import Message
 
 __all__ = [
     "WORTH_SHARING",

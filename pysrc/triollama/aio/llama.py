@@ -13,9 +13,9 @@ import trio
 
 from ..chat import ChatTemplate
 from ..errors import BusyError, ParameterError, TriollamaError
+from ..files import Document, Message
 from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
-from ..state import Document, Message
 from ..structured import structured
 from . import native, saving
 from .adapters import Adapters, LoadedAdapter, Scaled

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import trio
 
-from .. import state as saved_state
+from .. import files
 from ..errors import (
     ParameterError,
     StateDamagedError,
@@ -34,10 +34,10 @@ __all__ = ["autosave", "restore", "save"]
 _log = logging.getLogger("triollama.conversation")
 
 
-def settings(chats: Conversations) -> saved_state.ContextSettings:
+def settings(chats: Conversations) -> files.ContextSettings:
     """Of this Llama's context, for a document."""
     context = chats.engine.context
-    return saved_state.ContextSettings(
+    return files.ContextSettings(
         n_ctx=chats.llama.n_ctx,
         n_ubatch=context.n_ubatch,
         n_seq_max=context.n_seq_max,
@@ -53,18 +53,18 @@ def settings(chats: Conversations) -> saved_state.ContextSettings:
 def kv_key(chats: Conversations, chat: Conversation) -> bytes:
     """What the KV of a conversation belongs to."""
     adapters = chats.adapters.saved(chat._adapters)
-    return saved_state.kv_key(chats.engine.model.fingerprint, settings(chats), adapters)
+    return files.kv_key(chats.engine.model.fingerprint, settings(chats), adapters)
 
 
 def document_of(
-    chats: Conversations, conversations: Iterable[saved_state.Conversation]
-) -> saved_state.Document:
+    chats: Conversations, conversations: Iterable[files.SavedConversation]
+) -> files.Document:
     """A document of these conversations, with this Llama's model and settings."""
     from .. import __version__
 
     model = chats.engine.model
-    return saved_state.Document(
-        model=saved_state.ModelIdentity(
+    return files.Document(
+        model=files.ModelIdentity(
             fingerprint=model.fingerprint,
             name=model.metadata.get("general.name", ""),
             architecture=model.architecture,
@@ -83,26 +83,26 @@ async def save(
     *,
     format: Literal["json", "msgpack"] = "json",
     kv: bool = False,
-) -> saved_state.Document:
+) -> files.Document:
     """See ``Llama.save``."""
     await trio.lowlevel.checkpoint()
     chats.llama._check_open()
     await chats.engine.fingerprint()
     chosen = list(chats._all.values() if conversations is None else conversations)
-    files: dict[str, saved_state.KVFile] = {}
+    kept: dict[str, files.KVFile] = {}
     if kv:
         for chat in chosen:
             found = await _kv_of(chats, chat)
             if found is not None:
                 tokens, blob = found
-                files[chat.id] = await trio.to_thread.run_sync(
-                    saved_state.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
+                kept[chat.id] = await trio.to_thread.run_sync(
+                    files.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
                 )
-    document = document_of(chats, [chat.to_saved(files.get(chat.id)) for chat in chosen])
+    document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
 
     def write() -> None:
-        saved_state.save_document(path, document, format)
-        saved_state.remove_kv_except(path, [one.kv for one in document.conversations])
+        files.save_document(path, document, format)
+        files.remove_kv_except(path, [one.kv for one in document.conversations])
 
     await trio.to_thread.run_sync(write)
     return document
@@ -144,12 +144,12 @@ async def restore(
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
     if "overflow" in options:
         chats.check_overflow(options["overflow"])
-    if isinstance(source, saved_state.Document):
+    if isinstance(source, files.Document):
         document, path = source, None
     else:
         path = source
-        document = await trio.to_thread.run_sync(saved_state.load_document, path)
-    same = saved_state.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)
+        document = await trio.to_thread.run_sync(files.load_document, path)
+    same = files.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)
     wanted = None if ids is None else set(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
@@ -196,7 +196,7 @@ async def restore(
 
 def _revive(
     chats: Conversations,
-    one: saved_state.Conversation,
+    one: files.SavedConversation,
     same: bool,
     n_vocab: int,
     place: str,
@@ -207,7 +207,7 @@ def _revive(
         raise StateFormatError(
             f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
         )
-    params = saved_state.known_params(one.params)
+    params = files.known_params(one.params)
     state = State(messages=one.messages, dropped=one.dropped)
     if same:
         n_computed = sum(one.split) if one.split else 0
@@ -222,7 +222,7 @@ def _revive(
             and message.n_computed <= message.n_context <= len(one.tokens)
         )
         if turns and turns[-1].n_messages == len(one.messages) and turns[-1].n_tokens:
-            sampled_by = saved_state.known_params(one.sampler_params or one.params)
+            sampled_by = files.known_params(one.sampler_params or one.params)
             last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=sampled_by)
             turns = (*turns[:-1], last)
             if one.sampler:
@@ -258,7 +258,7 @@ def _revive(
     return chat
 
 
-def _overflow(chats: Conversations, one: saved_state.Conversation) -> Overflow:
+def _overflow(chats: Conversations, one: files.SavedConversation) -> Overflow:
     """What was saved, if it can be had here."""
     try:
         return chats.check_overflow(one.overflow)
@@ -281,9 +281,9 @@ def _check_sampler(chats: Conversations, data: bytes, params: GenerationParams, 
 async def _load_kv(
     chats: Conversations,
     chat: Conversation,
-    one: saved_state.Conversation,
+    one: files.SavedConversation,
     path: Any,
-    document: saved_state.Document,
+    document: files.Document,
     on_mismatch: str,
 ) -> None:
     assert one.kv is not None
@@ -295,7 +295,7 @@ async def _load_kv(
 
     def load() -> Any:
         # The blob has a checksum of its own, which load_sequence looks at.
-        blob = saved_state.read_kv(path, file, key, tokens, verify=False)
+        blob = files.read_kv(path, file, key, tokens, verify=False)
         try:
             return chats.decoder.load_sequence(chat._memory.sequence, blob, len(tokens), adapters)
         except StateError as error:
@@ -335,7 +335,7 @@ async def autosave(
         return [one for one in chats._all.values() if chosen is None or one.id in chosen]
 
     document = document_of(chats, [one.to_saved() for one in followed()])
-    journal = await trio.to_thread.run_sync(saved_state.Journal, path, document)
+    journal = await trio.to_thread.run_sync(files.Journal, path, document)
     changed: set[str] = set()
     woken = trio.Event()
     turns = {one.id: one._state for one in followed()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from .. import state
+from .. import files
 from ..chat import ROLES, ChatTemplate
 from ..errors import ChatTemplateError, ParameterError
 from .encode import Encoder, Example, Tokens, Vocab
@@ -124,7 +124,7 @@ def _read(path: str | PathLike[str]) -> Iterator[tuple[int | None, Any]]:
     with open(path, "rb") as file:
         saved = _STATE_FILE.match(file.read(4096))
     if saved:
-        return ((None, one) for one in state.load_document(path).conversations)
+        return ((None, one) for one in files.load_document(path).conversations)
     return read_jsonl(path)
 
 
@@ -165,7 +165,7 @@ def _chat_of(item: Any, line: int | None) -> tuple[list[dict[str, Any]], Any]:
     messages = []
     for i, given in enumerate(item):
         here = f"{path}[{i}]"
-        if isinstance(given, state.Message):
+        if isinstance(given, files.Message):
             messages.append(given.for_template())
             continue
         message = msgspec.to_builtins(given) if isinstance(given, msgspec.Struct) else given
@@ -287,14 +287,15 @@ def prepare_training_data(
 
     conversations: the path of a JSONL file, or of conversations saved by triollama, or an
     iterable. Each item is a chat (a list of messages, an object with ``messages`` and maybe
-    ``tools``, a ``triollama.state.Conversation``), an object with ``prompt`` and ``completion``
-    (``question`` and ``answer`` mean the same), or an object with ``text``, or a plain string.
-    Chats need a ``template`` (see ``triollama.chat.template_for_model``). validation_split: the
-    share of conversations, never of messages, held out; drawn with ``seed``. validation: what to
-    hold out instead, in the same forms. max_length and truncation: see TrainingConfig; an example
-    of which no learned token is left is dropped, a saved conversation without an answer too.
-    only_last: of a chat, learn the last answer alone. as_chat: a prompt is what the user says and
-    its completion the answer. progress: called with the number of examples made.
+    ``tools``, a ``triollama.files.SavedConversation``), an object with ``prompt`` and
+    ``completion`` (``question`` and ``answer`` mean the same), or an object with ``text``,
+    or a plain string. Chats need a ``template`` (see ``triollama.chat.template_for_model``).
+    validation_split: the share of conversations, never of messages, held out; drawn with ``seed``.
+    validation: what to hold out instead, in the same forms. max_length and truncation: see
+    TrainingConfig; an example of which no learned token is left is dropped, a saved
+    conversation without an answer too. only_last: of a chat, learn the last answer alone.
+    as_chat: a prompt is what the user says and its completion the answer.
+    progress: called with the number of examples made.
 
     Raises DataError naming line and path, ExampleTooLongError, InvalidValidationSplitError, and a
     StateError for a damaged file of saved conversations.
@@ -371,7 +372,7 @@ class _Reader:
         examples: list[Example] = []
         for i, (line, item) in enumerate(items):
             name = f"line {line}" if line is not None else f"item {i}"
-            if isinstance(item, state.Conversation):
+            if isinstance(item, files.SavedConversation):
                 name = f"conversation {item.id}"
             example = self._fitted(self._encode(item, line, name), line)
             if example is None:
@@ -436,7 +437,7 @@ class _Reader:
                     return self.encoder.chat(chat, source=source)
             if "text" in item:
                 return self.encoder.text(_text_at(item, "text", line), source)
-        if isinstance(item, state.Conversation):
+        if isinstance(item, files.SavedConversation):
             messages, tools = [message.for_template() for message in item.messages], None
             if not any(message["role"] == "assistant" for message in messages):
                 return None

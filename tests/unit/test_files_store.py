@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from test_state_documents import make_document
+from test_files_documents import make_document
 from triollama.errors import (
     ParameterError,
     StateDamagedError,
@@ -19,7 +19,7 @@ from triollama.errors import (
     StateVersionError,
     StateWriteError,
 )
-from triollama.state import (
+from triollama.files import (
     Journal,
     check_model,
     kv_folder,
@@ -29,7 +29,7 @@ from triollama.state import (
     save_document,
     write_kv,
 )
-from triollama.state.store import write_bytes
+from triollama.files.store import write_bytes
 
 KEY = b"k" * 32
 

@@ -1,203 +1,41 @@
-"""What is saved of conversations: msgspec Structs, and their JSON or MessagePack.
+"""Documents as bytes, JSON or MessagePack, and back: checked through and through.
 
-The version is in the tag ``format``. Within a version only fields with defaults are added, so
-an older reader can read a newer file; what it does not know it keeps in ``extras`` and writes
-back. A checksum over the content guards against damage: layout may change (a file may be
-indented by hand), content may not, unless loaded with ``verify=False``. It is a CRC-32: against
-accidents, not against people.
+What an older reader does not know it keeps in ``extras`` and writes back. A checksum over the
+content guards against damage: layout may change (a file may be indented by hand), content may
+not, unless loaded with ``verify=False``. It is a CRC-32: against accidents, not against people.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from ..errors import ParameterError, StateDamagedError, StateFormatError, StateVersionError
-from ..params import GenerationParams, make_params
+from .documents import (
+    FORMAT,
+    ContextSettings,
+    Document,
+    KVFile,
+    Message,
+    ModelIdentity,
+    Saved,
+    SavedAdapter,
+    SavedConversation,
+    known_params,
+)
 
-__all__ = [
-    "FORMAT",
-    "MAX_TITLE",
-    "Adapter",
-    "ContextSettings",
-    "Conversation",
-    "Document",
-    "KVFile",
-    "Message",
-    "ModelIdentity",
-    "decode",
-    "encode",
-    "known_params",
-    "spread",
-]
+__all__ = ["Format", "check", "decode", "document_from", "encode", "spread"]
 
-FORMAT = "triollama-conversations-1"
-MAX_TITLE = 200
 _FAMILY = re.compile(r"triollama-conversations-(\d{1,9})")
 _MAX_NESTING = 200
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Position = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
-Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Time = Annotated[datetime.datetime, Meta(tz=True)]
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-
-
-class _Saved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base: fields of later versions are in ``extras``, by name."""
-
-    extras: dict[str, Any] = msgspec.field(default_factory=dict, name="+")
-
-
-class ModelIdentity(_Saved, frozen=True, kw_only=True):
-    """Which model: ``fingerprint`` is ``Model.fingerprint``; the rest is for people."""
-
-    fingerprint: Digest
-    name: str = ""
-    architecture: str = ""
-
-
-class ContextSettings(_Saved, frozen=True, kw_only=True):
-    """The settings that a conversation's tokens were computed with."""
-
-    n_ctx: Count = 0
-    n_ubatch: Count = 0
-    n_seq_max: Count = 1
-    type_k: Type = "f16"
-    type_v: Type = "f16"
-    kv_unified: bool = True
-    swa_full: bool = True
-    flash_attn: Literal["auto", "on", "off"] = "auto"
-    threads: Count = 0
-    deterministic: bool = False
-
-
-class Adapter(_Saved, frozen=True, kw_only=True):
-    """A LoRA adapter in use: its file, a digest of it if known, and its scale."""
-
-    path: str
-    scale: float = 1.0
-    digest: bytes = b""
-
-
-class KVFile(_Saved, frozen=True, kw_only=True):
-    """The KV cache saved beside the document: ``name`` in its folder, for ``n_tokens``."""
-
-    name: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\.kv$")]
-    n_tokens: Position
-    size: Count
-
-
-class Message(_Saved, frozen=True, kw_only=True):
-    """One message. ``tokens`` are those the assistant generated, exactly as sampled.
-
-    On an assistant's message ``n_context`` and ``n_computed`` count the conversation's tokens
-    after this turn, and those of them that were in memory.
-    """
-
-    role: Role
-    content: str = ""
-    created: Time | None = None
-    tokens: tuple[Token, ...] = ()
-    n_tokens: Count = 0
-    n_context: Count = 0
-    n_computed: Count = 0
-    finish_reason: str = ""
-    name: str = ""
-    reasoning_content: str = ""
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    tool_call_id: str = ""
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates want it: what is empty is left out."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
-        for field in ("name", "reasoning_content", "tool_call_id"):
-            if getattr(self, field):
-                message[field] = getattr(self, field)
-        if self.tool_calls:
-            message["tool_calls"] = list(self.tool_calls)
-        return message
-
-
-class Conversation(_Saved, frozen=True, kw_only=True):
-    """A conversation up to its last committed turn.
-
-    ``params`` are its generation parameters by name (see ``known_params``). ``template`` is
-    the name of a built-in template, Jinja source, or empty for the model's own. ``sampler`` is
-    ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
-    ``split`` the sizes of the batches in which the first of them were computed: replaying it
-    gives the same bits in deterministic mode. ``dropped`` messages after the system prompt are no
-    longer shown to the model. ``parent`` is the conversation it was forked from. ``sampler_params``
-    are those of the last turn, where they differ from ``params``. ``overflow``, ``on_cancel``,
-    ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow function is saved as
-    "function", and variables that are no plain data are not.
-    """
-
-    id: Name
-    title: Annotated[str, Meta(max_length=MAX_TITLE)] = ""
-    created: Time | None = None
-    updated: Time | None = None
-    messages: tuple[Message, ...] = ()
-    template: str = ""
-    params: dict[str, Any] = {}
-    sampler: bytes = b""
-    tokens: tuple[Token, ...] = ()
-    split: tuple[Position, ...] = ()
-    dropped: Count = 0
-    n_prompt_tokens: Count = 0
-    n_generated_tokens: Count = 0
-    adapters: tuple[Adapter, ...] = ()
-    kv: KVFile | None = None
-    parent: str = ""
-    sampler_params: dict[str, Any] = {}
-    overflow: str = "raise"
-    on_cancel: Literal["rollback", "keep"] = "rollback"
-    tools: tuple[dict[str, Any], ...] | None = None
-    variables: dict[str, Any] = {}
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens in the conversation's memory."""
-        return len(self.tokens)
-
-
-class Document(_Saved, frozen=True, kw_only=True, tag_field="format", tag=FORMAT):
-    """All that a state file holds. ``version`` is of the library that wrote it."""
-
-    model: ModelIdentity
-    context: ContextSettings = ContextSettings()
-    saved: Time | None = None
-    version: str = ""
-    conversations: tuple[Conversation, ...] = ()
-
-
-def known_params(params: Mapping[str, Any]) -> GenerationParams:
-    """The parameters this version knows; others stay in the document. Raises ParameterError."""
-    fields = GenerationParams.__struct_fields__
-    known = {name: value for name, value in params.items() if name in fields}
-    if isinstance(known.get("logit_bias"), dict):
-        # The keys of a JSON object are strings.
-        known["logit_bias"] = {
-            int(key) if isinstance(key, str) and key.isdecimal() else key: value
-            for key, value in known["logit_bias"].items()
-        }
-    return make_params(None, known)
-
-
-# Encoding ---------------------------------------------------------------------------------------
-
 Format = Literal["json", "msgpack"]
-_S = TypeVar("_S", bound=_Saved)
+_S = TypeVar("_S", bound=Saved)
 
 _JSON = msgspec.json.Encoder()
 _PACK = msgspec.msgpack.Encoder()
@@ -205,7 +43,7 @@ _JSON_DECODER = msgspec.json.Decoder()
 _PACK_DECODER = msgspec.msgpack.Decoder()
 
 
-def encode(document: _Saved, format: Format = "json") -> bytes:
+def encode(document: Saved, format: Format = "json") -> bytes:
     """The document as bytes, its checksum included.
 
     Raises StateFormatError for what cannot be written, naming the place.
@@ -221,7 +59,7 @@ def encode(document: _Saved, format: Format = "json") -> bytes:
     return _sign(raw, format)
 
 
-def _with_extras(saved: _Saved) -> Iterator[_Saved]:
+def _with_extras(saved: Saved) -> Iterator[Saved]:
     """The Structs in a document that hold unknown fields."""
     if saved.extras:
         yield saved
@@ -237,7 +75,7 @@ def _with_extras(saved: _Saved) -> Iterator[_Saved]:
 
 _CHILDREN: dict[type, tuple[str, ...]] = {
     Document: ("model", "context", "conversations"),
-    Conversation: ("messages", "adapters", "kv"),
+    SavedConversation: ("messages", "adapters", "kv"),
 }
 
 
@@ -376,11 +214,23 @@ def document_from(raw: Any, kind: type[_S], *, path: str = "", place: str = "$")
 _FIELDS: dict[type, frozenset[str]] = {
     kind: frozenset(field.encode_name for field in msgspec.structs.fields(kind)) - {"+"}
     | ({"format"} if kind is Document else set())
-    for kind in (Document, ModelIdentity, ContextSettings, Conversation, Message, Adapter, KVFile)
+    for kind in (
+        Document,
+        ModelIdentity,
+        ContextSettings,
+        SavedConversation,
+        Message,
+        SavedAdapter,
+        KVFile,
+    )
 }
 _NESTED: dict[type, dict[str, type]] = {
-    Document: {"model": ModelIdentity, "context": ContextSettings, "conversations": Conversation},
-    Conversation: {"messages": Message, "adapters": Adapter, "kv": KVFile},
+    Document: {
+        "model": ModelIdentity,
+        "context": ContextSettings,
+        "conversations": SavedConversation,
+    },
+    SavedConversation: {"messages": Message, "adapters": SavedAdapter, "kv": KVFile},
 }
 
 
@@ -424,7 +274,7 @@ def _check_nesting(value: Any, place: str, path: str, depth: int = 0) -> None:
         raise StateFormatError(f"{value} is no number to keep", place=place, path=path)
 
 
-def check(saved: _Saved, path: str = "", place: str = "$") -> None:
+def check(saved: Saved, path: str = "", place: str = "$") -> None:
     """What types cannot say. Raises StateFormatError."""
     if isinstance(saved, Document):
         seen: set[str] = set()
@@ -436,7 +286,7 @@ def check(saved: _Saved, path: str = "", place: str = "$") -> None:
                 )
             seen.add(conversation.id)
             check(conversation, path, where)
-    elif isinstance(saved, Conversation):
+    elif isinstance(saved, SavedConversation):
         if sum(saved.split) > len(saved.tokens):
             raise StateFormatError(
                 f"the batches hold {sum(saved.split)} tokens, the conversation {len(saved.tokens)}",

@@ -20,7 +20,7 @@ from triollama.errors import (
     StateFormatError,
     StateWriteError,
 )
-from triollama.state import (
+from triollama.files import (
     Journal,
     Message,
     decode,
@@ -28,10 +28,10 @@ from triollama.state import (
     load_document,
     save_document,
 )
-from triollama.state.documents import Format
+from triollama.files.codec import Format
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from test_state_documents import make_document
+from test_files_documents import make_document
 
 FORMATS: tuple[Format, ...] = ("json", "msgpack")
 
@@ -41,7 +41,7 @@ def edited(edit: Callable[[Any], object]) -> bytes:
     raw = json.loads(encode(make_document(4)))
     raw.pop("checksum")
     edit(raw)
-    from triollama.state.documents import _sign
+    from triollama.files.codec import _sign
 
     return _sign(msgspec.json.encode(raw), "json")
 
@@ -245,7 +245,7 @@ def test_a_folder_without_permission(tmp_path: Path, run_isolated: Callable[...,
         from pathlib import Path
         import msgspec
         from triollama.errors import StateError, StateWriteError
-        from triollama.state import Document, ModelIdentity, load_document, save_document
+        from triollama.files import Document, ModelIdentity, load_document, save_document
         folder = Path(sys.argv[1])
         document = Document(model=ModelIdentity(fingerprint=bytes(32)))
         path = folder / "chats.json"
@@ -284,7 +284,7 @@ def test_a_disk_that_is_full_at_every_size(
         from pathlib import Path
         import msgspec
         from triollama.errors import StateWriteError
-        from triollama.state import Document, Journal, ModelIdentity, load_document, save_document
+        from triollama.files import Document, Journal, ModelIdentity, load_document, save_document
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         folder = Path(sys.argv[1])
         big = load_document(folder / "big")
@@ -323,10 +323,10 @@ def test_a_disk_that_is_full_at_every_size(
 
 def test_a_journal_that_lies(tmp_path: Path) -> None:
     """Records whose checksums are right and whose content is not."""
-    from triollama.state.journal import _frame
+    from triollama.files.records import frame
 
     document = make_document(1)
-    first = _frame(0, encode(document, "msgpack"))
+    first = frame(0, encode(document, "msgpack"))
     conversation = document.conversations[0].id
     path = tmp_path / "auto"
     message = msgspec.to_builtins(Message(role="user"))
@@ -357,7 +357,7 @@ def test_a_journal_that_lies(tmp_path: Path) -> None:
         {"removed": [7]},
         {"removed": 7},
     ):
-        path.write_bytes(first + _frame(1, msgspec.msgpack.encode(commit)))
+        path.write_bytes(first + frame(1, msgspec.msgpack.encode(commit)))
         with pytest.raises(StateFormatError, match="record 1") as caught:
             load_document(path)
         assert caught.value.place.startswith("record 1 $")

@@ -1,44 +1,46 @@
-"""Saved conversations: documents, files that are whole or absent, KV beside them, a journal.
+"""What is saved: documents, files that are whole or absent, KV beside them, a journal.
 
-Pure data and files: nothing here needs a model or an event loop.
+Pure data and files: nothing here needs a model.
 """
 
 from __future__ import annotations
 
+from .codec import Format, decode, document_from, encode
+from .document_file import load_document, save_document
 from .documents import (
     FORMAT,
     MAX_TITLE,
-    Adapter,
     ContextSettings,
-    Conversation,
     Document,
     KVFile,
     Message,
     ModelIdentity,
-    decode,
-    encode,
+    SavedAdapter,
+    SavedConversation,
     known_params,
 )
 from .fingerprint import adapters_key, check_model, kv_key, same_model, tokens_key
 from .journal import Journal
 from .kv import kv_folder, read_kv, remove_kv_except, write_kv
-from .store import MAX_BYTES, load_document, save_document
+from .store import MAX_BYTES
 
 __all__ = [
     "FORMAT",
     "MAX_BYTES",
     "MAX_TITLE",
-    "Adapter",
     "ContextSettings",
-    "Conversation",
     "Document",
+    "Format",
     "Journal",
     "KVFile",
     "Message",
     "ModelIdentity",
+    "SavedAdapter",
+    "SavedConversation",
     "adapters_key",
     "check_model",
     "decode",
+    "document_from",
     "encode",
     "known_params",
     "kv_folder",

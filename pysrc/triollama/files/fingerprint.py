@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from ..errors import ParameterError, StateMismatchError
-from .documents import Adapter, ContextSettings, ModelIdentity
+from .documents import ContextSettings, ModelIdentity, SavedAdapter
 
 __all__ = ["adapters_key", "check_model", "kv_key", "same_model", "tokens_key"]
 
@@ -45,7 +45,7 @@ def check_model(
     return False
 
 
-def adapters_key(adapters: Iterable[Adapter]) -> bytes:
+def adapters_key(adapters: Iterable[SavedAdapter]) -> bytes:
     """16 bytes for a set of adapters with their scales, in whatever order they are."""
     digest = hashlib.blake2b(digest_size=16)
     for adapter in sorted(adapters, key=lambda one: (one.digest or one.path.encode(), one.scale)):
@@ -55,7 +55,7 @@ def adapters_key(adapters: Iterable[Adapter]) -> bytes:
 
 
 def kv_key(
-    fingerprint: bytes, settings: ContextSettings, adapters: Iterable[Adapter] = ()
+    fingerprint: bytes, settings: ContextSettings, adapters: Iterable[SavedAdapter] = ()
 ) -> bytes:
     """32 bytes; KV may be reused where it is the same.
 

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triollama.errors import StateDamagedError, StateFormatError, StateVersionError
-from triollama.state import (
+from triollama.files import (
     FORMAT,
-    Adapter,
     ContextSettings,
-    Conversation,
     Document,
     KVFile,
     Message,
     ModelIdentity,
+    SavedAdapter,
+    SavedConversation,
     adapters_key,
     decode,
     encode,
@@ -27,7 +27,7 @@ from triollama.state import (
     kv_key,
     tokens_key,
 )
-from triollama.state.documents import Format
+from triollama.files.codec import Format
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=datetime.UTC)
 FORMATS: tuple[Format, ...] = ("json", "msgpack")
@@ -53,7 +53,7 @@ def make_document(n_conversations: int = 3, n_messages: int = 4) -> Document:
         saved=NOW,
         version="0.1.0",
         conversations=tuple(
-            Conversation(
+            SavedConversation(
                 id=f"chat-{number}",
                 title="T" * 200,
                 messages=tuple(map(message, range(n_messages))),
@@ -61,7 +61,7 @@ def make_document(n_conversations: int = 3, n_messages: int = 4) -> Document:
                 sampler=b"\x00\xff" * 20,
                 tokens=(1, 2, 3, 4, 5),
                 split=(3, 2),
-                adapters=(Adapter(path="a.gguf", scale=0.5, digest=b"d"),),
+                adapters=(SavedAdapter(path="a.gguf", scale=0.5, digest=b"d"),),
                 kv=KVFile(name="0" * 32 + ".kv", n_tokens=5, size=100),
             )
             for number in range(n_conversations)
@@ -96,7 +96,7 @@ def test_round_trip(format: Format) -> None:
 def test_any_messages_round_trip(messages: list[Message], format: Format) -> None:
     document = Document(
         model=ModelIdentity(fingerprint=bytes(32)),
-        conversations=(Conversation(id="x", messages=tuple(messages)),),
+        conversations=(SavedConversation(id="x", messages=tuple(messages)),),
     )
     assert decode(encode(document, format)) == document
 
@@ -174,7 +174,7 @@ def test_params_with_text_keys() -> None:
 
 def test_keys_tell_apart_what_may_not_be_shared() -> None:
     settings = ContextSettings(n_ctx=512)
-    one, two = Adapter(path="a", scale=1.0), Adapter(path="b", scale=1.0)
+    one, two = SavedAdapter(path="a", scale=1.0), SavedAdapter(path="b", scale=1.0)
     other = msgspec.structs.replace
     keys = [
         kv_key(bytes(32), settings),

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_state_documents import NOW, make_document
+from test_files_documents import NOW, make_document
 from triollama.errors import (
     ClosedError,
     StateDamagedError,
@@ -22,13 +22,20 @@ from triollama.errors import (
     StateMismatchError,
     StateWriteError,
 )
-from triollama.state import Conversation, Document, Journal, Message, ModelIdentity, load_document
+from triollama.files import (
+    Document,
+    Journal,
+    Message,
+    ModelIdentity,
+    SavedConversation,
+    load_document,
+)
 
 EMPTY = Document(model=ModelIdentity(fingerprint=bytes(32)))
 replace = msgspec.structs.replace
 
 
-def grown(conversation: Conversation, turn: int, words: int = 5) -> Conversation:
+def grown(conversation: SavedConversation, turn: int, words: int = 5) -> SavedConversation:
     """One more turn, as a chat would have it."""
     return replace(
         conversation,
@@ -47,7 +54,7 @@ def grown(conversation: Conversation, turn: int, words: int = 5) -> Conversation
 
 def test_what_is_committed_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "auto"
-    a, b = Conversation(id="a"), Conversation(id="b", title="B")
+    a, b = SavedConversation(id="a"), SavedConversation(id="b", title="B")
     with Journal(path, EMPTY) as journal:
         assert load_document(path).conversations == ()
         for turn in range(20):
@@ -73,7 +80,7 @@ def test_what_is_committed_is_loaded(tmp_path: Path) -> None:
 
 
 def test_cost_is_what_changed(tmp_path: Path) -> None:
-    chats = {f"{n}": Conversation(id=f"{n}") for n in range(20)}
+    chats = {f"{n}": SavedConversation(id=f"{n}") for n in range(20)}
     for turn in range(50):
         chats = {name: grown(chat, turn, 40) for name, chat in chats.items()}
     document = replace(EMPTY, conversations=tuple(chats.values()))
@@ -89,7 +96,7 @@ def test_cost_is_what_changed(tmp_path: Path) -> None:
 
 def test_it_is_rewritten_when_commits_outweigh_it(tmp_path: Path) -> None:
     path = tmp_path / "auto"
-    chat = Conversation(id="a")
+    chat = SavedConversation(id="a")
     with Journal(path, EMPTY, min_compact=2000) as journal:
         total = 0
         sizes = []
@@ -119,7 +126,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
     journal.close()
     with pytest.raises(ClosedError):
-        journal.commit([Conversation(id="a")])
+        journal.commit([SavedConversation(id="a")])
     with pytest.raises(ClosedError):
         journal.compact()
 
@@ -128,7 +135,7 @@ def test_a_cut_commit_is_dropped_and_everything_before_it_kept(tmp_path: Path) -
     """The file is cut at every byte: any prefix loads with the commits that are whole in it."""
     path, other = tmp_path / "auto", tmp_path / "cut"
     states = []
-    chat = Conversation(id="a")
+    chat = SavedConversation(id="a")
     with Journal(path, EMPTY) as journal:
         states.append((journal.size, journal.document.conversations))
         for turn in range(4):
@@ -156,7 +163,7 @@ def test_a_cut_commit_is_dropped_and_everything_before_it_kept(tmp_path: Path) -
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path = tmp_path / "auto"
-    chat = Conversation(id="a")
+    chat = SavedConversation(id="a")
     with Journal(path, EMPTY) as journal:
         for turn in range(3):
             chat = grown(chat, turn)
@@ -175,7 +182,7 @@ def test_a_full_disk_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "auto"
-    chat = grown(Conversation(id="a"), 1)
+    chat = grown(SavedConversation(id="a"), 1)
     with Journal(path, EMPTY) as journal:
         journal.commit([chat])
         real = os.write
@@ -204,7 +211,7 @@ def test_a_full_disk_loses_nothing(
 
 def test_a_full_disk_while_rewriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "auto"
-    chat = grown(Conversation(id="a"), 1)
+    chat = grown(SavedConversation(id="a"), 1)
     with Journal(path, EMPTY, min_compact=0) as journal:
         journal.commit([chat])
 
@@ -248,9 +255,9 @@ def test_it_refuses_what_it_could_not_read_again(tmp_path: Path) -> None:
     path = tmp_path / "auto"
     with Journal(path, EMPTY) as journal:
         for broken in (
-            Conversation(id="a", split=(3,), tokens=(1,)),
-            Conversation(id="a", params={"temperature": -1.0}),
-            Conversation(id="a", params={"x": object()}),
+            SavedConversation(id="a", split=(3,), tokens=(1,)),
+            SavedConversation(id="a", params={"temperature": -1.0}),
+            SavedConversation(id="a", params={"x": object()}),
         ):
             with pytest.raises(StateFormatError):
                 journal.commit([broken])
@@ -278,11 +285,11 @@ _changes = st.lists(
 @given(_changes)
 def test_any_history(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> None:
     path = tmp_path_factory.mktemp("journal") / "auto"
-    expected: dict[str, Conversation] = {}
+    expected: dict[str, SavedConversation] = {}
     journal = Journal(path, EMPTY, min_compact=500)
     try:
         for turn, (name, what, amount) in enumerate(changes):
-            old = expected.get(name, Conversation(id=name))
+            old = expected.get(name, SavedConversation(id=name))
             removed: list[str] = []
             if what == "grow":
                 expected[name] = grown(old, turn, amount)
@@ -293,7 +300,7 @@ def test_any_history(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
             elif what == "title":
                 expected[name] = replace(old, title="t" * amount)
             elif what == "clear":
-                expected[name] = Conversation(id=name)
+                expected[name] = SavedConversation(id=name)
             elif what == "remove":
                 expected.pop(name, None)
                 removed = [name]
@@ -313,7 +320,8 @@ KILLING = """
 import os, random, signal, sys, time
 from pathlib import Path
 import msgspec
-from triollama.state import Conversation, Document, Journal, Message, ModelIdentity, load_document
+from triollama.files import (
+    Document, Journal, Message, ModelIdentity, SavedConversation, load_document)
 
 path, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 chance = random.Random(seed)
@@ -332,7 +340,7 @@ def child(pipe):
     while True:
         turn += 1
         name = "abc"[turn % 3]
-        old = chats.get(name, Conversation(id=name))
+        old = chats.get(name, SavedConversation(id=name))
         said = f"{turn} " + "word " * (turn % 50)
         messages = (*old.messages, Message(role="user", content="?"),
                     Message(role="assistant", content=said, tokens=(turn,) * 3))
@@ -412,7 +420,7 @@ def test_killed_at_500_random_moments(tmp_path: Path) -> None:
 
 def test_damage_in_the_middle_is_no_cut(tmp_path: Path) -> None:
     path = tmp_path / "auto"
-    chat = Conversation(id="a")
+    chat = SavedConversation(id="a")
     with Journal(path, EMPTY) as journal:
         places = []
         for turn in range(3):

@@ -21,16 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import StateError, StateFormatError, StateWriteError
-from .documents import Document, Format, decode, encode
 
 __all__ = [
     "MAX_BYTES",
-    "load_document",
+    "StrPath",
     "read_bytes",
     "read_large",
     "real_path",
     "remove_stale",
-    "save_document",
     "sync_folder",
     "write_all",
     "write_bytes",
@@ -243,21 +241,3 @@ def _alive(pid: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
-
-
-def save_document(path: StrPath, document: Document, format: Format = "json") -> None:
-    """Write a document, atomically. Raises StateFormatError, StateWriteError."""
-    write_bytes(path, encode(document, format))
-
-
-def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES) -> Document:
-    """The document in a file: JSON, MessagePack or an autosave journal.
-
-    Raises FileNotFoundError or a StateError; see ``decode`` and ``read_bytes``.
-    """
-    from .journal import MAGIC, replay
-
-    data = read_bytes(path, limit)
-    if data.startswith(MAGIC[:4]):
-        return replay(data, path=os.fspath(path)).document
-    return decode(data, path=os.fspath(path), verify=verify)

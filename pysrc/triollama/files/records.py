@@ -1,0 +1,242 @@
+"""The records of a journal: frames, commits as what changed, and what a file of them holds.
+
+    magic 4 | sequence number u64 | length u64 | CRC-32 of body u32 | CRC-32 of header u32
+
+The first record is a whole document; every other one is a commit: what changed in some
+conversations, and which are gone, taken together or not at all. Bodies are MessagePack.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import struct
+import zlib
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ..errors import StateDamagedError, StateFormatError, StateVersionError
+from .codec import check, decode, document_from, spread
+from .documents import Document, SavedConversation
+
+__all__ = ["MAGIC", "Replayed", "delta", "frame", "replay"]
+
+_log = logging.getLogger("triollama.files")
+
+MAGIC = b"TLJ1"
+_HEADER = struct.Struct("<4sQQII")
+
+# What changes in a conversation turn by turn is saved as a tail; all else as a whole when it
+# differs from before.
+_TAILS = ("messages", "tokens", "split")
+
+
+class Replayed(NamedTuple):
+    """What a journal holds: ``good`` bytes of it, in ``records`` records."""
+
+    document: Document
+    good: int
+    records: int
+    snapshot: int
+
+
+def frame(number: int, body: bytes) -> bytes:
+    head = _HEADER.pack(MAGIC, number, len(body), zlib.crc32(body), 0)[:-4]
+    return head + zlib.crc32(head).to_bytes(4, "little") + body
+
+
+def _plain(value: Any) -> Any:
+    """Plain data for MessagePack, unknown fields among the others."""
+    return _spread_all(msgspec.to_builtins(value, builtin_types=(bytes, datetime.datetime)))
+
+
+def _spread_all(raw: Any) -> Any:
+    if isinstance(raw, (list, tuple)):
+        return [_spread_all(one) for one in raw]
+    if isinstance(raw, dict):
+        return spread(raw)
+    return raw
+
+
+# The user's own mappings, in which no field is ours.
+_DATA = ("params", "sampler_params", "tools", "variables")
+_OTHERS = tuple(
+    field.name
+    for field in msgspec.structs.fields(SavedConversation)
+    if field.name not in (*_TAILS, "id", "extras")
+)
+
+
+def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, Any]:
+    """What makes ``new`` out of ``old``, as plain data."""
+    if old is None:
+        return {"id": new.id, "new": _plain(new)}
+    changed: dict[str, Any] = {"id": new.id}
+    for name in _TAILS:
+        was, now = getattr(old, name), getattr(new, name)
+        same = _common(was, now)
+        if same < len(was) or same < len(now):
+            changed[name] = [same, _plain(list(now[same:]))]
+    others = {
+        name: msgspec.to_builtins(getattr(new, name), builtin_types=(bytes, datetime.datetime))
+        if name in _DATA
+        else _plain(getattr(new, name))
+        for name in _OTHERS
+        if getattr(old, name) != getattr(new, name)
+    }
+    if others:
+        changed["set"] = others
+    if old.extras != new.extras:
+        changed["extras"] = new.extras
+    return changed
+
+
+def _common(old: tuple[Any, ...], new: tuple[Any, ...]) -> int:
+    """Length of the common beginning. The same objects, usually: a comparison of pointers."""
+    if len(old) <= len(new) and new[: len(old)] == old:
+        return len(old)
+    same = 0
+    for was, now in zip(old, new, strict=False):
+        if was is not now and was != now:
+            break
+        same += 1
+    return same
+
+
+def _apply(conversations: dict[str, SavedConversation], delta: Any, place: str, path: str) -> None:
+    if not isinstance(delta, dict) or not isinstance(delta.get("id"), str):
+        raise StateFormatError("a change has no id", place=place, path=path)
+    name = delta["id"]
+    if "new" in delta:
+        made = document_from(delta["new"], SavedConversation, path=path, place=f"{place}.new")
+        if made.id != name:
+            raise StateFormatError("a change has two ids", place=f"{place}.id", path=path)
+        conversations[name] = made
+        return
+    old = conversations.get(name)
+    if old is None:
+        raise StateFormatError(
+            f"a change to {name!r}, which is not there", place=f"{place}.id", path=path
+        )
+    raw: dict[str, Any] = {"id": name}
+    tails: dict[str, tuple[Any, ...]] = {}
+    for tail in _TAILS:
+        was = getattr(old, tail)
+        if tail not in delta:
+            tails[tail] = was
+            continue
+        change = delta[tail]
+        if (
+            not isinstance(change, list)
+            or len(change) != 2
+            or not isinstance(change[0], int)
+            or not 0 <= change[0] <= len(was)
+            or not isinstance(change[1], list)
+        ):
+            raise StateFormatError("a change does not fit", place=f"{place}.{tail}", path=path)
+        tails[tail] = was[: change[0]]
+        raw[tail] = change[1]
+    more = document_from({**raw, "split": []}, SavedConversation, path=path, place=place)
+    split = raw.get("split", [])
+    if not all(type(size) is int and 0 <= size < 2**31 for size in split):
+        raise StateFormatError("sizes are counts", place=f"{place}.split", path=path)
+    fields: dict[str, Any] = {
+        "messages": tails["messages"] + more.messages,
+        "tokens": tails["tokens"] + more.tokens,
+        "split": tails["split"] + tuple(split),
+    }
+    changes = delta.get("set", {})
+    extras = delta.get("extras", old.extras)
+    if not isinstance(changes, dict) or not isinstance(extras, dict):
+        raise StateFormatError("a change is no mapping", place=f"{place}.set", path=path)
+    fields["extras"] = extras
+    if changes:
+        # None stands for fields that may be absent; all of those are None by default.
+        kept = {key: value for key, value in changes.items() if value is not None}
+        update = document_from(
+            {**kept, "id": name}, SavedConversation, path=path, place=f"{place}.set"
+        )
+        for field in changes:
+            if field not in _OTHERS:
+                raise StateFormatError(f"unknown field {field!r}", place=f"{place}.set", path=path)
+            fields[field] = getattr(update, field)
+    made = msgspec.structs.replace(old, **fields)
+    check(made, path, place)
+    conversations[name] = made
+
+
+def replay(data: bytes, *, path: str = "") -> Replayed:
+    """What a journal's bytes hold.
+
+    A record cut off at the end is dropped, and logged: it was never committed. Raises
+    StateDamagedError for anything else that does not check, StateVersionError,
+    StateFormatError with a place such as ``record 3 $.changes[0].messages``.
+    """
+    at = 0
+    number = 0
+    document: Document | None = None
+    conversations: dict[str, SavedConversation] = {}
+    snapshot = 0
+    while at < len(data):
+        rest = len(data) - at
+        header = data[at : at + _HEADER.size]
+        if rest < _HEADER.size or not header.strip(b"\0"):
+            if not data[at:].strip(b"\0") or MAGIC.startswith(header[:4]) or header[:4] == MAGIC:
+                break
+            raise StateDamagedError(f"byte {at} begins no record", path=path)
+        magic, found, length, crc, own = _HEADER.unpack(header)
+        if zlib.crc32(header[:-4]) != own:
+            raise StateDamagedError(f"the header at byte {at} does not check", path=path)
+        if magic != MAGIC:
+            raise StateVersionError("it is a journal of another version", path=path)
+        if found != number:
+            raise StateDamagedError(
+                f"record {found} at byte {at} where {number} should be", path=path
+            )
+        if length > rest - _HEADER.size:
+            break
+        body = data[at + _HEADER.size : at + _HEADER.size + length]
+        if zlib.crc32(body) != crc:
+            raise StateDamagedError(
+                f"the checksum of record {number} at byte {at} does not match", path=path
+            )
+        if document is None:
+            document = decode(body, path=path)
+            conversations = {one.id: one for one in document.conversations}
+            snapshot = _HEADER.size + length
+        else:
+            _replay_commit(body, conversations, number, path)
+        at += _HEADER.size + length
+        number += 1
+    if document is None:
+        raise StateDamagedError("the journal is cut in its first record", path=path)
+    if at < len(data):
+        _log.warning(
+            "%s: dropped %d bytes of a commit that was never completed", path, len(data) - at
+        )
+    document = msgspec.structs.replace(document, conversations=tuple(conversations.values()))
+    return Replayed(document, at, number, snapshot)
+
+
+def _replay_commit(
+    body: bytes, conversations: dict[str, SavedConversation], number: int, path: str
+) -> None:
+    place = f"record {number} $"
+    try:
+        commit = msgspec.msgpack.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise StateFormatError(f"it cannot be read: {error}", place=place, path=path) from None
+    if (
+        not isinstance(commit, dict)
+        or not isinstance(commit.get("changes", []), list)
+        or not isinstance(commit.get("removed", []), list)
+    ):
+        raise StateFormatError("it is no commit", place=place, path=path)
+    for name in commit.get("removed", []):
+        if not isinstance(name, str) or conversations.pop(name, None) is None:
+            raise StateFormatError(
+                f"removes {name!r}, which is not there", place=f"{place}.removed", path=path
+            )
+    for at, delta in enumerate(commit.get("changes", [])):
+        _apply(conversations, delta, f"{place}.changes[{at}]", path)
