@@ -27,6 +27,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterError",
     "QueueFullError",
+    "StateBusyError",
     "StateDamagedError",
     "StateError",
     "StateFormatError",
@@ -196,6 +197,15 @@ class StateWriteError(StateError, OSError):
     def __init__(self, message: str, *, path: str = "") -> None:
         super().__init__(message)
         self.path = path
+
+
+class StateBusyError(StateWriteError, BusyError):
+    """A file is another's to write: an autosave, of this process or another, keeps it. ``path`` is
+    its name, ``pid`` the process, 0 if that is unknown."""
+
+    def __init__(self, message: str, *, path: str = "", pid: int = 0) -> None:
+        super().__init__(message, path=path)
+        self.pid = pid
 
 
 class GrammarError(TriollamaError, ValueError):

@@ -198,8 +198,8 @@ def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
     """Refused by its size, unread; under a higher limit, refused by what it is."""
     path = tmp_path / "nothing"
     with path.open("wb") as file:
-        file.truncate(2**30)
-    with pytest.raises(StateFormatError, match="1073741824 bytes"):
+        file.truncate(2**31)
+    with pytest.raises(StateFormatError, match="2147483648 bytes"):
         load_document(path)
     with path.open("wb") as file:
         file.truncate(2**24)

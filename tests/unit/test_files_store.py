@@ -128,9 +128,13 @@ def test_kv_beside_the_document(tmp_path: Path) -> None:
             read_kv(path, saved, KEY, tokens)
         assert caught.value.what == "tokens"
     newer = write_kv(path, "a", KEY, [1, 2, 3, 4], blob)
+    (kv_folder(path) / "mine.kv").write_bytes(b"not ours")
     assert newer.name != saved.name  # the old document's file is still there
     remove_kv_except(path, [newer, None])
-    assert os.listdir(kv_folder(path)) == [newer.name]
+    assert sorted(os.listdir(kv_folder(path))) == sorted([newer.name, "mine.kv"])
+    remove_kv_except(path, [])
+    assert os.listdir(kv_folder(path)) == ["mine.kv"]
+    (kv_folder(path) / "mine.kv").unlink()
     remove_kv_except(path, [])
     assert not kv_folder(path).exists()
     with pytest.raises(FileNotFoundError):

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import os
 
+from ..errors import StateWriteError
 from .codec import Format, decode, encode
 from .documents import Document
+from .owner import Owner
 from .records import MAGIC, replay
-from .store import MAX_BYTES, StrPath, read_bytes, write_bytes
+from .store import MAX_BYTES, StrPath, read_bytes
 
 __all__ = ["load_document", "save_document"]
 
 
 def save_document(path: StrPath, document: Document, format: Format = "json") -> None:
-    """Write a document, atomically. Raises StateFormatError, StateWriteError."""
-    write_bytes(path, encode(document, format))
+    """Write a document, atomically, in place of an older state file.
+
+    Raises StateFormatError; StateBusyError where an autosave keeps the path; StateWriteError, also
+    for a file that is no state file: it stays.
+    """
+    data = encode(document, format)
+    if len(data) > MAX_BYTES:
+        raise StateWriteError(
+            f"{os.fspath(path)!r} would have {len(data)} bytes; at most {MAX_BYTES} are read again",
+            path=os.fspath(path),
+        )
+    with Owner(path) as owner:
+        os.close(owner.replace(data))
 
 
 def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES) -> Document:
     """The document in a file: JSON, MessagePack or an autosave journal.
 
-    Raises FileNotFoundError or a StateError; see ``decode`` and ``read_bytes``.
+    ``verify=False`` takes a document that was edited by hand, and of a damaged journal what is
+    before the damage. Raises FileNotFoundError or a StateError; see ``decode``, ``replay`` and
+    ``read_bytes``.
     """
     data = read_bytes(path, limit)
     if data.startswith(MAGIC[:4]):
-        return replay(data, path=os.fspath(path)).document
+        return replay(data, path=os.fspath(path), verify=verify).document
     return decode(data, path=os.fspath(path), verify=verify)

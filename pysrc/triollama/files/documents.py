@@ -17,6 +17,7 @@ from ..params import GenerationParams, make_params
 
 __all__ = [
     "FORMAT",
+    "KV_NAME",
     "MAX_TITLE",
     "ContextSettings",
     "Document",
@@ -31,6 +32,7 @@ __all__ = [
 
 FORMAT = "triollama-conversations-1"
 MAX_TITLE = 200
+KV_NAME = r"^[0-9a-f]{32}\.kv$"
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Position = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -82,7 +84,7 @@ class SavedAdapter(Saved, frozen=True, kw_only=True):
 class KVFile(Saved, frozen=True, kw_only=True):
     """The KV cache saved beside the document: ``name`` in its folder, for ``n_tokens``."""
 
-    name: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\.kv$")]
+    name: Annotated[str, Meta(pattern=KV_NAME)]
     n_tokens: Position
     size: Count
 

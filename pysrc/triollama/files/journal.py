@@ -1,15 +1,15 @@
 """An append-only file of conversations: saving costs what changed, and survives a kill.
 
 The file is a sequence of records (``records.py``). A commit is on disk when ``commit`` returns. A
-kill in mid-append leaves a cut record at the end, which is dropped on reading; anything else that
-does not check is damage, and an error. When commits outweigh the document, the file is rewritten as
-one record, beside, and renamed.
+kill in mid-append leaves a torn record at the end, which is dropped on reading. When commits
+outweigh the document, the file is rewritten as one record, beside, and renamed. Where somebody
+removed, moved or replaced the file, the next commit writes it anew, with everything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,48 +18,38 @@ from typing import Any
 
 import msgspec
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows: no lock, one program per file is up to the user
-    fcntl = None  # type: ignore[assignment]
-
-from ..errors import (
-    ClosedError,
-    StateError,
-    StateFormatError,
-    StateWriteError,
-)
+from ..errors import ClosedError, StateFormatError, StateWriteError
 from .codec import check, decode, encode
 from .documents import Document, SavedConversation
 from .fingerprint import check_model
+from .owner import Owner
 from .records import MAGIC, delta, frame, replay
-from .store import (
-    MAX_BYTES,
-    StrPath,
-    read_bytes,
-    real_path,
-    remove_stale,
-    sync_folder,
-    write_all,
-    write_open,
-)
+from .store import MAX_BYTES, StrPath, read_bytes, sync_folder, write_all
 
 __all__ = ["Journal"]
 
+_log = logging.getLogger("triollama.files")
+
 _MIN_COMPACT = 1 << 20
 _FACTOR = 3
+_FLAGS = os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Journal:
-    """A journal file, open for commits by one process.
+    """A journal file, open for commits: it keeps its path until ``close``.
 
     ``document`` gives model and context for a new file, and replaces those of an old one. An old
     file's conversations are kept, in ``document.conversations``. ``min_compact`` bytes of commits
-    are always allowed before the file is rewritten.
+    are always allowed before the file is rewritten; it never has more than ``limit``. ``dropped``
+    tells what was torn at the end of the old file, and is empty otherwise.
 
-    Raises StateError: for an old file that cannot be read, that is of another model or that another
-    process has open; StateWriteError. One thread at a time may use it.
+    Raises StateBusyError where another journal, here or elsewhere, keeps the path; StateError for
+    an old file that cannot be read or is of another model; StateWriteError. One thread at a time
+    may use it.
     """
+
+    _owner: Owner | None = None
+    _fd = -1
 
     def __init__(
         self,
@@ -69,58 +59,43 @@ class Journal:
         min_compact: int = _MIN_COMPACT,
         limit: int = MAX_BYTES,
     ) -> None:
-        self._fd = -1
-        self._path = real_path(path)
+        check(document)
+        self.dropped = ""
         self._min_compact = min_compact
+        self._limit = limit
         self._good = 0
         self._number = 0
         self._snapshot = 0
         self._rewrite = False
+        self._over = False  # whether what is at the path has another name by now
         self._document = document
         self._conversations: dict[str, SavedConversation] = {
             one.id: one for one in document.conversations
         }
-        check(document)
-        remove_stale(self._path)
+        self._owner = Owner(path, keep=True)
         try:
-            self._open(document, limit)
-        except OSError as error:
-            self.close()
-            if isinstance(error, StateError):
-                raise
-            raise StateWriteError(
-                f"{os.fspath(path)!r} cannot be opened: {error.strerror or error}",
-                path=os.fspath(path),
-            ) from error
+            with self._owner.writing():
+                self._open(document)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, document: Document, limit: int) -> None:
-        flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        while True:
-            try:
-                fd = os.open(self._path, flags)
-            except FileNotFoundError:
-                self._replace()
-                return
-            self._fd = fd
-            self._lock(fd)
-            # Another process may have renamed a new file here before we had the lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
-                    break
-            os.close(fd)
-            self._fd = -1
-        data = read_bytes(self._path, limit)
+    def _open(self, document: Document) -> None:
+        name = os.fspath(self.path)
+        try:
+            data = read_bytes(name, self._limit)
+        except FileNotFoundError:
+            self._replace()
+            return
+        self._fd = os.open(name, _FLAGS)
+        old = document
         if data[:4] == MAGIC:
-            found = replay(data, path=os.fspath(self._path))
+            found = replay(data, path=name)
             self._good, self._number, self._snapshot = found.good, found.records, found.snapshot
+            self.dropped = found.dropped
             old = found.document
         elif data:
-            old = decode(data, path=os.fspath(self._path))
-        else:
-            old = document
+            old = decode(data, path=name)
         check_model(old.model, document.model.fingerprint)
         given = self._conversations
         self._conversations = {one.id: one for one in old.conversations}
@@ -135,20 +110,15 @@ class Journal:
             os.ftruncate(self._fd, self._good)
             os.fsync(self._fd)
 
-    @staticmethod
-    def _lock(fd: int) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StateError("the journal is in use by another process") from error
-            # Some network file systems cannot lock.
+    def _open_owner(self) -> Owner:
+        if self._owner is None:
+            raise ClosedError("the journal is closed")
+        return self._owner
 
     @property
     def path(self) -> Path:
-        return self._path
+        """Where it is, symbolic links followed."""
+        return self._open_owner().path
 
     @property
     def document(self) -> Document:
@@ -169,8 +139,7 @@ class Journal:
         conversation that cannot be saved, StateWriteError, ClosedError; what was committed before
         is then still there, and a later commit may succeed.
         """
-        if self._fd < 0:
-            raise ClosedError("the journal is closed")
+        owner = self._open_owner()
         news = dict(self._conversations)
         gone = []
         for name in removed:
@@ -201,62 +170,94 @@ class Journal:
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise StateFormatError(f"it cannot be encoded: {error}") from None
         record = frame(self._number, body)
-        grown = self._good - self._snapshot + len(record)
-        if self._rewrite or grown > max(self._min_compact, _FACTOR * self._snapshot):
-            before = self._conversations
-            self._conversations = news
-            try:
-                return self._replace()
-            except BaseException:
-                self._conversations = before
-                raise
-        self._append(record)
+        size = self._good + len(record)
+        grown = size - self._snapshot
+        with owner.writing():
+            owner.check()
+            if (
+                self._rewrite
+                or grown > max(self._min_compact, _FACTOR * self._snapshot)
+                or size > self._limit
+                or not self._is_there(owner)
+            ):
+                before = self._conversations
+                self._conversations = news
+                try:
+                    return self._replace()
+                except BaseException:
+                    self._conversations = before
+                    raise
+            self._append(record)
         self._conversations = news
         return len(record)
+
+    def _is_there(self, owner: Owner) -> bool:
+        """Whether the path still holds what was written: nobody removed, moved or replaced it."""
+        try:
+            found = os.stat(owner.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._fd)) and found.st_size == self._good
 
     def _append(self, record: bytes) -> None:
         try:
             write_all(self._fd, record)
             getattr(os, "fdatasync", os.fsync)(self._fd)
-        except OSError as error:
+        except OSError:
             # Half a record may be there. Take it back, or else never append after it.
             self._rewrite = True
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._good)
                 self._rewrite = False
-            raise StateWriteError(
-                f"{os.fspath(self._path)!r} cannot be written: {error.strerror or error}",
-                path=os.fspath(self._path),
-            ) from error
+            raise
         self._good += len(record)
         self._number += 1
 
     def compact(self) -> int:
         """Rewrite the file as one record. Returns its size. Raises StateWriteError."""
-        if self._fd < 0:
-            raise ClosedError("the journal is closed")
+        self._open_owner()
         return self._replace()
 
     def _replace(self) -> int:
         """A new file with all conversations takes the place of the old one."""
+        owner = self._open_owner()
+        if self._fd >= 0 and not self._rewrite:
+            with owner.writing():
+                if not self._is_there(owner):
+                    aside = owner.set_aside()
+                    self._over = True
+                    _log.warning(
+                        "%s was %s; it is written anew",
+                        owner.path,
+                        f"replaced by what is now {aside}" if aside else "removed",
+                    )
         self._rewrite = True  # until it is done, nothing may be appended to the old file
         record = frame(0, encode(self.document, "msgpack"))
-        fd = write_open(self._path, record, prepare=self._lock)
+        if len(record) > self._limit:
+            raise StateWriteError(
+                f"{os.fspath(owner.path)!r} would have {len(record)} bytes; at most {self._limit} "
+                "are read again",
+                path=os.fspath(owner.path),
+            )
+        fd = owner.replace(record, over=self._over)
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
         self._good = self._snapshot = len(record)
         self._number = 1
-        self._rewrite = False
+        self._rewrite = self._over = False
         return len(record)
 
     def close(self) -> None:
-        """Release the file. All commits are on disk already."""
+        """Release the path. All commits are on disk already."""
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                sync_folder(self._path.parent)
             os.close(self._fd)
             self._fd = -1
+        if self._owner is not None:
+            with contextlib.suppress(OSError):
+                sync_folder(self._owner.path.parent)
+            self._owner.release()
+            self._owner = None
 
     def __enter__(self) -> Journal:
         return self

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import StateDamagedError, StateMismatchError, StateVersionError
-from .documents import KVFile
+from .documents import KV_NAME, KVFile
 from .fingerprint import tokens_key
 from .store import StrPath, read_large, real_path, write_bytes
 
@@ -24,6 +25,7 @@ __all__ = ["MAX_KV_BYTES", "kv_folder", "read_kv", "remove_kv_except", "write_kv
 MAX_KV_BYTES = 64 * 2**30
 
 _MAGIC = b"TLMAKV01"
+_NAME = re.compile(KV_NAME)
 # magic, key, digest of the tokens, their number, length and CRC-32 of the blob, CRC-32 of these
 _HEADER = struct.Struct("<8s32s16sQQII")
 
@@ -103,7 +105,7 @@ def remove_kv_except(path: StrPath, kept: Iterable[KVFile | None]) -> None:
     except OSError:
         return
     for name in found:
-        if name.endswith(".kv") and name not in names:
+        if _NAME.fullmatch(name) and name not in names:
             with contextlib.suppress(OSError):
                 os.unlink(folder / name)
     if not names:

@@ -33,12 +33,14 @@ _TAILS = ("messages", "tokens", "split")
 
 
 class Replayed(NamedTuple):
-    """What a journal holds: ``good`` bytes of it, in ``records`` records."""
+    """What a journal holds: ``good`` bytes of it, in ``records`` records, of which the first has
+    ``snapshot`` bytes. ``dropped`` tells of what was torn at its end, and is empty otherwise."""
 
     document: Document
     good: int
     records: int
     snapshot: int
+    dropped: str
 
 
 def frame(number: int, body: bytes) -> bytes:
@@ -166,57 +168,85 @@ def _apply(conversations: dict[str, SavedConversation], delta: Any, place: str, 
     conversations[name] = made
 
 
-def replay(data: bytes, *, path: str = "") -> Replayed:
-    """What a journal's bytes hold.
+class _TornError(Exception):
+    """No record is here, or not the whole of one."""
 
-    A record cut off at the end is dropped, and logged: it was never committed. Raises
-    StateDamagedError for anything else that does not check, StateVersionError,
-    StateFormatError with a place such as ``record 3 $.changes[0].messages``.
+
+def _body_at(data: bytes, at: int, number: int, path: str) -> bytes:
+    """Of the record ``number``, which begins there."""
+    if len(data) - at < _HEADER.size:
+        raise _TornError("its header is cut")
+    head = data[at : at + _HEADER.size]
+    magic, found, length, crc, own = _HEADER.unpack(head)
+    if zlib.crc32(head[:-4]) != own:
+        raise _TornError("its header does not check")
+    if magic != MAGIC:
+        raise StateVersionError("it is a journal of another version", path=path)
+    if found != number:
+        raise _TornError(f"record {found} is in its place")
+    body = data[at + _HEADER.size : at + _HEADER.size + length]
+    if len(body) < length:
+        raise _TornError(f"it has {len(body)} of {length} bytes")
+    if zlib.crc32(body) != crc:
+        raise _TornError("its checksum does not match")
+    return body
+
+
+def _later_record(data: bytes, at: int, number: int) -> int:
+    """Where a record with a later number begins, from ``at`` on; -1 if there is none."""
+    while (at := data.find(MAGIC, at)) >= 0:
+        head = data[at : at + _HEADER.size]
+        if len(head) == _HEADER.size:
+            _, found, _, _, own = _HEADER.unpack(head)
+            if found > number and zlib.crc32(head[:-4]) == own:
+                return at
+        at += 1
+    return -1
+
+
+def replay(data: bytes, *, path: str = "", verify: bool = True) -> Replayed:
+    """What a journal's bytes hold: everything before the first record that does not check.
+
+    Each commit is on disk before the next begins, so the last record alone can be torn by a kill or
+    a power cut. It was never acknowledged: it is dropped, which is logged and in the result. Where
+    records follow one that does not check, that is damage, and StateDamagedError says where;
+    ``verify=False`` takes what is before it. Raises StateVersionError, and StateFormatError with a
+    place such as ``record 3 $.changes[0].messages``.
     """
-    at = 0
-    number = 0
+    at = number = snapshot = 0
+    dropped = ""
     document: Document | None = None
     conversations: dict[str, SavedConversation] = {}
-    snapshot = 0
     while at < len(data):
-        rest = len(data) - at
-        header = data[at : at + _HEADER.size]
-        if rest < _HEADER.size or not header.strip(b"\0"):
-            if not data[at:].strip(b"\0") or MAGIC.startswith(header[:4]) or header[:4] == MAGIC:
-                break
-            raise StateDamagedError(f"byte {at} begins no record", path=path)
-        magic, found, length, crc, own = _HEADER.unpack(header)
-        if zlib.crc32(header[:-4]) != own:
-            raise StateDamagedError(f"the header at byte {at} does not check", path=path)
-        if magic != MAGIC:
-            raise StateVersionError("it is a journal of another version", path=path)
-        if found != number:
-            raise StateDamagedError(
-                f"record {found} at byte {at} where {number} should be", path=path
-            )
-        if length > rest - _HEADER.size:
+        try:
+            body = _body_at(data, at, number, path)
+        except _TornError as torn:
+            if document is None:
+                raise StateDamagedError(
+                    f"the journal's first record is damaged: {torn}", path=path
+                ) from None
+            later = _later_record(data, at, number)
+            if later >= 0 and verify:
+                raise StateDamagedError(
+                    f"record {number} at byte {at} is damaged ({torn}), and others follow it, from "
+                    f"byte {later} on; verify=False takes what is before it",
+                    path=path,
+                ) from None
+            dropped = f"the last {len(data) - at} bytes, from record {number} on: {torn}"
+            _log.warning("%s: dropped %s", path, dropped)
             break
-        body = data[at + _HEADER.size : at + _HEADER.size + length]
-        if zlib.crc32(body) != crc:
-            raise StateDamagedError(
-                f"the checksum of record {number} at byte {at} does not match", path=path
-            )
         if document is None:
             document = decode(body, path=path)
             conversations = {one.id: one for one in document.conversations}
-            snapshot = _HEADER.size + length
+            snapshot = _HEADER.size + len(body)
         else:
             _replay_commit(body, conversations, number, path)
-        at += _HEADER.size + length
+        at += _HEADER.size + len(body)
         number += 1
     if document is None:
-        raise StateDamagedError("the journal is cut in its first record", path=path)
-    if at < len(data):
-        _log.warning(
-            "%s: dropped %d bytes of a commit that was never completed", path, len(data) - at
-        )
+        raise StateDamagedError("the journal is empty", path=path)
     document = msgspec.structs.replace(document, conversations=tuple(conversations.values()))
-    return Replayed(document, at, number, snapshot)
+    return Replayed(document, at, number, snapshot, dropped)
 
 
 def _replay_commit(

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..errors import StateError, StateFormatError, StateWriteError
 __all__ = [
     "MAX_BYTES",
     "StrPath",
+    "is_alive",
     "read_bytes",
     "read_large",
     "real_path",
@@ -35,7 +36,7 @@ __all__ = [
     "write_open",
 ]
 
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 2**30
 """Largest file that is read unless a limit is given."""
 
 _WORTH_HALVING = 4 * 2**20
@@ -149,15 +150,8 @@ def write_bytes(path: StrPath, *parts: bytes | memoryview) -> None:
     os.close(write_open(path, *parts))
 
 
-def write_open(
-    path: StrPath,
-    *parts: bytes | memoryview,
-    prepare: Callable[[int], None] = lambda fd: None,
-) -> int:
-    """As ``write_bytes``; the new file stays open, for reading and appending: its descriptor.
-
-    ``prepare`` gets it before anyone else can see the file.
-    """
+def write_open(path: StrPath, *parts: bytes | memoryview) -> int:
+    """As ``write_bytes``; the new file stays open, for reading and appending: its descriptor."""
     target = real_path(path)
     fresh = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.tmp")
     remove_stale(target)
@@ -170,7 +164,6 @@ def write_open(
     try:
         fd = os.open(fresh, flags, mode)
         try:
-            prepare(fd)
             for part in parts:
                 write_all(fd, part)
             os.fsync(fd)
@@ -226,12 +219,13 @@ def remove_stale(target: Path) -> None:
         return
     for name in names:
         found = pattern.fullmatch(name)
-        if found and not _alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             with contextlib.suppress(OSError):
                 os.unlink(target.parent / name)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process has this number."""
     if os.name != "posix":
         return True  # asking is not harmless there
     try:
