@@ -1,4 +1,4 @@
-"""Shows that every extern declaration in engine/*.pxd agrees with the headers it names.
+"""Shows that every extern declaration in engine/**/*.pxd agrees with the headers it names.
 
     python scripts/check_pxd.py [--pxd-dir DIR] [--source DIR] [FILE.pxd ...]
 
@@ -144,7 +144,7 @@ def load_scopes(pxd_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     errors_module: Any = importlib.import_module("Cython.Compiler.Errors")
     main: Any = importlib.import_module("Cython.Compiler.Main")
     options = main.CompilationOptions(
-        main.default_options, include_path=[str(pxd_dir)], language_level=3, cplus=True
+        main.default_options, include_path=rooms(pxd_dir), language_level=3, cplus=True
     )
     context = main.Context.from_options(options)
     errors_module.init_thread()
@@ -156,6 +156,11 @@ def load_scopes(pxd_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     if errors:
         raise CheckError("\n".join(_cython_error(error) for error in errors[:10]))
     return scopes
+
+
+def rooms(pxd_dir: Path) -> list[str]:
+    """The folders that hold declarations, where Cython is to look for them."""
+    return sorted({str(path.parent) for path in pxd_dir.rglob("*.pxd")})
 
 
 def _cython_error(error: Any) -> str:
@@ -528,7 +533,7 @@ def check(
     """(number of declarations checked, what disagrees) for ``files``, or all in ``pxd_dir``."""
     if not (source / "include" / "llama.h").is_file():
         raise CheckError(f"no llama.cpp source in {source}; run scripts/fetch_llama_cpp.py")
-    paths = [pxd_dir / f for f in files] or sorted(pxd_dir.glob("*.pxd"))
+    paths = sorted(path for path in pxd_dir.rglob("*.pxd") if not files or path.name in files)
     texts = {path.stem: path.read_text() for path in paths}
     externs = [name for name, text in texts.items() if extern_blocks(text)]
     scopes = load_scopes(pxd_dir, externs)

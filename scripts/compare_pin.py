@@ -125,8 +125,10 @@ def _member_details(before, after, show) -> tuple[list[str], list[str]]:  # type
 def find_uses(changes: Sequence[Change], engine: Path) -> list[Change]:
     """The same changes, each with the files that mention the name, or a member that changed."""
     words = {
-        path.name: set(re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8")))
-        for path in sorted(engine.iterdir())
+        path.relative_to(engine).as_posix(): set(
+            re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))
+        )
+        for path in sorted(engine.rglob("*"))
         if path.suffix in ENGINE_SUFFIXES
     }
     out = []

@@ -21,10 +21,10 @@ _Floats: TypeAlias = ReadableBuffer | npt.NDArray[np.float32]
 _IntArray: TypeAlias = npt.NDArray[np.int32]
 _FloatArray: TypeAlias = npt.NDArray[np.float32]
 
-# --- log.pyx
+# --- guards/log.pyx
 def flush_native_log() -> None: ...
 
-# --- owner.pyx
+# --- guards/owner.pyx
 def live_objects() -> dict[str, int]: ...
 
 @disjoint_base
@@ -35,7 +35,7 @@ class Owner:
 # --- build_info.pyx
 def build_info() -> dict[str, Any]: ...
 
-# --- vocab.pyx
+# --- text/vocab.pyx
 @disjoint_base
 class Vocab:
     @property
@@ -72,7 +72,7 @@ class Vocab:
     @property
     def adds_eos(self) -> bool: ...
 
-# --- model.pyx
+# --- llama/model.pyx
 def list_devices() -> list[str]: ...
 
 @disjoint_base
@@ -150,7 +150,7 @@ class Model(Owner):
     @property
     def is_diffusion(self) -> bool: ...
 
-# --- batch.pyx
+# --- llama/batch.pyx
 @disjoint_base
 class Batch:
     @property
@@ -168,7 +168,7 @@ class Batch:
         self, tokens: _Int32s, positions: _Int32s, seq_ids: _Int32s, outputs: _Flags
     ) -> None: ...
 
-# --- context.pyx
+# --- llama/context.pyx
 def default_threads() -> int: ...
 
 @disjoint_base
@@ -270,7 +270,7 @@ class Context(Owner):
     def perf_counters(self) -> dict[str, float]: ...
     def reset_perf_counters(self) -> None: ...
 
-# --- memory.pyx
+# --- kv/memory.pyx
 @disjoint_base
 class Memory:
     def seq_pos_min(self, seq_id: int) -> int: ...
@@ -286,13 +286,13 @@ class Memory:
     def can_shift(self) -> bool: ...
     def clear(self) -> None: ...
 
-# --- state.pyx
+# --- kv/state.pyx
 def save_sequence(context: Context, seq_id: int) -> bytes: ...
 def load_sequence(context: Context, blob: ReadableBuffer, seq_id: int) -> None: ...
 def save_context(context: Context) -> bytes: ...
 def load_context(context: Context, blob: ReadableBuffer) -> None: ...
 
-# --- adapter.pyx
+# --- llama/adapter.pyx
 @disjoint_base
 class Adapter(Owner):
     @property
@@ -312,7 +312,7 @@ def set_control_vector(
     context: Context, data: _FloatArray | None, layer_start: int = 1, layer_end: int | None = None
 ) -> None: ...
 
-# --- quantize.pyx
+# --- llama/quantize.pyx
 def quantize(
     source: StrPath,
     target: StrPath,
@@ -324,7 +324,7 @@ def quantize(
     pure: bool = False,
 ) -> None: ...
 
-# --- sampler.pyx
+# --- sampling/sampler.pyx
 @disjoint_base
 class Sampler:
     def __init__(
@@ -355,14 +355,14 @@ class Sampler:
 
 def logit_logprobs(logits: _Floats, k: int) -> tuple[_IntArray, _FloatArray]: ...
 
-# --- upstream_sampler.pyx
+# --- sampling/upstream_sampler.pyx
 @disjoint_base
 class UpstreamSampler:
     def __init__(self, vocab: Vocab, params: GenerationParams, *, n_ctx: int = 2048) -> None: ...
     def sample(self, logits: _Floats) -> int: ...
     def accept(self, token: int, generated: bool = True) -> None: ...
 
-# --- text.pyx
+# --- text/text.pyx
 @disjoint_base
 class TextStream:
     def __init__(self, stops: Iterable[str] = ()) -> None: ...
@@ -375,7 +375,7 @@ class TextStream:
     @property
     def pending(self) -> int: ...
 
-# --- generation.pyx
+# --- decoding/generation.pyx
 @disjoint_base
 class Generation:
     @property
@@ -399,7 +399,7 @@ class Generation:
 def score_tokens(context: Context, tokens: _Tokens, n_given: int = 1) -> _FloatArray: ...
 def embed_tokens(context: Context, tokens: _Tokens, pooling: str) -> _FloatArray: ...
 
-# --- trainer.pyx
+# --- training/trainer.pyx
 class TrainingLoss(NamedTuple):
     loss: float
     nll: _FloatArray
@@ -512,7 +512,7 @@ class Trainer(Owner):
     def save_merged(self, path: StrPath, ftype: str | None = None) -> None: ...
     def load_adapter(self, path: StrPath) -> None: ...
 
-# --- decoder.pyx
+# --- decoding/decoder.pyx
 @disjoint_base
 class Decoder(Owner):
     @property

@@ -201,7 +201,7 @@ def test_every_declaration_of_the_engine_agrees_with_the_pinned_headers() -> Non
 @needs_compiler
 @needs_source
 def test_mistakes_in_a_copy_of_the_real_pxd_are_found(tmp_path: Path) -> None:
-    for path in (ROOT / "engine").glob("*.pxd"):
+    for path in (ROOT / "engine").rglob("*.pxd"):
         shutil.copy(path, tmp_path)
     text = (tmp_path / "llama.pxd").read_text()
     for pattern, mistake in [

@@ -37,8 +37,8 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
         *([f"-fsanitize={sanitizer}"] if sanitizer else []),
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
         "-I", str(SOURCE / "ggml" / "include"),
-        *map(str, (ROOT / "engine").glob("decoder*.cpp")), str(ROOT / "engine" / "slots.cpp"),
-        str(ROOT / "engine" / "disk.cpp"), str(ROOT / "engine" / "checksum.cpp"),
+        *(str(p) for p in (ROOT / "engine/decoding").glob("*.cpp") if p.stem != "backend"),
+        *map(str, (ROOT / "engine/kv").glob("*.cpp")),
         str(ROOT / "tests" / "engine" / "native" / "decoder_fuzz.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,7 +73,7 @@ def test_what_gcc_makes_of_openmp_runs_on_our_threads(
     options += [f"-fsanitize={sanitizer}"] if sanitizer else []
     options += ["-I", str(ROOT / "engine")]
     source = ROOT / "tests" / "engine" / "native" / "team_check.cpp"
-    ours = [str(ROOT / "engine" / "team.cpp"), str(ROOT / "engine" / "gomp.cpp")]
+    ours = [str(ROOT / "engine" / "threads" / name) for name in ("team.cpp", "gomp.cpp")]
     program, compiled = tmp_path / "team", tmp_path / "team.o"
     # Only the check is compiled for OpenMP, and nothing is linked to libgomp.
     subprocess.run(
@@ -105,7 +105,7 @@ def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:
         subprocess.run(
             [
                 str(COMPILER), "-std=c++17", "-O2", *options, "-I", str(ROOT / "engine"),
-                str(ROOT / "engine" / "checksum.cpp"),
+                str(ROOT / "engine" / "kv" / "checksum.cpp"),
                 str(ROOT / "tests" / "engine" / "native" / "checksum_test.cpp"), "-o", str(program),
             ],
             check=True,

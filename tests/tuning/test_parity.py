@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class _Masks:
-    """The engine's dropout masks, made again from what train_random.hpp documents."""
+    """The engine's dropout masks, made again from what training/random.hpp documents."""
 
     STEP = np.uint64(0x9E3779B97F4A7C15)
 

@@ -1,5 +1,5 @@
 // The checksum by the CPU's instruction and without it: this program prints it for data of many lengths.
-#include "checksum.hpp"
+#include "kv/checksum.hpp"
 
 #include <cstdio>
 #include <random>

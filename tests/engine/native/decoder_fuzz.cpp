@@ -2,10 +2,10 @@
 //
 // Its logits are a function of all tokens in a sequence's cache, so a token that was kept, lost or moved by mistake
 // changes what is generated. Usage: decoder_fuzz SEED ROUNDS. Prints "ok" or what went wrong.
-#include "cost.hpp"
-#include "decoder.hpp"
-#include "native_errors.hpp"
-#include "text.hpp"
+#include "decoding/cost.hpp"
+#include "decoding/decoder.hpp"
+#include "guards/errors.hpp"
+#include "text/text.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,7 @@
-// ggml's OpenMP as GCC compiles it, on our threads: compiled with -fopenmp and linked to team.cpp and gomp.cpp alone.
+// ggml's OpenMP as GCC compiles it, on our threads: compiled with -fopenmp and linked to team.cpp and gomp.cpp
+// alone.
 // Prints "ok", or what was wrong.
-#include "team.hpp"
+#include "threads/team.hpp"
 
 #include <omp.h>
 #include <sched.h>

@@ -1,5 +1,0 @@
-from libc.stdint cimport uint8_t, uint32_t
-
-
-cdef extern from "checksum.hpp" namespace "triollama" nogil:
-    uint32_t state_checksum(const uint8_t * data, size_t size)

@@ -1,0 +1,193 @@
+// Which tokens of which streams the next step computes.
+#include "decoding/impl.hpp"
+
+#include <algorithm>
+
+namespace triollama {
+
+Mode Decoder::Impl::mode_of(const Stream & s) {
+    const Request & r = s.request;
+    return {r.set, r.kind == Kind::embed || r.hidden, r.causal || s.work->generated > 0};
+}
+
+// A change costs milliseconds, so each mode has several steps before the next in turn.
+void Decoder::Impl::choose_mode(const std::vector<StreamPtr> & ready) {
+    bool mine = false;
+    const Mode * after = nullptr;
+    const Mode * least = nullptr;
+    std::vector<Mode> modes;
+    for (const StreamPtr & s : ready) {
+        modes.push_back(mode_of(*s));
+    }
+    for (const Mode & m : modes) {
+        mine = mine || m == mode;
+        if (mode < m && (!after || m < *after)) {
+            after = &m;
+        }
+        if (!least || m < *least) {
+            least = &m;
+        }
+    }
+    if (mine && (steps_in_mode < config.set_steps || (!after && *least == mode))) {
+        return;
+    }
+    enter(after ? *after : *least, ready);
+}
+
+// Who decodes how much in this step.
+std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready) {
+    Group running;
+    std::vector<StreamPtr> prompts;
+    for (const StreamPtr & s : ready) {
+        if (!mode.causal) {
+            return {Group{Entry{s, s->work->n_end - s->work->n_decoded}}};
+        }
+        if (s->work->alone) {
+            return {Group{Entry{s, chunk(*s, config.n_ubatch)}}};
+        }
+        if (s->work->running()) {
+            running.push_back(Entry{s, 1});
+        } else {
+            prompts.push_back(s);
+        }
+    }
+    const size_t most = std::min(config.n_ubatch, config.n_outputs);
+    if (running.size() > most) {
+        std::rotate(running.begin(), running.begin() + turn % running.size(), running.end());
+        running.resize(most);
+    }
+    if (!prompts.empty()) {
+        std::rotate(prompts.begin(), prompts.begin() + turn % prompts.size(), prompts.end());
+        std::stable_sort(prompts.begin(), prompts.end(), [](const StreamPtr & a, const StreamPtr & b) {
+            return a->request.priority > b->request.priority;
+        });
+    }
+
+    const int32_t n_running = (int32_t) running.size();
+    std::vector<Group> plan;
+    if (config.packing == Packing::single) {
+        for (Entry & e : running) {
+            plan.push_back(Group{std::move(e)});
+        }
+        plan_single_prompts(prompts, n_running, plan);
+        return plan;
+    }
+
+    int32_t budget = config.n_ubatch;
+    if (n_running > 0) {
+        if (config.prompt_tokens > 0) {
+            budget = config.prompt_tokens;
+        } else if (cost.knows(n_running)) {
+            budget = cost.prompt_tokens(n_running, (int32_t) prompts.size(), config.prompt_budget, config.n_ubatch);
+        } else {
+            budget = 0;             // one step without prompts shows what an ordinary one costs
+        }
+    }
+    if (config.packing == Packing::equal) {
+        if (n_running > 0) {
+            plan.push_back(std::move(running));
+        }
+        for (const StreamPtr & s : prompts) {
+            const int32_t n = chunk(*s, std::min(budget, AttentionBudget(config.n_ubatch, config.check_span).room(s->work->n_decoded)));
+            if (n > 0) {
+                plan.push_back(Group{Entry{s, n}});
+                budget -= n;
+            }
+        }
+        return plan;
+    }
+
+    Group mixed = std::move(running);
+    int32_t room = std::min(budget, config.n_ubatch - n_running);
+    int32_t rows = config.n_outputs - n_running;
+    AttentionBudget attention(config.n_ubatch, config.check_span);
+    for (const StreamPtr & s : prompts) {
+        int32_t n = chunk(*s, std::min(room, attention.room(s->work->n_decoded)));
+        int32_t need = outputs(*s, n);
+        if (need > rows) {
+            n = every_output(*s) ? rows : n - 1;
+            need = outputs(*s, n);
+        }
+        if (n > 0) {
+            mixed.push_back(Entry{s, n});
+            attention.spend(s->work->n_decoded, n);
+            room -= n;
+            rows -= need;
+        }
+    }
+    if (!mixed.empty()) {
+        plan.push_back(std::move(mixed));
+    }
+    return plan;
+}
+
+void Decoder::Impl::plan_single_prompts(const std::vector<StreamPtr> & prompts, int32_t n_running, std::vector<Group> & plan) {
+    if (n_running == 0) {
+        credit = 0.0;
+        for (const StreamPtr & s : prompts) {
+            plan.push_back(Group{Entry{s, chunk(*s, config.n_ubatch)}});
+        }
+        return;
+    }
+    if (prompts.empty()) {
+        credit = 0.0;
+        return;
+    }
+    const bool by_count = config.prompt_tokens > 0;
+    if (!by_count && !cost.knows(n_running)) {
+        return;
+    }
+    const double price = by_count ? 1.0 : cost.prompt_token();
+    credit += by_count ? config.prompt_tokens : config.prompt_budget * cost.ordinary(n_running);
+    for (const StreamPtr & s : prompts) {
+        const int32_t n = chunk(*s, config.n_ubatch);
+        if (credit < n * price) {
+            return;
+        }
+        credit -= n * price;
+        plan.push_back(Group{Entry{s, n}});
+    }
+    credit = std::min(credit, config.prefill_chunk * price);
+}
+
+// Tokens that `stream` may decode next, at most `room`.
+int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
+    const Work & w = *stream.work;
+    int32_t n = w.n_end - w.n_decoded;
+    if (every_output(stream)) {
+        n = std::min(n, config.n_outputs);
+    }
+    if (config.packing == Packing::single) {
+        n = std::min(n, grid_end(stream, w) - w.n_decoded);
+    }
+    return std::min(n, room);
+}
+
+// Single packing: a replay is cut exactly where the first run was. Old turns at their recorded cuts, this turn's
+// prompt on a grid from its start, generated tokens one by one.
+int32_t Decoder::Impl::grid_end(const Stream & stream, const Work & w) const {
+    const int32_t start = std::min(stream.request.commit, w.n_prompt);
+    if (w.n_decoded < start) {
+        const std::vector<int32_t> & cuts = stream.request.cuts;
+        auto next = std::upper_bound(cuts.begin(), cuts.end(), w.n_decoded);
+        return next == cuts.end() ? start : std::min(*next, start);
+    }
+    if (w.n_decoded >= w.n_prompt) {
+        return w.n_decoded + 1;
+    }
+    const int32_t end = w.n_decoded + config.prefill_chunk - (w.n_decoded - start) % config.prefill_chunk;
+    return std::min(end, w.n_prompt);
+}
+
+bool Decoder::Impl::every_output(const Stream & stream) {
+    return stream.request.kind != Kind::generate || stream.request.hidden;
+}
+
+int32_t Decoder::Impl::outputs(const Stream & stream, int32_t n) const {
+    if (every_output(stream)) {
+        return n;
+    }
+    return n > 0 && stream.work->n_decoded + n == stream.work->n_end ? 1 : 0;
+}
+
+}  // namespace triollama

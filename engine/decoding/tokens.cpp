@@ -1,0 +1,193 @@
+// From a row of logits to a piece of text in a stream's ring.
+#include "decoding/impl.hpp"
+
+#include "guards/errors.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace triollama {
+
+namespace {
+
+Failure failure_of(const std::exception & e) {
+    if (dynamic_cast<const grammar_error *>(&e)) {
+        return Failure::grammar;
+    }
+    return dynamic_cast<const std::bad_alloc *>(&e) ? Failure::memory : Failure::sampler;
+}
+
+Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const std::vector<llama_token> & end_tokens, Sampler & sampler,
+               int32_t logprobs, float * logits) {
+    Sampled out;
+    const int64_t start = now_ns();
+    try {
+        double log_sum = 0.0;
+        if (logprobs >= 0) {
+            log_sum = log_sum_exp(logits, n_vocab);
+            if (logprobs > 0) {
+                top_logprobs(logits, n_vocab, logprobs, out.score.top);
+            }
+        }
+        out.token = sampler.sample(logits);
+        out.end   = llama_vocab_is_eog(vocab, out.token) ||
+                    std::find(end_tokens.begin(), end_tokens.end(), out.token) != end_tokens.end();
+        if (logprobs >= 0) {
+            out.score.logprob = (float) (logits[out.token] - log_sum);
+        }
+        if (!out.end) {
+            sampler.accept(out.token, true);
+        }
+    } catch (const std::exception & e) {
+        out.failure = failure_of(e);
+        out.message = e.what();
+    }
+    out.seconds = 1e-9 * (double) (now_ns() - start);
+    return out;
+}
+
+}  // namespace
+
+// Each stream has its own sampler and its own row of logits, so it does not matter which thread takes which.
+void Decoder::Impl::sample_all(std::vector<Sampling> & samplings) {
+    auto one = [this, &samplings](int32_t i) {
+        Sampling & s = samplings[i];
+        const Request & r = s.stream->request;
+        s.result = sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, s.logits);
+    };
+    double expected = 0.0;
+    for (const Sampling & s : samplings) {
+        expected += s.stream->work->sample_s;
+    }
+    if (expected >= config.share_sampling_s) {
+        helpers.share((int32_t) samplings.size(), one);
+    } else {
+        for (int32_t i = 0; i < (int32_t) samplings.size(); i++) {
+            one(i);
+        }
+    }
+    for (Sampling & s : samplings) {
+        emit(s.stream, std::move(s.result));
+    }
+}
+
+void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits) {
+    Work & w = *stream->work;
+    w.logits.assign(logits, logits + n_vocab);
+    w.sampling = true;
+    count.slow_samples++;
+    worker.run([this, stream] {
+        const Request & r = stream->request;
+        auto result = std::make_shared<Sampled>(
+            sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, stream->work->logits.data()));
+        post([this, stream, result] {
+            Work & w = *stream->work;
+            w.sampling = false;
+            if (w.ending) {
+                complete(stream, w.ending_as);
+            } else {
+                emit(stream, std::move(*result));
+            }
+        });
+    });
+}
+
+void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {
+    Work & w = *stream->work;
+    if (sampled.failure != Failure::none) {
+        fail(stream, sampled.failure, sampled.message);
+        return;
+    }
+    w.sample_s += 0.25 * (sampled.seconds - w.sample_s);
+    w.slow = w.sample_s > config.slow_sampler_s || (w.slow && w.sample_s > 0.5 * config.slow_sampler_s);
+    if (sampled.end) {
+        stream->end_token = sampled.token;
+        end(stream, Finish::eos);
+        return;
+    }
+    const int64_t now = now_ns();
+    w.tokens.push_back(sampled.token);
+    w.n_end = (int32_t) w.tokens.size();
+    w.generated++;
+    count.generated_tokens++;
+    {
+        std::lock_guard<std::mutex> lock(stream->mutex);
+        stream->use.generated = w.generated;
+        stream->use.last_ns   = now;
+        if (w.generated == 1) {
+            stream->use.first_ns = now;
+            note_first_token(1e-9 * (double) (now - stream->use.submitted_ns));
+        }
+    }
+    std::string bytes;
+    append_piece(vocab, sampled.token, stream->request.special, bytes);
+    w.piece.tokens.push_back(sampled.token);
+    if (stream->request.logprobs >= 0) {
+        w.piece.scores.push_back(std::move(sampled.score));
+    }
+    const bool stop = w.text.feed(bytes.data(), bytes.size(), w.piece.text);
+    if (!w.piece.text.empty() && !stop) {
+        w.piece.time_ns = now;
+        deliver(*stream, std::move(w.piece));
+        w.piece = Piece();
+    }
+    if (stop) {
+        stream->stop_index = w.text.matched_stop();
+        end(stream, Finish::stop);
+        return;
+    }
+    if (!apply_updates(stream)) {
+        return;
+    }
+    if (w.max_tokens >= 0 && w.generated >= w.max_tokens) {
+        end(stream, Finish::length);
+    } else if ((int32_t) w.tokens.size() > config.n_ctx && !(stream->request.shift && shift(*stream))) {
+        end(stream, Finish::context);
+    }
+}
+
+void Decoder::Impl::note_first_token(double seconds) {
+    if (first_token_s.size() < 256) {
+        first_token_s.push_back(seconds);
+    } else {
+        first_token_s[first_token_next++ % first_token_s.size()] = seconds;
+    }
+}
+
+bool Decoder::Impl::apply_updates(const StreamPtr & stream) {
+    Work & w = *stream->work;
+    try {
+        for (Update & u : w.updates) {
+            if (u.sampling && stream->request.sampler) {
+                stream->request.sampler->update(std::move(*u.sampling));
+            }
+            if (u.max_tokens) {
+                w.max_tokens = *u.max_tokens;
+            }
+        }
+    } catch (const std::exception & e) {
+        fail(stream, failure_of(e), e.what());
+        return false;
+    }
+    w.updates.clear();
+    return true;
+}
+
+// Drops the older half of what follows the first n_keep tokens.
+bool Decoder::Impl::shift(Stream & stream) {
+    Work & w = *stream.work;
+    const int32_t keep = std::min(stream.request.n_keep < 0 ? w.n_prompt : stream.request.n_keep, w.n_decoded);
+    const int32_t drop = (w.n_decoded - keep) / 2;
+    if (!slots.shift(*w.sequence, keep, drop)) {
+        return false;
+    }
+    w.tokens.erase(w.tokens.begin() + keep, w.tokens.begin() + keep + drop);
+    w.n_decoded -= drop;
+    w.n_end = (int32_t) w.tokens.size();
+    w.n_prompt = std::max(std::min(keep, w.n_prompt), w.n_prompt - drop);
+    stream.shifted += drop;
+    stream.shifts.push_back(drop);
+    return true;
+}
+
+}  // namespace triollama

@@ -1,0 +1,102 @@
+"""The one place where native results become exceptions."""
+
+# Most are raised in the other rooms.
+from triollama.errors import (
+    AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint
+    DecodeError, EngineError, ForkedError, GrammarError, LoadCancelled, ModelError,  # no-cython-lint
+    ModelFormatError, ModelNotFoundError, NoSlotError, OutOfMemoryError,  # no-cython-lint
+    ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
+)
+
+from libcpp.map cimport map as cpp_map
+
+from llama cimport raise_native_error
+
+cdef extern from "guards/abort.hpp" namespace "triollama" nogil:
+    cdef cppclass AbortScope:
+        # Once entered and as long as it lives, a failed assertion of ggml on this thread throws
+        # instead of ending the process.
+        AbortScope() noexcept
+        void enter() noexcept
+
+        @staticmethod
+        void install() noexcept
+
+    int guarded_decode(
+        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+    int guarded_encode(
+        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+
+cdef extern from "threads/openmp.hpp" namespace "triollama" nogil:
+    bint has_own_threads() noexcept
+    void retire_threads() noexcept
+
+cdef extern from "llama/gguf_check.hpp" namespace "triollama" nogil:
+    void check_gguf(
+        const string & path, cpp_bool model, const cpp_map[string, double] & overrides
+    ) except +raise_native_error
+
+AbortScope.install()
+
+
+cdef object decode_error(int code):
+    """The exception for a non-zero result of llama_decode or llama_encode."""
+    log = native_problem()
+    if code == 1:
+        return NoSlotError(
+            "the KV cache has no room for this batch; make n_ctx larger, or remove sequences",
+            code=code, log=log)
+    if code == 2:
+        return DecodeAborted("the abort flag stopped the computation", code=code)
+    if code == -1:
+        return DecodeError(
+            "llama.cpp refused the batch: positions must continue those in memory",
+            code=code, log=log)
+    if code == -2:
+        return DecodeError("llama.cpp could not allocate what the batch needs", code=code, log=log)
+    return DecodeError(f"llama.cpp failed with code {code}", code=code, log=log)
+
+
+cdef int check_magic(str path, str what, object wrong) except -1:
+    """ModelNotFoundError if the file, called ``what`` in the message, cannot be read; ``wrong``, an
+    exception class, if it does not begin as a GGUF file does."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"cannot open {what}{path}: {error.strerror or error}", path=path) from error
+    if magic != b"GGUF":
+        raise wrong(f"{path} is no GGUF file", path=path)
+    return 0
+
+
+cdef object check_int(str name, object value, long long low, long long high):
+    """``value`` as an int within bounds; ParameterError otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ParameterError(
+            f"{name} must be an integer, not {value!r}", parameter=name, value=value)
+    number = value.__index__()
+    if not low <= number <= high:
+        raise ParameterError(
+            f"{name} must be from {low} to {high}, not {number}", parameter=name, value=value)
+    return number
+
+
+cdef double check_float(str name, object value, double low, double high) except? -1.0:
+    """``value`` as a finite number within bounds; ParameterError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ParameterError(
+            f"{name} must be a number from {low:g} to {high:g}, not {value!r}",
+            parameter=name, value=value)
+    return value
+
+
+cdef object check_choice(str name, object value, dict choices):
+    """``choices[value]``; ParameterError naming the choices otherwise."""
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ParameterError(
+            f"{name} must be one of {known}, not {value!r}", parameter=name, value=value) from None

@@ -1,0 +1,99 @@
+"""llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp")."""
+import sys
+
+from libcpp.pair cimport pair
+
+from ggml cimport (
+    GGML_LOG_LEVEL_DEBUG,
+    GGML_LOG_LEVEL_ERROR,
+    GGML_LOG_LEVEL_INFO,
+    GGML_LOG_LEVEL_NONE,
+    GGML_LOG_LEVEL_WARN,
+    ggml_log_level,
+)
+from llama cimport llama_log_set
+
+cdef extern from "guards/log.hpp" namespace "triollama" nogil:
+    cdef cppclass LogQueue:
+        @staticmethod
+        LogQueue & instance() noexcept
+        @staticmethod
+        void write(ggml_log_level level, const char * text, void * user_data) noexcept
+        void set_threshold(ggml_log_level level) noexcept
+        cpp_bool has_lines() noexcept
+        vector[pair[int, string]] drain() except +
+        string problem() except +
+        void forget_problem() noexcept
+
+# logging's own numbers, so that a script which logs nothing need not import it.
+cdef int _DEBUG = 10
+cdef int _INFO = 20
+cdef int _WARNING = 30
+cdef int _ERROR = 40
+
+cdef dict _PYTHON_LEVELS = {
+    <int>GGML_LOG_LEVEL_NONE: _INFO,
+    <int>GGML_LOG_LEVEL_DEBUG: _DEBUG,
+    <int>GGML_LOG_LEVEL_INFO: _INFO,
+    <int>GGML_LOG_LEVEL_WARN: _WARNING,
+    <int>GGML_LOG_LEVEL_ERROR: _ERROR,
+}
+
+cdef object _logger = None
+
+
+cdef object get_logger():
+    """The logger, or None while nobody has imported logging: then nobody can be listening."""
+    global _logger
+    if _logger is None and "logging" in sys.modules:
+        import logging
+        # A library must stay silent unless its user configured logging (whose last resort prints
+        # warnings).
+        logging.getLogger("triollama").addHandler(logging.NullHandler())
+        _logger = logging.getLogger("triollama.llama_cpp")
+    return _logger
+
+
+cdef int begin_log() except -1:
+    """Before a call that may fail: what is logged from here on belongs to it."""
+    cdef ggml_log_level threshold = GGML_LOG_LEVEL_ERROR
+    logger = get_logger()
+    if logger is not None:
+        if logger.isEnabledFor(_DEBUG):
+            threshold = GGML_LOG_LEVEL_DEBUG
+        elif logger.isEnabledFor(_INFO):
+            threshold = GGML_LOG_LEVEL_INFO
+        elif logger.isEnabledFor(_WARNING):
+            threshold = GGML_LOG_LEVEL_WARN
+    LogQueue.instance().set_threshold(threshold)
+    LogQueue.instance().forget_problem()
+    return 0
+
+
+cdef int flush_log() except -1:
+    """Hands waiting lines to logging. Cheap when there are none."""
+    if not LogQueue.instance().has_lines():
+        return 0
+    logger = get_logger()
+    for line in LogQueue.instance().drain():
+        if logger is not None:
+            level = _PYTHON_LEVELS.get(line.first, _INFO)
+            logger.log(level, "%s", line.second.decode("utf-8", "replace").rstrip())
+    return 0
+
+
+cdef str native_problem():
+    """The first error (or else the last warning) llama.cpp logged since begin_log()."""
+    return LogQueue.instance().problem().decode("utf-8", "replace").strip()
+
+
+def flush_native_log() -> None:
+    """Hand what llama.cpp has logged so far to ``logging``.
+
+    Loading, decoding and the other calls of this module do so themselves; lines that its own
+    threads wrote in between wait until then.
+    """
+    flush_log()
+
+
+llama_log_set(LogQueue.write, NULL)

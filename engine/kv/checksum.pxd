@@ -1,0 +1,5 @@
+from libc.stdint cimport uint8_t, uint32_t
+
+
+cdef extern from "kv/checksum.hpp" namespace "triollama" nogil:
+    uint32_t state_checksum(const uint8_t * data, size_t size)

@@ -1,0 +1,137 @@
+#include "training/layer.hpp"
+
+#include <cmath>
+
+namespace triollama {
+
+ggml_tensor * differentiable_tanh(ggml_context * context, ggml_tensor * x) {
+    ggml_tensor * sigmoid =
+        ggml_exp(context, ggml_scale(context, ggml_softplus(context, ggml_scale(context, x, -2.0f)), -1.0f));
+    return ggml_scale_bias(context, sigmoid, 2.0f, -1.0f);
+}
+
+namespace {
+
+// Columns [first, first + n) of every row, as a tensor of its own.
+ggml_tensor * part(ggml_context * c, ggml_tensor * x, int64_t first, int64_t n) {
+    return ggml_cont(c, ggml_view_2d(c, x, n, x->ne[1], x->nb[1], static_cast<size_t>(first) * ggml_element_size(x)));
+}
+
+ggml_tensor * rotate(ggml_context * c, ggml_tensor * x, ggml_tensor * positions, ggml_tensor * factors, const Rope & r) {
+    return ggml_rope_ext(c, x, positions, factors, r.n_rot, r.mode, r.n_ctx_orig, r.base, r.scale, r.ext_factor,
+                         r.attn_factor, r.beta_fast, r.beta_slow);
+}
+
+// The tanh form of GELU. With d = c (1 + 0.044715 g^2), c = 2 sqrt(2 / pi) and u = g d:
+// gelu(g) = g sigmoid(u) = silu(u) / d, and d >= c > 0.
+ggml_tensor * gelu_tanh(ggml_context * c, ggml_tensor * g) {
+    const float factor = 1.5957691216057308f;
+    ggml_tensor * d = ggml_scale_bias(c, ggml_sqr(c, g), 0.044715f * factor, factor);
+    return ggml_div(c, ggml_silu(c, ggml_mul(c, g, d)), d);
+}
+
+}  // namespace
+
+ggml_tensor * LayerBuilder::norm(Graph & graph, ggml_tensor * x, ggml_tensor * weight) const {
+    return ggml_mul(graph.context(), ggml_rms_norm(graph.context(), x, model.info().norm_eps), weight);
+}
+
+// W x + bias, and beside it scale * B A dropout(x) if W has an adapter.
+ggml_tensor * LayerBuilder::linear(Graph & graph, ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x,
+                                   const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    ggml_tensor * y = graph.product(weight, x);
+    if (const LoraPair * lora = adapters.find(weight)) {
+        const auto mask = inputs.dropout.find(weight);
+        if (mask != inputs.dropout.end()) {
+            x = ggml_mul(c, x, mask->second);
+        }
+        ggml_tensor * low = ggml_scale(c, ggml_mul_mat(c, lora->a, x), adapters.config().scale());
+        y = ggml_add(c, y, ggml_mul_mat(c, lora->b, low));
+    }
+    return bias ? ggml_add(c, y, bias) : y;
+}
+
+ggml_tensor * LayerBuilder::attention(Graph & graph, const LayerWeights & w, ggml_tensor * x,
+                                      const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    const ModelGraphInfo & m = model.info();
+    const int64_t n_tokens = x->ne[1];
+    const int64_t n_q  = static_cast<int64_t>(m.n_head) * m.n_head_dim;
+    const int64_t n_kv = static_cast<int64_t>(m.n_head_kv) * m.n_head_dim;
+
+    ggml_tensor * q, * k, * v;
+    if (w.qkv) {
+        ggml_tensor * qkv = linear(graph, w.qkv, w.qkv_b, x, inputs);
+        q = part(c, qkv, 0, n_q);
+        k = part(c, qkv, n_q, n_kv);
+        v = part(c, qkv, n_q + n_kv, n_kv);
+    } else {
+        q = linear(graph, w.q, w.q_b, x, inputs);
+        k = linear(graph, w.k, w.k_b, x, inputs);
+        v = linear(graph, w.v, w.v_b, x, inputs);
+    }
+    q = ggml_reshape_3d(c, q, m.n_head_dim, m.n_head, n_tokens);
+    k = ggml_reshape_3d(c, k, m.n_head_dim, m.n_head_kv, n_tokens);
+    v = ggml_reshape_3d(c, v, m.n_head_dim, m.n_head_kv, n_tokens);
+    if (w.q_norm) {
+        q = norm(graph, q, w.q_norm);
+        k = norm(graph, k, w.k_norm);
+    }
+    const Rope & rope = w.sliding ? m.rope_swa : m.rope;
+    q = rotate(c, q, inputs.positions, m.rope_factors, rope);
+    k = rotate(c, k, inputs.positions, m.rope_factors, rope);
+
+    q = ggml_cont(c, ggml_permute(c, q, 0, 2, 1, 3));            // [head_dim, n_tokens, n_head]
+    k = ggml_cont(c, ggml_permute(c, k, 0, 2, 1, 3));
+    v = ggml_cont(c, ggml_permute(c, v, 1, 2, 0, 3));            // [n_tokens, head_dim, n_head_kv]
+
+    ggml_tensor * scores = ggml_mul_mat(c, k, q);                // [keys, queries, n_head]
+    float scale = m.attn_scale;
+    if (m.attn_softcap != 0.0f) {
+        scores = ggml_scale(c, scores, m.attn_scale / m.attn_softcap);
+        scores = ggml_scale(c, differentiable_tanh(c, scores), m.attn_softcap);
+        scale  = 1.0f;
+    }
+    scores = ggml_soft_max_ext(c, scores, w.sliding ? inputs.mask_swa : inputs.mask, scale, 0.0f);
+    ggml_tensor * mixed = ggml_mul_mat(c, v, scores);            // [head_dim, n_tokens, n_head]
+    mixed = ggml_cont_2d(c, ggml_permute(c, mixed, 0, 2, 1, 3), n_q, n_tokens);
+    return linear(graph, w.o, w.o_b, mixed, inputs);
+}
+
+ggml_tensor * LayerBuilder::feed_forward(Graph & graph, const LayerWeights & w, ggml_tensor * x,
+                                         const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    ggml_tensor * up = linear(graph, w.up, w.up_b, x, inputs);
+    ggml_tensor * gate;
+    if (w.gate) {
+        gate = linear(graph, w.gate, w.gate_b, x, inputs);
+    } else {
+        const int64_t n_ff = up->ne[0] / 2;
+        gate = part(c, up, 0, n_ff);
+        up   = part(c, up, n_ff, n_ff);
+    }
+    ggml_tensor * inner = model.info().arch->activation == Activation::gelu_tanh
+                              ? ggml_mul(c, gelu_tanh(c, gate), up)
+                              : ggml_swiglu_split(c, gate, up);
+    return linear(graph, w.down, w.down_b, inner, inputs);
+}
+
+ggml_tensor * LayerBuilder::layer(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    const LayerWeights & w = model.info().layers[static_cast<size_t>(index)];
+
+    ggml_tensor * attended = attention(graph, w, norm(graph, h, w.attn_norm), inputs);
+    if (w.post_attn_norm) {
+        attended = norm(graph, attended, w.post_attn_norm);
+    }
+    h = ggml_add(c, attended, h);
+
+    ggml_tensor * transformed = feed_forward(graph, w, norm(graph, h, w.ffn_norm), inputs);
+    if (w.post_ffn_norm) {
+        transformed = norm(graph, transformed, w.post_ffn_norm);
+    }
+    return ggml_add(c, transformed, h);
+}
+
+}  // namespace triollama
