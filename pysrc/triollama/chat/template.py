@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import ChatTemplateError, ParameterError
-from . import text as T
 from .builtin import BUILTIN, MARKERS
-from .evaluate import Evaluator, Raised, parse
-from .values import Limits, TemplateFault
+from .jinja import Evaluator, Limits, Raised, TemplateFault, parse
+from .jinja import origins as T
 
 __all__ = ["ROLES", "ChatTemplate", "Rendered", "Segment", "named", "template_for_model"]
 
