@@ -15,7 +15,7 @@ from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..chat.template import warn_of_default
 from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
 from ..files import Message
-from ..params import GenerationParams, make_params
+from ..params import GenerationParams, draw_seed, make_params
 from .adapters import LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .history import WORTH_SHARING, Memory, Plan, Shift, State, common_length, now
@@ -103,6 +103,9 @@ class Conversations:
                 if isinstance(message, Message)
                 else files.document_from(dict(message), Message, place=f"messages[{at}]")
             )
+        made = make_params(params, changes)
+        if made.seed is None:  # its turns go on with one random state: what they start from is kept
+            made = made.replace(seed=draw_seed())
         source = template.source if isinstance(template, ChatTemplate) else template or ""
         return self.add(
             Conversation(
@@ -110,7 +113,7 @@ class Conversations:
                 self.new_id(id),
                 template=self.template(template),
                 source=source,
-                params=make_params(params, changes),
+                params=made,
                 overflow=overflow,
                 on_cancel=on_cancel,
                 tools=tools,

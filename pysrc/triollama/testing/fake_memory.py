@@ -94,6 +94,7 @@ class FakeSampler:
 
     def __init__(self, params: GenerationParams) -> None:
         self.params = params
+        self.seed = params.seed
 
     def update(self, params: GenerationParams) -> None:
         self.params = params
