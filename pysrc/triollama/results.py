@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+else:  # numpy is not imported for the sake of a name, and signatures are looked at
+    Floats = Any
 
 __all__ = ["Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
 
@@ -73,7 +77,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | None = None
     end_token: int | None = None
     logprobs: list[TokenLogprob] | None = None
-    embedding: npt.NDArray[np.float32] | None = None
+    embedding: Floats | None = None
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +88,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     tokens: list[int]
-    logprobs: npt.NDArray[np.float32]
+    logprobs: Floats
 
     @property
     def total(self) -> float:

@@ -44,7 +44,7 @@ def made(llama: Llama, **options: Any) -> Conversation:
 async def is_true(llama: Llama, chat: Conversation) -> None:
     """What is noted of a conversation's memory is what the engine has, and what was committed."""
     chats = llama.conversations
-    reply = await chats.answer(chats.decoder.query_sequence(chat._memory.sequence))
+    reply = await chats.answer(chats.engine.query_sequence(chat._memory.sequence))
     state = chat._state
     assert reply.value == len(chat._memory.tokens) == state.n_computed
     assert chat._memory.tokens == state.tokens[: state.n_computed]

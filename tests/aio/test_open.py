@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import trio
 from trio.testing import MockClock
 from triollama import GenerationParams
 from triollama import _engine as engine
-from triollama.aio import Llama, open_llama, run_llama
+from triollama.aio import Llama, Stream, open_llama, run_llama
 from triollama.errors import ModelFormatError, ModelNotFoundError, ParameterError
 from triollama.testing import FakeEngine, Reply, open_fake_llama
+from triollama.testing.fake_memory import FakeReply
 
 Tiny = Callable[..., Path]
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=8)
@@ -210,11 +212,37 @@ PHASES = {
                 interrupt()
                 await trio.sleep(60)
     """,
-    "leaving": """
+    "the end of the body": """
         async with open_llama(path, n_ctx=256, threads=1) as llama:
             async with llama.stream("x", capacity=1) as stream:
                 await stream.receive()
             interrupt()
+    """,
+    "leaving": """
+        async with open_llama(path, n_ctx=256, threads=1) as llama:
+            stream = llama.stream("x")
+            await stream.__aenter__()
+            release = stream.release
+            stream.release = lambda: (release(), interrupt())
+    """,
+    "leaving, and again while it closes": """
+        async with open_llama(path, n_ctx=256, threads=1) as llama:
+            aclose = llama._core.aclose
+            calls = []
+            def interrupted():
+                calls.append(1)
+                if len(calls) < 4:
+                    interrupt()
+                return aclose()
+            llama._core.aclose = interrupted
+    """,
+    "leaving by an error": """
+        async with open_llama(path, n_ctx=256, threads=1) as llama:
+            stream = llama.stream("x")
+            await stream.__aenter__()
+            release = stream.release
+            stream.release = lambda: (release(), interrupt())
+            raise KeyError
     """,
 }
 
@@ -302,6 +330,88 @@ def test_a_native_engine_that_dies_tells_everybody_why(tiny: Tiny, run_isolated:
 # What only the fake can do on demand
 
 
+@pytest.mark.promise("S5")
+def test_nobody_spins_while_the_engine_is_closed() -> None:
+    """An engine that takes a thousand steps of other tasks to close."""
+
+    class Slow(FakeEngine):
+        async def aclose(self) -> None:
+            for _ in range(1000):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            await super().aclose()
+
+    class Steps(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.counts: Counter[str] = Counter()
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.counts[task.name] += 1
+
+    async def main() -> None:
+        steps = Steps()
+        trio.lowlevel.add_instrument(steps)
+        ended: list[Any] = []
+
+        async def wait(stream: Stream) -> None:
+            await stream.ended()
+            ended.append(stream.finish_reason)
+
+        async def embed(llama: Llama) -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await llama.embed("x" * 1000)
+            ended.append("closed")
+
+        async with (
+            trio.open_nursery() as nursery,
+            open_fake_llama(Slow(prompt_token_seconds=1.0)) as llama,
+        ):
+            stream = llama.stream("x", max_tokens=None)
+            await stream.__aenter__()
+            nursery.start_soon(wait, stream, name="ended")
+            nursery.start_soon(embed, llama, name="embed")
+            await trio.testing.wait_all_tasks_blocked()
+        assert set(ended) == {"cancelled", "closed"}
+        assert steps.counts["ended"] < 10
+        assert steps.counts["embed"] < 10
+
+    fake_run(main)
+
+
+def test_cancelling_a_fork_does_not_wait_for_the_copy() -> None:
+    """An engine that never has time for it."""
+
+    class Slow(FakeEngine):
+        def fork_sequence(self, source: int, target: int, n: int) -> FakeReply:
+            return FakeReply(0)
+
+    async def main() -> None:
+        async with open_fake_llama(Slow(lambda prompt: "Yes.")) as llama:
+            chat = llama.conversation(system="It is so. " * 20)
+            await chat.say("Is it so?")
+            with trio.move_on_after(1) as scope:
+                await chat.fork("branch")
+            assert scope.cancelled_caught
+            assert "branch" not in llama.conversations
+            with trio.move_on_after(1) as scope:
+                await llama.conversation(system="It is so. " * 20).say("And here?")  # shares that
+            assert scope.cancelled_caught
+            assert (await chat.say("And now?")).text == "Yes."
+
+    fake_run(main)
+
+
+def test_a_cancelled_stream_of_the_fake_ends_by_itself_not_within_the_call() -> None:
+    async def main() -> None:
+        async with open_fake_llama(FakeEngine()) as llama, llama.stream("x") as stream:
+            await stream.receive()
+            stream.cancel()
+            assert stream.finish_reason is None
+            await stream.ended()
+            assert stream.finish_reason == "cancelled"
+
+    fake_run(main)
+
+
 def fake_run(main: Callable[[], Any]) -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
@@ -325,7 +435,7 @@ def test_when_the_engine_dies_everybody_learns_why() -> None:
         assert causes == ["boom"] * 3
 
         async with open_fake_llama(FakeEngine()) as llama:
-            llama._engine.fake.die("boom")  # type: ignore[attr-defined]
+            llama._core.engine.die("boom")  # type: ignore[attr-defined]
             with pytest.raises(trio.BrokenResourceError, match="boom"):
                 llama.stream("x")
 

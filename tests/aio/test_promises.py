@@ -353,7 +353,7 @@ def test_who_comes_after_an_engine_died_learns_the_cause_too() -> None:
             async with running, queued:
                 await running.receive()
                 fake.die("boom")
-                assert running._open.take() is None
+                assert running.engine_stream.take() is None
                 for stream in (running, queued):
                     with pytest.raises(trio.BrokenResourceError) as caught:
                         await stream.receive()

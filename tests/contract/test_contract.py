@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,20 @@ import pytest
 import trio
 from trio.testing import MockClock, assert_checkpoints
 from triollama import GenerationParams
+from triollama._engine import Trainer
 from triollama.aio import Llama, Piece, Stream, open_llama
 from triollama.errors import (
+    AdapterError,
     BusyError,
     ContextFullError,
+    GrammarError,
     ParameterError,
     QueueFullError,
     TokenError,
 )
-from triollama.testing import FakeEngine, open_fake_llama
+from triollama.testing import FakeEngine, make_tiny_model, open_fake_llama
 
-GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, seed=42)
+GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12)
 LONG = GREEDY.replace(max_tokens=None)
 PROMPT = "Once upon a time"
 
@@ -36,16 +41,24 @@ class World:
     def open(self, **options: Any) -> Any:
         settings = {"n_ctx": 256, "max_streams": 2, **options}
         if self.kind == "fake":
-            return open_fake_llama(FakeEngine(**settings))
+            when_full = settings.pop("when_full", "wait")
+            return open_fake_llama(FakeEngine(**settings), when_full=when_full)
         return open_llama(self._path, threads=1, deterministic=True, **settings)
 
-    def run(self, test: Callable[[], Awaitable[None]]) -> None:
+    def run(self, test: Callable[[], Awaitable[None]], *, threads: bool = False) -> None:
         async def bounded() -> None:
             with trio.fail_after(60):
                 await test()
 
-        clock = MockClock(autojump_threshold=0) if self.kind == "fake" else None
-        trio.run(bounded, clock=clock)
+        # A clock that jumps does not wait for threads, in which files are read.
+        mocked = self.kind == "fake" and not threads
+        trio.run(bounded, clock=MockClock(autojump_threshold=0) if mocked else None)
+
+    def write_adapter(self, path: Path) -> Path:
+        """One that fits the model."""
+        with Trainer(self._path or make_tiny_model(path.with_name("tiny.gguf")), rank=2) as trainer:
+            trainer.save_adapter(path)
+        return path
 
 
 @pytest.fixture(params=["fake", "native"])
@@ -230,7 +243,7 @@ def test_score_and_embed_work_beside_streams(world: World) -> None:
 @pytest.mark.promise("S18")
 def test_mistakes_are_typed_and_cost_no_place(world: World) -> None:
     async def main() -> None:
-        async with world.open(max_queue=0) as llama:
+        async with world.open(max_queue=0, when_full="raise") as llama:
             for wrong in ({"temperature": -1}, {"nonsense": 1}, {"capacity": 0}):
                 with pytest.raises(ParameterError):
                     llama.stream(PROMPT, **wrong)
@@ -251,6 +264,154 @@ def test_mistakes_are_typed_and_cost_no_place(world: World) -> None:
                     await llama.generate(PROMPT)
 
     world.run(main)
+
+
+@pytest.mark.promise("S18")
+def test_entering_waits_for_room_in_a_full_queue(world: World) -> None:
+    async def main() -> None:
+        async with world.open(max_streams=1, max_queue=0) as llama:
+            began: list[str] = []
+
+            async def one(name: str, priority: int) -> None:
+                async with llama.stream(PROMPT, GREEDY, priority=priority) as stream:
+                    began.append(name)
+                    async for _ in stream:
+                        pass
+
+            async with (
+                llama.stream(PROMPT, LONG, capacity=1) as first,
+                trio.open_nursery() as tasks,
+            ):
+                for name, priority in (("a", 0), ("b", 0), ("urgent", 1)):
+                    tasks.start_soon(one, name, priority)
+                    await trio.testing.wait_all_tasks_blocked()
+                with trio.CancelScope() as gives_up:
+                    tasks.start_soon(lambda: trio.sleep(0))
+                    gives_up.cancel()
+                    await llama.generate(PROMPT, priority=2)
+                closed = llama.stream(PROMPT, LONG)
+                with pytest.RaisesGroup(trio.ClosedResourceError):
+                    async with trio.open_nursery() as entering:
+                        entering.start_soon(closed.__aenter__)
+                        await trio.testing.wait_all_tasks_blocked()
+                        await closed.aclose()
+                assert len(llama.active()) == 1
+                assert began == []
+                await first.aclose()
+            assert began == ["urgent", "a", "b"]
+            scores = [await llama.score("some text"), await llama.score("some text")]
+            assert scores[0].total == scores[1].total
+
+    world.run(main)
+
+
+@pytest.mark.promise("S5")
+def test_who_waits_for_room_learns_of_the_end(world: World) -> None:
+    async def main() -> None:
+        outcomes: list[str] = []
+
+        async def wait(llama: Llama) -> None:
+            try:
+                await llama.generate(PROMPT, LONG)
+            except trio.ClosedResourceError:
+                outcomes.append("closed")
+
+        async with trio.open_nursery() as nursery, world.open(max_streams=1, max_queue=0) as llama:
+            for _ in range(3):
+                nursery.start_soon(wait, llama)
+            await trio.testing.wait_all_tasks_blocked()
+        assert outcomes == ["closed"] * 3
+
+    world.run(main)
+
+
+def test_a_broken_grammar_is_refused(world: World) -> None:
+    async def main() -> None:
+        async with world.open(max_streams=1, max_queue=0, when_full="raise") as llama:
+            for grammar in ("root ::= [a-z", "root ::= nothing", "root"):
+                with pytest.raises(GrammarError):
+                    await llama.generate(PROMPT, grammar=grammar)
+            async with llama.stream(PROMPT, LONG, capacity=1) as stream:
+                stream.update(grammar="root ::= [a-z")
+                with pytest.raises(GrammarError):
+                    async for _ in stream:
+                        pass
+            await llama.generate(PROMPT, GREEDY, grammar="root ::= [a-z]*")
+
+    world.run(main, threads=True)
+
+
+def test_adapters_come_and_go(world: World, tmp_path: Path) -> None:
+    path = world.write_adapter(tmp_path / "adapter.gguf")
+    (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))
+
+    async def main() -> None:
+        async with world.open() as llama:
+            for wrong in ("rubbish.gguf", "none.gguf"):
+                with pytest.raises(AdapterError, match=wrong):
+                    await llama.load_adapter(tmp_path / wrong)
+            adapter = await llama.load_adapter(path)
+            assert list(llama.adapters) == [adapter]
+            chat = llama.conversation(params=GREEDY, adapters=[(adapter, 0.5)])
+            await chat.say("Hello")
+            with pytest.raises(BusyError, match=chat.id):
+                await llama.unload_adapter(adapter)
+            chat.set_adapters([])
+            assert (await chat.say("And then?")).usage.cached_tokens == 0
+            for scale in (0.5, 1.0):
+                used = [(adapter, scale)]
+                async with llama.stream(PROMPT, LONG, capacity=1, adapters=used) as stream:
+                    await stream.receive()
+                    with pytest.raises(BusyError, match="wait for it"):
+                        await llama.unload_adapter(adapter)
+                    assert (await llama.score("some text", adapters=used)).tokens
+                await stream.ended()
+            await llama.unload_adapter(adapter)
+            for call in (llama.generate, llama.score, llama.embed):
+                with pytest.raises(ParameterError, match="still loaded"):
+                    await call("some text", adapters=used)
+            assert len(llama.adapters) == 0
+
+    world.run(main, threads=True)
+
+
+def test_a_stream_is_not_copied(world: World) -> None:
+    async def main() -> None:
+        async with world.open() as llama, llama.stream(PROMPT, LONG) as stream:
+            for thing in (llama, stream):
+                for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+                    with pytest.raises(TypeError, match="neither copied nor pickled"):
+                        copier(thing)
+
+    world.run(main)
+
+
+def test_another_trio_run_is_refused(world: World) -> None:
+    async def main() -> None:
+        async with world.open() as llama, llama.stream(PROMPT, LONG, capacity=1) as stream:
+            await stream.receive()
+            chat = llama.conversation()
+            new, turn = llama.stream(PROMPT), chat.stream("Hello")
+
+            async def elsewhere() -> None:
+                for call in (
+                    lambda: llama.generate(PROMPT),
+                    lambda: llama.score(PROMPT),
+                    new.__aenter__,
+                    turn.__aenter__,
+                    lambda: chat.say("Hello"),
+                    stream.receive,
+                    stream.ended,
+                    stream.aclose,
+                ):
+                    with pytest.raises(BusyError, match=r"another trio\.run"):
+                        await call()
+
+            await trio.to_thread.run_sync(trio.run, elsewhere)
+            await stream.receive()
+            assert len((await llama.generate(PROMPT, GREEDY)).tokens) == 12
+
+    world.run(main, threads=True)
 
 
 def test_a_stream_runs_once_and_only_inside_async_with(world: World) -> None:
@@ -402,7 +563,7 @@ def test_closing_wakes_the_receiver(world: World) -> None:
 @pytest.mark.promise("S13")
 def test_leaving_frees_the_place_at_once(world: World) -> None:
     async def main() -> None:
-        async with world.open(max_streams=1, max_queue=0) as llama:
+        async with world.open(max_streams=1, max_queue=0, when_full="raise") as llama:
             for n in (0, 1, 3):
                 stream = llama.stream(PROMPT, LONG, capacity=1)
 
@@ -606,11 +767,10 @@ def test_what_the_body_raises_is_never_wrapped(world: World) -> None:
 def test_a_cancelled_body_leaves_cleanly_and_may_still_close_streams(world: World) -> None:
     async def main() -> None:
         closed = False
-        with trio.CancelScope() as scope:
+        with trio.move_on_after(0.05) as scope:
             async with world.open() as llama:
                 stream = llama.stream(PROMPT, LONG, capacity=1)
                 await stream.__aenter__()
-                scope.cancel()
                 try:
                     await trio.sleep_forever()
                 finally:

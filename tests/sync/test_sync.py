@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import json
 import math
-from typing import Annotated, Literal
+import pickle
 
 import numpy as np
 import pytest
-from msgspec import Meta
 from triollama._engine import Batch, Context, Model, live_objects
 from triollama.errors import (
     BusyError,
@@ -23,7 +24,8 @@ from triollama.errors import (
     UnsupportedError,
 )
 from triollama.params import GenerationParams
-from triollama.sync import Llama
+from triollama.results import Completion, Score, TokenLogprob, Usage
+from triollama.sync import Llama, Stream
 
 PROMPT = "the quick brown fox"
 GREEDY = {"temperature": 0.0, "repeat_penalty": 1.0}
@@ -719,9 +721,8 @@ def test_usage_while_it_runs(llama):
 
 def test_a_busy_stream_goes_on(llama):
     """BusyError says that nothing was done, so the stream is not over."""
-    params = GenerationParams(max_tokens=20, ignore_eos=True, seed=42)
-    expected = llama.generate(PROMPT, params).tokens
-    with llama.stream(PROMPT, params) as stream:
+    expected = llama.generate(PROMPT, max_tokens=20, ignore_eos=True).tokens
+    with llama.stream(PROMPT, max_tokens=20, ignore_eos=True) as stream:
         next(stream)
         view = llama.context.logits()  # the next decode would overwrite it
         for _ in range(3):
@@ -772,27 +773,15 @@ def test_ctrl_c_in_a_prompt(default_model_path, run_isolated):
     assert result.stdout.split() == ["interrupted", "2"]
 
 
-def test_no_seed_is_a_drawn_one(llama):
-    """Two calls differ; either can be had again by the seed that it tells."""
-    options = {"max_tokens": 24, "temperature": 2.0, "top_k": 0, "ignore_eos": True}
-    one, other = (llama.generate(PROMPT, **options) for _ in range(2))
-    assert one.seed != other.seed and one.tokens != other.tokens
-    assert llama.generate(PROMPT, seed=one.seed, **options).tokens == one.tokens
+def test_a_stream_is_not_copied_and_a_half_made_one_is_silent(llama):
+    with llama.stream("Once", **GREEDY) as stream:
+        for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="neither copied nor pickled"):
+                copier(stream)
+    Stream.__new__(Stream).close()
+    Stream.__new__(Stream).__del__()
 
 
-def test_raw_text_is_bounded_unless_somebody_says(llama):
-    params = GenerationParams(ignore_eos=True)
-    done = llama.generate(PROMPT, ignore_eos=True)
-    assert (done.finish_reason, len(done.tokens)) == ("length", 100)
-    for free in (
-        llama.generate(PROMPT, ignore_eos=True, max_tokens=None),
-        llama.generate(PROMPT, params),
-    ):
-        assert free.finish_reason == "context"
-        assert len(free.tokens) > 200
-
-
-def test_typed_answers_are_not_cut(llama):
-    """A hundred numbers take more tokens than raw text is given."""
-    kind = Annotated[list[Literal[7]], Meta(min_length=60, max_length=60)]
-    assert llama.generate(PROMPT, into=kind) == [7] * 60
+def test_signatures_of_results_can_be_looked_at():
+    for kind in (Completion, Score, Usage, TokenLogprob):
+        assert set(inspect.signature(kind).parameters) == set(kind.__struct_fields__)

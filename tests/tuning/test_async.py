@@ -94,6 +94,62 @@ def test_a_cancel_during_any_step_resumes_exactly(
     assert "Trainer" not in _engine.live_objects()
 
 
+@pytest.mark.parametrize("when", ["in a step", "while leaving"])
+def test_ctrl_c_writes_the_checkpoint_and_leaves_nothing(
+    path: Path, run_isolated: Any, tmp_path: Path, when: str
+) -> None:
+    """In the main task, where trio raises KeyboardInterrupt."""
+    run_isolated(
+        """
+        import functools, os, signal, sys, trio
+        from triollama import _engine
+        from triollama.tuning import TrainingConfig, prepare_training_data
+        from triollama.tuning.aio import train_async
+
+        path, checkpoint, when = sys.argv[1:]
+        with _engine.Model(path, vocab_only=True) as model:
+            data = prepare_training_data(["to be or not to be " * 9] * 8, vocab=model.vocab)
+        config = TrainingConfig(rank=2, epochs=3, batch_size=2, threads=1)
+
+        def interrupted(work):
+            @functools.wraps(work)
+            def call(*arguments):
+                os.kill(os.getpid(), signal.SIGINT)
+                return work(*arguments)
+            return call
+
+        async def main():
+            training = train_async(path, data, config, checkpoint=checkpoint)
+            async with training as run:
+                async for step in run:
+                    if when == "in a step" and step.step == 2:
+                        run._steps = iter(interrupted(run._steps.__next__), None)
+                    if when == "while leaving":
+                        trio.lowlevel.current_trio_token().run_sync_soon(
+                            os.kill, os.getpid(), signal.SIGINT
+                        )
+                        break
+
+        try:
+            trio.run(main)
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise SystemExit("nobody was interrupted")
+        assert not _engine.live_objects(), _engine.live_objects()
+        assert os.path.exists(checkpoint)
+        async def resume():
+            again = train_async(path, data, config, checkpoint=checkpoint, resume=True)
+            async with again as run:
+                return [step.step async for step in run]
+        assert trio.run(resume)[-1] == 12
+        """,
+        path,
+        tmp_path / "checkpoint",
+        when,
+    )
+
+
 def test_stop_and_errors_in_the_block(path: Path, dataset: TrainingDataset, tmp_path: Path) -> None:
     async def stopping() -> None:
         async with train_async(path, dataset, CONFIG) as run:

@@ -15,9 +15,8 @@ PACKAGE = Path(triollama.__file__).parent
 # From the bottom up. A module may import from its own layer (itself) and from those below.
 LAYERS = (
     ("errors",),
-    ("params", "results"),
+    ("params", "results", "uninterrupted"),
     ("_engine",),
-    ("lowlevel",),
     ("chat", "structured", "models", "files"),
     ("aio", "sync", "tuning"),
     ("testing",),
@@ -26,7 +25,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # `sync` and `aio` say in one line what an async face is for; the package itself offers both.
-TRIO_ALLOWED = ("aio", "testing", "tuning")
+TRIO_ALLOWED = ("aio", "testing", "tuning", "uninterrupted")
 
 
 def modules() -> list[Path]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import trio
 
 from .. import files
-from .._engine import read_control_vector
-from ..errors import AdapterError, BusyError, ParameterError, StateError, UnsupportedError
+from ..errors import AdapterError, BusyError, ParameterError, StateError
+from .core import Core
+from .engine import Reply
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from .llama import Llama
 
 __all__ = ["Adapters", "LoadedAdapter", "Scaled"]
 
@@ -46,13 +45,10 @@ Scaled = tuple[tuple[LoadedAdapter, float], ...]
 class Adapters:
     """What is loaded (iterate), and the numbers under which the decoder knows sets of them."""
 
-    def __init__(self, llama: Llama) -> None:
-        engine: Any = llama._engine
-        if not hasattr(engine, "decoder"):
-            raise UnsupportedError("this engine has no adapters")
-        self._llama = llama
-        self._engine = engine
-        self._decoder = engine.decoder
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._engine = core.engine
+        self._users: list[Callable[[LoadedAdapter], list[str]]] = []
         self._loaded: dict[bytes, LoadedAdapter] = {}
         self._sets: dict[frozenset[tuple[bytes, float]], int] = {}
         self._last_set = 0
@@ -63,6 +59,17 @@ class Adapters:
 
     def __len__(self) -> int:
         return len(self._loaded)
+
+    def ask_before_unloading(self, users: Callable[[LoadedAdapter], list[str]]) -> None:
+        """``users`` gives the names of those who hold an adapter: it is not unloaded then."""
+        self._users.append(users)
+
+    async def _answer(self, reply: Reply) -> Reply:
+        """Shielded: what was begun is noted here, and takes no longer than a step and the
+        command."""
+        with trio.CancelScope(shield=True):
+            await self._core.answer(reply)
+        return reply
 
     @trio.lowlevel.enable_ki_protection
     async def load(self, path: str | os.PathLike[str]) -> LoadedAdapter:
@@ -82,9 +89,8 @@ class Adapters:
                 ) from error
             if digest not in self._loaded:
                 # Between two steps of the decoder: a decode reads what loading changes.
-                reply = await trio.to_thread.run_sync(self._decoder.load_adapter, name)
-                inner = (await self._llama._answer(reply)).adapter
-                self._engine.adapters.append(inner)
+                reply = await trio.to_thread.run_sync(self._engine.load_adapter, name)
+                inner = (await self._answer(reply)).adapter
                 self._loaded[digest] = LoadedAdapter(name, digest, inner)
             return self._loaded[digest]
 
@@ -119,7 +125,7 @@ class Adapters:
                 )
         else:
             path = os.fspath(source)
-            rows = await trio.to_thread.run_sync(read_control_vector, model, path)
+            rows = await trio.to_thread.run_sync(self._engine.read_control_vector, path)
             if not numpy.isfinite(rows).all():
                 raise AdapterError(f"{path} holds values that are not finite", path=path)
         rows = numpy.array(rows, dtype=numpy.float32)
@@ -136,11 +142,7 @@ class Adapters:
         """See ``Llama.unload_adapter``."""
         async with self._lock:
             self.check([(adapter, 1.0)])
-            users = [
-                chat.id
-                for chat in self._llama._conversations or ()
-                if any(one is adapter for one, _ in chat._adapters)
-            ]
+            users = [name for ask in self._users for name in ask(adapter)]
             if users:
                 raise BusyError(
                     f"conversations name this adapter: {', '.join(users[:5])}; close them, or give "
@@ -150,15 +152,14 @@ class Adapters:
             try:
                 for key, number in list(self._sets.items()):
                     if any(digest == adapter.digest for digest, _ in key):
-                        await self._llama._answer(self._decoder.drop_adapters(number))
-                        self._decoder.release_adapters(number)
+                        await self._answer(self._engine.drop_adapters(number))
+                        self._engine.release_adapters(number)
                         del self._sets[key]
             except StateError as error:
                 self._loaded[adapter.digest] = adapter
                 raise BusyError(f"{error}; wait for it, or cancel it") from None
             if adapter.kind == "lora":
-                self._engine.adapters.remove(adapter.inner)
-                await self._llama._answer(self._decoder.free_adapter(adapter.inner))
+                await self._answer(self._engine.free_adapter(adapter.inner))
 
     def check(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
         """Pairs of an adapter of this Llama and a finite scale. Raises ParameterError."""
@@ -202,7 +203,7 @@ class Adapters:
         # are never used again, since memory is known by them.
         self._last_set += 1
         number = self._sets[key] = self._last_set
-        reply = await self._llama._answer(self._decoder.define_adapters(number, pairs, control))
+        reply = await self._answer(self._engine.define_adapters(number, pairs, control))
         assert reply.value == 0
         self.check(adapters)  # unloaded meanwhile?
         return number

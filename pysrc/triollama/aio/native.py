@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+import msgspec
 import trio
 
 from .. import models
-from .._engine import Adapter, Context, Decoder, Model, Sampler
+from .._engine import (
+    Adapter,
+    Context,
+    Decoder,
+    DecoderReply,
+    DecoderStream,
+    Model,
+    Sampler,
+    read_control_vector,
+)
 from ..errors import LoadCancelled, ParameterError, StateWriteError
 from ..params import GenerationParams
-from .engine import EngineStream
+from . import engine
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from .engine import Rows
 
 __all__ = ["NativeEngine", "load"]
 
@@ -30,15 +44,17 @@ class NativeEngine:
         self, model: Model, context: Context, decoder: Decoder, disk: IO[bytes] | None = None
     ) -> None:
         self._disk = disk
+        self._context = context
+        self._decoder = decoder
+        self._adapters: list[Adapter] = []
+        self._fingerprint: bytes | None = None
         self.model = model
-        self.context = context
-        self.decoder = decoder
         self.vocab = model.vocab
-        self.adapters: list[Adapter] = []
+        self.layout = context
         self.n_ctx = context.n_ctx
         self.max_streams = context.n_seq_max
         self.deterministic = decoder.deterministic
-        self._fingerprint: bytes | None = None
+        self.can_shift = decoder.can_shift
 
     async def fingerprint(self) -> bytes:
         if self._fingerprint is None:
@@ -55,15 +71,29 @@ class NativeEngine:
         return Sampler(self.vocab, params, n_ctx=self.n_ctx)
 
     def submit(
-        self, tokens: list[int], sampler: Any, params: GenerationParams, **options: Any
-    ) -> EngineStream:
+        self,
+        tokens: Sequence[int],
+        sampler: engine.Sampler,
+        params: GenerationParams,
+        *,
+        priority: int = 0,
+        capacity: int = 64,
+        adapters: int = 0,
+        sequence: int = 0,
+        cached: int = 0,
+        commit: int = 0,
+        keep_on_cancel: bool = False,
+        cuts: Sequence[int] = (),
+        accept_from: int = 0,
+    ) -> DecoderStream:
+        assert isinstance(sampler, Sampler)
         if self.deterministic and (params.threads or params.batch_threads):
             raise ParameterError(
                 "threads cannot be set for a stream where deterministic=True: they decide rounding",
                 parameter="threads",
                 value=params.threads,
             )
-        return self.decoder.submit(
+        return self._decoder.submit(
             tokens,
             sampler=sampler,
             stop=params.stop,
@@ -77,37 +107,132 @@ class NativeEngine:
             causal=params.causal_attention,
             threads=params.threads,
             batch_threads=params.batch_threads,
-            **options,
+            priority=priority,
+            capacity=capacity,
+            adapters=adapters,
+            sequence=sequence,
+            cached=cached,
+            commit=commit,
+            keep_on_cancel=keep_on_cancel,
+            cuts=cuts,
+            accept_from=accept_from,
         )
 
-    def submit_other(self, kind: str, tokens: list[int], **options: Any) -> EngineStream:
-        return self.decoder.submit(tokens, kind=kind, **options)
+    def submit_other(
+        self,
+        kind: Literal["score", "embed"],
+        tokens: Sequence[int],
+        *,
+        priority: int = 0,
+        pooling: str = "mean",
+        adapters: int = 0,
+    ) -> DecoderStream:
+        return self._decoder.submit(
+            tokens, kind=kind, priority=priority, pooling=pooling, adapters=adapters
+        )
+
+    def make_sequence(self) -> int:
+        return self._decoder.make_sequence()
+
+    def drop_sequence(self, sequence: int) -> None:
+        self._decoder.drop_sequence(sequence)
+
+    def fork_sequence(self, source: int, target: int, n: int) -> DecoderReply:
+        return self._decoder.fork_sequence(source, target, n)
+
+    def save_sequence(self, sequence: int) -> DecoderReply:
+        return self._decoder.save_sequence(sequence)
+
+    def load_sequence(
+        self, sequence: int, data: bytes | memoryview, n: int, adapters: int = 0
+    ) -> DecoderReply:
+        return self._decoder.load_sequence(sequence, data, n, adapters)
+
+    def shift_sequence(self, sequence: int, keep: int, drop: int) -> DecoderReply:
+        return self._decoder.shift_sequence(sequence, keep, drop)
+
+    def query_sequence(self, sequence: int) -> DecoderReply:
+        return self._decoder.query_sequence(sequence)
+
+    def load_adapter(self, path: str) -> _Loading:
+        return _Loading(self._decoder.load_adapter(path), self._adapters)
+
+    def free_adapter(self, adapter: Adapter) -> DecoderReply:
+        reply = self._decoder.free_adapter(adapter)
+        self._adapters.remove(adapter)
+        return reply
+
+    def read_control_vector(self, path: str) -> Rows:
+        return read_control_vector(self.model, path)
+
+    def define_adapters(
+        self, number: int, adapters: Sequence[tuple[Adapter, float]], control: Rows | None
+    ) -> DecoderReply:
+        return self._decoder.define_adapters(number, adapters, control)
+
+    def drop_adapters(self, number: int) -> DecoderReply:
+        return self._decoder.drop_adapters(number)
+
+    def release_adapters(self, number: int) -> None:
+        self._decoder.release_adapters(number)
 
     async def wait(self) -> None:
-        await trio.lowlevel.wait_readable(self.decoder.fileno())
+        await trio.lowlevel.wait_readable(self._decoder.fileno())
 
     def poll(self) -> list[int]:
-        return self.decoder.poll()
+        return self._decoder.poll()
 
-    def statistics(self) -> dict[str, Any]:
-        return self.decoder.statistics()
+    def statistics(self) -> Statistics:
+        return msgspec.convert(self._decoder.statistics(), Statistics)
 
     @property
     def cause_of_death(self) -> str:
-        return self.decoder.cause_of_death
+        return self._decoder.cause_of_death
 
     async def aclose(self) -> None:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._close)
 
     def _close(self) -> None:
-        self.decoder.close()
+        self._decoder.close()
         if self._disk is not None:
             self._disk.close()
-        self.context.close()
-        for adapter in self.adapters:
+        self._context.close()
+        for adapter in self._adapters:
             adapter.close()
         self.model.close()
+
+
+class _Loading:
+    """The reply to ``load_adapter``: what was loaded is freed with the engine."""
+
+    def __init__(self, reply: DecoderReply, loaded: list[Adapter]) -> None:
+        self._reply = reply
+        self._loaded = loaded
+
+    @property
+    def id(self) -> int:
+        return self._reply.id
+
+    @property
+    def is_done(self) -> bool:
+        return self._reply.is_done
+
+    @property
+    def value(self) -> int:
+        return self._reply.value
+
+    @property
+    def data(self) -> bytes:
+        return self._reply.data
+
+    @property
+    def adapter(self) -> Adapter:
+        adapter = self._reply.adapter
+        assert adapter is not None
+        if adapter not in self._loaded:
+            self._loaded.append(adapter)
+        return adapter
 
 
 def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes] | None:
@@ -222,5 +347,4 @@ async def load(
             raise
         return NativeEngine(model, context, decoder, disk)
 
-    engine = await trio.to_thread.run_sync(work)
-    return engine
+    return await trio.to_thread.run_sync(work)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import trio
 
 from .engine import Engine
@@ -12,12 +14,14 @@ __all__ = ["Pump"]
 class Pump:
     """Maps an engine's news to waiting tasks.
 
-    ``wait_for(id)`` parks the calling task until there is news of that id.
+    ``wait_for(id)`` parks the calling task until there is news of that id; ``watch(call)`` has
+    ``call`` called with the ids of all.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waiters: dict[int, set[trio.lowlevel.Task]] = {}
+        self._watchers: list[Callable[[Sequence[int]], None]] = []
         self._scope = trio.CancelScope(shield=True)
         self._done = trio.Event()
         self.stopped = False
@@ -29,7 +33,10 @@ class Pump:
             with self._scope:
                 while True:
                     await self._engine.wait()
-                    for id in self._engine.poll():
+                    ids = self._engine.poll()
+                    for call in self._watchers:
+                        call(ids)
+                    for id in ids:
                         self.wake(id)
         finally:
             self.stopped = True
@@ -41,6 +48,10 @@ class Pump:
         self._scope.cancel()
         with trio.CancelScope(shield=True):
             await self._done.wait()
+
+    def watch(self, call: Callable[[Sequence[int]], None]) -> None:
+        """With the ids of all news. ``call`` must not raise."""
+        self._watchers.append(call)
 
     def wake(self, id: int) -> None:
         """Let the tasks that wait for ``id`` look again."""

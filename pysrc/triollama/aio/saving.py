@@ -36,9 +36,9 @@ _log = logging.getLogger("triollama.conversation")
 
 def settings(chats: Conversations) -> files.ContextSettings:
     """Of this Llama's context, for a document."""
-    context = chats.engine.context
+    context = chats.engine.layout
     return files.ContextSettings(
-        n_ctx=chats.llama.n_ctx,
+        n_ctx=chats.core.n_ctx,
         n_ubatch=context.n_ubatch,
         n_seq_max=context.n_seq_max,
         type_k=context.type_k,
@@ -46,7 +46,7 @@ def settings(chats: Conversations) -> files.ContextSettings:
         kv_unified=context.kv_unified,
         swa_full=context.swa_full,
         flash_attn=context.flash_attn,
-        deterministic=chats.llama.deterministic,
+        deterministic=chats.core.deterministic,
     )
 
 
@@ -86,7 +86,7 @@ async def save(
 ) -> files.Document:
     """See ``Llama.save``."""
     await trio.lowlevel.checkpoint()
-    chats.llama._check_open()
+    chats.core.check_open()
     await chats.engine.fingerprint()
     chosen = list(chats._all.values() if conversations is None else conversations)
     kept: dict[str, files.KVFile] = {}
@@ -118,7 +118,7 @@ async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, .
         return None
     try:
         # A turn that begins meanwhile comes after this: the decoder takes commands in order.
-        reply = await chats.answer(chats.decoder.save_sequence(chat._memory.sequence))
+        reply = await chats.answer(chats.engine.save_sequence(chat._memory.sequence))
         data, got = reply.data, reply.value
     except StateError:
         return None  # closed meanwhile
@@ -138,7 +138,7 @@ async def restore(
 ) -> list[Conversation]:
     """See ``Llama.restore``."""
     await trio.lowlevel.checkpoint()
-    chats.llama._check_open()
+    chats.core.check_open()
     for name, value in options.items():
         if name not in ("overflow", "on_cancel", "tools", "variables"):
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
@@ -184,7 +184,7 @@ async def restore(
                 await _load_kv(chats, made[-1], one, path, document, on_mismatch)
     except BaseException:
         for chat in made:
-            chats.decoder.drop_sequence(chat._memory.sequence)
+            chats.engine.drop_sequence(chat._memory.sequence)
         raise
     for chat in made:
         old = chats._all.get(chat.id)
@@ -288,7 +288,7 @@ async def _load_kv(
 ) -> None:
     assert one.kv is not None
     tokens = one.tokens[: one.kv.n_tokens]
-    if chats.llama.deterministic and not document.context.deterministic:
+    if chats.core.deterministic and not document.context.deterministic:
         return  # computed beside others: not the bits that replaying gives
     file, key = one.kv, kv_key(chats, chat)
     adapters = await chats.adapters.number(chat._adapters)
@@ -297,7 +297,7 @@ async def _load_kv(
         # The blob has a checksum of its own, which load_sequence looks at.
         blob = files.read_kv(path, file, key, tokens, verify=False)
         try:
-            return chats.decoder.load_sequence(chat._memory.sequence, blob, len(tokens), adapters)
+            return chats.engine.load_sequence(chat._memory.sequence, blob, len(tokens), adapters)
         except StateError as error:
             raise StateDamagedError(str(error), path=file.name) from None
 
@@ -325,7 +325,7 @@ async def autosave(
 ) -> None:
     """See ``Llama.autosave``."""
     await trio.lowlevel.checkpoint()
-    chats.llama._check_open()
+    chats.core.check_open()
     if not every > 0:
         raise ParameterError("every must be more than 0", parameter="every", value=every)
     await chats.engine.fingerprint()

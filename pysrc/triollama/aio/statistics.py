@@ -32,8 +32,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     slots_free: int
     cells_used: int
-    host_bytes: int
-    disk_bytes: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
     finished: int
     cancelled: int
     failed: int
@@ -41,13 +41,13 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     steps: int
-    aborts: int
-    evictions: int
-    restores: int
-    recomputes: int
-    spills: int
-    disk_failures: int
-    preemptions: int
-    set_changes: int
-    slow_samples: int
+    aborts: int = 0
+    evictions: int = 0
+    restores: int = 0
+    recomputes: int = 0
+    spills: int = 0
+    disk_failures: int = 0
+    preemptions: int = 0
+    set_changes: int = 0
+    slow_samples: int = 0
     first_token_s: list[float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -13,9 +14,9 @@ from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from .adapters import Scaled
-    from .engine import Engine, EngineStream
-    from .llama import Llama
+    from .adapters import Adapters, Scaled
+    from .core import Core
+    from .engine import EngineStream, Taken
 
 __all__ = ["Piece", "Stream"]
 
@@ -52,6 +53,10 @@ class Piece(msgspec.Struct, frozen=True):
         return self.text
 
 
+def _closed_early() -> trio.ClosedResourceError:
+    return trio.ClosedResourceError("this stream was closed while it was being entered")
+
+
 def usage_of(stream: EngineStream) -> Usage:
     """A stream's counts and times, so far."""
     u = stream.usage
@@ -78,63 +83,96 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     what was received so far. ``params``: those in effect, ``seed`` among them.
     """
 
+    conversation_id = ""
+    """Of the conversation whose turn it is."""
+
     def __init__(
         self,
-        llama: Llama,
+        core: Core,
         tokens: list[int],
         params: GenerationParams,
         *,
         priority: int,
         capacity: int,
-        adapters: Scaled = (),
+        adapters: Adapters | None = None,
+        chosen: Scaled = (),
     ) -> None:
         seed = draw_seed() if params.seed is None else params.seed
         self.params = params.replace(seed=seed) if params.seed is None else params
         self.prompt = tuple(tokens)
         self.priority = priority
         self.capacity = capacity
-        self._llama = llama
+        self._core = core
         self._adapters = adapters
+        self._chosen = chosen
         self._stream: EngineStream | None = None
+        self._entering = trio.CancelScope()
+        self._entered = False
         self._closed = False
-        self._cancelled_by_id = False
         self._receiving = False
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
-    @property
-    def _engine(self) -> Engine:
-        return self._llama._engine
+    def __reduce__(self) -> Any:
+        raise TypeError("a stream is one generation: it can be neither copied nor pickled")
 
     @property
-    def _open(self) -> EngineStream:
+    def engine_stream(self) -> EngineStream:
+        """What runs in the engine; BusyError before it does."""
         if self._stream is None:
             raise BusyError("this stream has not started: use it in `async with`")
         return self._stream
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Self:
-        """Start. Raises QueueFullError, ContextFullError, GrammarError, ParameterError, TokenError;
+        """Start. Where the queue is full, waits until it has room (or raises QueueFullError: see
+        ``open_llama``). Raises ContextFullError, GrammarError, ParameterError, TokenError;
         ClosedResourceError or BrokenResourceError if the engine is gone. A checkpoint."""
-        await trio.lowlevel.checkpoint()
-        if self._closed or self._stream is not None:
+        if self._entered or self._closed:
+            await trio.lowlevel.checkpoint()
             raise BusyError("a stream runs once; ask for a new one")
-        self._llama._check_open()
-        options: dict[str, Any] = {"priority": self.priority, "capacity": self.capacity}
-        if self._adapters:
-            options["adapters"] = await self._llama.adapters.number(self._adapters)
-            self._llama._check_open()
-        if self.params.grammar is None:
-            sampler = self._engine.make_sampler(self.params)
-        else:  # compiling a grammar may take many steps' time
-            sampler = await trio.to_thread.run_sync(self._engine.make_sampler, self.params)
-            self._llama._check_open()
-            if self._adapters:
-                self._llama.adapters.check(self._adapters)  # unloaded meanwhile?
-        self._stream = self._engine.submit(list(self.prompt), sampler, self.params, **options)
-        self._llama._streams[self._stream.id] = self
+        self._entered = True
+        try:
+            await self._core.begin()
+            with self._entering:
+                stream = await self._core.submit(await self._prepare(), self.priority)
+                self._start(stream)
+            if self._stream is None:
+                raise _closed_early()
+        except BaseException:
+            self._entered = False
+            raise
         return self
+
+    async def _prepare(self) -> Callable[[], EngineStream]:
+        """What is left to do is done at once."""
+        number = 0 if self._adapters is None else await self._adapters.number(self._chosen)
+        engine = self._core.engine
+        if self.params.grammar is None:
+            sampler = engine.make_sampler(self.params)
+        else:  # compiling a grammar may take many steps' time
+            sampler = await trio.to_thread.run_sync(engine.make_sampler, self.params)
+
+        def start() -> EngineStream:
+            if self._closed:
+                raise _closed_early()
+            if self._adapters is not None:
+                self._adapters.check(self._chosen)  # unloaded meanwhile?
+            return engine.submit(
+                self.prompt,
+                sampler,
+                self.params,
+                priority=self.priority,
+                capacity=self.capacity,
+                adapters=number,
+            )
+
+        return start
+
+    def _start(self, stream: EngineStream) -> None:
+        self._stream = stream
+        self._core.add(self)
 
     async def __aexit__(
         self,
@@ -142,25 +180,27 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._release()
+        self.release()
         if exc is None:
             await trio.lowlevel.checkpoint()
         else:  # a Cancelled here would replace what is on its way out
             await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def aclose(self) -> None:
-        """End the generation where it is, and free its place at once. Idempotent."""
-        self._release()
+        """End the generation where it is, and free its place at once. Who is entering it meanwhile
+        gets ClosedResourceError. Idempotent."""
+        self._core.check_run()
+        self.release()
         await trio.lowlevel.checkpoint()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """What ``aclose`` does, without a checkpoint."""
         if self._closed:
             return
         self._closed = True
+        self._entering.cancel()
         if self._stream is not None:
-            self._stream.cancel()
-            self._llama._streams.pop(self._stream.id, None)
-            self._llama._pump.wake(self._stream.id)
+            self._core.remove(self)
 
     @trio.lowlevel.enable_ki_protection
     async def receive(self) -> Piece:
@@ -171,30 +211,31 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         another task is in ``receive``, BrokenResourceError (with its cause) if the engine died,
         and what ended this stream alone, such as GrammarError or DecodeError.
         """
+        self._core.check_run()
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this stream")
         self._receiving = True
         try:
             while True:
-                if self._closed or self._llama._closed:
+                if self._closed or self._core.closed:
                     raise trio.ClosedResourceError("this stream was closed")
                 # The end is looked at first: what was delivered before it is then seen by take().
-                ended = self._open.finish_reason is not None
-                taken = self._open.take()
+                ended = self.engine_stream.finish_reason is not None
+                taken = self.engine_stream.take()
                 if taken is not None:
                     piece = self._note(taken)
                     break
                 if ended:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     self._raise_end()
-                await self._llama._pump.wait_for(self._open.id)
+                await self._core.news_of(self.engine_stream)
         finally:
             self._receiving = False
         await trio.lowlevel.cancel_shielded_checkpoint()
         return piece
 
-    def _note(self, taken: tuple[str, tuple[int, ...], Any, int]) -> Piece:
+    def _note(self, taken: Taken) -> Piece:
         text, tokens, scores, time_ns = taken
         logprobs = None
         if scores is not None:
@@ -208,7 +249,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         return Piece(text, tokens, logprobs, time_ns / 1e9)
 
     def _raise_end(self) -> None:
-        stream = self._open
+        stream = self.engine_stream
         if stream.finish_reason == "error":
             if stream.failed_with_engine:
                 raise trio.BrokenResourceError("the engine died") from stream.error
@@ -221,13 +262,13 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
 
         Does not read: with a full ring, and nobody reading, this does not come by itself.
         """
+        self._core.check_run()
         await trio.lowlevel.checkpoint()
-        while self._open.finish_reason is None:
-            await self._llama._pump.wait_for(self._open.id)
+        await self._core.end_of(self.engine_stream)
 
     def cancel(self) -> None:
         """End it from any task: whoever receives gets the pieces that are there, then the end."""
-        self._open.cancel()
+        self.engine_stream.cancel()
 
     def update(self, **changes: Any) -> None:
         """Change parameters of the running generation, with effect from the next token.
@@ -241,18 +282,18 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
                     f"{name} cannot change while a stream runs", parameter=name, value=value
                 )
         params = make_params(self.params, changes)
-        self._open.update(params)
+        self.engine_stream.update(params)
         self.params = params
 
     def set_priority(self, priority: int) -> None:
         """Higher goes first: in the queue, and among prompts that are being read."""
-        self._open.set_priority(priority)
+        self.engine_stream.set_priority(priority)
         self.priority = priority
 
     @property
     def id(self) -> int:
         """Names this stream; set once it runs."""
-        return self._open.id
+        return self.engine_stream.id
 
     @property
     def text(self) -> str:
@@ -280,18 +321,18 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     @property
     def stop(self) -> str | None:
         """The stop string that ended the text."""
-        index = self._open.stop_index
+        index = self.engine_stream.stop_index
         return None if index is None else self.params.stop[index]
 
     @property
     def end_token(self) -> int | None:
         """The token that ended it, if ``finish_reason`` is "eos"."""
-        return self._open.end_token
+        return self.engine_stream.end_token
 
     @property
     def usage(self) -> Usage:
         """Counts and times so far; final after ``ended``."""
-        return usage_of(self._open)
+        return usage_of(self.engine_stream)
 
     def completion(self) -> Completion:
         """What came of it; BusyError while it runs."""
@@ -302,7 +343,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if self.params.embeddings and reason != "error":
             import numpy
 
-            embedding = numpy.asarray(self._open.values, dtype=numpy.float32)
+            embedding = numpy.asarray(self.engine_stream.values, dtype=numpy.float32)
         assert self.params.seed is not None
         return Completion(
             text=self.text,

@@ -10,20 +10,24 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from ..aio.engine import Sampler
+from ..aio.statistics import Statistics
 from ..errors import (
+    BusyError,
     ClosedError,
     ContextFullError,
     EngineError,
+    GrammarError,
     ParameterError,
     QueueFullError,
     TokenError,
 )
 from ..params import GenerationParams
-from .fake_memory import END, N_VOCAB, FakeContext, FakeDecoder, FakeModel, FakeSampler, FakeVocab
+from .fake_memory import END, N_VOCAB, FakeLayout, FakeMemory, FakeSampler
 
 __all__ = ["FakeEngine", "Reply"]
 
@@ -45,16 +49,14 @@ def _echo(prompt: str) -> str:
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """Of a conversation: see ``Decoder.submit``."""
+    """What a stream has to do with a sequence: see ``Decoder.submit``."""
 
     sequence: int = 0
     cached: int = 0
     commit: int = 0
     keep_on_cancel: bool = False
     cuts: tuple[int, ...] = ()
-
-
-_NO_TURN = Turn()
+    adapters: int = 0
 
 
 class FakeStream:
@@ -86,6 +88,7 @@ class FakeStream:
         self.stop_index: int | None = None
         self.end_token: int | None = None
         self.shifted = 0
+        self.shifts: tuple[int, ...] = ()  # it ends where the context does
         self.position = 0
         self.values: list[float] = []
         self.params = params
@@ -133,17 +136,27 @@ class FakeStream:
             self._engine._cancel(self)
 
     def update(self, params: GenerationParams) -> None:
-        self.params = params
-        self._engine._check_length(self)
+        def change() -> None:
+            try:
+                FakeSampler(params)
+            except GrammarError as error:
+                self.error = error
+                self._engine._end(self, "error")
+            self.params = params
+            self._engine._check_length(self)
+
+        self._engine._post(change)
 
     def set_priority(self, priority: int) -> None:
         self.priority = priority
 
     def sampler_state(self) -> bytes:
-        return FakeSampler(self.params).save_state()
+        if self.finish_reason is None:
+            raise BusyError("the stream is still running")
+        return FakeSampler(self.params.replace(grammar=None)).save_state()
 
 
-class FakeEngine:
+class FakeEngine(FakeMemory):
     """Answers prompts by a script.
 
     reply: a function from the prompt's text to a ``Reply`` or a string.
@@ -152,8 +165,10 @@ class FakeEngine:
     load_seconds, load_error: how loading goes.
     n_ctx, max_streams, max_queue: as for ``open_llama``.
 
-    ``die(cause)`` breaks it, as a failure inside llama.cpp would. The clock is given from outside:
-    ``advance()`` does what is due by it, ``delay()`` says when that is next.
+    Adapters are files in GGUF's format, and change nothing; a grammar must be one, and binds
+    nobody.
+    ``die(cause)`` breaks it, as a failure inside llama.cpp would. Time is trio's; without trio
+    ``advance()`` does what is due by ``clock``, ``delay()`` says when that is next.
     """
 
     deterministic = True
@@ -171,6 +186,7 @@ class FakeEngine:
         max_streams: int = 4,
         max_queue: int = 1024,
     ) -> None:
+        super().__init__()
         self.n_ctx = n_ctx
         self.max_streams = max_streams
         self.load_seconds = load_seconds
@@ -178,24 +194,17 @@ class FakeEngine:
         self.closed = False
         self.cause_of_death = ""
         self.clock: Callable[[], float] = lambda: 0.0  # seconds; set by whoever drives it
-        self.changed: Callable[[], None] = lambda: (
-            None
-        )  # called when ``delay`` may have become less
-        self.vocab = FakeVocab()
-        self.model = FakeModel(self.vocab)
-        self.context = FakeContext(max_streams)
-        self.decoder = FakeDecoder(self)
+        self.vocab = self.model.vocab
+        self.layout = FakeLayout(max_streams)
         self._reply = reply
         self._token_seconds = token_seconds
         self._prompt_token_seconds = prompt_token_seconds
         self._cancel_seconds = cancel_seconds
         self._max_queue = max_queue
-        self._last_id = 0
         self._queue: list[FakeStream] = []
         self._active: list[FakeStream] = []
         self._counted = 0
         self._due: list[tuple[float, int, int, FakeStream]] = []
-        self._news: list[int] = []
         self._count: dict[str, int] = dict.fromkeys(
             (
                 "finished",
@@ -208,15 +217,17 @@ class FakeEngine:
             ),
             0,
         )
+        self._token: Any = None  # of the trio.run it serves in
+        self._bell: Any = None
         self._first_token_s: list[float] = []
 
     # Text
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        return [ord(character) for character in text]
+        return self.vocab.tokenize(text)
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        return "".join(chr(token) for token in tokens if token != END)
+        return self.vocab.detokenize(tokens)
 
     def make_sampler(self, params: GenerationParams) -> FakeSampler:
         return FakeSampler(params)
@@ -225,37 +236,51 @@ class FakeEngine:
 
     def submit(
         self,
-        tokens: list[int],
-        sampler: object,
+        tokens: Sequence[int],
+        sampler: Sampler,
         params: GenerationParams,
         *,
         priority: int = 0,
         capacity: int = 64,
+        adapters: int = 0,
         sequence: int = 0,
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
         cuts: Sequence[int] = (),
         accept_from: int = 0,
-        adapters: int = 0,
     ) -> FakeStream:
-        turn = Turn(sequence, cached, commit, keep_on_cancel, tuple(cuts))
+        turn = Turn(sequence, cached, commit, keep_on_cancel, tuple(cuts), adapters)
         return self._submit("generate", tokens, params, priority, capacity, turn)
 
     def submit_other(
-        self, kind: str, tokens: list[int], *, priority: int = 0, pooling: str = "mean"
+        self,
+        kind: Literal["score", "embed"],
+        tokens: Sequence[int],
+        *,
+        priority: int = 0,
+        pooling: str = "mean",
+        adapters: int = 0,
     ) -> FakeStream:
-        return self._submit(kind, tokens, GenerationParams(), priority, 64)
+        if pooling not in ("mean", "cls", "last"):
+            raise ParameterError(
+                f"pooling must be 'mean', 'cls' or 'last', not {pooling!r}",
+                parameter="pooling",
+                value=pooling,
+            )
+        turn = Turn(adapters=adapters)
+        return self._submit(kind, tokens, GenerationParams(), priority, 64, turn)
 
     def _submit(
         self,
         kind: str,
-        tokens: list[int],
+        tokens: Sequence[int],
         params: GenerationParams,
         priority: int,
         capacity: int,
-        turn: Turn = _NO_TURN,
+        turn: Turn,
     ) -> FakeStream:
+        self.advance()
         if self.closed:
             raise ClosedError("the engine is closed")
         if self.cause_of_death:
@@ -285,7 +310,7 @@ class FakeEngine:
         if isinstance(reply, str):
             reply = Reply(reply)
         stream = FakeStream(
-            self, self._new_id(), tokens, params, reply, kind, priority, capacity, turn
+            self, self._new_id(), list(tokens), params, reply, kind, priority, capacity, turn
         )
         stream.times["submitted_ns"] = self._ns()
         self._counted += 1
@@ -293,40 +318,31 @@ class FakeEngine:
         self._admit()
         return stream
 
-    def _new_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
+    def uses(self, sequence: int = 0, adapters: int = 0) -> bool:
+        return any(
+            (sequence and s.turn.sequence == sequence) or (adapters and s.turn.adapters == adapters)
+            for s in (*self._active, *self._queue)
+        )
 
-    def _cancel_sequence(self, sequence: int) -> None:
+    def cancel_of(self, sequence: int) -> None:
         for stream in [*self._active, *self._queue]:
             if stream.turn.sequence == sequence:
                 stream.cancel()
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         started = [s for s in self._active if s.n_sent]
-        return {
-            "running": len(started),
-            "prefilling": len(self._active) - len(started),
-            "parked": sum(s.parked for s in self._active),
-            "queued": len(self._queue),
-            "sequences": len(self.decoder.sequences),
-            "slots_free": self.max_streams - len(self._active),
-            "cells_used": sum(s.n_prompt + s.n_sent for s in self._active)
-            + sum(map(len, self.decoder.sequences.values())),
-            "host_bytes": 0,
-            "disk_bytes": 0,
-            "aborts": 0,
-            "evictions": 0,
-            "restores": 0,
-            "recomputes": 0,
-            "spills": 0,
-            "disk_failures": 0,
-            "preemptions": 0,
-            "set_changes": 0,
-            "slow_samples": 0,
-            "first_token_s": list(self._first_token_s),
+        return Statistics(
+            running=len(started),
+            prefilling=len(self._active) - len(started),
+            parked=sum(s.parked for s in self._active),
+            queued=len(self._queue),
+            sequences=len(self.sequences),
+            slots_free=self.max_streams - len(self._active),
+            cells_used=sum(s.n_prompt + s.n_sent for s in self._active)
+            + sum(map(len, self.sequences.values())),
+            first_token_s=list(self._first_token_s),
             **self._count,
-        }
+        )
 
     def die(self, cause: str) -> None:
         """Break: every stream ends with this cause, and nothing can be started any more."""
@@ -338,9 +354,55 @@ class FakeEngine:
 
     def close(self) -> None:
         """End every stream as cancelled."""
+        self.do_commands()
         for stream in [*self._active, *self._queue]:
             self._end(stream, "cancelled")
         self.closed = True
+
+    # In trio
+
+    def start(self) -> None:
+        """Take the time from trio's clock."""
+        import trio
+
+        self._token = trio.lowlevel.current_trio_token()
+        self._bell = trio.Event()
+        self.clock = trio.current_time
+
+    def changed(self) -> None:
+        import trio
+
+        if self._token is None:
+            return
+        if trio.lowlevel.in_trio_run():
+            self._ring()
+        else:  # a worker thread
+            self._token.run_sync_soon(self._ring)
+
+    def _ring(self) -> None:
+        self._bell.set()
+
+    async def fingerprint(self) -> bytes:
+        return self.model.fingerprint
+
+    async def wait(self) -> None:
+        import trio
+
+        while True:
+            self._bell = trio.Event()
+            self.advance()
+            if self.has_news():
+                await trio.lowlevel.checkpoint()
+                return
+            delay = self.delay()
+            with trio.move_on_after(float("inf") if delay is None else delay):
+                await self._bell.wait()
+
+    async def aclose(self) -> None:
+        import trio
+
+        self.close()
+        await trio.lowlevel.cancel_shielded_checkpoint()
 
     # Time
 
@@ -361,6 +423,7 @@ class FakeEngine:
 
     def advance(self) -> None:
         """Do what is due."""
+        self.do_commands()
         while self._due and self._due[0][0] <= self.clock():
             _, _, version, stream = heapq.heappop(self._due)
             if version == stream.version:
@@ -382,8 +445,8 @@ class FakeEngine:
             stream.times["admitted_ns"] = self._ns()
             turn = stream.turn
             if turn.sequence:
-                stream.cached = self.decoder.begin(turn.sequence, stream.tokens, turn.cached)
-                grid = range(turn.commit, stream.n_prompt, self.context.n_ubatch)
+                stream.cached = self.begin(turn.sequence, stream.tokens, turn.cached, turn.adapters)
+                grid = range(turn.commit, stream.n_prompt, self.layout.n_ubatch)
                 stream.starts = [at for at in (*turn.cuts, *grid) if at >= stream.cached]
                 self._count["cached_tokens"] += stream.cached
             n_new = stream.n_prompt - stream.cached
@@ -400,8 +463,8 @@ class FakeEngine:
 
     def _cancel(self, stream: FakeStream) -> None:
         self._counted -= 1
-        if stream in self._queue or not self._cancel_seconds:
-            self._end(stream, "cancelled")
+        if stream in self._queue or not self._cancel_seconds:  # as soon as the engine looks
+            self._post(lambda: self._end(stream, "cancelled"))
         else:
             self._schedule(stream, self._cancel_seconds)
 
@@ -486,6 +549,8 @@ class FakeEngine:
         return True
 
     def _end(self, stream: FakeStream, reason: str) -> None:
+        if stream.finish_reason is not None:
+            return
         if stream.held or stream.held_tokens:
             self._deliver(stream, stream.held)
             stream.held = ""
@@ -518,7 +583,7 @@ class FakeEngine:
         if reason == "error" or (reason == "cancelled" and not turn.keep_on_cancel):
             n = min(n, turn.commit)
         stream.position = n
-        self.decoder.end(turn.sequence, [*stream.tokens, *said][:n])
+        self.end(turn.sequence, [*stream.tokens, *said][:n])
 
     def _values(self, kind: str, tokens: Sequence[int]) -> list[float]:
         if kind == "score":

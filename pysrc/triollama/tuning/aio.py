@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import outcome
 import trio
 
+from ..uninterrupted import uninterrupted
 from .config import TrainingConfig
 from .dataset import TrainingDataset, prepare_training_data
 from .errors import NoAdapterError
@@ -54,23 +55,25 @@ class AsyncTrainingRun:
         """End before the next row, with a checkpoint; the iteration then ends."""
         self.run.stop()
 
+    @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> AsyncTrainingRun:
         try:
             await self._in_thread(self.run.__enter__)
-        except trio.Cancelled:
+        except BaseException:
             if self.run.status == "running":  # loaded all the same, and nobody will leave the block
                 await self.__aexit__(None, None, None)
             raise
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with trio.CancelScope(shield=True):  # writes the checkpoint, and is over in milliseconds
-            await trio.to_thread.run_sync(self.run.__exit__, kind, error, trace)
+        # Writes the checkpoint, and is over in milliseconds.
+        await uninterrupted(lambda: trio.to_thread.run_sync(self.run.__exit__, kind, error, trace))
 
     def __aiter__(self) -> AsyncTrainingRun:
         return self
@@ -88,8 +91,10 @@ class AsyncTrainingRun:
         """See :meth:`TrainingRun.save_adapter`."""
         await self._in_thread(lambda: self.run.save_adapter(path))
 
+    @trio.lowlevel.enable_ki_protection
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns. On cancellation the run is aborted, and its thread awaited.
+        """What ``work`` returns. On cancellation, or Ctrl-C, the run is aborted, and its thread
+        awaited.
 
         ``trio.to_thread`` either ignores a cancel or abandons the thread; a run needs neither.
         """
@@ -105,10 +110,9 @@ class AsyncTrainingRun:
         trio.lowlevel.start_thread_soon(work, deliver)
         try:
             await finished.wait()
-        except trio.Cancelled:
+        except BaseException:
             self.run.abort()
-            with trio.CancelScope(shield=True):
-                await finished.wait()
+            await uninterrupted(finished.wait)
             raise
         return results[0].unwrap()
 
