@@ -1,37 +1,189 @@
 """Structured concurrency for local language models.
 
-``triollama.sync`` is the API for scripts; ``triollama.open_llama`` the one for trio. The async
-side, and with it trio, is imported only when one of its names is used.
+``open_llama`` serves a model to many tasks of a trio program; what it gives, the data and every
+error are names of this package. Its modules: ``sync`` for scripts, ``tuning``, ``testing``,
+``chat``, ``models``, and ``lowlevel`` for those who drive llama.cpp themselves.
+
+Importing it loads the engine and nothing heavy: a name brings its module when it is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import errors
 from ._engine import build_info
-from .errors import TriollamaError
+from .errors import *  # noqa: F403 - each of them, by its __all__
 from .params import GenerationParams
 
 if TYPE_CHECKING:
-    from .aio import open_llama, run_llama
+    from . import chat, lowlevel, models, sync, testing, tuning
+    from .aio import (
+        Conversation,
+        Conversations,
+        Llama,
+        LoadedAdapter,
+        Piece,
+        Stream,
+        StreamInfo,
+        TurnStream,
+        open_llama,
+        run_llama,
+    )
+    from .aio.statistics import Statistics
+    from .chat import ChatTemplate
+    from .files import Message
+    from .lowlevel import quantize
+    from .results import Completion, FinishReason, Score, TokenLogprob, Usage
+    from .structured import structured
+    from .tuning.errors import (
+        AdapterApplicationError,
+        AdapterFileNotFoundError,
+        BaseModelNotLoadedError,
+        CheckpointError,
+        ContextNotInitializedError,
+        DataError,
+        ExampleTooLongError,
+        IncompatibleAdapterError,
+        InvalidEpochsError,
+        InvalidLearningRateError,
+        InvalidQuantizationError,
+        InvalidRankError,
+        InvalidSettingError,
+        InvalidValidationSplitError,
+        LoRASaveError,
+        ModelExportError,
+        ModelNotLoadedError,
+        ModelSaveError,
+        NoAdapterError,
+        NonFiniteLossError,
+        SessionNotFoundError,
+        TokenizerNotInitializedError,
+        TuningError,
+        UnsupportedModelError,
+    )
 
 __all__ = [
+    "AdapterApplicationError",
+    "AdapterFileNotFoundError",
+    "BaseModelNotLoadedError",
+    "ChatTemplate",
+    "CheckpointError",
+    "Completion",
+    "ContextNotInitializedError",
+    "Conversation",
+    "Conversations",
+    "DataError",
+    "ExampleTooLongError",
+    "FinishReason",
     "GenerationParams",
-    "TriollamaError",
+    "IncompatibleAdapterError",
+    "InvalidEpochsError",
+    "InvalidLearningRateError",
+    "InvalidQuantizationError",
+    "InvalidRankError",
+    "InvalidSettingError",
+    "InvalidValidationSplitError",
+    "Llama",
+    "LoRASaveError",
+    "LoadedAdapter",
+    "Message",
+    "ModelExportError",
+    "ModelNotLoadedError",
+    "ModelSaveError",
+    "NoAdapterError",
+    "NonFiniteLossError",
+    "Piece",
+    "Score",
+    "SessionNotFoundError",
+    "Statistics",
+    "Stream",
+    "StreamInfo",
+    "TokenLogprob",
+    "TokenizerNotInitializedError",
+    "TuningError",
+    "TurnStream",
+    "UnsupportedModelError",
+    "Usage",
     "__version__",
     "build_info",
+    "chat",
+    "errors",
+    "lowlevel",
+    "models",
     "open_llama",
+    "quantize",
     "run_llama",
+    "structured",
+    "sync",
+    "testing",
+    "tuning",
 ]
+__all__ += errors.__all__
 
 __version__ = "0.1.0"
 
-_ASYNC = ("open_llama", "run_llama")
+# Where the names are that only their users pay for.
+_HOMES = {
+    "Conversation": "aio",
+    "Conversations": "aio",
+    "Llama": "aio",
+    "LoadedAdapter": "aio",
+    "Piece": "aio",
+    "Stream": "aio",
+    "StreamInfo": "aio",
+    "TurnStream": "aio",
+    "open_llama": "aio",
+    "run_llama": "aio",
+    "Statistics": "aio.statistics",
+    "ChatTemplate": "chat",
+    "quantize": "lowlevel",
+    "Completion": "results",
+    "FinishReason": "results",
+    "Score": "results",
+    "TokenLogprob": "results",
+    "Usage": "results",
+    "Message": "files",
+    "structured": "structured",
+    "AdapterApplicationError": "tuning.errors",
+    "AdapterFileNotFoundError": "tuning.errors",
+    "BaseModelNotLoadedError": "tuning.errors",
+    "CheckpointError": "tuning.errors",
+    "ContextNotInitializedError": "tuning.errors",
+    "DataError": "tuning.errors",
+    "ExampleTooLongError": "tuning.errors",
+    "IncompatibleAdapterError": "tuning.errors",
+    "InvalidEpochsError": "tuning.errors",
+    "InvalidLearningRateError": "tuning.errors",
+    "InvalidQuantizationError": "tuning.errors",
+    "InvalidRankError": "tuning.errors",
+    "InvalidSettingError": "tuning.errors",
+    "InvalidValidationSplitError": "tuning.errors",
+    "LoRASaveError": "tuning.errors",
+    "ModelExportError": "tuning.errors",
+    "ModelNotLoadedError": "tuning.errors",
+    "ModelSaveError": "tuning.errors",
+    "NoAdapterError": "tuning.errors",
+    "NonFiniteLossError": "tuning.errors",
+    "SessionNotFoundError": "tuning.errors",
+    "TokenizerNotInitializedError": "tuning.errors",
+    "TuningError": "tuning.errors",
+    "UnsupportedModelError": "tuning.errors",
+}
+_MODULES = ("chat", "lowlevel", "models", "sync", "testing", "tuning")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ASYNC:
-        from . import aio
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return getattr(aio, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,7 +16,18 @@ import msgspec
 
 from .errors import ParameterError
 
-__all__ = ["DEFAULT_SAMPLERS", "DRY_BREAKERS", "MAX_SEED", "GenerationParams", "draw_seed"]
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "DRY_BREAKERS",
+    "MAX_SEED",
+    "RAW_MAX_TOKENS",
+    "GenerationParams",
+    "draw_seed",
+]
+
+RAW_MAX_TOKENS = 100
+"""Most new tokens of raw text where nobody says: a base model would write until the context is
+full."""
 
 MAX_SEED = 0xFFFF_FFFE
 """Largest seed. 0xFFFFFFFF means "random" to llama.cpp, so it is never a seed here."""
@@ -48,7 +59,9 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Parameters of one generation.
 
     Length and end
-        ``max_tokens``: most new tokens, prompt not counted; ``None``: until the context is full.
+        ``max_tokens``: most new tokens, prompt not counted; ``None``: until the model ends or the
+        context is full. (Raw text that is given neither ``max_tokens`` nor ``params`` ends after
+        ``RAW_MAX_TOKENS``, 100.)
         ``stop``: strings that end the text; they are not part of it.
         ``stop_tokens``: ids of tokens that end the generation like the vocabulary's own
         end-of-generation tokens (finish reason ``"eos"``); they are not part of it.
@@ -97,14 +110,14 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         (prefix language models); generated tokens are causal in any case.
     """
 
-    max_tokens: int | None = 100
+    max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     context_overflow: str = "stop"
     n_keep: int = 0
 
-    seed: int | None = 42
+    seed: int | None = None
     temperature: float = 0.7
     dynatemp_range: float = 0.0
     dynatemp_exponent: float = 1.0
@@ -314,6 +327,13 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
     if base is None:
         return GenerationParams(**normal)
     return msgspec.structs.replace(base, **normal) if normal else base
+
+
+def make_raw_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> GenerationParams:
+    """As :func:`make_params`, for text that no turn ends: bounded unless somebody says."""
+    if base is None:
+        changes = {"max_tokens": RAW_MAX_TOKENS, **changes}
+    return make_params(base, changes)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

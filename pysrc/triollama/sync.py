@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from . import models
 from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
 from .errors import BusyError, ContextFullError, ParameterError, UnsupportedError
-from .params import GenerationParams, draw_seed, make_params
+from .params import GenerationParams, draw_seed, make_params, make_raw_params
 from .results import Completion, FinishReason, Score, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Llama:
         self,
         path: str | os.PathLike[str] | Model | None = None,
         *,
-        n_ctx: int = 2048,
+        n_ctx: int = 4096,
         n_batch: int = 2048,
         n_ubatch: int = 512,
         threads: int | None = None,
@@ -181,7 +181,7 @@ class Llama:
         a time: BusyError while another is open. Raises ParameterError, TokenError and
         ContextFullError before anything is computed.
         """
-        return Stream(self, prompt, make_params(params, changes))
+        return Stream(self, prompt, make_raw_params(params, changes))
 
     @overload
     def generate(

@@ -224,3 +224,68 @@ def test_the_fake_sees_the_prompt_and_takes_its_time() -> None:
             assert trio.current_time() - start < 5
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_turns_end_where_the_model_ends_them(world: World) -> None:
+    """Not after a hundred tokens, as raw text does."""
+
+    async def main() -> None:
+        async with world.open() as llama:
+            chat = llama.conversation(system=SYSTEM, temperature=0.0, ignore_eos=True)
+            assert chat.params.max_tokens is None
+            assert (await chat.say("Tell me all.")).finish_reason == "context"
+            raw = await llama.generate("Tell me all.", ignore_eos=True)
+            assert (raw.finish_reason, raw.usage.generated_tokens) == ("length", 100)
+
+    world.run(main)
+
+
+def test_seeds_of_conversations(world: World) -> None:
+    """Each has its own; its turns go on with it, and tell the one in effect."""
+
+    async def main() -> None:
+        async with world.open() as llama:
+            one, other = (llama.conversation(max_tokens=4) for _ in range(2))
+            assert one.params.seed != other.params.seed
+            for _ in range(2):
+                assert (await one.say("Hello")).seed == one.params.seed
+            given = await one.say("Hello", seed=7)
+            assert given.seed == 7
+            assert (await one.say("Hello")).seed == 7  # its random state goes on
+            again = await one.regenerate()
+            assert again.seed not in (7, one.params.seed)
+
+    world.run(main)
+
+
+def test_a_turn_with_a_seed_starts_there(tiny: Any) -> None:
+    async def main() -> None:
+        async with open_llama(tiny("llama"), n_ctx=768, threads=1, deterministic=True) as llama:
+            params = GenerationParams(temperature=2.0, top_k=0, max_tokens=12, ignore_eos=True)
+            told = []
+            for first in (1, 2):
+                chat = llama.conversation(system=SYSTEM, params=params, seed=first)
+                await chat.say("Hello", temperature=0)  # whatever was drawn before
+                told.append((await chat.say("And then?", seed=5)).tokens)
+            assert told[0] == told[1]
+
+    trio.run(main)
+
+
+def test_a_file_keeps_what_was_in_effect(world: World, tmp_path: Path) -> None:
+    """All parameters, so that other defaults would not change an old conversation."""
+
+    async def main() -> None:
+        async with world.open() as llama:
+            chat = llama.conversation("one", top_k=7, max_tokens=3)
+            await chat.say("Hello")
+            await llama.save(tmp_path / "saved")
+            saved = load_document(tmp_path / "saved").conversations[0].params
+            assert set(saved) == set(GenerationParams.__struct_fields__)
+            assert saved["seed"] == chat.params.seed
+            params = chat.params
+            chat.close()
+            await llama.restore(tmp_path / "saved")
+            assert llama.conversations["one"].params == params
+
+    world.run(main, threads=True)

@@ -8,9 +8,11 @@ import inspect
 import json
 import math
 import pickle
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from msgspec import Meta
 from triollama._engine import Batch, Context, Model, live_objects
 from triollama.errors import (
     BusyError,
@@ -721,8 +723,9 @@ def test_usage_while_it_runs(llama):
 
 def test_a_busy_stream_goes_on(llama):
     """BusyError says that nothing was done, so the stream is not over."""
-    expected = llama.generate(PROMPT, max_tokens=20, ignore_eos=True).tokens
-    with llama.stream(PROMPT, max_tokens=20, ignore_eos=True) as stream:
+    params = GenerationParams(max_tokens=20, ignore_eos=True, seed=42)
+    expected = llama.generate(PROMPT, params).tokens
+    with llama.stream(PROMPT, params) as stream:
         next(stream)
         view = llama.context.logits()  # the next decode would overwrite it
         for _ in range(3):
@@ -771,6 +774,32 @@ def test_ctrl_c_in_a_prompt(default_model_path, run_isolated):
         default_model_path,
     )
     assert result.stdout.split() == ["interrupted", "2"]
+
+
+def test_no_seed_is_a_drawn_one(llama):
+    """Two calls differ; either can be had again by the seed that it tells."""
+    options = {"max_tokens": 24, "temperature": 2.0, "top_k": 0, "ignore_eos": True}
+    one, other = (llama.generate(PROMPT, **options) for _ in range(2))
+    assert one.seed != other.seed and one.tokens != other.tokens
+    assert llama.generate(PROMPT, seed=one.seed, **options).tokens == one.tokens
+
+
+def test_raw_text_is_bounded_unless_somebody_says(llama):
+    params = GenerationParams(ignore_eos=True)
+    done = llama.generate(PROMPT, ignore_eos=True)
+    assert (done.finish_reason, len(done.tokens)) == ("length", 100)
+    for free in (
+        llama.generate(PROMPT, ignore_eos=True, max_tokens=None),
+        llama.generate(PROMPT, params),
+    ):
+        assert free.finish_reason == "context"
+        assert len(free.tokens) > 200
+
+
+def test_typed_answers_are_not_cut(llama):
+    """A hundred numbers take more tokens than raw text is given."""
+    kind = Annotated[list[Literal[7]], Meta(min_length=60, max_length=60)]
+    assert llama.generate(PROMPT, into=kind) == [7] * 60
 
 
 def test_a_stream_is_not_copied_and_a_half_made_one_is_silent(llama):

@@ -17,6 +17,7 @@ LAYERS = (
     ("errors",),
     ("params", "results", "uninterrupted"),
     ("_engine",),
+    ("lowlevel",),
     ("chat", "structured", "models", "files"),
     ("aio", "sync", "tuning"),
     ("testing",),

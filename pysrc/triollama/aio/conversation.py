@@ -217,7 +217,6 @@ class Conversation:
             on_cancel,
             priority,
             capacity,
-            False,
             None if into is None else structured(into),
         )
 
@@ -279,8 +278,8 @@ class Conversation:
         **changes: Any,
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
-        if "seed" not in changes and (params is None or params.seed is None):
-            changes["seed"] = draw_seed()
+        given = None if params is None else params.seed
+        changes.setdefault("seed", draw_seed() if given is None else given)
 
         def plan() -> tuple[State, tuple[Message, ...]]:
             if not self._state.turns:
@@ -288,7 +287,7 @@ class Conversation:
             base = self._state.after(len(self._state.turns) - 1)
             return base, self._state.messages[len(base.messages) : -1]
 
-        return self._make(plan, params, changes, on_cancel, priority, capacity, True)
+        return self._make(plan, params, changes, on_cancel, priority, capacity)
 
     async def regenerate(
         self,
@@ -325,7 +324,7 @@ class Conversation:
                 )
             return self._state, ()
 
-        return self._make(plan, params, changes, on_cancel, priority, capacity, False)
+        return self._make(plan, params, changes, on_cancel, priority, capacity)
 
     async def go_on(
         self,
@@ -369,7 +368,7 @@ class Conversation:
             said = self._said(messages[index].role, text)
             return base, (*messages[len(base.messages) : index], said)
 
-        return await _whole(self._make(plan, params, changes, on_cancel, priority, 64, False))
+        return await _whole(self._make(plan, params, changes, on_cancel, priority, 64))
 
     def _said(self, role: str, text: str) -> Message:
         if role not in ("user", "tool"):
@@ -392,11 +391,15 @@ class Conversation:
         on_cancel: OnCancel | None,
         priority: int,
         capacity: int,
-        fresh_sampler: bool,
         into: Structured[Any] | None = None,
     ) -> TurnStream:
         self._owner.core.check_open()
         made = make_params(self.params if params is None else params, changes)
+        # Without a seed of its own a turn goes on with the last one's random state.
+        own_seed = "seed" in changes or made.seed not in (None, self.params.seed)
+        fresh_sampler = own_seed and made.seed is not None
+        if made.seed is None:
+            made = made.replace(seed=self.params.seed)
         if into is not None:
             made = into.constrain(made)
         if self._overflow == "shift":
@@ -751,6 +754,7 @@ class TurnStream(Stream):
             if params.context_overflow == "shift":
                 params = params.replace(n_keep=plan.n_keep)
             sampler, shown = await owner.make_sampler(params, plan)
+            self.params = self.params.replace(seed=sampler.seed)
 
             def start() -> EngineStream:
                 if self._closed or chat._closed:
@@ -944,13 +948,10 @@ def _is_data(value: Any) -> bool:
 
 
 def saved_params(params: GenerationParams) -> dict[str, Any]:
-    """The parameters that differ from the defaults."""
+    """All parameters, as data: what is a default today need not be one for whoever reads them."""
     plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
-    default: dict[str, Any] = msgspec.to_builtins(GenerationParams(), str_keys=True)
     # JSON has no infinity; this is as far below every logit.
     plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
     return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in plain.items()
-        if value != default[name]
+        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
     }

@@ -15,7 +15,7 @@ from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..chat.template import warn_of_default
 from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
 from ..files import Message
-from ..params import GenerationParams, make_params
+from ..params import GenerationParams, draw_seed, make_params
 from .adapters import Adapters, LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
 from .core import Core
@@ -98,6 +98,9 @@ class Conversations:
                 if isinstance(message, Message)
                 else files.document_from(dict(message), Message, place=f"messages[{at}]")
             )
+        made = make_params(params, changes)
+        if made.seed is None:  # its turns go on with one random state: what they start from is kept
+            made = made.replace(seed=draw_seed())
         source = template.source if isinstance(template, ChatTemplate) else template or ""
         return self.add(
             Conversation(
@@ -105,7 +108,7 @@ class Conversations:
                 self.new_id(id),
                 template=self.template(template),
                 source=source,
-                params=make_params(params, changes),
+                params=made,
                 overflow=overflow,
                 on_cancel=on_cancel,
                 tools=tools,

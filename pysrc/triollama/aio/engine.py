@@ -83,6 +83,11 @@ class Layout(Protocol):
 class Sampler(Protocol):
     """Chooses tokens. A stream takes a copy."""
 
+    @property
+    def seed(self) -> int:
+        """Of its random state."""
+        ...
+
     def update(self, params: GenerationParams) -> None:
         """Other parameters; what was seen so far stays."""
 

@@ -13,9 +13,9 @@ import msgspec
 import trio
 
 from ..chat import ChatTemplate
-from ..errors import BusyError, ParameterError, TriollamaError
+from ..errors import BusyError, ParameterError, TriollamaError, UnsupportedError
 from ..files import Document, Message
-from ..params import GenerationParams, make_params
+from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score, Usage
 from ..structured import structured
 from ..uninterrupted import uninterrupted
@@ -174,6 +174,12 @@ class Serving:
         if self._entered:
             raise BusyError("this was opened already; make a new one")
         self._entered = True
+        if not trio.lowlevel.in_trio_run():
+            raise UnsupportedError(
+                "open_llama serves tasks of trio, and no trio is running here: start the program"
+                " with trio.run. Under asyncio, call triollama.sync.Llama by asyncio.to_thread, or"
+                " let trio run as asyncio's guest (trio.lowlevel.start_guest_run)"
+            )
         engine = await self._load()
         self._core = core = Core(engine, when_full=self._when_full)
         # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
@@ -305,7 +311,7 @@ class Llama:
         return Stream(
             self._core,
             self._prompt_tokens(prompt),
-            make_params(params, changes),
+            make_raw_params(params, changes),
             priority=priority,
             capacity=capacity,
             adapters=self._adapters,
@@ -351,10 +357,11 @@ class Llama:
         into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
         the result is then its value. Raises AnswerError if the text is none, being cut short.
         """
-        made = make_params(params, changes)
         kind = None if into is None else structured(into)
-        if kind is not None:
-            made = kind.constrain(made)
+        if kind is None:
+            made = make_raw_params(params, changes)
+        else:
+            made = kind.constrain(make_params(params, changes))
         async with self.stream(
             prompt, made, priority=priority, adapters=adapters, capacity=_UNREAD
         ) as stream:

@@ -172,10 +172,14 @@ class Document(Saved, frozen=True, kw_only=True, tag_field="format", tag=FORMAT)
     conversations: tuple[SavedConversation, ...] = ()
 
 
+FIRST_DEFAULTS = {"max_tokens": 100, "seed": 42}
+"""Files once left out what was the default: those defaults that have changed since."""
+
+
 def known_params(params: Mapping[str, Any]) -> GenerationParams:
     """The parameters this version knows; others stay in the document. Raises ParameterError."""
     fields = GenerationParams.__struct_fields__
-    known = {name: value for name, value in params.items() if name in fields}
+    known = FIRST_DEFAULTS | {name: value for name, value in params.items() if name in fields}
     if isinstance(known.get("logit_bias"), dict):
         # The keys of a JSON object are strings.
         known["logit_bias"] = {

@@ -112,6 +112,8 @@ class FakeSampler:
     then forgotten: a script may say anything."""
 
     def __init__(self, params: GenerationParams) -> None:
+        assert params.seed is not None
+        self.seed = params.seed
         self.update(params)
 
     def update(self, params: GenerationParams) -> None:
