@@ -184,9 +184,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     value=texts,
                 )
             for text in texts:
-                if not isinstance(text, str) or not text or "\0" in text:
+                if not isinstance(text, str) or not text or not _is_text(text):
                     raise ParameterError(
-                        f"{name} holds {text!r}; each must be a non-empty string without NUL",
+                        f"{name} holds {text!r}; each must be a non-empty string without NUL, in "
+                        "UTF-8",
                         parameter=name,
                         value=text,
                     )
@@ -241,13 +242,13 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 raise ParameterError(
                     f"{name} must be a string, not {text!r}", parameter=name, value=text
                 )
-        if self.grammar is not None and (not self.grammar.strip() or "\0" in self.grammar):
+        if self.grammar is not None and not (self.grammar.strip() and _is_text(self.grammar)):
             raise ParameterError(
-                "grammar is blank or holds NUL; leave it None for free text",
+                "grammar is blank, or holds NUL or what is not UTF-8; leave it None for free text",
                 parameter="grammar",
                 value=self.grammar,
             )
-        if not self.grammar_root or "\0" in self.grammar_root:
+        if not self.grammar_root or not _is_text(self.grammar_root):
             raise ParameterError(
                 f"grammar_root must name a rule, not {self.grammar_root!r}",
                 parameter="grammar_root",
@@ -334,6 +335,11 @@ def make_raw_params(base: GenerationParams | None, changes: Mapping[str, Any]) -
     if base is None:
         changes = {"max_tokens": RAW_MAX_TOKENS, **changes}
     return make_params(base, changes)
+
+
+def _is_text(text: str) -> bool:
+    """Whether C, and a file, can hold it: no NUL, and no half of a surrogate pair."""
+    return "\0" not in text and (text.isascii() or text.encode(errors="ignore").decode() == text)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

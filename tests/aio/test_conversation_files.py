@@ -315,7 +315,7 @@ def test_autosave(llama_model: Path, tmp_path: Path) -> None:
             gone = llama.conversation("gone", params=GREEDY)
             await gone.say("Hello")
             await wait_for(lambda d: len(d.conversations) == 2)
-            gone.close()
+            gone.delete()
             chat.title = "at the end"
             nursery.cancel_scope.cancel()
         document = load_document(path)

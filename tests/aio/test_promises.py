@@ -110,10 +110,13 @@ CHECKED = {
     "Conversation.say",
     "Conversations.answer",
     "Conversations.borrow",
+    "Conversations.flush",
     "Conversations.make_sampler",
     "Conversations.share",
     "Conversations.shift",
+    "Conversations.written",
     "Llama.embed",
+    "Llama.flush",
     "Llama.generate",
     "Llama.load_adapter",
     "Llama.load_control_vector",
@@ -190,6 +193,10 @@ def test_every_async_call_is_a_checkpoint_also_when_it_succeeds_at_once(
         await checked(branch.make_title(max_tokens=3))
         await checked(llama.save(tmp_path / "chats.json", [chat]))
         await checked(llama.restore(tmp_path / "chats.json", replace=True))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(llama.autosave, tmp_path / "auto")
+            await checked(llama.flush())
+            nursery.cancel_scope.cancel()
         rows = await zeros(llama)
         vector = await checked(llama.load_control_vector(rows))
         assert await checked(llama.load_control_vector(rows)) is vector

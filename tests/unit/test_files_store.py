@@ -177,5 +177,6 @@ def test_a_journal_loads_like_a_document(tmp_path: Path) -> None:
     save_document(path, document)
     with Journal(path, msgspec.structs.replace(document, conversations=())) as journal:
         assert journal.document == document  # a document becomes a journal
+    assert os.listdir(tmp_path) == [path.name]
     with pytest.raises(StateFormatError):
         load_document(tmp_path)

@@ -13,7 +13,13 @@ import trio
 
 from .. import files
 from ..chat import ChatTemplate, ChatTokens, assistant_spans
-from ..errors import ClosedError, ContextFullError, ParameterError, UnsupportedError
+from ..errors import (
+    ClosedError,
+    ContextFullError,
+    ParameterError,
+    StateError,
+    UnsupportedError,
+)
 from ..files import MAX_TITLE, Message
 from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion
@@ -96,6 +102,7 @@ class Conversation:
         self._n_prompt_tokens = 0
         self._n_generated_tokens = 0
         self._extras: dict[str, Any] = {}
+        self._unknown_params: dict[str, Any] = {}  # of a later version's file
         self._title = ""
         self._set_title(title)
 
@@ -171,11 +178,12 @@ class Conversation:
                 parameter="title",
                 value=value,
             )
+        files.check_text(value, "title")
         self._title = value
 
-    def _touch(self) -> None:
+    def _touch(self, *, turn: bool = False) -> None:
         self.updated = now()
-        self._owner.note_change(self.id)
+        self._owner.note_change(self, turn=turn)
 
     def _check_idle(self) -> None:
         if self._closed:
@@ -460,21 +468,31 @@ class Conversation:
                 parent=self.id,
             )
         )
+        branch._unknown_params = self._unknown_params
         try:
             n = common_length(self._memory.tokens, self._state.tokens)
             if n:
                 await self._owner.share(self._memory, branch._memory, n)
         except BaseException:
-            branch.close()
+            branch.delete()
             raise
         return branch
 
     def close(self) -> None:
-        """Forget it: its memory is free, a running turn is cancelled. Idempotent."""
+        """End it here: its memory is free, a running turn is cancelled, and files keep it, an
+        autosave's as of its last commit; ``Llama.restore`` opens it again. Idempotent."""
+        self._end(deleted=False)
+
+    def delete(self) -> None:
+        """As ``close``; and the files of autosaves keep it no more. Files that ``Llama.save`` wrote
+        stay as they are. Idempotent."""
+        self._end(deleted=True)
+
+    def _end(self, *, deleted: bool) -> None:
         if self._closed:
             return
         self._closed = True
-        self._owner.remove(self)
+        self._owner.remove(self, deleted=deleted)
         with contextlib.suppress(ClosedError):  # with the Llama everything went
             self._owner.engine.drop_sequence(self._memory.sequence)
 
@@ -488,7 +506,7 @@ class Conversation:
                 **options,
             )
         finally:
-            branch.close()
+            branch.delete()
         lines = [line.strip(" \t\"'*#.") for line in reply.text.splitlines()]
         self.title = next((line for line in lines if line), "")[:MAX_TITLE]
         return self.title
@@ -664,8 +682,8 @@ class Conversation:
         """As of the last commit, for a state document."""
         state = self._state
         sampler, sampled_by = state.sampler
-        params = saved_params(self.params)
-        last = params if sampled_by is None else saved_params(sampled_by)
+        params = files.saved_params(self.params)
+        last = params if sampled_by is None else files.saved_params(sampled_by)
         edges = (*state.cuts, state.n_computed)
         return files.SavedConversation(
             id=self.id,
@@ -674,7 +692,7 @@ class Conversation:
             updated=self.updated,
             messages=state.messages,
             template=self._source,
-            params=params,
+            params={**self._unknown_params, **params},
             sampler=sampler,
             sampler_params={} if last == params or not sampler else last,
             overflow=self._overflow if isinstance(self._overflow, str) else "function",
@@ -796,7 +814,7 @@ class TurnStream(Stream):
                     self._refused = True
                     self.value = self._into.parse(self.text, self.engine_stream.finish_reason or "")
                     self._refused = False
-                self._commit()
+                await self._commit_durably()
             raise
 
     @trio.lowlevel.enable_ki_protection
@@ -837,6 +855,8 @@ class TurnStream(Stream):
                         self._note(taken)
                     if self._tokens:
                         self._commit()
+                        with contextlib.suppress(StateError):  # the autosave says so, and goes on
+                            await chat._owner.written(chat)
                 if not self.committed:
                     self._note_memory()
         finally:
@@ -875,6 +895,20 @@ class TurnStream(Stream):
         cuts += starts
         cuts += range(len(plan.tokens), position)
         memory.cuts = tuple(cut for cut in cuts if cut < position)
+
+    async def _commit_durably(self) -> None:
+        """Commit, and wait for files that promise to have it: else nothing has happened."""
+        chat = self.conversation
+        before = (chat._state, chat._n_prompt_tokens, chat._n_generated_tokens)
+        self._commit()
+        try:
+            await chat._owner.written(chat)
+        except StateError:
+            chat._state, chat._n_prompt_tokens, chat._n_generated_tokens = before
+            self.committed = False
+            self._refused = True
+            chat._touch()
+            raise
 
     def _commit(self) -> None:
         assert self._plan is not None
@@ -924,7 +958,7 @@ class TurnStream(Stream):
         chat._n_prompt_tokens += usage.prompt_tokens
         chat._n_generated_tokens += usage.generated_tokens
         self.committed = True
-        chat._touch()
+        chat._touch(turn=True)
 
 
 def _joined(one: Message, more: Message) -> Message:
@@ -945,13 +979,3 @@ def _is_data(value: Any) -> bool:
         return bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         return False
-
-
-def saved_params(params: GenerationParams) -> dict[str, Any]:
-    """All parameters, as data: what is a default today need not be one for whoever reads them."""
-    plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
-    # JSON has no infinity; this is as far below every logit.
-    plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
-    }

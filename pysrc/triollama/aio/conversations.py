@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import trio
@@ -13,8 +14,15 @@ import trio
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..chat.template import warn_of_default
-from ..errors import ChatTemplateError, ParameterError, StateError, UnsupportedError
+from ..errors import (
+    ChatTemplateError,
+    ParameterError,
+    StateError,
+    StateWriteError,
+    UnsupportedError,
+)
 from ..files import Message
+from ..files.autosave import Autosave
 from ..params import GenerationParams, draw_seed, make_params
 from .adapters import Adapters, LoadedAdapter
 from .conversation import Conversation, OnCancel, Overflow, TurnStream
@@ -25,6 +33,11 @@ from .history import WORTH_SHARING, Memory, Plan, Shift, State, common_length, n
 __all__ = ["Conversations"]
 
 _log = logging.getLogger("triollama.conversation")
+
+
+def _taken(id: str) -> ParameterError:
+    return ParameterError(f"there is a conversation {id!r} already", parameter="id", value=id)
+
 
 CANDIDATES = 64
 """Conversations that are looked at for a common beginning, those used last first."""
@@ -46,7 +59,9 @@ class Conversations:
         self._templates: dict[str, ChatTemplate] = {}
         self._prepared: ChatTemplate | None = None  # the default one, before anybody used it
         self._ends: dict[int, tuple[ChatTemplate, Any]] = {}
-        self._watchers: list[tuple[set[str], Callable[[], None]]] = []
+        self._restoring: set[str] = set()
+        self._autosaves: list[Autosave] = []
+        self._extras: dict[str, Any] = {}  # of a later version's documents
 
     def users_of(self, adapter: LoadedAdapter) -> list[str]:
         """Ids of the conversations that speak with an adapter."""
@@ -102,6 +117,8 @@ class Conversations:
         if made.seed is None:  # its turns go on with one random state: what they start from is kept
             made = made.replace(seed=draw_seed())
         source = template.source if isinstance(template, ChatTemplate) else template or ""
+        for name, value in (("template", source), ("tools", tools), ("variables", variables)):
+            files.check_text(value, name)
         return self.add(
             Conversation(
                 self,
@@ -147,21 +164,57 @@ class Conversations:
             raise ParameterError(
                 "an id is a string of 1 to 200 characters", parameter="id", value=id
             )
-        if id in self._all:
-            raise ParameterError(
-                f"there is a conversation {id!r} already", parameter="id", value=id
-            )
+        files.check_text(id, "id")
+        if id in self._all or id in self._restoring:
+            raise _taken(id)
+        self.check_kept(id)
         return id
+
+    @contextlib.contextmanager
+    def restoring(
+        self, saved: Sequence[files.SavedConversation], *, replace: bool
+    ) -> Iterator[None]:
+        """Their ids are taken meanwhile. Raises ParameterError where they are already, unless the
+        open ones are to be replaced; BusyResourceError for one of those in mid-turn."""
+        for one in saved:
+            if one.id in self._restoring or (one.id in self._all and not replace):
+                raise _taken(one.id)
+            if one.id in self._all:
+                self._all[one.id]._check_idle()
+            self.check_kept(one.id, one.created)
+        ids = {one.id for one in saved}
+        self._restoring |= ids
+        try:
+            yield
+        finally:
+            self._restoring -= ids
+
+    def check_kept(self, id: str, created: datetime.datetime | None = None) -> None:
+        """Refuse an id under which an autosave's file holds another conversation that is closed."""
+        for autosave in self._autosaves:
+            old = autosave.find(id) if autosave.follows(id) and id not in self._all else None
+            if old is not None and old.created not in (None, created):
+                raise ParameterError(
+                    f"{autosave.path} holds a conversation {id!r} that is closed: restore it (then "
+                    "it can be deleted), or take another id",
+                    parameter="id",
+                    value=id,
+                )
 
     def add(self, conversation: Conversation) -> Conversation:
         self._all[conversation.id] = conversation
-        self.note_change(conversation.id)
+        self.note_change(conversation)
         return conversation
 
-    def remove(self, conversation: Conversation) -> None:
-        self._all.pop(conversation.id, None)
+    def remove(self, conversation: Conversation, *, deleted: bool) -> None:
+        if self._all.get(conversation.id) is conversation:
+            del self._all[conversation.id]
+            for autosave in self._autosaves:
+                if deleted:
+                    autosave.note_deleted(conversation.id)
+                else:
+                    autosave.note_closed(conversation)
         self._index(conversation, None)
-        self.note_change(conversation.id)
 
     def template(self, wanted: str | ChatTemplate | None) -> ChatTemplate:
         if isinstance(wanted, ChatTemplate):
@@ -323,9 +376,30 @@ class Conversations:
         sampler.update(plain)
         return sampler.save_state(), plain
 
-    # Watching
+    # Files
 
-    def note_change(self, id: str) -> None:
-        for changed, wake in self._watchers:
-            changed.add(id)
-            wake()
+    def note_change(self, conversation: Conversation, *, turn: bool = False) -> None:
+        for autosave in self._autosaves:
+            autosave.note(conversation, soon=turn)
+
+    async def written(self, conversation: Conversation) -> None:
+        """Until its last commit is where an autosave has promised that it is. Raises
+        StateWriteError, StateFormatError."""
+        for autosave in list(self._autosaves):
+            if autosave.sync == "commit" and autosave.follows(conversation.id):
+                with trio.CancelScope(shield=True):
+                    await autosave.flush(conversation.id)
+
+    async def flush(self) -> None:
+        """See ``Llama.flush``."""
+        n_flushed = 0
+        for autosave in list(self._autosaves):
+            try:
+                await autosave.flush()
+            except StateWriteError:
+                if autosave.begun:
+                    raise
+            else:
+                n_flushed += 1
+        if not n_flushed:
+            raise StateError("no autosave is running that could write anything")

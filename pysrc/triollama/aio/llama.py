@@ -610,7 +610,11 @@ class Llama:
         """Save conversations, all by default, as of their last commits: atomically.
 
         kv: their KV as well, in a folder beside the file: they then go on without computing it.
-        Raises StateWriteError; an old file is then still there.
+        Onto the file of an autosave of this Llama they are written too, now; it stays a journal,
+        and keeps what else it holds.
+
+        Raises StateBusyError where another autosave keeps the path, StateWriteError, also for a
+        path where there is a file that is no state file: what is there stays.
         """
         return await saving.save(self.conversations, path, conversations, format=format, kv=kv)
 
@@ -627,7 +631,8 @@ class Llama:
 
         on_mismatch: "recompute" takes messages alone from a file of another model, and computes
             what damaged KV would have held. KV of another kind of context is computed again anyway.
-        replace: close open conversations of the same ids instead of raising ParameterError.
+        replace: close open conversations of the same ids instead of raising ParameterError;
+            BusyResourceError, with nothing done, if a turn of one is running when that is due.
         options: ``overflow``, ``on_cancel``, ``tools``, ``variables``, instead of what was saved.
             A file holds no overflow function, and of the variables those that are plain data.
 
@@ -644,6 +649,7 @@ class Llama:
         every: float = 30.0,
         conversations: Iterable[Conversation] | None = None,
         deadline: float = 5.0,
+        sync: Literal["soon", "commit"] = "soon",
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Keep a file up to date until cancelled: ``nursery.start_soon(llama.autosave, path)``.
@@ -651,9 +657,16 @@ class Llama:
         It is written after each committed turn, every ``every`` seconds if anything else changed
         (a title, a rewind), and once more on the way out, which takes at most ``deadline``
         seconds. Each time only what changed is written. A disk that is full is logged, and
-        tried again. What an old file holds beyond the open conversations stays in it.
+        tried again. What an old file holds beyond the open conversations stays in it, closed
+        conversations too; ``Conversation.delete`` removes one.
 
-        Raises StateError at the start, if the old file cannot be read or is of another model.
+        sync: "commit": no turn ends before its commit is on disk; one that cannot be written is
+            not committed, and raises StateWriteError. "soon": ``flush`` waits for that.
+
+        Raises StateError at the start, if the old file cannot be read, is of another model, or
+        holds another conversation under the id of an open one; StateBusyError if another autosave
+        keeps the path. While it runs, no other conversation can take the id of one that the file
+        holds and that is closed.
         """
         await saving.autosave(
             self.conversations,
@@ -661,8 +674,19 @@ class Llama:
             every=every,
             conversations=conversations,
             deadline=deadline,
+            sync=sync,
             task_status=task_status,
         )
+
+    async def flush(self) -> None:
+        """Return when every commit so far, and every other change, is in the files of all autosaves
+        that are running, on disk.
+
+        Raises StateWriteError for a file that cannot be written, StateFormatError for a
+        conversation that cannot be saved, StateError if no autosave is running.
+        """
+        await trio.lowlevel.checkpoint()
+        await self.conversations.flush()
 
     # Looking after streams
 

@@ -18,9 +18,11 @@ from ..errors import (
     StateFormatError,
     StateMismatchError,
     StateVersionError,
-    StateWriteError,
     UnsupportedError,
 )
+from ..files.autosave import Autosave, Sync
+from ..files.owner import Owner
+from ..files.store import real_path
 from ..params import GenerationParams
 from .adapters import Scaled
 from .conversation import Conversation, Overflow
@@ -73,6 +75,7 @@ def document_of(
         saved=now(),
         version=__version__,
         conversations=tuple(conversations),
+        extras=chats._extras,
     )
 
 
@@ -89,23 +92,49 @@ async def save(
     chats.core.check_open()
     await chats.engine.fingerprint()
     chosen = list(chats._all.values() if conversations is None else conversations)
-    kept: dict[str, files.KVFile] = {}
-    if kv:
-        for chat in chosen:
-            found = await _kv_of(chats, chat)
-            if found is not None:
-                tokens, blob = found
-                kept[chat.id] = await trio.to_thread.run_sync(
-                    files.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
-                )
-    document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
+    keeper = _keeper(chats, path)
+    if keeper is not None:
+        kept = await _write_kv(chats, path, chosen) if kv else {}
+        document = await keeper.save([chat.to_saved(kept.get(chat.id)) for chat in chosen])
+        await trio.to_thread.run_sync(_remove_kv, path, document)
+        return document
+    owner = await trio.to_thread.run_sync(Owner, path, abandon_on_cancel=True)
+    try:
+        kept = await _write_kv(chats, path, chosen) if kv else {}
+        document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
 
-    def write() -> None:
-        files.save_document(path, document, format)
-        files.remove_kv_except(path, [one.kv for one in document.conversations])
+        def write() -> None:
+            files.write_document(owner, document, format)
+            _remove_kv(path, document)
 
-    await trio.to_thread.run_sync(write)
+        await trio.to_thread.run_sync(write)
+    finally:
+        owner.release()
     return document
+
+
+def _keeper(chats: Conversations, path: Any) -> Autosave | None:
+    """The autosave whose file this is."""
+    real = real_path(path)
+    return next((one for one in chats._autosaves if one.path == real), None)
+
+
+async def _write_kv(
+    chats: Conversations, path: Any, chosen: Iterable[Conversation]
+) -> dict[str, files.KVFile]:
+    written = {}
+    for chat in chosen:
+        found = await _kv_of(chats, chat)
+        if found is not None:
+            tokens, blob = found
+            written[chat.id] = await trio.to_thread.run_sync(
+                files.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
+            )
+    return written
+
+
+def _remove_kv(path: Any, document: files.Document) -> None:
+    files.remove_kv_except(path, [one.kv for one in document.conversations])
 
 
 async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, ...], bytes] | None:
@@ -148,7 +177,13 @@ async def restore(
         document, path = source, None
     else:
         path = source
-        document = await trio.to_thread.run_sync(files.load_document, path)
+        keeper = _keeper(chats, path)
+        # The file may not have yet what was just closed.
+        document = (
+            keeper.document()
+            if keeper is not None
+            else await trio.to_thread.run_sync(files.load_document, path)
+        )
     same = files.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)
     wanted = None if ids is None else set(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
@@ -159,13 +194,42 @@ async def restore(
             parameter="ids",
             value=sorted(missing),
         )
-    if not replace:
-        for one in chosen:
-            chats.new_id(one.id)
-    else:
-        for one in chosen:
-            if one.id in chats._all:
-                chats._all[one.id]._check_idle()
+    with chats.restoring(chosen, replace=replace):
+        made = await _revive_all(chats, chosen, same, path, document, on_mismatch, options)
+        try:
+            _check_replaceable(chats, made)  # a turn may have begun meanwhile
+        except BaseException:
+            _drop(chats, made)
+            raise
+        for chat in made:
+            old = chats._all.get(chat.id)
+            if old is not None:
+                old.close()
+            chats.add(chat)
+    chats._extras.update(document.extras)
+    return made
+
+
+def _check_replaceable(chats: Conversations, made: Iterable[Conversation]) -> None:
+    for chat in made:
+        if chat.id in chats._all:
+            chats._all[chat.id]._check_idle()
+
+
+def _drop(chats: Conversations, made: Iterable[Conversation]) -> None:
+    for chat in made:
+        chats.engine.drop_sequence(chat._memory.sequence)
+
+
+async def _revive_all(
+    chats: Conversations,
+    chosen: Iterable[files.SavedConversation],
+    same: bool,
+    path: Any,
+    document: files.Document,
+    on_mismatch: Literal["error", "recompute"],
+    options: Mapping[str, Any],
+) -> list[Conversation]:
     n_vocab = len(chats.vocab)
     made: list[Conversation] = []
     try:
@@ -183,14 +247,8 @@ async def restore(
             if fits and path is not None and one.kv is not None:
                 await _load_kv(chats, made[-1], one, path, document, on_mismatch)
     except BaseException:
-        for chat in made:
-            chats.engine.drop_sequence(chat._memory.sequence)
+        _drop(chats, made)
         raise
-    for chat in made:
-        old = chats._all.get(chat.id)
-        if old is not None:
-            old.close()
-        chats.add(chat)
     return made
 
 
@@ -255,6 +313,7 @@ def _revive(
     chat._n_prompt_tokens = one.n_prompt_tokens
     chat._n_generated_tokens = one.n_generated_tokens
     chat._extras = one.extras
+    chat._unknown_params = files.unknown_params(one.params)
     return chat
 
 
@@ -321,6 +380,7 @@ async def autosave(
     every: float = 30.0,
     conversations: Iterable[Conversation] | None = None,
     deadline: float = 5.0,
+    sync: Sync = "soon",
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """See ``Llama.autosave``."""
@@ -328,63 +388,19 @@ async def autosave(
     chats.core.check_open()
     if not every > 0:
         raise ParameterError("every must be more than 0", parameter="every", value=every)
+    if not deadline >= 0:
+        raise ParameterError("deadline must be 0 or more", parameter="deadline", value=deadline)
+    if sync not in ("soon", "commit"):
+        raise ParameterError(
+            f"sync must be 'soon' or 'commit', not {sync!r}", parameter="sync", value=sync
+        )
     await chats.engine.fingerprint()
-    chosen = None if conversations is None else {one.id for one in conversations}
-
-    def followed() -> list[Conversation]:
-        return [one for one in chats._all.values() if chosen is None or one.id in chosen]
-
-    document = document_of(chats, [one.to_saved() for one in followed()])
-    journal = await trio.to_thread.run_sync(files.Journal, path, document)
-    changed: set[str] = set()
-    woken = trio.Event()
-    turns = {one.id: one._state for one in followed()}
-    broken = False
-
-    def wake() -> None:
-        for id in changed:
-            chat = chats._all.get(id)
-            if chat is None or turns.get(id) is not chat._state:
-                woken.set()
-                return
-
-    watcher = (changed, wake)
-    chats._watchers.append(watcher)
-
-    async def save() -> None:
-        nonlocal woken, broken
-        woken = trio.Event()
-        ids = {id for id in changed if chosen is None or id in chosen}
-        changed.clear()
-        news = [chats._all[id].to_saved() for id in ids if id in chats._all]
-        gone = [id for id in ids if id not in chats._all]
-        turns.update({id: chats._all[id]._state for id in ids if id in chats._all})
-        for id in gone:
-            turns.pop(id, None)
-        if not ids:
-            return
-        try:
-            await trio.to_thread.run_sync(journal.commit, news, gone)
-            broken = False
-        except StateWriteError as error:
-            changed.update(ids)
-            if not broken:
-                _log.error("autosave: %s; trying again every %g s", error, every)
-            broken = True
-        except BaseException:  # cancelled before the thread began
-            changed.update(ids)
-            raise
-
+    ids = None if conversations is None else [one.id for one in conversations]
+    saver = Autosave(path, document_of(chats, ()), every=every, sync=sync, ids=ids)
+    for chat in chats:
+        saver.note(chat)
+    chats._autosaves.append(saver)  # before anything is awaited: what changes from here on is noted
     try:
-        task_status.started()
-        while True:
-            with trio.move_on_after(every):
-                await woken.wait()
-            await save()
-            if broken:
-                await trio.sleep(every)
+        await saver.run(deadline, task_status)
     finally:
-        chats._watchers.remove(watcher)
-        with trio.move_on_after(deadline, shield=True):
-            await save()
-            await trio.to_thread.run_sync(journal.close)
+        chats._autosaves.remove(saver)

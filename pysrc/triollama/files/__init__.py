@@ -6,7 +6,7 @@ Pure data and files: nothing here needs a model.
 from __future__ import annotations
 
 from .codec import Format, decode, document_from, encode
-from .document_file import load_document, save_document
+from .document_file import load_document, save_document, write_document
 from .documents import (
     FORMAT,
     MAX_TITLE,
@@ -17,7 +17,10 @@ from .documents import (
     ModelIdentity,
     SavedAdapter,
     SavedConversation,
+    check_text,
     known_params,
+    saved_params,
+    unknown_params,
 )
 from .fingerprint import adapters_key, check_model, kv_key, same_model, tokens_key
 from .journal import Journal
@@ -39,6 +42,7 @@ __all__ = [
     "SavedConversation",
     "adapters_key",
     "check_model",
+    "check_text",
     "decode",
     "document_from",
     "encode",
@@ -50,6 +54,9 @@ __all__ = [
     "remove_kv_except",
     "same_model",
     "save_document",
+    "saved_params",
     "tokens_key",
+    "unknown_params",
+    "write_document",
     "write_kv",
 ]

@@ -11,7 +11,7 @@ from .owner import Owner
 from .records import MAGIC, replay
 from .store import MAX_BYTES, StrPath, read_bytes
 
-__all__ = ["load_document", "save_document"]
+__all__ = ["load_document", "save_document", "write_document"]
 
 
 def save_document(path: StrPath, document: Document, format: Format = "json") -> None:
@@ -20,14 +20,19 @@ def save_document(path: StrPath, document: Document, format: Format = "json") ->
     Raises StateFormatError; StateBusyError where an autosave keeps the path; StateWriteError, also
     for a file that is no state file: it stays.
     """
+    with Owner(path) as owner:
+        write_document(owner, document, format)
+
+
+def write_document(owner: Owner, document: Document, format: Format = "json") -> None:
+    """As ``save_document``, for who has the path already."""
     data = encode(document, format)
     if len(data) > MAX_BYTES:
         raise StateWriteError(
-            f"{os.fspath(path)!r} would have {len(data)} bytes; at most {MAX_BYTES} are read again",
-            path=os.fspath(path),
+            f"{str(owner.path)!r} would have {len(data)} bytes; at most {MAX_BYTES} are read again",
+            path=str(owner.path),
         )
-    with Owner(path) as owner:
-        os.close(owner.replace(data))
+    os.close(owner.replace(data))
 
 
 def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES) -> Document:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from ..errors import ParameterError
 from ..params import GenerationParams, make_params
 
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "Saved",
     "SavedAdapter",
     "SavedConversation",
+    "check_text",
     "known_params",
+    "saved_params",
+    "unknown_params",
 ]
 
 FORMAT = "triollama-conversations-1"
@@ -45,9 +49,44 @@ Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base: fields of later versions are in ``extras``, by name."""
+    """Base: fields of later versions are in ``extras``, by name. ``texts`` are fields with text of
+    people's, alone or within plain data."""
 
+    texts: ClassVar[tuple[str, ...]] = ()
     extras: dict[str, Any] = msgspec.field(default_factory=dict, name="+")
+
+    def __post_init__(self) -> None:
+        """What no file could hold is refused where it enters. Raises ParameterError."""
+        for name in self.texts:
+            value = getattr(self, name)
+            if value:
+                check_text(value, name)
+
+
+def check_text(value: Any, name: str) -> None:
+    """Refuse text that is none: half a surrogate pair, in a string or anywhere within plain data.
+
+    Such come from file names and arguments that are not UTF-8. Raises ParameterError.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ParameterError(
+                f"{name} holds {value[error.start]!r} at {error.start}, which is half a character: "
+                "no file can hold it (value.encode(errors='replace').decode() puts a '?' there)",
+                parameter=name,
+                value=value,
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            check_text(key, name)
+            check_text(child, name)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            check_text(child, name)
 
 
 class ModelIdentity(Saved, frozen=True, kw_only=True):
@@ -76,6 +115,7 @@ class ContextSettings(Saved, frozen=True, kw_only=True):
 class SavedAdapter(Saved, frozen=True, kw_only=True):
     """A LoRA adapter in use: its file, a digest of it if known, and its scale."""
 
+    texts = ("path",)
     path: str
     scale: float = 1.0
     digest: bytes = b""
@@ -96,6 +136,7 @@ class Message(Saved, frozen=True, kw_only=True):
     after this turn, and those of them that were in memory.
     """
 
+    texts = ("content", "name", "reasoning_content", "tool_call_id", "tool_calls")
     role: Role
     content: str = ""
     created: Time | None = None
@@ -134,6 +175,10 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     "function", and variables that are no plain data are not.
     """
 
+    texts = (
+        "id", "title", "template", "parent", "overflow", "params", "sampler_params", "tools",
+        "variables",
+    )  # fmt: skip
     id: Name
     title: Annotated[str, Meta(max_length=MAX_TITLE)] = ""
     created: Time | None = None
@@ -176,8 +221,24 @@ FIRST_DEFAULTS = {"max_tokens": 100, "seed": 42}
 """Files once left out what was the default: those defaults that have changed since."""
 
 
+def saved_params(params: GenerationParams) -> dict[str, Any]:
+    """All of them, as plain data: what is in effect does not follow the defaults of later days."""
+    plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
+    # JSON has no infinity; this is as far below every logit.
+    plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
+    }
+
+
+def unknown_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of later versions, to be written back."""
+    fields = GenerationParams.__struct_fields__
+    return {name: value for name, value in params.items() if name not in fields}
+
+
 def known_params(params: Mapping[str, Any]) -> GenerationParams:
-    """The parameters this version knows; others stay in the document. Raises ParameterError."""
+    """The parameters this version knows; see ``unknown_params``. Raises ParameterError."""
     fields = GenerationParams.__struct_fields__
     known = FIRST_DEFAULTS | {name: value for name, value in params.items() if name in fields}
     if isinstance(known.get("logit_bias"), dict):

@@ -105,6 +105,7 @@ class Journal:
         self._conversations.update(given)
         if given or not same or not self._number:
             self._document = msgspec.structs.replace(document, extras=old.extras or document.extras)
+            self._rewrite = True  # what is there is known
             self._replace()
         elif self._good < len(data):
             os.ftruncate(self._fd, self._good)
@@ -126,6 +127,10 @@ class Journal:
         return msgspec.structs.replace(
             self._document, conversations=tuple(self._conversations.values())
         )
+
+    def find(self, id: str) -> SavedConversation | None:
+        """A conversation as committed, if it is there. Also while another thread commits."""
+        return self._conversations.get(id)
 
     @property
     def size(self) -> int:

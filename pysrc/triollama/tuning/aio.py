@@ -199,13 +199,16 @@ class AsyncTuner:
         When it completes, and before the iteration over its steps ends, the adapter is written to
         ``save``, loaded into the Llama while its streams go on, and given to the conversations
         ``swap_into`` at this ``scale``: their next turns speak with it. BusyResourceError for one
-        in mid-turn. A run that is stopped or fails changes nothing.
+        in mid-turn, and ClosedResourceError: none of them has it then, but ``adapter`` is there. A
+        run that is stopped or fails changes nothing.
         """
         chosen = tuple(swap_into)
 
         async def give() -> None:
             await run.save_adapter(save)
             self._adapter = await self._llama.load_adapter(os.fspath(save))
+            for chat in chosen:  # all of them, or none
+                chat.check_idle()
             for chat in chosen:
                 chat.set_adapters([(self._adapter, scale)])
 
@@ -251,7 +254,7 @@ class AsyncTuner:
                         )
                     )
                 finally:
-                    branch.close()
+                    branch.delete()
             base, better = answers
             found.append(
                 Comparison(
