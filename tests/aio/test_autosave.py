@@ -456,9 +456,10 @@ def test_of_two_restores_at_once_one_wins(tmp_path: Path) -> None:
                     nursery.start_soon(restore)
                     nursery.start_soon(restore)
                 won = [one for one in results if isinstance(one, list)]
-                assert len(won) == 1 and len(results) == 2
-                assert list(llama.conversations) == won[0]
-                for chat in won[0]:
+                # With replace the second may come after the first, and replace what that opened.
+                assert len(results) == 2 and (len(won) == 1 or options)
+                assert list(llama.conversations) == won[-1]
+                for chat in won[-1]:
                     await chat.say("More")
             while llama.statistics().sequences > 2:
                 await trio.sleep(0)

@@ -100,14 +100,19 @@ def test_a_run_that_is_stopped_swaps_nothing_in(tiny: Any, tmp_path: Path) -> No
             with pytest.raises(NoAdapterError):
                 tuner.adapter  # noqa: B018
 
+            idle = llama.conversation()
+
             async def swap_into_a_busy_one() -> None:
                 chat = llama.conversation(params=GREEDY)
-                training = tuner.train(data, CONFIG, save=save, swap_into=[chat])
+                training = tuner.train(data, CONFIG, save=save, swap_into=[idle, chat])
                 async with chat.stream("Hello", ignore_eos=True), training as steps:
                     async for _ in steps:
                         pass
 
             with pytest.raises(trio.BusyResourceError):
                 await swap_into_a_busy_one()
+            assert idle.adapters == ()  # all of them, or none
+            llama.conversations.set_adapters([idle], [(tuner.adapter, 0.5)])
+            assert idle.adapters == ((tuner.adapter, 0.5),)
 
     run(main)

@@ -206,6 +206,17 @@ class Conversations:
         self.note_change(conversation)
         return conversation
 
+    def set_adapters(
+        self,
+        conversations: Sequence[Conversation],
+        adapters: Sequence[tuple[LoadedAdapter, float]],
+    ) -> None:
+        """``Conversation.set_adapters`` for all of these or, on error, none."""
+        for chat in conversations:
+            chat._check_idle()
+        for chat in conversations:
+            chat.set_adapters(adapters)
+
     def remove(self, conversation: Conversation, *, deleted: bool) -> None:
         if self._all.get(conversation.id) is conversation:
             del self._all[conversation.id]

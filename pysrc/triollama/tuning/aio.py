@@ -207,10 +207,7 @@ class AsyncTuner:
         async def give() -> None:
             await run.save_adapter(save)
             self._adapter = await self._llama.load_adapter(os.fspath(save))
-            for chat in chosen:  # all of them, or none
-                chat.check_idle()
-            for chat in chosen:
-                chat.set_adapters([(self._adapter, scale)])
+            self._llama.conversations.set_adapters(chosen, [(self._adapter, scale)])
 
         run = AsyncTrainingRun(
             train(
