@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, overload
 
 from . import models
 from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
@@ -25,6 +25,8 @@ from .results import Completion, FinishReason, Score, TokenLogprob, Usage
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from .structured import Structured
 
 __all__ = ["Completion", "GenerationParams", "Llama", "Score", "Stream", "TokenLogprob", "Usage"]
 
@@ -170,18 +172,28 @@ class Llama:
         self,
         prompt: str | Iterable[int],
         params: GenerationParams | None = None,
+        *,
+        into: Any = None,
         **changes: Any,
     ) -> Stream:
         """Generate, giving text as it comes.
 
         prompt: text (tokenized with the model's special tokens added) or tokens.
         params, changes: a GenerationParams, and fields of it that differ.
+        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`);
+        its value is then the stream's ``value``. Where the text is none, being cut short, the end
+        raises AnswerError.
 
         Iterate over the result; ``close()`` it, or leave its ``with``, at any point. One stream at
         a time: BusyError while another is open. Raises ParameterError, TokenError and
         ContextFullError before anything is computed.
         """
-        return Stream(self, prompt, make_raw_params(params, changes))
+        if into is None:
+            return Stream(self, prompt, make_raw_params(params, changes))
+        from .structured import structured
+
+        kind = structured(into)
+        return Stream(self, prompt, kind.constrain(make_params(params, changes)), kind)
 
     @overload
     def generate(
@@ -211,21 +223,12 @@ class Llama:
         into: Any = None,
         **changes: Any,
     ) -> Any:
-        """Generate to the end. Arguments and errors as for :meth:`stream`.
-
-        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
-        the result is then its value. Raises AnswerError if the text is none, being cut short.
-        """
-        if into is None:
-            with self.stream(prompt, params, **changes) as stream:
-                for _ in stream:
-                    pass
-                return stream.completion()
-        from .structured import structured
-
-        kind = structured(into)
-        completion = self.generate(prompt, kind.constrain(make_params(params, changes)))
-        return kind.parse(completion.text, completion.finish_reason)
+        """Generate to the end: a Completion, or with ``into`` the value of that type. Arguments
+        and errors as for :meth:`stream`."""
+        with self.stream(prompt, params, into=into, **changes) as stream:
+            for _ in stream:
+                pass
+            return stream.completion() if into is None else stream.value
 
     def warm_up(self) -> None:
         """Compute one token and forget it, so that the first generation does not pay for loading
@@ -372,12 +375,19 @@ class Stream:
     """A generation in progress: an iterator over pieces of text. Made by :meth:`Llama.stream`.
 
     Pieces are whole characters and never part of a stop string. ``text`` and ``tokens`` are what
-    came so far; ``finish_reason`` is None until the end.
+    came so far; ``finish_reason`` is None until the end. ``value``: with ``into``, what the text
+    decodes to; None before the end.
     """
 
     finish_reason: FinishReason | None = "cancelled"  # until there is something to close
 
-    def __init__(self, llama: Llama, prompt: str | Iterable[int], params: GenerationParams) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        prompt: str | Iterable[int],
+        params: GenerationParams,
+        into: Structured[Any] | None = None,
+    ) -> None:
         llama._check_no_stream()
         model, context = llama.model, llama.context
         if not context.has_memory or model.has_encoder or model.is_diffusion:
@@ -391,6 +401,8 @@ class Stream:
         sampler = Sampler(llama.vocab, self.params, n_ctx=context.n_ctx)
         self._generation = Generation(context, sampler, tokens, self.params)
         self._context = context
+        self._into = into
+        self.value: Any = None
         self._pieces: list[str] = []
         self._embedding: npt.NDArray[np.float32] | None = None
         self._threads = (context.n_threads, context.n_threads_batch)
@@ -404,7 +416,7 @@ class Stream:
 
     def __next__(self) -> str:
         if self.finish_reason is not None:
-            raise StopIteration
+            self._end()
         generation = self._generation
         try:
             piece = generation.step()
@@ -416,10 +428,15 @@ class Stream:
         if generation.finish_reason is not None:
             self._finish(generation.finish_reason)
         if piece is None:
-            raise StopIteration
+            self._end()
         text = piece.decode()
         self._pieces.append(text)
         return text
+
+    def _end(self) -> NoReturn:
+        if self._into is not None and self.finish_reason not in (None, "cancelled", "error"):
+            self.value = self._into.parse(self.text, self.finish_reason or "")
+        raise StopIteration
 
     def _finish(self, reason: FinishReason) -> None:
         if self.finish_reason is not None:

@@ -15,6 +15,7 @@ import pytest
 from msgspec import Meta
 from triollama._engine import Batch, Context, Model, live_objects
 from triollama.errors import (
+    AnswerError,
     BusyError,
     ClosedError,
     ContextFullError,
@@ -814,3 +815,18 @@ def test_a_stream_is_not_copied_and_a_half_made_one_is_silent(llama):
 def test_signatures_of_results_can_be_looked_at():
     for kind in (Completion, Score, Usage, TokenLogprob):
         assert set(inspect.signature(kind).parameters) == set(kind.__struct_fields__)
+
+
+def test_a_typed_answer_in_pieces(llama):
+    kind = Annotated[list[Literal[7]], Meta(min_length=4, max_length=4)]
+    with llama.stream(PROMPT, into=kind) as stream:
+        assert stream.value is None
+        pieces = list(stream)
+        assert len(pieces) > 1 and stream.value == [7, 7, 7, 7] == json.loads("".join(pieces))
+    stream = llama.stream(PROMPT, into=kind, max_tokens=3)
+    with pytest.raises(AnswerError) as caught:
+        list(stream)
+    assert (caught.value.text, caught.value.finish_reason) == (stream.text, "length")
+    with llama.stream(PROMPT, into=kind) as stream:
+        next(stream)
+    assert list(stream) == [] and stream.value is None  # closed, not cut
