@@ -125,6 +125,11 @@ CHECKED = {
     "Llama.score",
     "Llama.unload_adapter",
     "Llama.warm_up",
+    "MapResults.__aenter__",
+    "MapResults.__aexit__",
+    "MapResults.__anext__",
+    "MapResults.aclose",
+    "MapResults.receive",
     "Stream.__aenter__",
     "Stream.__aexit__",
     "Stream.__anext__",
@@ -181,6 +186,12 @@ def test_every_async_call_is_a_checkpoint_also_when_it_succeeds_at_once(
             await checked(stream.__aexit__(None, None, None))
         await checked(llama.generate("abc", GREEDY))
         await checked(llama.generate("abc", GREEDY, max_tokens=0))
+        results = llama.map(["abc"] * 4, GREEDY)
+        await checked(results.__aenter__())
+        await checked(results.receive())
+        await checked(results.__anext__())
+        await checked(results.aclose())
+        await checked(results.__aexit__(None, None, None))
         await checked(llama.warm_up())
         await checked(llama.score("abc"))
         await checked(llama.embed("abc"))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock, assert_checkpoints
+from trio.testing import assert_checkpoints
 from triollama import GenerationParams
-from triollama._engine import Trainer
-from triollama.aio import Llama, Piece, Stream, open_llama
+from triollama.aio import Llama, Piece, Stream
 from triollama.errors import (
     AdapterError,
     BusyError,
@@ -24,48 +23,11 @@ from triollama.errors import (
     QueueFullError,
     TokenError,
 )
-from triollama.testing import FakeEngine, make_tiny_model, open_fake_llama
+from worlds import World
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, seed=42)
 LONG = GREEDY.replace(max_tokens=None)
 PROMPT = "Once upon a time"
-
-
-class World:
-    """Opens Llamas of one kind, and runs async functions under its clock."""
-
-    def __init__(self, kind: str, path: Path | None) -> None:
-        self.kind = kind
-        self._path = path
-
-    def open(self, **options: Any) -> Any:
-        settings = {"n_ctx": 256, "max_streams": 2, **options}
-        if self.kind == "fake":
-            when_full = settings.pop("when_full", "wait")
-            return open_fake_llama(FakeEngine(**settings), when_full=when_full)
-        return open_llama(self._path, threads=1, deterministic=True, **settings)
-
-    def run(self, test: Callable[[], Awaitable[None]], *, threads: bool = False) -> None:
-        async def bounded() -> None:
-            with trio.fail_after(60):
-                await test()
-
-        # A clock that jumps does not wait for threads, in which files are read.
-        mocked = self.kind == "fake" and not threads
-        trio.run(bounded, clock=MockClock(autojump_threshold=0) if mocked else None)
-
-    def write_adapter(self, path: Path) -> Path:
-        """One that fits the model."""
-        with Trainer(self._path or make_tiny_model(path.with_name("tiny.gguf")), rank=2) as trainer:
-            trainer.save_adapter(path)
-        return path
-
-
-@pytest.fixture(params=["fake", "native"])
-def world(request: pytest.FixtureRequest) -> World:
-    if request.param == "fake":
-        return World("fake", None)
-    return World("native", request.getfixturevalue("tiny")("llama"))
 
 
 async def pieces_of(llama: Llama, **changes: Any) -> list[Piece]:

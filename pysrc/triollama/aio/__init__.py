@@ -6,6 +6,7 @@ from .adapters import LoadedAdapter
 from .conversation import Conversation, TurnStream
 from .conversations import Conversations
 from .llama import Llama, StreamInfo, open_llama, run_llama
+from .map import MapResult, MapResults
 from .stream import Piece, Stream
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Conversations",
     "Llama",
     "LoadedAdapter",
+    "MapResult",
+    "MapResults",
     "Piece",
     "Stream",
     "StreamInfo",

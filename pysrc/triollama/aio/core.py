@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import trio
 
-from ..errors import BusyError, QueueFullError
+from ..errors import BusyError, ParameterError, QueueFullError
 from ..params import GenerationParams
 from .engine import Engine, EngineStream, Model, Reply, Vocab
 from .pump import Pump
@@ -85,6 +85,15 @@ class Core:
     def vocab(self) -> Vocab:
         return self.engine.vocab
 
+    def prompt_tokens(self, prompt: str | Iterable[int], name: str = "prompt") -> list[int]:
+        """Text tokenized, with special tokens added; tokens as they are."""
+        if isinstance(prompt, str) and prompt:
+            return self.engine.tokenize(prompt)
+        if isinstance(prompt, (str, bytes, bytearray)) or not isinstance(prompt, Iterable):
+            why = "is empty" if prompt == "" else f"is {type(prompt).__name__}, not text or tokens"
+            raise ParameterError(f"the {name} {why}", parameter=name, value=prompt)
+        return list(prompt)
+
     # Every call
 
     def check_open(self) -> None:
@@ -115,16 +124,23 @@ class Core:
 
     # Streams
 
-    async def submit(self, start: Callable[[], EngineStream], priority: int = 0) -> EngineStream:
+    async def submit(
+        self,
+        start: Callable[[], EngineStream],
+        priority: int = 0,
+        *,
+        when_full: WhenFull | None = None,
+    ) -> EngineStream:
         """What ``start`` gives, once the queue has room: the higher priority first, then who came
         first. If this raises, Cancelled included, nothing was started. Not always a checkpoint."""
         self.check_open()
+        refuses = (when_full or self._when_full) == "raise"
         ticket = _Ticket(-priority, next(self._numbers))
-        if self._when_full == "raise" or not self._waiting or ticket < self._waiting[0]:
+        if refuses or not self._waiting or ticket < self._waiting[0]:
             try:
                 return self._admit(start)
             except QueueFullError:
-                if self._when_full == "raise":
+                if refuses:
                     raise
         bisect.insort(self._waiting, ticket)
         try:
@@ -170,15 +186,15 @@ class Core:
 
     # Waiting
 
-    async def news_of(self, stream: EngineStream) -> None:
+    async def news_of(self, *streams: EngineStream) -> None:
         """Until there is something new of a stream: wake-ups may be for nothing. Raises
         ClosedResourceError if there never will be."""
         if self.pump.stopped:
             await self._gone.wait()
-            if stream.finish_reason is None:
+            if all(stream.finish_reason is None for stream in streams):
                 raise trio.ClosedResourceError("this Llama was closed")
             return
-        await self.pump.wait_for(stream.id)
+        await self.pump.wait_for(*(stream.id for stream in streams))
 
     async def end_of(self, stream: EngineStream) -> None:
         """Until it has ended, at the latest when the engine is closed. Not always a checkpoint."""

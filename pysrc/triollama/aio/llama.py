@@ -17,7 +17,7 @@ from ..errors import BusyError, ParameterError, TriollamaError, UnsupportedError
 from ..files import Document, Message
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score, Usage
-from ..structured import structured
+from ..structured import Structured, structured
 from ..uninterrupted import uninterrupted
 from . import native, saving
 from .adapters import Adapters, LoadedAdapter, Scaled
@@ -25,6 +25,7 @@ from .conversation import Conversation, OnCancel, Overflow
 from .conversations import Conversations
 from .core import Core, WhenFull
 from .engine import Engine, EngineStream, Model, Vocab
+from .map import MapResults
 from .statistics import Statistics
 from .stream import Stream, usage_of
 
@@ -271,13 +272,6 @@ class Llama:
         """The text of ``tokens``."""
         return self._core.engine.detokenize(tokens)
 
-    def _prompt_tokens(self, prompt: str | Iterable[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if not prompt:
-            raise ParameterError("the prompt is empty", parameter="prompt", value=prompt)
-        return self._core.engine.tokenize(prompt)
-
     # Generation
 
     def stream(
@@ -310,7 +304,7 @@ class Llama:
             )
         return Stream(
             self._core,
-            self._prompt_tokens(prompt),
+            self._core.prompt_tokens(prompt),
             make_raw_params(params, changes),
             priority=priority,
             capacity=capacity,
@@ -357,11 +351,7 @@ class Llama:
         into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
         the result is then its value. Raises AnswerError if the text is none, being cut short.
         """
-        kind = None if into is None else structured(into)
-        if kind is None:
-            made = make_raw_params(params, changes)
-        else:
-            made = kind.constrain(make_params(params, changes))
+        kind, made = self._typed(into, params, changes)
         async with self.stream(
             prompt, made, priority=priority, adapters=adapters, capacity=_UNREAD
         ) as stream:
@@ -371,6 +361,87 @@ class Llama:
             if kind is not None:
                 return kind.parse(stream.text, stream.finish_reason or "")
             return stream.completion()
+
+    @staticmethod
+    def _typed(
+        into: Any, params: GenerationParams | None, changes: Mapping[str, Any]
+    ) -> tuple[Structured[Any] | None, GenerationParams]:
+        if into is None:
+            return None, make_raw_params(params, changes)
+        kind = structured(into)
+        return kind, kind.constrain(make_params(params, changes))
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[str | Iterable[int]],
+        params: GenerationParams | None = None,
+        *,
+        into: type[T],
+        ordered: bool = ...,
+        at_once: int | None = ...,
+        start: int = ...,
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
+        **changes: Any,
+    ) -> MapResults[T]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[str | Iterable[int]],
+        params: GenerationParams | None = None,
+        *,
+        into: None = ...,
+        ordered: bool = ...,
+        at_once: int | None = ...,
+        start: int = ...,
+        priority: int = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
+        **changes: Any,
+    ) -> MapResults[Completion]: ...
+
+    def map(
+        self,
+        prompts: Iterable[str | Iterable[int]],
+        params: GenerationParams | None = None,
+        *,
+        into: Any = None,
+        ordered: bool = True,
+        at_once: int | None = None,
+        start: int = 0,
+        priority: int = 0,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
+        **changes: Any,
+    ) -> MapResults[Any]:
+        """Generate for any number of prompts, in ``async with`` and ``async for``::
+
+            async with llama.map(lines, max_tokens=50) as results:
+                async for one in results:
+                    print(one.index, one.error or one.result.text)
+
+        prompts: an iterable, also an endless one: it is read as results are taken away.
+        ordered: results in the order of the prompts; False: as they come.
+        at_once: prompts that are started and not received yet, at most: what bounds memory. None:
+            twice ``max_streams``, so that none of the places waits for whoever reads.
+        start: prompts to skip, as when an earlier run had come so far; indices count them.
+        The others as for :meth:`generate`, and each of them for every prompt.
+
+        A prompt that fails, fails alone: its error is its result. Where the queue is full this
+        waits. Raises ParameterError.
+        """
+        self._core.check_open()
+        kind, made = self._typed(into, params, changes)
+        chosen = self._adapters.check(adapters)
+
+        def make_stream(prompt: str | Iterable[int]) -> Stream:
+            stream = self.stream(prompt, made, priority=priority, adapters=chosen, capacity=_UNREAD)
+            stream.when_full = "wait"
+            return stream
+
+        return MapResults(
+            self._core, prompts, make_stream, kind, ordered=ordered, at_once=at_once, start=start
+        )
 
     async def score(
         self,
@@ -390,7 +461,7 @@ class Llama:
 
         self._core.check_open()
         chosen = self._adapters.check(adapters)
-        before = self._prompt_tokens(given) if given is not None else []
+        before = self._core.prompt_tokens(given, "given") if given is not None else []
         if isinstance(text, str):
             tokens = before + self._core.engine.tokenize(text, add_special=not before)
         else:
@@ -448,7 +519,7 @@ class Llama:
                 parameter="text",
                 value=text,
             )
-        prompts = [self._prompt_tokens(one) for one in texts]
+        prompts = [self._core.prompt_tokens(one, "text") for one in texts]
         rows = []
         for first in range(0, len(prompts), self.max_streams):
             some = prompts[first : first + self.max_streams]

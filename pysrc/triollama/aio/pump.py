@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
@@ -14,13 +14,14 @@ __all__ = ["Pump"]
 class Pump:
     """Maps an engine's news to waiting tasks.
 
-    ``wait_for(id)`` parks the calling task until there is news of that id; ``watch(call)`` has
-    ``call`` called with the ids of all.
+    ``wait_for(*ids)`` parks the calling task until there is news of one of them; ``watch(call)``
+    has ``call`` called with the ids of all.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waiters: dict[int, set[trio.lowlevel.Task]] = {}
+        # For each id, who waits for its news, and what else they wait for.
+        self._waiters: dict[int, dict[trio.lowlevel.Task, tuple[int, ...]]] = {}
         self._watchers: list[Callable[[Sequence[int]], None]] = []
         self._scope = trio.CancelScope(shield=True)
         self._done = trio.Event()
@@ -55,7 +56,8 @@ class Pump:
 
     def wake(self, id: int) -> None:
         """Let the tasks that wait for ``id`` look again."""
-        for task in self._waiters.pop(id, ()):
+        for task, ids in list(self._waiters.get(id, {}).items()):
+            self._leave(task, ids)
             trio.lowlevel.reschedule(task)
 
     def wake_all(self) -> None:
@@ -63,19 +65,21 @@ class Pump:
         for id in list(self._waiters):
             self.wake(id)
 
-    async def wait_for(self, id: int) -> None:
-        """Park until news of ``id``, or the pump has stopped. A cancelled wait changes nothing."""
+    async def wait_for(self, *ids: int) -> None:
+        """Park until news of one of ``ids``, or the pump has stopped. A cancelled wait changes
+        nothing."""
         if self.stopped:
             await trio.lowlevel.checkpoint()
             return
         task = trio.lowlevel.current_task()
-        tasks = self._waiters.setdefault(id, set())
-        tasks.add(task)
+        for id in ids:
+            self._waiters.setdefault(id, {})[task] = ids
+        await trio.lowlevel.wait_task_rescheduled(lambda _: self._leave(task, ids))
 
-        def abort(_: object) -> trio.lowlevel.Abort:
-            tasks.discard(task)
-            if not tasks and self._waiters.get(id) is tasks:
-                del self._waiters[id]
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
+    def _leave(self, task: trio.lowlevel.Task, ids: Iterable[int]) -> trio.lowlevel.Abort:
+        for id in ids:
+            tasks = self._waiters.get(id, {})
+            tasks.pop(task, None)
+            if not tasks:
+                self._waiters.pop(id, None)
+        return trio.lowlevel.Abort.SUCCEEDED

@@ -15,7 +15,7 @@ from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from .adapters import Adapters, Scaled
-    from .core import Core
+    from .core import Core, WhenFull
     from .engine import EngineStream, Taken
 
 __all__ = ["Piece", "Stream"]
@@ -106,6 +106,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self._adapters = adapters
         self._chosen = chosen
         self._stream: EngineStream | None = None
+        self.when_full: WhenFull | None = None  # the Llama's way
         self._entering = trio.CancelScope()
         self._entered = False
         self._closed = False
@@ -136,7 +137,9 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         try:
             await self._core.begin()
             with self._entering:
-                stream = await self._core.submit(await self._prepare(), self.priority)
+                stream = await self._core.submit(
+                    await self._prepare(), self.priority, when_full=self.when_full
+                )
                 self._start(stream)
             if self._stream is None:
                 raise _closed_early()
@@ -234,6 +237,14 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             self._receiving = False
         await trio.lowlevel.cancel_shielded_checkpoint()
         return piece
+
+    def read_rest(self) -> None:
+        """Receive at once what is there of a stream that has ended. Raises what ended it, if that
+        was an error."""
+        while (taken := self.engine_stream.take()) is not None:
+            self._note(taken)
+        if self.engine_stream.finish_reason == "error":
+            self._raise_end()
 
     def _note(self, taken: Taken) -> Piece:
         text, tokens, scores, time_ns = taken
