@@ -553,9 +553,10 @@ def test_a_deadline_ends_a_generation_and_nothing_else(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
             expected = (await llama.generate(PROMPT, GREEDY)).text
-            with trio.move_on_after(0.01) as scope:
+            with trio.CancelScope() as scope:
                 async with llama.stream(PROMPT, LONG, capacity=1) as stream:
                     await stream.receive()
+                    scope.deadline = trio.current_time() + 0.01
                     await trio.sleep_forever()
             assert scope.cancelled_caught
             assert stream.finish_reason == "cancelled"
