@@ -182,13 +182,14 @@ class Program:
 
 class Op:
     """Something begun; ``done``: when that was acknowledged; ``over``: when it could not happen any
-    more otherwise."""
+    more otherwise. ``vague``: its order among others is not known."""
 
     def __init__(self, event: Event, now: int) -> None:
         self.event = event
         self.begun = now
         self.done: int | None = None
         self.over: int | None = None
+        self.vague = False
 
     def touches(self, other: Op) -> bool:
         both = self.event.values.keys() & other.event.values.keys()
@@ -203,6 +204,7 @@ class Files:
         self.counts: Counter[str] = Counter()
         self._rest = b""
         self._ops: dict[str, list[Op]] = {}
+        self._heard: list[Event] = []
         self._now = 0
 
     def drain(self, events: int, seconds: float) -> None:
@@ -216,14 +218,17 @@ class Files:
 
     def _hear(self, event: Event) -> None:
         self._now += 1
+        self._heard.append(event)
         self.counts[event.phase] += 1
         ops = self._ops.setdefault(event.path, [])
         if event.phase == "ready":
-            # It keeps the path: what others began before has happened, or will not.
+            # It keeps the path. What others began may have happened before, or may when it is gone.
             self._compare(event.path, event.values, self.allowed(event.path), {})
             op = Op(event, self._now)
             op.done = self._now
-            ops[:] = [op]
+            ops[:] = [op, *(op for op in ops if op.over is None and op.event.pid != event.pid)]
+            for op in ops[1:]:
+                op.vague = True
         elif event.phase == "begin":
             new = Op(event, self._now)
             for op in ops:
@@ -236,7 +241,8 @@ class Files:
                 if event.phase == "void":
                     ops.remove(op)
                 else:
-                    op.done = op.over = self._now
+                    op.over = self._now
+                    op.done = None if op.vague else self._now
 
     def ended(self, pid: int) -> None:
         """What this process had begun is done, or never will be."""
@@ -264,12 +270,18 @@ class Files:
         """A file, against what was allowed before it was read or is now."""
         self.drain(1 << 30, 0.0)
         before = self.allowed(path.name)
+        self._heard.clear()
         try:
             held = held_in(load_document(path))
         except FileNotFoundError:
             held = {}
         self.drain(1 << 30, 0.0)
-        self._compare(path.name, held, before, self.allowed(path.name))
+        after = self.allowed(path.name)
+        for event in self._heard:  # it may have been replaced already, but not when it was read
+            if event.path == path.name:
+                for id in {*before, *held} if event.whole else event.values:
+                    after.setdefault(id, []).append(event.values.get(id))
+        self._compare(path.name, held, before, after)
 
     def _compare(
         self,

@@ -29,6 +29,8 @@ from triollama.tuning import (
     train,
     without_adapter,
 )
+from triollama.tuning.session import _checksum
+from triollama.tuning.tensors import read_tensors, write_tensors
 
 TEXTS = [
     f"{a} {b} is {c}."
@@ -252,6 +254,62 @@ def test_checkpoints_that_do_not_belong_are_refused(
         flipped[at] ^= 0x10
         checkpoint.write_bytes(flipped)
         refused("cannot be read|no checkpoint|damaged|belongs to|other settings|does not hold")
+
+
+def test_forged_checkpoints_are_refused(
+    path: Path, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    """Their checksum is right, and what they say is not."""
+    checkpoint = tmp_path / "run.ckpt"
+    with train(path, dataset, config(max_steps=2), checkpoint=checkpoint) as run:
+        list(run)
+    tensors, metadata = read_tensors(checkpoint)
+    summary = msgspec.json.decode(metadata["summary"])
+
+    def forged(best_loss: str = metadata["best_loss"], drop: str = "", **changes: Any) -> None:
+        text = msgspec.json.encode(summary | changes).decode()
+        some = {name: value for name, value in tensors.items() if name != drop}
+        checksum = _checksum(some, text, best_loss)
+        write_tensors(
+            checkpoint,
+            some,
+            metadata | {"summary": text, "best_loss": best_loss, "sha256": checksum},
+        )
+        run = train(path, dataset, config(max_steps=2), checkpoint=checkpoint, resume=True)
+        with pytest.raises(CheckpointError), run:
+            pass
+
+    forged(best_loss="lower")
+    forged(best_loss="")
+    forged(drop="best_weights")
+    forged(drop="weights")
+    forged(best_step=-1)
+    forged(step=-1)
+    forged(step=3)
+    forged(step=2**62)
+    forged(losses=[1.0] * 5)
+    forged(validation=[[7, 1.0]])
+
+
+def test_a_run_is_resumed_with_its_own_rows_and_targets(
+    path: Path, vocab: Any, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run.ckpt"
+    long, short = (prepare_training_data(TEXTS, vocab=vocab, max_length=n) for n in (64, 32))
+    assert [one.tokens.tolist() for one in long.train] == [
+        one.tokens.tolist() for one in short.train
+    ]
+    settings = config(max_steps=2, packing=True, targets=["attn_q"])
+    with train(path, long, settings, checkpoint=checkpoint) as run:
+        list(run)
+    with train(path, long, settings, checkpoint=checkpoint, resume=True) as run:
+        assert run.config.targets == ("attn_q",)
+        assert run.trainer.step == 2
+    with (
+        pytest.raises(CheckpointError, match="other training data"),
+        train(path, short, settings, checkpoint=checkpoint, resume=True),
+    ):
+        pass
 
 
 def test_a_checkpoint_that_cannot_be_written_spares_the_old_one(

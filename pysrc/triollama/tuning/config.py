@@ -221,6 +221,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                     parameter=name,
                     value=getattr(self, name),
                 )
+        if isinstance(self.targets, list):  # as JSON has it; a tuple equals none
+            msgspec.structs.force_setattr(self, "targets", tuple(self.targets))
         if not self.targets or (isinstance(self.targets, str) and self.targets != "all-linear"):
             raise InvalidSettingError(
                 f"targets must be 'all-linear' or a tuple of names, not {self.targets!r}",

@@ -234,8 +234,8 @@ class TrainingDataset:
         )
 
     def hash(self) -> str:
-        """SHA-256 over all tokens and masks, in order."""
-        digest = hashlib.sha256()
+        """SHA-256 over all tokens and masks, in order, and the length to which rows are packed."""
+        digest = hashlib.sha256(self.max_length.to_bytes(8, "little"))
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
             for example in part:

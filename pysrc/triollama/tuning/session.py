@@ -490,21 +490,35 @@ class TrainingRun:
             if _checksum(tensors, metadata["summary"], best_loss) != metadata["sha256"]:
                 raise CheckpointError(f"the checkpoint {path} is damaged: its checksum is wrong")
             summary = msgspec.json.decode(metadata["summary"], type=TrainingSummary)
-        except (TensorFileError, msgspec.MsgspecError, KeyError) as error:
+            best = None
+            if summary.best_step is not None:
+                best = (summary.best_step, float(best_loss))
+        except (TensorFileError, msgspec.MsgspecError, KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
         self._check_same(path, summary)
         trainer = self.trainer
-        for part in ("weights", "first_moments", "second_moments"):
-            if part not in tensors or tensors[part].shape != (trainer.n_parameters,):
+        parts = ["weights", "first_moments", "second_moments"]
+        for part in (*parts, "best_weights") if best else parts:
+            found = tensors.get(part)
+            if found is None or found.shape != (trainer.n_parameters,) or found.dtype != np.float32:
                 raise CheckpointError(f"the checkpoint {path} does not hold this adapter's {part}")
+        steps = (len(summary.losses), *(step for step, _ in summary.validation))
+        if not 0 <= summary.step <= self._plan.total_steps or any(
+            not 0 <= step <= summary.step for step in (*steps, *(best or (0,))[:1])
+        ):
+            raise CheckpointError(
+                f"the checkpoint {path} says it is of step {summary.step}, with"
+                f" {len(summary.losses)} losses; this run has {self._plan.total_steps} steps"
+            )
+        for part in parts:
             trainer.set(part, tensors[part])
         trainer.restore_counters(summary.step, self._plan.rows_before(summary.step))
         self.id = summary.id
         self._losses = list(summary.losses)
         self._validation = [(step, loss) for step, loss in summary.validation]
-        if summary.best_step is not None and best_loss:
-            self._best = (summary.best_step, float(best_loss))
-            self._best_weights = tensors.get("best_weights")
+        if best is not None:
+            self._best = best
+            self._best_weights = tensors["best_weights"]
         self._saved_step = summary.step
 
     def _check_same(self, path: str, summary: TrainingSummary) -> None:
