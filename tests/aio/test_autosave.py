@@ -182,6 +182,24 @@ def test_close_keeps_and_delete_removes(tmp_path: Path) -> None:
     run(main)
 
 
+def test_restore_while_the_autosave_of_the_same_file_begins(tmp_path: Path) -> None:
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with opened() as llama, saving(llama, path):
+            await llama.conversation("a").say("Hello")
+        async with opened() as llama, trio.open_nursery() as nursery:
+            nursery.start_soon(llama.autosave, path)
+            await trio.testing.wait_all_tasks_blocked()
+            (chat,) = await llama.restore(path)
+            await chat.say("More")
+            await llama.flush()
+            assert held(path) == {"a": 4}
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_an_id_in_the_file_is_not_taken_by_another_conversation(tmp_path: Path) -> None:
     path = tmp_path / "auto"
 

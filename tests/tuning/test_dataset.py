@@ -262,6 +262,24 @@ def test_bad_lines_are_named(
     assert (caught.value.line, caught.value.path) == (3, path)
 
 
+def test_other_encodings_are_read_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.jsonl"
+    line = '{"text": "café"}\r\n'
+    path.write_bytes((line * 2).encode("utf-8-sig"))
+    assert list(read_items(path)) == [{"text": "café"}] * 2
+    for encoding, where, says in (("latin-1", 2, "Latin-1"), ("utf-16", 1, "UTF-16")):
+        path.write_bytes(('{"text": "a"}\n' + line).encode(encoding))
+        with pytest.raises(DataError, match=f"line {where}.*{says}") as caught:
+            list(read_items(path))
+        assert caught.value.line == where
+    monkeypatch.setattr("triollama.tuning.dataset.MAX_LINE", 1000)
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 1000)
+    for endless in (path, Path("/dev/zero")):
+        if endless.exists():
+            with pytest.raises(DataError, match="more than 1000 bytes"):
+                list(read_items(endless))
+
+
 def test_a_template_that_refuses_a_chat_is_told_with_the_line(
     gemma: _engine.Model, tmp_path: Path
 ) -> None:

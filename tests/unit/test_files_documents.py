@@ -107,6 +107,16 @@ def test_indented_by_hand_is_the_same() -> None:
     assert decode(pretty) == document
 
 
+def test_what_editors_make_of_it() -> None:
+    document = make_document()
+    data = encode(document)
+    assert decode(b"\xef\xbb\xbf" + data) == document
+    with pytest.raises(StateFormatError, match="UTF-16"):
+        decode(data.decode().encode("utf-16"))
+    with pytest.raises(StateDamagedError, match="cannot be read"):
+        decode(data.decode().encode("latin-1", "replace").replace(b"?", b"\xe9"))
+
+
 def test_edited_by_hand_needs_consent() -> None:
     raw = json.loads(encode(make_document()))
     raw["conversations"][0]["title"] = "edited"

@@ -181,7 +181,7 @@ async def restore(
         # The file may not have yet what was just closed.
         document = (
             keeper.document()
-            if keeper is not None
+            if keeper is not None and keeper.begun
             else await trio.to_thread.run_sync(files.load_document, path)
         )
     same = files.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)

@@ -7,6 +7,7 @@ not, unless loaded with ``verify=False``. It is a CRC-32: against accidents, not
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import zlib
@@ -131,6 +132,9 @@ def decode(data: bytes, *, path: str = "", verify: bool = True) -> Document:
     """
     if not data:
         raise StateDamagedError("the file is empty", path=path)
+    data = data.removeprefix(codecs.BOM_UTF8)  # as editors on Windows begin a file
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise StateFormatError("it is UTF-16; save it as UTF-8", path=path)
     format: Format = "json" if data[:1] in b"{ \t\r\n" else "msgpack"
     decoder = _JSON_DECODER if format == "json" else _PACK_DECODER
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -94,26 +95,45 @@ def pack_rows(examples: Iterable[Example], max_length: int, open_rows: int = 16)
 # ---- files
 
 
+MAX_LINE = 64 * 2**20
+"""Longest line that is read, in bytes: some file is no lines at all."""
+
+
 def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
     """(line number, value) of each line that is not blank, one at a time.
 
-    Raises DataError naming the line for what is no JSON or no object.
+    Raises DataError naming the line for what is not UTF-8, no JSON, no object or too long. A byte
+    order mark at the beginning is skipped.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = msgspec.json.decode(line)
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise DataError(f"no JSON: {error}", line=number) from None
-            if not isinstance(value, dict):
-                raise DataError("must be an object", line=number, path="$")
-            yield number, value
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                raise DataError(f"it has more than {MAX_LINE} bytes", line=number)
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield number, _object_in(text, number)
+
+
+def _object_in(text: bytes, line: int) -> dict[str, Any]:
+    try:
+        text.decode()
+        value = msgspec.json.decode(text)
+    except UnicodeDecodeError as error:
+        utf16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise DataError(
+            f"byte {error.start + 1} is {text[error.start]:#x}: the file is not UTF-8 but "
+            f"{'UTF-16' if utf16 else 'maybe Latin-1'}; save it as UTF-8",
+            line=line,
+        ) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"no JSON: {error}", line=line) from None
+    if not isinstance(value, dict):
+        raise DataError("must be an object", line=line, path="$")
+    return value
 
 
 _STATE_FILE = re.compile(
-    rb'TLJ|\s*\{\s*"format"\s*:\s*"triollama-conversations-'
+    rb'TLJ|(?:\xef\xbb\xbf)?\s*\{\s*"format"\s*:\s*"triollama-conversations-'
     rb"|[\x80-\x8f\xde\xdf]..?.?.?.?\xa6format.{1,3}triollama-conversations-",
     re.DOTALL,
 )
