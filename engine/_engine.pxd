@@ -1,7 +1,6 @@
 """Every owner of a native object. One extension, so that ggml's backend registry exists once."""
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
-from libcpp.atomic cimport atomic
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -21,6 +20,7 @@ from llama cimport (
     llama_vocab,
 )
 from sampling cimport NativeGrammar, NativeSampler, NativeSamplingParams, NativeTextStream
+from insides cimport AbortFlag
 
 
 cdef class Owner:
@@ -87,14 +87,17 @@ cdef class Context(Owner):
     cdef bint embeddings_
     cdef bint causal_
     cdef int views                      # numpy arrays that show our output buffers
-    cdef atomic[cpp_bool] aborting
+    cdef AbortFlag abort_flag
+    cdef str no_shift                   # why positions cannot be moved; empty if they can
     cdef vector[int32_t] output_rows    # batch indices that have an output, of the last decode
     cdef int last_n_tokens
     cdef vector[uint8_t] last_sequences  # of the last decode: 1 where the sequence had tokens
     cdef tuple adapters_                # of (Adapter, scale), those applied
+    cdef bint steered                   # by a control vector
     cdef str broken                     # what left llama.cpp in the middle of a computation
 
     cdef int compute(self, Batch batch, bint encode) except -1
+    cdef int settle_memory(self) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1

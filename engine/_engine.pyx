@@ -9,7 +9,6 @@ Nothing outside engine/ calls C.
 """
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t  # no-cython-lint
 from libcpp cimport bool as cpp_bool
-from libcpp.atomic cimport atomic
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 

@@ -1,7 +1,9 @@
 #include "decoding/backend.hpp"
 
 #include "guards/abort.hpp"
+#include "guards/errors.hpp"
 #include "guards/log.hpp"
+#include "kv/insides.hpp"
 
 #include <stdexcept>
 
@@ -34,7 +36,13 @@ int32_t LlamaBackend::decode(const Batch & batch) {
     view.seq_id   = slot_pointers.data();
     view.logits   = const_cast<int8_t *>(batch.output.data());
     LogQueue::instance().forget_problem();
-    const int32_t code = guarded_decode(ctx, view);
+    int32_t code;
+    try {
+        code = guarded_decode(ctx, view);
+    } catch (const std::exception & e) {
+        LogQueue::muted() = false;
+        throw broken_context(e.what());
+    }
     LogQueue::muted() = false;
     if (code == 0) {
         llama_synchronize(ctx);     // so that a step's measured cost is its own, on GPUs too
@@ -53,6 +61,7 @@ bool LlamaBackend::seq_rm(llama_seq_id slot, llama_pos p0, llama_pos p1) {
 void LlamaBackend::seq_cp(llama_seq_id from, llama_seq_id to) { llama_memory_seq_cp(memory, from, to, -1, -1); }
 void LlamaBackend::seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) {
     llama_memory_seq_add(memory, slot, p0, p1, delta);
+    settle(ctx, asked_to_abort, this);
 }
 llama_pos LlamaBackend::seq_pos_min(llama_seq_id slot) { return llama_memory_seq_pos_min(memory, slot); }
 llama_pos LlamaBackend::seq_pos_max(llama_seq_id slot) { return llama_memory_seq_pos_max(memory, slot); }
@@ -92,12 +101,12 @@ void LlamaBackend::set_threads(int32_t n_threads, int32_t n_threads_batch) {
 void LlamaBackend::set_abort(bool (*should_abort_)(void *), void * data) {
     should_abort = should_abort_;
     abort_data   = data;
-    llama_set_abort_callback(
-        ctx, [](void * self) { return static_cast<LlamaBackend *>(self)->asked_to_abort(); }, this);
+    llama_set_abort_callback(ctx, asked_to_abort, this);
 }
 
-bool LlamaBackend::asked_to_abort() {
-    const bool abort = should_abort(abort_data);
+bool LlamaBackend::asked_to_abort(void * self) {
+    const LlamaBackend & backend = *static_cast<LlamaBackend *>(self);
+    const bool abort = backend.should_abort(backend.abort_data);
     LogQueue::muted() = abort;      // upstream reports a stopped decode as a failure, four lines long
     return abort;
 }

@@ -56,7 +56,7 @@ public:
 
     virtual bool seq_rm(llama_seq_id slot, llama_pos p0, llama_pos p1) = 0;
     virtual void seq_cp(llama_seq_id from, llama_seq_id to) = 0;            // the whole sequence; unified cache only
-    virtual void seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) = 0;
+    virtual void seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) = 0;     // whole, keys and all
     virtual llama_pos seq_pos_min(llama_seq_id slot) = 0;
     virtual llama_pos seq_pos_max(llama_seq_id slot) = 0;
 
@@ -96,7 +96,7 @@ public:
     void set_abort(bool (*should_abort)(void *), void * data) override;
 
 private:
-    bool asked_to_abort();
+    static bool asked_to_abort(void * self);
 
     llama_context * ctx;
     llama_memory_t  memory;

@@ -43,21 +43,36 @@ bool Decoder::Impl::post(std::function<void()> command) {
 
 ReplyPtr Decoder::Impl::ask(std::function<void(Reply &)> work) {
     auto reply = std::make_shared<Reply>(++last_id);
-    const bool posted = post([this, reply, work] {
+    auto answer = [this, reply] {
+        reply->done.store(true, std::memory_order_release);
+        announce(reply->id);
+    };
+    auto refuse = [this, reply, answer] {
+        std::lock_guard<std::mutex> lock(mutex);
+        reply->engine_failed = !cause.empty();
+        reply->message = cause.empty() ? "the decoder is closed" : cause;
+        answer();
+    };
+    const bool posted = post([this, reply, work, answer, refuse] {
+        if (dead) {
+            return refuse();
+        }
         try {
             reply->ok = true;
             work(*reply);
+        } catch (const broken_context & e) {    // nothing may touch the context any more
+            reply->ok = false;
+            die(e.what());
+            refuse();
+            throw;
         } catch (const std::exception & e) {
             reply->ok = false;
             reply->message = e.what();
         }
-        reply->done.store(true, std::memory_order_release);
-        announce(reply->id);
+        answer();
     });
     if (!posted) {
-        reply->message = "the decoder is closed";
-        reply->done.store(true, std::memory_order_release);
-        announce(reply->id);
+        refuse();
     }
     return reply;
 }
@@ -169,6 +184,19 @@ void Decoder::cancel(Stream & stream) {
     impl->nudge();
 }
 
+void Decoder::cancel_at(const StreamPtr & stream, int64_t n) {
+    Impl * self = impl.get();
+    impl->post([self, stream, n] {
+        self->cancel_next = stream;
+        self->cancel_in   = n;
+    });
+}
+
+void Decoder::fail_at(int64_t n) {
+    Impl * self = impl.get();
+    impl->post([self, n] { self->fail_in = n; });
+}
+
 void Decoder::update(const StreamPtr & stream, Update update) {
     Impl * self = impl.get();
     auto shared = std::make_shared<Update>(std::move(update));
@@ -209,6 +237,9 @@ uint64_t Decoder::make_sequence() {
 void Decoder::drop_sequence(uint64_t sequence) {
     Impl * self = impl.get();
     impl->post([self, sequence] {
+        if (self->dead) {
+            return;
+        }
         const Sequence * s = self->slots.find(sequence);
         if (s && s->busy) {
             std::vector<StreamPtr> all = self->active;
@@ -258,6 +289,9 @@ ReplyPtr Decoder::load_sequence(uint64_t sequence, const uint8_t * data, size_t 
         Sequence * s = self->slots.find(sequence);
         if (!s) {
             throw std::runtime_error("the sequence to load was dropped");
+        }
+        if (!self->sets.count(set)) {
+            throw std::runtime_error("the sequence to load names a set of adapters that is not defined");
         }
         reply.ok = self->slots.load(*s, data, size, n, set);
         reply.value = s->n;
@@ -319,6 +353,7 @@ ReplyPtr Decoder::drop_set(uint64_t set) {
             self->mode.set = 0;
         }
         self->sets.erase(set);
+        self->slots.forget_set(set);    // the number may come to name another set
     });
 }
 

@@ -103,6 +103,7 @@ struct Reply {
     std::atomic<bool> done{false};
     bool is_done() const { return done.load(std::memory_order_acquire); }
     bool ok = false;                // what follows is meaningful once it is
+    bool engine_failed = false;     // not ok because the decoder is dead
     std::string message;
     std::string bytes;
     int64_t value = 0;
@@ -131,6 +132,11 @@ public:
 
     // From the return of this call on, the stream no longer counts against admission.
     void cancel(Stream & stream);
+
+    // For tests: cancels the stream when llama.cpp asks for the n-th time from now on whether to stop.
+    void cancel_at(const StreamPtr & stream, int64_t n);
+    // Likewise: the decoder dies there, as of a failed assertion.
+    void fail_at(int64_t n);
 
     // With effect from the next token that is sampled. An invalid change ends the stream with Failure::sampler.
     void update(const StreamPtr & stream, Update update);

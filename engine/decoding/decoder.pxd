@@ -175,6 +175,7 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
         const uint64_t id
         cpp_bool is_done()
         cpp_bool ok
+        cpp_bool engine_failed
         string message
         string bytes
         int64_t value
@@ -192,6 +193,8 @@ cdef extern from "decoding/raise.hpp" namespace "triollama" nogil:
         shared_ptr[Stream] submit(Request request) except +raise_decoder_error
         cpp_bool take(Stream & stream, Piece & out) except +raise_decoder_error
         void cancel(Stream & stream)
+        void cancel_at(const shared_ptr[Stream] & stream, int64_t n) except +raise_decoder_error
+        void fail_at(int64_t n) except +raise_decoder_error
         void set_priority(const shared_ptr[Stream] & stream, int32_t priority) except +raise_decoder_error
         uint64_t make_sequence() except +raise_decoder_error
         void drop_sequence(uint64_t sequence) except +raise_decoder_error

@@ -20,7 +20,7 @@ from decoder cimport (
     open_decoder,
     update_stream,
 )
-from llama cimport llama_set_abort_callback
+from llama cimport llama_memory_clear, llama_set_abort_callback, llama_set_embeddings
 
 cdef dict _KINDS = {
     "generate": <int>Kind.generate,
@@ -60,7 +60,11 @@ cdef void release_set(Decoder decoder, object number) noexcept:
 @cython.no_gc_clear
 cdef class Decoder(Owner):
     """Drives ``context`` for many streams on one native thread. The context serves nobody else
-    until the decoder is closed: other calls on it raise BusyError.
+    until the decoder is closed: other calls on it raise BusyError. What it held is forgotten. If the
+    decoder dies of a failure of llama.cpp, the context can only be closed.
+
+    Raises ParameterError for a context with adapters or a control vector (``define_adapters`` names
+    them for streams), UnsupportedError for models that are not causal decoders.
 
     deterministic: every sequence is decoded alone, prompts are cut every ``prefill_chunk`` tokens
         from their turn's start: tokens do not depend on what else runs. Needs kv_unified=False and
@@ -120,7 +124,7 @@ cdef class Decoder(Owner):
         config.n_ctx = context.n_ctx
         config.n_swa = model.n_swa
         config.unified = context.kv_unified
-        config.can_shift = not recurrent and memory_can_shift(context)
+        config.can_shift = not recurrent and not context.no_shift
         config.can_roll_back = not recurrent
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
@@ -138,8 +142,16 @@ cdef class Decoder(Owner):
         config.n_helpers = min(context.n_threads, context.n_seq_max, 8) - 1
         config.stepwise = stepwise
         context.check_no_views()
+        if context.adapters_ or context.steered:
+            raise ParameterError(
+                "the context has adapters or a control vector, which streams of the bare model would run"
+                " under: remove them (set_adapters, set_control_vector) and name them by define_adapters",
+                parameter="context", value=context)
         context.enter()                 # stays inside until close
         try:
+            llama_memory_clear(context.mem, False)      # streams begin with nothing
+            context.output_rows.clear()
+            llama_set_embeddings(context.ptr, False)    # as the streams need them
             self.impl = open_decoder(context.ptr, config)
         except BaseException:
             context.leave()
@@ -163,11 +175,18 @@ cdef class Decoder(Owner):
     cdef void stop(self) noexcept:
         cdef NativeDecoder * impl = self.impl
         self.closed = True
+        with nogil:
+            impl.close()
+        cause = impl.cause_of_death().decode("utf-8", "replace")
         self.impl = NULL
         with nogil:
             del impl
         self.held.clear()
-        llama_set_abort_callback(self.context.ptr, on_abort_check, &self.context.aborting)
+        self.context.broken = cause or None
+        if not cause:
+            llama_memory_clear(self.context.mem, False)
+            llama_set_embeddings(self.context.ptr, self.context.embeddings_)
+        llama_set_abort_callback(self.context.ptr, AbortFlag.ask, &self.context.abort_flag)
         for number in list(self.sets):
             release_set(self, number)
         self.context.leave()
@@ -199,11 +218,11 @@ cdef class Decoder(Owner):
         end, an answer. Silences the bell."""
         self.alive()
         cdef vector[uint64_t] ids
+        flush_log()         # first: what an application's log filter raises must not take the news along
         self.impl.poll(ids)
         if self.held:
             for id in ids:
                 self.held.pop(id, None)
-        flush_log()
         return ids
 
     def submit(
@@ -284,8 +303,8 @@ cdef class Decoder(Owner):
         request.special = special
         request.shift = shift
         if shift and not self.can_shift:
-            raise UnsupportedError(
-                "this model's memory cannot be shifted; use context_overflow='stop'")
+            why = self.context.no_shift or "recurrent state cannot be cut"
+            raise UnsupportedError(f'context_overflow="shift": {why}; use "stop"')
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
         request.causal = causal
@@ -464,6 +483,12 @@ cdef class Decoder(Owner):
         self.alive()
         return wrap_reply(self, self.impl.step(check_int("n", n, 1, 2**30)))
 
+    def fail_at(self, node: int) -> None:
+        """For tests: die, as of a failed assertion, when llama.cpp has computed so many nodes of graphs
+        from now on (CPU and Metal, one thread)."""
+        self.alive()
+        self.impl.fail_at(check_int("node", node, 1, 2**62))
+
     def statistics(self) -> dict[str, object]:
         """Counts as of the end of the last step. ``first_token_s``: seconds from submission to the
         first token, of the last 256 streams."""
@@ -543,6 +568,12 @@ cdef class DecoderStream:
         against admission. Idempotent."""
         if not self.decoder.is_closed:
             self.decoder.impl.cancel(self.ptr.get()[0])
+
+    def cancel_at(self, node: int) -> None:
+        """For tests: cancel it when llama.cpp has computed so many nodes of graphs from now on (CPU and
+        Metal)."""
+        self.decoder.alive()
+        self.decoder.impl.cancel_at(self.ptr, check_int("node", node, 1, 2**62))
 
     def set_priority(self, priority: int) -> None:
         """Higher goes first: in the queue, and among prompts."""
@@ -678,6 +709,8 @@ cdef class DecoderReply:
             raise BusyError("the decoder has not answered yet; wait until poll names this reply")
         if not self.ptr.get().ok:
             why = self.ptr.get().message.decode("utf-8", "replace")
+            if self.ptr.get().engine_failed:
+                raise EngineError(why)
             if self.path is not None:
                 raise AdapterError(
                     f"llama.cpp cannot load the adapter {self.path}: {why}", path=self.path)
@@ -686,7 +719,8 @@ cdef class DecoderReply:
 
     @property
     def value(self) -> int:
-        """The number it answers with. StateError if the command failed, BusyError if it is not done."""
+        """The number it answers with. StateError if the command failed, EngineError if the decoder died,
+        BusyError if it is not done."""
         self.check()
         return self.ptr.get().value
 

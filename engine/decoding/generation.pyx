@@ -74,9 +74,9 @@ cdef class Generation:
         for i in range(self.prompt.size()):
             self.vocab.check_token(self.prompt[i])
         if self.shift:
-            if not self.context.memory.can_shift:
+            if self.context.no_shift:
                 raise UnsupportedError(
-                    'this model cannot shift its context; use context_overflow="stop"')
+                    f'context_overflow="shift": {self.context.no_shift}; use "stop"')
             if self.n_keep < 0:
                 self.n_keep = n
             if self.n_keep > self.context.n_ctx - 2:

@@ -148,6 +148,9 @@ struct Decoder::Impl {
     bool     dead = false;                          // llama.cpp threw: the context is not touched any more
     bool     shielded = false;                      // survivors of an aborted step: let them through
     const Group * in_flight = nullptr;
+    StreamPtr cancel_next;                          // cancel_at's
+    int64_t   cancel_in = 0;
+    int64_t   fail_in = 0;                          // fail_at's
     Batch batch;
     Statistics count;                               // totals
     std::vector<double> first_token_s;
@@ -163,6 +166,7 @@ struct Decoder::Impl {
 
     // ------------------------------------------------------------------ the thread: thread.cpp
     void run();
+    template <class Work> void try_to(Work work);
     void die(const std::string & why);
     void serve(bool wait);
     void gather(std::unique_lock<std::mutex> & lock);
@@ -177,6 +181,7 @@ struct Decoder::Impl {
     void start(const StreamPtr & stream, Sequence & sequence);
     void preempt(const StreamPtr & stream);
     bool preempt_parked();
+    bool has_place(const Sequence * sequence);
     bool is_parked(Stream & stream);
     void drop_cancelled();
     void fail(const StreamPtr & stream, Failure failure, const std::string & message);

@@ -146,6 +146,18 @@ void Slots::forget_saved(Sequence & sequence) {
     }
 }
 
+void Slots::forget_set(uint64_t set) {
+    for (auto & item : sequences) {
+        Sequence & sequence = *item.second;
+        if (sequence.set == set && !sequence.busy) {
+            release(sequence);
+            forget_saved(sequence);
+            sequence.n   = 0;
+            sequence.set = 0;
+        }
+    }
+}
+
 Sequence * Slots::least_recently_used(Place place) {
     Sequence * oldest = nullptr;
     for (auto & item : sequences) {
@@ -283,13 +295,8 @@ bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
         return false;
     }
     const int32_t n = sequence.n;
-    if (is_shared(sequence)) {              // moving a cell moves it for everybody
-        const std::string bytes = backend.state_get(sequence.slot);
-        clear(sequence);
-        if (bytes.empty() || !set_state(sequence.slot, bytes)) {
-            clear(sequence);
-            return false;
-        }
+    if (is_shared(sequence) && !reload(sequence)) {     // moving a cell moves it for everybody
+        return false;
     }
     if (!backend.seq_rm(sequence.slot, keep, keep + drop)) {
         sequence.n = n;
@@ -299,6 +306,21 @@ bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
     sequence.runs.clear();
     sequence.shares = false;
     sequence.n = n - drop;
+    // A hole would be filled by what comes next, out of order, and sums are rounded in the order of cells. A sequence
+    // that was evicted comes back without one, so there are none in the mode that promises equal bits.
+    return rules.unified || reload(sequence);
+}
+
+// Its cells become its own, one after the other.
+bool Slots::reload(Sequence & sequence) {
+    const int32_t n = sequence.n;
+    const std::string bytes = backend.state_get(sequence.slot);
+    clear(sequence);
+    if (bytes.empty() || !set_state(sequence.slot, bytes)) {
+        clear(sequence);
+        return false;
+    }
+    sequence.n = n;
     return true;
 }
 

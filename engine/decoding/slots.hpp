@@ -68,6 +68,9 @@ public:
     // least recently from there to disk.
     void evict(Sequence & sequence);
     bool evict_idle();
+    bool can_make_room() { return free_count() > 0 || least_recently_used(Place::slot); }
+    // What this set of adapters computed is of no use any more.
+    void forget_set(uint64_t set);
     void touch(Sequence & sequence) { sequence.used = ++clock; }
 
     void fork(Sequence & from, Sequence & to, int32_t n);
@@ -90,6 +93,7 @@ public:
 
 private:
     bool continuable(int32_t slot, int32_t n);
+    bool reload(Sequence & sequence);
     bool set_state(int32_t slot, const std::string & bytes);
     void clear(Sequence & sequence);            // empties the slot, keeps owning it
     void release(Sequence & sequence);          // empties the slot and gives it back

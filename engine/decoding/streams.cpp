@@ -57,17 +57,15 @@ void Decoder::Impl::admit() {
             i++;
             continue;
         }
-        if (hold && !active.empty()) {
+        // Who is parked will not end soon: its cells, or its place, are for who can go on.
+        if (((hold && !active.empty()) || !has_place(sequence)) && !preempt_parked()) {
             return;
         }
         if (!sequence) {
-            sequence = &slots.make(name, false);
+            sequence = &slots.make(name, false);    // only now: a queued stream has none that could be left behind
         }
         if (!slots.acquire(*sequence)) {
-            if (!preempt_parked()) {
-                return;
-            }
-            slots.acquire(*sequence);
+            return;
         }
         queue.erase(std::find(queue.begin(), queue.end(), stream));
         hold = false;
@@ -105,6 +103,10 @@ void Decoder::Impl::preempt(const StreamPtr & stream) {
     active.erase(std::find(active.begin(), active.end(), stream));
     enqueue(stream);
     count.preemptions++;
+}
+
+bool Decoder::Impl::has_place(const Sequence * sequence) {
+    return (sequence && sequence->slot >= 0) || slots.can_make_room();
 }
 
 bool Decoder::Impl::preempt_parked() {

@@ -1,14 +1,16 @@
 // The thread that decodes: commands come in, steps are made, statistics go out.
 #include "decoding/impl.hpp"
 
+#include "guards/errors.hpp"
+
 #include <algorithm>
 
 namespace triollama {
 
 void Decoder::Impl::run() {
     backend->set_abort([](void * self) { return static_cast<Impl *>(self)->should_abort(); }, this);
-    bool idle = true;
-    try {
+    try_to([this] {
+        bool idle = true;
         for (;;) {
             serve(idle);
             if (closing) {
@@ -22,18 +24,33 @@ void Decoder::Impl::run() {
             }
             publish();
         }
+    });
+    worker.stop();
+    if (!dead) {
+        try_to([this] {
+            enter(Mode(), {});
+            backend->set_threads(0, 0);
+        });
+    }
+    finish_all();
+}
+
+template <class Work> void Decoder::Impl::try_to(Work work) {
+    try {
+        work();
     } catch (const std::exception & e) {
         die(e.what());
     } catch (...) {
         die("something that is no std::exception was thrown");
     }
-    finish_all();
 }
 
 void Decoder::Impl::die(const std::string & why) {
     dead = true;
     std::lock_guard<std::mutex> lock(mutex);
-    cause = why.empty() ? "unknown" : why;
+    if (cause.empty()) {
+        cause = why.empty() ? "unknown" : why;
+    }
 }
 
 // Runs the commands that came in. With `wait`, sleeps until something does.
@@ -48,8 +65,15 @@ void Decoder::Impl::serve(bool wait) {
         nudged = false;
         commands.swap(inbox);
     }
-    for (auto & command : commands) {
-        command();
+    // In order, so that what is left when one of them ends the decoder is found by finish_all.
+    for (size_t i = 0; i < commands.size(); i++) {
+        try {
+            commands[i]();
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex);
+            inbox.insert(inbox.begin(), std::make_move_iterator(commands.begin() + i + 1), std::make_move_iterator(commands.end()));
+            throw;
+        }
     }
     drop_cancelled();
 }
@@ -68,12 +92,8 @@ void Decoder::Impl::gather(std::unique_lock<std::mutex> & lock) {
     }
 }
 
+// Whoever still waits hears of the end. From here on the context is left alone.
 void Decoder::Impl::finish_all() {
-    worker.stop();
-    if (!dead) {
-        enter(Mode(), {});
-        backend->set_threads(0, 0);
-    }
     std::string why;
     {
         std::lock_guard<std::mutex> lock(mutex);
@@ -90,7 +110,7 @@ void Decoder::Impl::finish_all() {
             break;
         }
         for (auto & command : commands) {
-            command();
+            try_to(command);
         }
         commands.clear();
     }
@@ -110,6 +130,15 @@ void Decoder::Impl::finish_all() {
 bool Decoder::Impl::should_abort() {
     if (closing.load(std::memory_order_relaxed)) {
         return true;
+    }
+    if (fail_in > 0 && --fail_in == 0) {
+        throw broken_context("a failure that a test asked for");
+    }
+    if (cancel_next && --cancel_in <= 0) {
+        cancel_next->cancelled = true;
+        uncount(*cancel_next);
+        cancel_epoch++;
+        cancel_next.reset();
     }
     const uint64_t epoch = cancel_epoch.load(std::memory_order_acquire);
     if (epoch == checked_cancels || !in_flight) {

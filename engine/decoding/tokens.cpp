@@ -85,7 +85,7 @@ void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits
             w.sampling = false;
             if (w.ending) {
                 complete(stream, w.ending_as);
-            } else {
+            } else if (!dead) {
                 emit(stream, std::move(*result));
             }
         });

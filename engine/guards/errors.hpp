@@ -25,4 +25,9 @@ struct unsupported_error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// llama.cpp failed in the middle of something: the context can only be freed.
+struct broken_context : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 }  // namespace triollama

@@ -1,6 +1,5 @@
 """What a context remembers: the KV cache or recurrent state, by sequence and position."""
 from llama cimport (
-    llama_memory_can_shift,
     llama_memory_clear,
     llama_memory_seq_add,
     llama_memory_seq_cp,
@@ -11,21 +10,10 @@ from llama cimport (
 )
 
 
-# The largest period of sliding layers that llama.cpp assumes where a file names none.
-cdef int _LONGEST_PATTERN = 8
-
-
-cdef bint memory_can_shift(Context context) except -1:
-    """Whether positions can be moved. Where every layer slides, llama.cpp says so too, and asserts at
-    the next decode: the cache of the other layers is then empty, and so is the graph that moves it."""
-    if not llama_memory_can_shift(context.mem):
-        return False
-    cdef Model model = context.model
-    if model.n_swa == 0:
-        return True
-    period = model.metadata.get(f"{model.architecture}.attention.sliding_window_pattern", "")
-    most = int(period) if period.isdecimal() else _LONGEST_PATTERN
-    return 0 < most <= model.n_layer
+cdef int check_can_shift(Context context) except -1:
+    if context.no_shift:
+        raise UnsupportedError(f"this context's positions cannot be moved: {context.no_shift}")
+    return 0
 
 
 cdef class Memory:
@@ -102,7 +90,7 @@ cdef class Memory:
 
     def seq_cp(self, source: int, target: int, p0: int | None = None, p1: int | None = None) -> None:
         """Let ``target`` share [p0, p1) of ``source``. In a unified cache this costs nothing; with
-        separate caches the whole sequence is copied, and a part raises UnsupportedError."""
+        separate caches the whole sequence is copied at once, and a part raises UnsupportedError."""
         cdef llama_seq_id t
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
@@ -122,6 +110,8 @@ cdef class Memory:
                 b = -1
             with nogil:
                 llama_memory_seq_cp(self.context.mem, s, t, a, b)
+            if not self.context.kv_unified:
+                self.context.settle_memory()
         finally:
             self.context.leave()
 
@@ -143,27 +133,39 @@ cdef class Memory:
             self.context.leave()
 
     def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None:
-        """Move the positions [p0, p1) by ``delta`` (context shift). Raises UnsupportedError where
-        ``can_shift`` is False."""
+        """Move the positions [p0, p1) by ``delta`` (context shift), and rotate their keys; takes about as
+        long as decoding a token. Cells that sequences share move for all of them; what comes to lie
+        below 0 is forgotten. Raises UnsupportedError where ``can_shift`` is False, ContextFullError if
+        a position would be n_ctx or more."""
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
         self.enter(seq_id, False)
         cdef llama_seq_id s = seq_id
         cdef llama_pos d
+        cdef llama_pos high
         try:
             d = check_int("delta", delta, -2**30, 2**30)
-            if not memory_can_shift(self.context):
-                raise UnsupportedError("this model's memory cannot be shifted")
+            check_can_shift(self.context)
+            high = llama_memory_seq_pos_max(self.context.mem, s)
+            if b > 0:
+                high = min(high, b - 1)
+            if d > 0 and high >= max(a, 0) and high + d >= self.context.n_ctx:
+                raise ContextFullError(
+                    f"position {high} moved by {d} is outside the context of"
+                    f" n_ctx={self.context.n_ctx} tokens", needed=high + d + 1,
+                    n_ctx=self.context.n_ctx)
             with nogil:
                 llama_memory_seq_add(self.context.mem, s, a, b, d)
+            self.context.settle_memory()
         finally:
             self.context.leave()
 
     @property
     def can_shift(self) -> bool:
-        """Whether positions can be moved."""
+        """Whether positions can be moved: not by every kind of model, nor with every ``type_k`` or
+        ``rope_scaling``."""
         self.context.alive()
-        return memory_can_shift(self.context)
+        return not self.context.no_shift
 
     def clear(self) -> None:
         """Forget everything."""

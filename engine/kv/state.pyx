@@ -168,10 +168,7 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
 
 
 def save_sequence(Context context not None, seq_id: int) -> bytes:
-    """One sequence's memory as bytes, for ``load_sequence``. Releases the GIL.
-
-    With separate caches a copy by ``seq_cp`` takes effect at the next decode: save after it.
-    """
+    """One sequence's memory as bytes, for ``load_sequence``. Releases the GIL."""
     context.alive()
     context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
     return pack_state(context, _KIND_SEQUENCE, seq_id)

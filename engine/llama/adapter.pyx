@@ -287,5 +287,6 @@ def set_control_vector(Context context not None, data, layer_start: int = 1,
                     context.ptr, &view[0, 0], n_values, n_embd, start, end)
         if code != 0:
             raise EngineError("llama.cpp refused the control vector", log=native_problem())
+        context.steered = data is not None
     finally:
         context.leave()

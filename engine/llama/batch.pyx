@@ -4,24 +4,32 @@
 cdef class Batch:
     """Tokens for ``Context.decode``.
 
-    capacity: most tokens it will hold. n_seq_max: most sequences one token may belong to.
-    A batch owns its memory and may be reused: ``clear`` and fill again.
+    capacity: most tokens it will hold. n_seq_max: most sequences one token may belong to. Together
+    at most 2**26 places. A batch owns its memory and may be reused: ``clear`` and fill again.
     """
 
     def __init__(self, capacity: int, n_seq_max: int = 1):
         self.check_unused()
-        self.c.n_tokens = 0
-        self.capacity = check_int("capacity", capacity, 1, 2**24)
-        self.n_seq_max = check_int("n_seq_max", n_seq_max, 1, 256)
-        self.token.resize(self.capacity)
-        self.pos.resize(self.capacity)
-        self.n_seq_id.resize(self.capacity)
-        self.seq_id_data.resize(self.capacity * self.n_seq_max)
-        self.seq_id.resize(self.capacity)
-        self.logits.resize(self.capacity)
+        cdef int n = check_int("capacity", capacity, 1, 2**24)
+        cdef int each = check_int("n_seq_max", n_seq_max, 1, 256)
+        cdef int64_t places = <int64_t>n * each
         cdef int i
-        for i in range(self.capacity):
-            self.seq_id[i] = self.seq_id_data.data() + i * self.n_seq_max
+        if places > 2**26:
+            raise ParameterError(
+                f"{capacity} tokens of {n_seq_max} sequences each are more than 2**26 places; a batch of"
+                " fewer tokens does", parameter="capacity", value=capacity)
+        self.c.n_tokens = 0
+        self.capacity = 0               # until there is room
+        self.token.resize(n)
+        self.pos.resize(n)
+        self.n_seq_id.resize(n)
+        self.seq_id_data.resize(places)
+        self.seq_id.resize(n)
+        self.logits.resize(n)
+        for i in range(n):
+            self.seq_id[i] = self.seq_id_data.data() + <int64_t>i * each
+        self.capacity = n
+        self.n_seq_max = each
         self.c.token = self.token.data()
         self.c.embd = NULL
         self.c.pos = self.pos.data()

@@ -62,6 +62,7 @@ from llama cimport (
     llama_supports_gpu_offload,
     llama_synchronize,
 )
+from insides cimport AbortFlag, settle, why_no_cache, why_no_shift
 
 cdef dict _KV_TYPES = {
     "f32": <int>GGML_TYPE_F32,
@@ -106,11 +107,6 @@ def default_threads() -> int:
     except AttributeError:
         count = os.cpu_count() or 1
     return max(1, min(count, 16))
-
-
-cdef cpp_bool on_abort_check(void * flag) noexcept nogil:
-    """Asked by ggml between the nodes of a graph (CPU and Metal)."""
-    return (<atomic[cpp_bool] *>flag).load()
 
 
 cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outputs,
@@ -254,6 +250,10 @@ cdef class Context(Owner):
             raise ParameterError(
                 f"type_v={type_v!r} is quantised, which needs flash attention",
                 parameter="type_v", value=type_v)
+        wrong = why_no_cache(model.ptr, params.type_k, params.type_v).decode()
+        if wrong:
+            raise ParameterError(
+                f"type_k={type_k!r}, type_v={type_v!r}: {wrong}", parameter="type_k", value=type_k)
         params.embeddings = embeddings
         params.pooling_type = <llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
         params.attention_type = (
@@ -279,9 +279,8 @@ cdef class Context(Owner):
         self.rope = (rope_scaling, rope_freq_base, rope_freq_scale, yarn_ext_factor, yarn_attn_factor,
                      yarn_beta_fast, yarn_beta_slow, yarn_orig_ctx)
         params.no_perf = not perf
-        params.abort_callback = on_abort_check
-        params.abort_callback_data = &self.aborting
-        self.aborting.store(False)
+        params.abort_callback = AbortFlag.ask       # by ggml, between the nodes of a graph
+        params.abort_callback_data = &self.abort_flag
 
         cdef int n_batch_clipped = min(<int>params.n_batch, <int>total)
         cdef int outputs = <int>params.n_outputs_max if params.n_outputs_max else n_batch_clipped
@@ -313,6 +312,7 @@ cdef class Context(Owner):
         self.swa_full = swa_full
         self.type_k = type_k
         self.type_v = type_v
+        self.no_shift = why_no_shift(self.ptr, params.type_k).decode()
         self.flash_attn = flash_attn
         self.n_vocab = len(model.vocab) if model.vocab.type != "none" else 0
         self.n_embd = model.n_embd_out
@@ -455,11 +455,17 @@ cdef class Context(Owner):
     def aborting(self) -> bool:
         """While True, a decode stops within milliseconds (CPU and Metal; elsewhere at its end) and
         raises DecodeAborted. May be set from any thread; stays until set to False."""
-        return self.aborting.load()
+        return self.abort_flag.raised()
 
     @aborting.setter
     def aborting(self, value: bool) -> None:
-        self.aborting.store(value)
+        self.abort_flag.set(value)
+
+    def abort_at(self, node: int, *, fail: bool = False) -> None:
+        """For tests: set ``aborting`` when llama.cpp has computed so many nodes of graphs from now on
+        (CPU and Metal); with ``fail``, fail there as by an assertion (one thread only). What was set
+        before is forgotten."""
+        self.abort_flag.raise_at(check_int("node", node, 1, 2**62), fail)
 
     # What it computes
 
@@ -547,6 +553,18 @@ cdef class Context(Owner):
             flush_log()
         if code != 0:
             raise decode_error(code)
+        return 0
+
+    cdef int settle_memory(self) except -1:
+        """Carries out at once what llama.cpp would do in the next decode: see kv/insides.hpp."""
+        try:
+            with nogil:
+                settle(self.ptr, AbortFlag.ask, &self.abort_flag)
+        except TriollamaError as error:
+            self.broken = str(error)
+            raise
+        finally:
+            flush_log()
         return 0
 
     def decode(self, Batch batch not None) -> None:

@@ -1,5 +1,6 @@
 """ggml, as far as triollama uses it. Checked against the pinned headers by scripts/check_pxd.py."""
 from libc.stdint cimport int64_t, uint32_t
+from libcpp cimport bool as cpp_bool
 
 cdef extern from "ggml.h" nogil:
     enum ggml_type:
@@ -23,7 +24,7 @@ cdef extern from "ggml.h" nogil:
         GGML_LOG_LEVEL_CONT
 
     ctypedef void (*ggml_log_callback)(ggml_log_level level, const char * text, void * user_data) noexcept
-    ctypedef bint (*ggml_abort_callback)(void * data) noexcept
+    ctypedef cpp_bool (*ggml_abort_callback)(void * data) noexcept
 
     const char * ggml_type_name(ggml_type type) noexcept
     int64_t ggml_blck_size(ggml_type type) noexcept
