@@ -48,6 +48,27 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["chats.json"]
 
 
+def test_what_is_no_path_and_no_format(tmp_path: Path) -> None:
+    document = make_document(1)
+    calls: list[Any] = [
+        load_document,
+        lambda path: save_document(path, document),
+        lambda path: Journal(path, document),
+        lambda path: write_kv(path, "a", KEY, [1], b"x"),
+    ]
+    for call in calls:
+        for path in (5, 0, None, 1.5, object(), ["a"]):
+            with pytest.raises(ParameterError) as caught:
+                call(path)
+            assert (caught.value.parameter, caught.value.value) == ("path", path)
+    named = os.fsencode(tmp_path / "chats.json")
+    save_document(named, document)  # type: ignore[arg-type]
+    assert load_document(named) == document  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="format"):
+        save_document(tmp_path / "other", document, "xml")  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == ["chats.json"]
+
+
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_document(tmp_path / "none.json")

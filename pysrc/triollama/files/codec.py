@@ -47,8 +47,13 @@ _PACK_DECODER = msgspec.msgpack.Decoder()
 def encode(document: Saved, format: Format = "json") -> bytes:
     """The document as bytes, its checksum included.
 
-    Raises StateFormatError for what cannot be written, naming the place.
+    Raises StateFormatError for what cannot be written, naming the place, and ParameterError for
+    another ``format``.
     """
+    if format not in ("json", "msgpack"):
+        raise ParameterError(
+            f"format must be 'json' or 'msgpack', not {format!r}", parameter="format", value=format
+        )
     encoder = _JSON if format == "json" else _PACK
     try:
         raw = encoder.encode(document)

@@ -9,7 +9,7 @@ from .codec import Format, decode, encode
 from .documents import Document
 from .owner import Owner
 from .records import MAGIC, replay
-from .store import MAX_BYTES, StrPath, read_bytes
+from .store import MAX_BYTES, StrPath, name_of, read_bytes
 
 __all__ = ["load_document", "save_document", "write_document"]
 
@@ -44,5 +44,5 @@ def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES)
     """
     data = read_bytes(path, limit)
     if data.startswith(MAGIC[:4]):
-        return replay(data, path=os.fspath(path), verify=verify).document
-    return decode(data, path=os.fspath(path), verify=verify)
+        return replay(data, path=name_of(path), verify=verify).document
+    return decode(data, path=name_of(path), verify=verify)

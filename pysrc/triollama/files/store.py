@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..errors import StateError, StateFormatError, StateWriteError
+from ..errors import ParameterError, StateError, StateFormatError, StateWriteError
 
 __all__ = [
     "MAX_BYTES",
     "StrPath",
     "is_alive",
+    "name_of",
     "read_bytes",
     "read_large",
     "real_path",
@@ -50,33 +51,44 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
+def name_of(path: StrPath) -> str:
+    """A path as a string. Raises ParameterError for what is none, as a descriptor's number."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise ParameterError(
+            f"a path is a string or a PathLike, not {path!r}", parameter="path", value=path
+        ) from None
+
+
 def real_path(path: StrPath) -> Path:
     """Where a path leads once symbolic links are followed. Raises StateError for a loop."""
+    name = name_of(path)
     try:
-        return Path(os.path.realpath(path, strict=False)) if not _loops(path) else _loop(path)
+        if _loops(name):
+            raise StateError(f"{name!r} is a symbolic link that leads to itself")
+        return Path(os.path.realpath(name, strict=False))
     except (OSError, ValueError) as error:
-        raise StateError(f"{os.fspath(path)!r} is no path: {error}") from error
+        if isinstance(error, StateError):
+            raise
+        raise StateError(f"{name!r} is no path: {error}") from error
 
 
-def _loops(path: StrPath) -> bool:
+def _loops(name: str) -> bool:
     try:
-        os.stat(path)
+        os.stat(name)
     except OSError as error:
         return error.errno == errno.ELOOP
     return False
 
 
-def _loop(path: StrPath) -> Path:
-    raise StateError(f"{os.fspath(path)!r} is a symbolic link that leads to itself")
-
-
 @contextlib.contextmanager
 def _regular_file(path: StrPath, limit: int) -> Iterator[tuple[int, int]]:
     """Its descriptor and size. Raises as ``read_bytes`` does, for what happens within too."""
-    name = os.fspath(path)
+    name = name_of(path)
     try:
         # Not blocking: opening a pipe that nobody writes to would wait for ever.
-        fd = os.open(path, os.O_RDONLY | _BINARY | _CLOEXEC | _NONBLOCK)
+        fd = os.open(name, os.O_RDONLY | _BINARY | _CLOEXEC | _NONBLOCK)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -110,7 +122,7 @@ def _whole(path: StrPath, limit: int, fd: int, size: int) -> bytes:
     with open(fd, "rb", closefd=False) as file:
         data = file.read(size + 1)
     if len(data) > limit:
-        raise StateFormatError(f"it has more than {limit} bytes", path=os.fspath(path))
+        raise StateFormatError(f"it has more than {limit} bytes", path=name_of(path))
     return data
 
 
@@ -181,8 +193,8 @@ def write_open(path: StrPath, *parts: bytes | memoryview) -> int:
         if isinstance(error, StateError) or not isinstance(error, OSError):
             raise
         raise StateWriteError(
-            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}",
-            path=os.fspath(path),
+            f"{name_of(path)!r} cannot be written: {error.strerror or error}",
+            path=name_of(path),
         ) from error
     return fd
 
