@@ -191,12 +191,13 @@ class StateMismatchError(StateError):
 class StateWriteError(StateError, OSError):
     """A state file cannot be written; the old one, if any, is still there. ``path`` is its name.
 
-    The operating system's error is ``__cause__``.
+    The operating system's error, if there was one, is ``__cause__``, and ``errno`` its number.
     """
 
-    def __init__(self, message: str, *, path: str = "") -> None:
+    def __init__(self, message: str, *, path: str = "", errno: int | None = None) -> None:
         super().__init__(message)
         self.path = path
+        self.errno = errno
 
 
 class StateBusyError(StateWriteError, BusyError):

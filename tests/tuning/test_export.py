@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,23 @@ def test_whether_an_adapter_fits(tiny: Any, tmp_path: Path) -> None:
         assert not check_adapter(adapter, path).is_compatible
     with pytest.raises(AdapterFileNotFoundError):
         check_adapter(tmp_path / "absent.gguf", path)
+
+
+def test_two_who_write_one_file_leave_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.ckpt"
+    real = os.fsync
+    begun: list[int] = []
+
+    def fsync(fd: int) -> None:
+        if not begun:
+            begun.append(fd)
+            write_tensors(path, {"other": np.ones(3, np.float32)})
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_tensors(path, {"one": np.zeros(5, np.float32)})
+    tensors, _ = read_tensors(path)
+    assert list(tensors) == ["one"]
+    assert os.listdir(tmp_path) == ["run.ckpt"]

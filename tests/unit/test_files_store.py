@@ -105,7 +105,7 @@ def test_a_full_disk_changes_nothing(
         with pytest.raises(StateWriteError, match="No space left") as caught:
             save_document(path, make_document(2))
     assert caught.value.path == str(path)
-    assert isinstance(caught.value.__cause__, OSError)
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.errno == 28
     assert load_document(path) == make_document(1)
     assert os.listdir(tmp_path) == ["chats.json"]
     save_document(path, make_document(2))

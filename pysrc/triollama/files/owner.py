@@ -67,7 +67,9 @@ class Owner:
         except OSError as error:
             name = os.fspath(self.path)
             raise StateWriteError(
-                f"{name!r} cannot be written: {error.strerror or error}", path=name
+                f"{name!r} cannot be written: {error.strerror or error}",
+                path=name,
+                errno=error.errno,
             ) from error
 
     def _acquire(self) -> None:

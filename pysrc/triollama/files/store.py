@@ -154,23 +154,22 @@ def _fill(view: memoryview, fd: int, offset: int) -> int:
     return done
 
 
-def write_bytes(path: StrPath, *parts: bytes | memoryview) -> None:
+def write_bytes(path: StrPath, *parts: bytes | memoryview, mode: int = 0o600) -> None:
     """Put a file with these parts at ``path``, replacing what is there, or change nothing.
 
-    Returns when the disk has it. Raises StateWriteError; the old file is then still there.
+    ``mode``: who may read a new file; one that is replaced keeps its own. Returns when the disk has
+    it. Raises StateWriteError; the old file is then still there.
     """
-    os.close(write_open(path, *parts))
+    os.close(write_open(path, *parts, mode=mode))
 
 
-def write_open(path: StrPath, *parts: bytes | memoryview) -> int:
+def write_open(path: StrPath, *parts: bytes | memoryview, mode: int = 0o600) -> int:
     """As ``write_bytes``; the new file stays open, for reading and appending: its descriptor."""
     target = real_path(path)
     fresh = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.tmp")
     remove_stale(target)
-    try:
+    with contextlib.suppress(OSError):
         mode = stat.S_IMODE(os.stat(target).st_mode)
-    except OSError:
-        mode = 0o600
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY | _CLOEXEC
     fd = -1
     try:
@@ -195,6 +194,7 @@ def write_open(path: StrPath, *parts: bytes | memoryview) -> int:
         raise StateWriteError(
             f"{name_of(path)!r} cannot be written: {error.strerror or error}",
             path=name_of(path),
+            errno=error.errno,
         ) from error
     return fd
 

@@ -7,7 +7,6 @@ adapters are such files. Reading trusts nothing; writing is atomic.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from ..files.store import write_bytes
 
 __all__ = ["TensorFileError", "read_tensors", "write_atomically", "write_tensors"]
 
@@ -42,26 +43,9 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 def write_atomically(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None:
-    """The file appears under its name when complete and on disk; until then the old one stays."""
-    target = os.fspath(path)
-    partial = f"{target}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
-    if os.name == "posix":  # the new name, too, should survive a power cut
-        folder = os.open(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """The file appears under its name when complete and on disk; until then the old one stays.
+    Raises StateWriteError, an OSError."""
+    write_bytes(path, *parts, mode=0o666)
 
 
 def write_tensors(
