@@ -45,8 +45,8 @@ async def talk(path: Path, **options: Any) -> tuple[list[list[int]], Statistics,
                 now = llama.statistics()
                 assert now.host_bytes <= options.get("host_bytes", 0)
                 assert now.disk_bytes <= options.get("disk_bytes", 0)
-        reply = llama.conversations.engine.save_sequence(chats[-1]._memory.sequence)
-        size = len((await llama.conversations.answer(reply)).data)
+        reply = llama._core.engine.save_sequence(chats[-1]._ledger.sequence.number)
+        size = len((await llama._core.answer(reply)).data)
         return answers, llama.statistics(), size
 
 

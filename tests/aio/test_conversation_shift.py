@@ -43,11 +43,11 @@ def made(llama: Llama, **options: Any) -> Conversation:
 
 async def is_true(llama: Llama, chat: Conversation) -> None:
     """What is noted of a conversation's memory is what the engine has, and what was committed."""
-    chats = llama.conversations
-    reply = await chats.answer(chats.engine.query_sequence(chat._memory.sequence))
-    state = chat._state
-    assert reply.value == len(chat._memory.tokens) == state.n_computed
-    assert chat._memory.tokens == state.tokens[: state.n_computed]
+    chats, sequence = llama.conversations, chat._ledger.sequence
+    reply = await chats.core.answer(chats.core.engine.query_sequence(sequence.number))
+    state = chat._ledger.state
+    assert reply.value == len(sequence.tokens) == state.n_computed
+    assert sequence.tokens == state.tokens[: state.n_computed]
     assert len(state.tokens) <= N_CTX
     for message in chat.messages:
         assert message.n_computed <= message.n_context <= len(state.tokens)
@@ -69,7 +69,7 @@ def test_it_goes_on_for_ever(path: Path) -> None:
             assert len(chat.messages) == 1 + 2 * 31
             assert len(cached) > 3  # shifts
             assert min(cached) > N_CTX // 4  # what stayed was not computed again
-            keep = chat._n_keep(chat.messages)
+            keep = chat._ledger.prompts.n_keep(chat.messages)
             assert chat.tokens[:keep] == beginning[:keep]
             assert keep >= len(llama.tokenize(SYSTEM)) - 1
             assert first.usage.cached_tokens == 0
@@ -87,11 +87,17 @@ def test_a_shift_is_llama_cpp_s(tiny: Any) -> None:
         async with opened(tiny("llama")) as llama:
             chat = made(llama)
             while True:
-                before, held = chat.tokens, chat._memory.tokens
+                before, held = chat.tokens, chat._ledger.sequence.tokens
                 reply = await chat.say("And then?")
                 if chat.total_tokens < len(before):
                     break
-            return before, held, chat.tokens, chat._n_keep(chat.messages), list(reply.tokens)
+            return (
+                before,
+                held,
+                chat.tokens,
+                chat._ledger.prompts.n_keep(chat.messages),
+                list(reply.tokens),
+            )
 
     before, held, after, keep, said = trio.run(main)
     drop = next(
@@ -145,7 +151,7 @@ def test_within_an_answer(path: Path) -> None:
             assert chat.tokens == before
             after = await chat.say("What now?")
             other = llama.conversation(messages=chat.messages[:1], params=GREEDY, overflow="shift")
-            other._state = chat._state
+            other._ledger.state = chat._ledger.state
             other.rewind()
             assert (await other.say("What now?")).tokens == after.tokens
             await is_true(llama, chat)

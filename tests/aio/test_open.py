@@ -462,7 +462,7 @@ def test_a_scripted_failure_ends_its_stream_alone() -> None:
     fake_run(main)
 
 
-@pytest.mark.promise("S27")
+@pytest.mark.promise("S28")
 def test_the_fakes_time_is_trios() -> None:
     async def main() -> None:
         fake = FakeEngine(
@@ -490,7 +490,7 @@ def test_the_fakes_time_is_trios() -> None:
     fake_run(main)
 
 
-@pytest.mark.promise("S27")
+@pytest.mark.promise("S28")
 def test_loading_a_fake_can_fail_and_be_cancelled() -> None:
     async def main() -> None:
         with pytest.raises(ModelNotFoundError):

@@ -396,7 +396,7 @@ def test_a_stream_runs_once_and_only_inside_async_with(world: World) -> None:
 # Channels
 
 
-@pytest.mark.promise("S8", "S27")
+@pytest.mark.promise("S8", "S28")
 def test_every_async_call_is_a_checkpoint(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -431,7 +431,7 @@ def test_every_async_call_is_a_checkpoint(world: World) -> None:
     world.run(main)
 
 
-@pytest.mark.promise("S8", "S27")
+@pytest.mark.promise("S8", "S28")
 def test_opening_and_leaving_are_checkpoints(world: World) -> None:
     async def main() -> None:
         opening = world.open()

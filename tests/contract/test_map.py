@@ -40,7 +40,7 @@ class Counted:
         return found
 
 
-@pytest.mark.promise("S28")
+@pytest.mark.promise("S29")
 @pytest.mark.parametrize("ordered", [True, False])
 def test_each_prompt_has_its_result_and_few_are_under_way(world: World, ordered: bool) -> None:
     async def main() -> None:
@@ -66,7 +66,7 @@ def test_each_prompt_has_its_result_and_few_are_under_way(world: World, ordered:
     world.run(main)
 
 
-@pytest.mark.promise("S28")
+@pytest.mark.promise("S29")
 def test_one_that_fails_fails_alone(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -91,7 +91,7 @@ def test_a_broken_grammar_is_every_prompts_error(world: World) -> None:
     world.run(main, threads=True)
 
 
-@pytest.mark.promise("S28")
+@pytest.mark.promise("S29")
 def test_it_goes_on_where_it_came_to(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama:
@@ -114,7 +114,7 @@ def test_it_goes_on_where_it_came_to(world: World) -> None:
     world.run(main)
 
 
-@pytest.mark.promise("S28")
+@pytest.mark.promise("S29")
 def test_a_cancelled_receive_loses_none(world: World) -> None:
     async def main() -> None:
         async with world.open() as llama, llama.map(WORDS, GREEDY) as results:

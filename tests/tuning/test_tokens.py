@@ -25,12 +25,12 @@ def talk(path: Path, **changes: Any) -> tuple[Conversation, Example]:
                 chat = llama.conversation(system="You are terse.", params=GREEDY)
                 for text in SAID:
                     await chat.say(text, **changes)
-                encoder = Encoder(llama.conversations.vocab, chat.template)
+                encoder = Encoder(llama.vocab, chat.template)
                 example = encoder.chat(chat.export()["messages"])
                 ours = chat.training_example()
                 assert (ours.tokens, ours.mask) == (list(example.tokens), list(example.targets))
                 for message in chat.messages[2::2]:
-                    said = llama.conversations.vocab.detokenize(message.tokens)
+                    said = llama.vocab.detokenize(message.tokens)
                     assert said == message.content  # else the texts could not have equal tokens
                 return chat, example
 
@@ -73,7 +73,7 @@ def test_a_completion_is_what_follows_the_prompt(tiny: Any, arch: str) -> None:
 
     async def main() -> None:
         async with open_llama(tiny(arch), n_ctx=256, max_streams=1, threads=1) as llama:
-            vocab = llama.conversations.vocab
+            vocab = llama.vocab
             example = Encoder(vocab).completion("Once upon", "a time")
             prompt = llama.tokenize("Once upon")
             assert example.tokens[: len(prompt)].tolist() == prompt

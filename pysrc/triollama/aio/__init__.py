@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .adapters import LoadedAdapter
-from .conversation import Conversation, TurnStream
-from .conversations import Conversations
+from .conversation import Conversation, Conversations, TurnStream
 from .llama import Llama, StreamInfo, open_llama, run_llama
 from .map import MapResult, MapResults
 from .stream import Piece, Stream

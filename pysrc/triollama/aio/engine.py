@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from ..params import GenerationParams
 from .statistics import Statistics
@@ -17,6 +17,8 @@ else:
     Rows = Any
 
 __all__ = ["Engine", "EngineStream", "Layout", "Model", "Reply", "Sampler", "Taken", "Vocab"]
+
+T = TypeVar("T")
 
 Taken = tuple[str, tuple[int, ...], Any, int]
 """A piece: text, tokens, scores, time in ns on the monotonic clock."""
@@ -259,6 +261,10 @@ class Engine(Protocol):
 
     def make_sampler(self, params: GenerationParams) -> Sampler:
         """Checks the parameters, compiles the grammar: milliseconds. The seed is not None."""
+        ...
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Python's own work that takes long, without the event loop waiting for it."""
         ...
 
     # Streams

@@ -21,8 +21,7 @@ from ..structured import Structured, structured
 from ..uninterrupted import uninterrupted
 from . import native, saving
 from .adapters import Adapters, LoadedAdapter, Scaled
-from .conversation import Conversation, OnCancel, Overflow
-from .conversations import Conversations
+from .conversation import Conversation, Conversations, OnCancel, Overflow
 from .core import Core, WhenFull
 from .engine import Engine, EngineStream, Model, Vocab
 from .map import MapResults

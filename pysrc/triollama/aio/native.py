@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import trio
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .engine import Rows
 
 __all__ = ["NativeEngine", "load"]
+
+T = TypeVar("T")
 
 # Largest ubatch by default: on CPU it decides how long an abort, or a joining prompt, may take.
 N_UBATCH = 128
@@ -60,6 +62,9 @@ class NativeEngine:
         if self._fingerprint is None:
             self._fingerprint = await trio.to_thread.run_sync(lambda: self.model.fingerprint)
         return self._fingerprint
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work)
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         return self.vocab.tokenize(text, add_special, False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import trio
 
 from .. import files
 from ..errors import (
+    GrammarError,
     ParameterError,
     StateDamagedError,
     StateError,
@@ -25,11 +26,8 @@ from ..files.owner import Owner
 from ..files.store import real_path
 from ..params import GenerationParams
 from .adapters import Scaled
-from .conversation import Conversation, Overflow
-from .history import State, Turn, now
-
-if TYPE_CHECKING:
-    from .conversations import Conversations
+from .conversation import Conversation, Conversations, Overflow
+from .conversation.history import State, Turn, now
 
 __all__ = ["autosave", "restore", "save"]
 
@@ -38,7 +36,7 @@ _log = logging.getLogger("triollama.conversation")
 
 def settings(chats: Conversations) -> files.ContextSettings:
     """Of this Llama's context, for a document."""
-    context = chats.engine.layout
+    context = chats.core.engine.layout
     return files.ContextSettings(
         n_ctx=chats.core.n_ctx,
         n_ubatch=context.n_ubatch,
@@ -54,8 +52,8 @@ def settings(chats: Conversations) -> files.ContextSettings:
 
 def kv_key(chats: Conversations, chat: Conversation) -> bytes:
     """What the KV of a conversation belongs to."""
-    adapters = chats.adapters.saved(chat._adapters)
-    return files.kv_key(chats.engine.model.fingerprint, settings(chats), adapters)
+    adapters = chats.adapters.saved(chat.adapters)
+    return files.kv_key(chats.core.engine.model.fingerprint, settings(chats), adapters)
 
 
 def document_of(
@@ -64,7 +62,7 @@ def document_of(
     """A document of these conversations, with this Llama's model and settings."""
     from .. import __version__
 
-    model = chats.engine.model
+    model = chats.core.engine.model
     return files.Document(
         model=files.ModelIdentity(
             fingerprint=model.fingerprint,
@@ -90,7 +88,7 @@ async def save(
     """See ``Llama.save``."""
     await trio.lowlevel.checkpoint()
     chats.core.check_open()
-    await chats.engine.fingerprint()
+    await chats.core.engine.fingerprint()
     chosen = list(chats._all.values() if conversations is None else conversations)
     keeper = _keeper(chats, path)
     if keeper is not None:
@@ -139,21 +137,14 @@ def _remove_kv(path: Any, document: files.Document) -> None:
 
 async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, ...], bytes] | None:
     """The KV of an idle conversation's committed tokens, if it is there."""
-    if chat.is_busy or chat._closed:
-        return None
-    state = chat._state
-    n = state.n_computed
-    if not n or chat._memory.tokens != state.tokens[: len(chat._memory.tokens)]:
+    ledger, tokens = chat._ledger, chat.tokens
+    if chat.is_busy or ledger.closed:
         return None
     try:
-        # A turn that begins meanwhile comes after this: the decoder takes commands in order.
-        reply = await chats.answer(chats.engine.save_sequence(chat._memory.sequence))
-        data, got = reply.data, reply.value
+        n, data = await chats.sequences.save(ledger.sequence, tokens)
     except StateError:
         return None  # closed meanwhile
-    if not data or got > len(state.tokens):
-        return None
-    return state.tokens[:got], data
+    return (tokens[:n], data) if n else None
 
 
 async def restore(
@@ -184,7 +175,7 @@ async def restore(
             if keeper is not None and keeper.begun
             else await trio.to_thread.run_sync(files.load_document, path)
         )
-    same = files.check_model(document.model, await chats.engine.fingerprint(), on_mismatch)
+    same = files.check_model(document.model, await chats.core.engine.fingerprint(), on_mismatch)
     wanted = None if ids is None else set(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
@@ -213,12 +204,12 @@ async def restore(
 def _check_replaceable(chats: Conversations, made: Iterable[Conversation]) -> None:
     for chat in made:
         if chat.id in chats._all:
-            chats._all[chat.id]._check_idle()
+            chats._all[chat.id]._ledger.check_idle()
 
 
 def _drop(chats: Conversations, made: Iterable[Conversation]) -> None:
     for chat in made:
-        chats.engine.drop_sequence(chat._memory.sequence)
+        chats.sequences.drop(chat._ledger.sequence)
 
 
 async def _revive_all(
@@ -230,7 +221,7 @@ async def _revive_all(
     on_mismatch: Literal["error", "recompute"],
     options: Mapping[str, Any],
 ) -> list[Conversation]:
-    n_vocab = len(chats.vocab)
+    n_vocab = len(chats.core.vocab)
     made: list[Conversation] = []
     try:
         for at, one in enumerate(chosen):
@@ -272,19 +263,24 @@ def _revive(
         cuts = tuple(itertools.accumulate(one.split, initial=0))[:-1] if one.split else ()
         turns = tuple(
             Turn(at + 1, message.n_context, message.n_computed, b"", None)
+            if message.n_computed <= message.n_context <= len(one.tokens)
+            else Turn(at + 1, 0, 0, b"", None)
             for at, message in enumerate(one.messages)
             # Messages given at the start have no reason to have finished; answers to which a shift
             # left no tokens have one.
-            if message.role == "assistant"
-            and (message.n_context or message.finish_reason)
-            and message.n_computed <= message.n_context <= len(one.tokens)
+            if message.role == "assistant" and (message.n_context or message.finish_reason)
         )
         if turns and turns[-1].n_messages == len(one.messages) and turns[-1].n_tokens:
             sampled_by = files.known_params(one.sampler_params or one.params)
             last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=sampled_by)
-            turns = (*turns[:-1], last)
             if one.sampler:
-                _check_sampler(chats, one.sampler, sampled_by, place)
+                plain = sampled_by.replace(grammar=None)
+                _check_sampler(chats, one.sampler, plain, f"{place}.sampler")
+            if one.unfinished:
+                by = files.known_params(one.unfinished_params)
+                _check_sampler(chats, one.unfinished, by, f"{place}.unfinished")
+                last = msgspec.structs.replace(last, unfinished=(one.unfinished, by))
+            turns = (*turns[:-1], last)
             state = State(
                 messages=one.messages,
                 tokens=one.tokens,
@@ -310,8 +306,8 @@ def _revive(
     )
     chat.created = one.created or chat.created
     chat.updated = one.updated or chat.updated
-    chat._n_prompt_tokens = one.n_prompt_tokens
-    chat._n_generated_tokens = one.n_generated_tokens
+    chat._ledger.n_prompt_tokens = one.n_prompt_tokens
+    chat._ledger.n_generated_tokens = one.n_generated_tokens
     chat._extras = one.extras
     chat._unknown_params = files.unknown_params(one.params)
     return chat
@@ -332,9 +328,9 @@ def _overflow(chats: Conversations, one: files.SavedConversation) -> Overflow:
 
 def _check_sampler(chats: Conversations, data: bytes, params: GenerationParams, place: str) -> None:
     try:
-        chats.engine.make_sampler(params.replace(grammar=None)).load_state(data)
-    except StateError as error:
-        raise StateFormatError(str(error), place=f"{place}.sampler") from None
+        chats.core.engine.make_sampler(params).load_state(data)
+    except (StateError, GrammarError) as error:
+        raise StateFormatError(str(error), place=place) from None
 
 
 async def _load_kv(
@@ -350,18 +346,19 @@ async def _load_kv(
     if chats.core.deterministic and not document.context.deterministic:
         return  # computed beside others: not the bits that replaying gives
     file, key = one.kv, kv_key(chats, chat)
-    adapters = await chats.adapters.number(chat._adapters)
+    engine, sequence = chats.core.engine, chat._ledger.sequence
+    adapters = await chats.adapters.number(chat.adapters)
 
     def load() -> Any:
         # The blob has a checksum of its own, which load_sequence looks at.
         blob = files.read_kv(path, file, key, tokens, verify=False)
         try:
-            return chats.engine.load_sequence(chat._memory.sequence, blob, len(tokens), adapters)
+            return engine.load_sequence(sequence.number, blob, len(tokens), adapters)
         except StateError as error:
             raise StateDamagedError(str(error), path=file.name) from None
 
     try:
-        got = (await chats.answer(await trio.to_thread.run_sync(load))).value
+        got = (await chats.core.answer(await trio.to_thread.run_sync(load))).value
     except (StateDamagedError, StateVersionError):
         if on_mismatch == "error":
             raise
@@ -369,8 +366,8 @@ async def _load_kv(
     except (FileNotFoundError, StateError) as error:
         _log.info("%s: KV is computed again: %s", chat.id, error)
         return
-    chat._memory.tokens = tokens[:got]
-    chat._memory.cuts = tuple(cut for cut in chat._state.cuts if cut < got)
+    sequence.tokens = tokens[:got]
+    sequence.cuts = tuple(cut for cut in chat._ledger.state.cuts if cut < got)
 
 
 async def autosave(
@@ -394,7 +391,7 @@ async def autosave(
         raise ParameterError(
             f"sync must be 'soon' or 'commit', not {sync!r}", parameter="sync", value=sync
         )
-    await chats.engine.fingerprint()
+    await chats.core.engine.fingerprint()
     ids = None if conversations is None else [one.id for one in conversations]
     saver = Autosave(path, document_of(chats, ()), every=every, sync=sync, ids=ids)
     for chat in chats:

@@ -61,12 +61,12 @@ class _Special(NamedTuple):
 
 
 class ChatTokenizer:
-    """Tokenizes what templates render, with one vocabulary."""
+    """Tokenizes what templates render, with one vocabulary. Several threads may use it at once."""
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
         self._seen: dict[str, tuple[_Special, ...]] = {}
-        self._markers: set[str] = set()
+        self._markers: frozenset[str] = frozenset()  # replaced, since other threads go through it
         self._newline = vocab.tokenize("\n", False, False)
 
     def encode(
@@ -198,7 +198,7 @@ class ChatTokenizer:
                 )
             elif len(name) > 2 and any(map(str.isalpha, name)):
                 # llama.cpp finds user-defined tokens in any text; this one is a marker here.
-                self._markers.add(name)
+                self._markers |= {name}
         return found
 
     # Text ---------------------------------------------------------------------------------------

@@ -172,7 +172,9 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     longer shown to the model. ``parent`` is the conversation it was forked from. ``sampler_params``
     are those of the last turn, where they differ from ``params``. ``overflow``, ``on_cancel``,
     ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow function is saved as
-    "function", and variables that are no plain data are not.
+    "function", and variables that are no plain data are not. ``unfinished`` and
+    ``unfinished_params``: the sampler and its parameters half way through a grammar, where the last
+    answer was cut short.
     """
 
     texts = (
@@ -200,6 +202,8 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     on_cancel: Literal["rollback", "keep"] = "rollback"
     tools: tuple[dict[str, Any], ...] | None = None
     variables: dict[str, Any] = {}
+    unfinished: bytes = b""
+    unfinished_params: dict[str, Any] = {}
 
     @property
     def total_tokens(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ from ..errors import (
 )
 from ..params import GenerationParams
 from .fake_memory import END, N_VOCAB, FakeLayout, FakeMemory, FakeSampler
+
+T = TypeVar("T")
 
 __all__ = ["FakeEngine", "Reply"]
 
@@ -286,7 +288,7 @@ class FakeEngine(FakeMemory):
         if self.cause_of_death:
             raise EngineError(self.cause_of_death)
         for name, given in (("tokens", tokens), ("stop_tokens", params.stop_tokens)):
-            for token in given:
+            for token in (min(given, default=0), max(given, default=0)):
                 if not 0 <= token < N_VOCAB:
                     raise TokenError(
                         f"{name} holds {token}, which is outside the vocabulary of {N_VOCAB} "
@@ -384,6 +386,15 @@ class FakeEngine(FakeMemory):
 
     async def fingerprint(self) -> bytes:
         return self.model.fingerprint
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        import trio
+        from trio.testing import MockClock
+
+        if isinstance(trio.lowlevel.current_clock(), MockClock):
+            await trio.lowlevel.checkpoint()
+            return work()  # a clock that jumps would not wait for a thread
+        return await trio.to_thread.run_sync(work)
 
     async def wait(self) -> None:
         import trio

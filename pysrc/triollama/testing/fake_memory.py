@@ -56,7 +56,7 @@ class FakeVocab:
         return [ord(one) for one in (text if isinstance(text, str) else text.decode())]
 
     def detokenize(self, tokens: Iterable[int], **options: Any) -> str:
-        return "".join(chr(token) for token in tokens if token != END)
+        return "".join(map(chr, filter(None, tokens)))  # END is 0
 
     def piece(self, token: int, special: bool = False) -> bytes:
         return b"" if token == END else chr(token).encode("utf-8", "surrogatepass")

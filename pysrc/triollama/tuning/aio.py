@@ -211,7 +211,7 @@ class AsyncTuner:
 
         run = AsyncTrainingRun(
             train(
-                self._llama.conversations.engine.model.path,
+                self._llama.conversations.core.model.path,
                 dataset,
                 config,
                 checkpoint=checkpoint,

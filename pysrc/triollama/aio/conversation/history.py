@@ -6,33 +6,23 @@ import datetime
 
 import msgspec
 
-from ..files import Message
-from ..params import GenerationParams
+from ...files import Message
+from ...params import GenerationParams
 
-__all__ = [
-    "WORTH_SHARING",
-    "Memory",
-    "Plan",
-    "Shift",
-    "State",
-    "Turn",
-    "common_length",
-    "now",
-    "shifted",
-]
-
-WORTH_SHARING = 16
-"""Fewer common tokens than this are computed again rather than copied from another sequence."""
+__all__ = ["Shift", "State", "Turn", "common_length", "now", "shifted", "went_on_from"]
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """Where a turn ended: counts of messages, tokens, computed tokens; and the sampler then."""
+    """Where a turn ended: counts of messages, tokens, computed tokens; and the sampler then, by
+    ``params``, for the next turn. ``unfinished``: the sampler half way through a grammar, and the
+    parameters with that grammar, for more of the same answer."""
 
     n_messages: int
     n_tokens: int
     n_computed: int
     sampler: bytes
     params: GenerationParams | None
+    unfinished: tuple[bytes, GenerationParams] | None = None
 
 
 class State(msgspec.Struct, frozen=True):
@@ -52,16 +42,22 @@ class State(msgspec.Struct, frozen=True):
     def sampler(self) -> tuple[bytes, GenerationParams | None]:
         return (self.turns[-1].sampler, self.turns[-1].params) if self.turns else (b"", None)
 
+    @property
+    def n_given(self) -> int:
+        """Messages given at the start: they belong to no turn, so no rewind takes them."""
+        if not self.turns:
+            return len(self.messages)
+        answer = self.turns[0].n_messages - 1
+        # A turn is one message and the answer to it.
+        asked = answer > 0 and self.messages[answer - 1].role in ("user", "tool")
+        return answer - asked
+
     def after(self, n_turns: int) -> State:
         """As it was after that many turns."""
         if n_turns == len(self.turns):
             return self
-        # Messages given at the start stay; they belong to no turn.
         if n_turns == 0:
-            first = self.turns[0].n_messages - 1 if self.turns else len(self.messages)
-            while first > 0 and self.messages[first - 1].role in ("user", "tool"):
-                first -= 1
-            return State(messages=self.messages[:first])
+            return State(messages=self.messages[: self.n_given])
         turn = self.turns[n_turns - 1]
         return State(
             messages=self.messages[: turn.n_messages],
@@ -69,8 +65,21 @@ class State(msgspec.Struct, frozen=True):
             n_computed=turn.n_computed,
             cuts=tuple(cut for cut in self.cuts if cut < turn.n_computed),
             turns=self.turns[:n_turns],
-            dropped=min(self.dropped, turn.n_messages),
+            # A turn whose tokens stand was said with the same messages left out.
+            dropped=self.dropped if turn.n_tokens else 0,
         )
+
+
+def went_on_from(state: State, commit: int) -> State:
+    """A conversation whose prompt went on from its first ``commit`` tokens alone: those that turns
+    beyond ended with are of no use to a rewind, which then goes by their text."""
+    messages, turns = list(state.messages), list(state.turns)
+    for number, turn in enumerate(turns):
+        if turn.n_tokens and turn.n_computed > commit:
+            turns[number] = msgspec.structs.replace(turn, n_tokens=0, n_computed=0)
+            at = turn.n_messages - 1
+            messages[at] = msgspec.structs.replace(messages[at], n_context=0, n_computed=0)
+    return msgspec.structs.replace(state, messages=tuple(messages), turns=tuple(turns))
 
 
 class Shift(msgspec.Struct, frozen=True):
@@ -118,35 +127,6 @@ def shifted(state: State, shift: Shift) -> State:
         n_computed=shift.end(state.n_computed),
         turns=tuple(turns),
     )
-
-
-class Plan(msgspec.Struct):
-    """What a turn is going to do; ``shift`` and ``n_keep`` with the policy of that name."""
-
-    base: State
-    messages: tuple[Message, ...]
-    tokens: list[int]
-    commit: int
-    cuts: tuple[int, ...]
-    dropped: int
-    fresh_sampler: bool
-    shift: Shift | None = None
-    n_keep: int = 0
-
-
-class Memory:
-    """What a sequence holds: ``tokens``, decoded in pieces that begin at ``cuts``."""
-
-    __slots__ = ("cuts", "sequence", "tokens")
-
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
-        self.tokens: tuple[int, ...] = ()
-        self.cuts: tuple[int, ...] = ()
-
-    def keep(self, n: int) -> None:
-        self.tokens = self.tokens[:n]
-        self.cuts = tuple(cut for cut in self.cuts if cut < n)
 
 
 def common_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:

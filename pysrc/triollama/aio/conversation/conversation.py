@@ -1,0 +1,612 @@
+"""A conversation: turns that are committed whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, overload
+
+import msgspec
+import trio
+
+from ... import files
+from ...chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
+from ...errors import ParameterError, UnsupportedError
+from ...files import MAX_TITLE, Message
+from ...params import GenerationParams, draw_seed, make_params
+from ...results import Completion
+from ...structured import Structured, structured
+from ..adapters import Adapters, LoadedAdapter, Scaled
+from ..core import Core
+from .history import State, common_length, now
+from .ledger import Ledger
+from .plan import Overflow, Prompts
+from .sequences import Sequences
+from .turn import OnCancel, TurnStream
+
+__all__ = ["Conversation"]
+
+T = TypeVar("T")
+
+
+class House(Protocol):
+    """What conversations have in common, and where they are registered."""
+
+    core: Core
+    adapters: Adapters
+    sequences: Sequences
+    tokenizer: ChatTokenizer
+
+    def turn_end(self, template: ChatTemplate) -> TurnEnd: ...
+    def new_id(self, id: str | None) -> str: ...
+    def add(self, conversation: Conversation) -> Conversation: ...
+    def remove(self, conversation: Conversation, *, deleted: bool) -> None: ...
+    def note_change(self, conversation: Conversation, *, turn: bool = False) -> None: ...
+    async def written(self, conversation: Conversation) -> None: ...
+
+
+class Conversation:
+    """A chat with a model. Made by ``Llama.conversation``.
+
+    A turn is a transaction: it is committed when its answer has been received to the end.
+    Cancelled, failed or left earlier, it leaves the conversation as it was, or with what was said
+    so far, as ``on_cancel`` says ("rollback" or "keep").
+
+    ``id``: its name in saved files. ``title``: at most 200 characters. ``params``: of its turns,
+    unless a turn says otherwise. ``created``, ``updated``: UTC.
+    """
+
+    def __init__(
+        self,
+        house: House,
+        id: str,
+        *,
+        template: ChatTemplate,
+        source: str,
+        params: GenerationParams,
+        overflow: Overflow,
+        on_cancel: OnCancel,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        state: State,
+        adapters: Scaled = (),
+        title: str = "",
+        parent: str = "",
+    ) -> None:
+        self.id = id
+        self.params = params
+        self.parent = parent
+        self.created = self.updated = now()
+        self._house = house
+        self._source = source
+        self._on_cancel: OnCancel = on_cancel
+        self._extras: dict[str, Any] = {}
+        self._unknown_params: dict[str, Any] = {}  # of a later version's file
+        self._title = ""
+        self._set_title(title)
+        prompts = Prompts(template, house.tokenizer, house.core.vocab, tools, variables)
+        self._ledger = Ledger(
+            house.core,
+            house.sequences,
+            house.adapters,
+            prompts,
+            overflow,
+            state,
+            adapters,
+            lambda: self._touch(turn=True),
+            lambda: house.written(self),
+        )
+
+    def __repr__(self) -> str:
+        return f"<Conversation {self.id!r}, {len(self.messages)} message(s)>"
+
+    # What it is
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All messages of committed turns, the system prompt first."""
+        return self._ledger.state.messages
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The committed tokens: prompt and answers as the model sees them."""
+        return self._ledger.state.tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of ``tokens``."""
+        return len(self.tokens)
+
+    @property
+    def n_turns(self) -> int:
+        """Committed turns."""
+        return len(self._ledger.state.turns)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How messages become a prompt."""
+        return self._ledger.prompts.template
+
+    @property
+    def adapters(self) -> Scaled:
+        """The adapters it speaks with, and their scales."""
+        return self._ledger.chosen
+
+    @trio.lowlevel.enable_ki_protection
+    def set_adapters(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> None:
+        """Speak with these from the next turn on, in place of those before; ``()``: the bare model.
+
+        What the old ones computed is forgotten, so the next turn computes the whole conversation.
+        BusyResourceError in mid-turn; ParameterError for what is not loaded.
+        """
+        self._ledger.check_idle()
+        chosen = self._house.adapters.check(adapters)
+        if chosen != self.adapters:
+            self._ledger.chosen = chosen
+            self._ledger.forget()
+            self._touch()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn is running."""
+        return self._ledger.turn is not None
+
+    async def idle(self) -> None:
+        """Wait until no turn is running. Another who waits may begin the next one first."""
+        await self._house.core.begin()
+        await self._ledger.idle()
+
+    @property
+    def title(self) -> str:
+        """A name for people, at most 200 characters."""
+        return self._title
+
+    @title.setter
+    def title(self, value: str) -> None:
+        self._set_title(value)
+        self._touch()
+
+    def _set_title(self, value: str) -> None:
+        if not isinstance(value, str) or len(value) > MAX_TITLE:
+            raise ParameterError(
+                f"a title is a string of at most {MAX_TITLE} characters, not "
+                f"{len(value) if isinstance(value, str) else type(value).__name__}",
+                parameter="title",
+                value=value,
+            )
+        files.check_text(value, "title")
+        self._title = value
+
+    def _touch(self, *, turn: bool = False) -> None:
+        self.updated = now()
+        self._house.note_change(self, turn=turn)
+
+    # Turns
+
+    def stream(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        role: str = "user",
+        into: Any = None,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """A turn, to be used in ``async with``: ``text`` is said, the answer comes in pieces.
+
+        role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
+        instead of and on top of the conversation's. into: a type, whose JSON the answer will be
+        (see :func:`triollama.structured.structured`); at the end ``value`` is what it decodes to.
+        Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
+        interrupt: end the turn that is running, if one is, by its ``on_cancel`` first: who reads it
+        gets what was said, then the end, or ClosedResourceError if it had not begun. The others as
+        for ``Llama.stream``.
+
+        Entering raises BusyResourceError if a turn is running, ContextFullError (``overflow``),
+        ChatTemplateError, and what a stream raises.
+        """
+        added = (_said(role, text),)
+        kind = None if into is None else structured(into)
+        return self._make(
+            lambda state: (state, added),
+            params,
+            changes,
+            on_cancel,
+            interrupt,
+            priority,
+            capacity,
+            into=kind,
+        )
+
+    @overload
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        into: type[T],
+        role: str = ...,
+        on_cancel: OnCancel | None = ...,
+        interrupt: bool = ...,
+        priority: int = ...,
+        **changes: Any,
+    ) -> T: ...
+
+    @overload
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        into: None = ...,
+        role: str = ...,
+        on_cancel: OnCancel | None = ...,
+        interrupt: bool = ...,
+        priority: int = ...,
+        **changes: Any,
+    ) -> Completion: ...
+
+    async def say(
+        self,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        role: str = "user",
+        into: Any = None,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Any:
+        """A whole turn: its Completion, or with ``into`` the value of that type. Arguments and
+        errors as for ``stream``."""
+        turn = self.stream(
+            text,
+            params,
+            role=role,
+            into=into,
+            on_cancel=on_cancel,
+            interrupt=interrupt,
+            priority=priority,
+            **changes,
+        )
+        completion = await _whole(turn)
+        if turn.into is None:
+            return completion
+        # Ended by others it was not looked at.
+        return turn.value if turn.parsed else turn.into.parse(turn.text, "cancelled")
+
+    def stream_again(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """As ``regenerate``, in pieces."""
+        given = None if params is None else params.seed
+        changes.setdefault("seed", draw_seed() if given is None else given)
+
+        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
+            if not state.turns:
+                raise ParameterError("there is no turn to do again", parameter="turn")
+            base = state.after(len(state.turns) - 1)
+            return base, state.messages[len(base.messages) : -1]
+
+        return self._make(choose, params, changes, on_cancel, interrupt, priority, capacity)
+
+    async def regenerate(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """Another answer to the last message, instead of the present one, which stays if this
+        fails. With another random seed, unless one is given."""
+        return await _whole(
+            self.stream_again(
+                params, on_cancel=on_cancel, interrupt=interrupt, priority=priority, **changes
+            )
+        )
+
+    def stream_on(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        capacity: int = 64,
+        **changes: Any,
+    ) -> TurnStream:
+        """As ``go_on``, in pieces: those that are new."""
+
+        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
+            last = state.messages[-1] if state.turns else None
+            if last is None or last.finish_reason in ("eos", "stop"):
+                raise ParameterError(
+                    "there is no answer that was cut short"
+                    + ("" if last is None else f": the last one ended by {last.finish_reason!r}"),
+                    parameter="turn",
+                )
+            return state, ()
+
+        return self._make(choose, params, changes, on_cancel, interrupt, priority, capacity)
+
+    async def go_on(
+        self,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """More of the last answer, which ``max_tokens``, a cancellation or the context cut short.
+
+        It becomes part of that answer and its turn; the result is what is new: the first of it may
+        complete a character that was cut in the middle, for which U+FFFD stood. An answer by a
+        grammar goes on by it, from where it was, unless another is given. In deterministic mode
+        both together are what one longer answer would have been. Raises ParameterError where the
+        model had ended the answer itself.
+        """
+        return await _whole(
+            self.stream_on(
+                params, on_cancel=on_cancel, interrupt=interrupt, priority=priority, **changes
+            )
+        )
+
+    async def edit(
+        self,
+        index: int,
+        text: str,
+        params: GenerationParams | None = None,
+        *,
+        on_cancel: OnCancel | None = None,
+        interrupt: bool = False,
+        priority: int = 0,
+        **changes: Any,
+    ) -> Completion:
+        """Say something else in place of the user's message ``index``; what followed is dropped.
+        If the turn fails, nothing has changed."""
+
+        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
+            messages = state.messages
+            if not 0 <= index < len(messages) or messages[index].role not in ("user", "tool"):
+                raise ParameterError(
+                    f"messages[{index}] is no message of a user", parameter="index", value=index
+                )
+            said = _said(messages[index].role, text)
+            if index < state.n_given:
+                return State(messages=messages[:index]), (said,)
+            base = state.after(sum(turn.n_messages <= index for turn in state.turns))
+            return base, (*messages[len(base.messages) : index], said)
+
+        return await _whole(self._make(choose, params, changes, on_cancel, interrupt, priority, 64))
+
+    def _make(
+        self,
+        choose: Callable[[State], tuple[State, tuple[Message, ...]]],
+        params: GenerationParams | None,
+        changes: Mapping[str, Any],
+        on_cancel: OnCancel | None,
+        interrupt: bool,
+        priority: int,
+        capacity: int,
+        into: Structured[Any] | None = None,
+    ) -> TurnStream:
+        self._house.core.check_open()
+        made = make_params(self.params if params is None else params, changes)
+        # Without a seed of its own a turn goes on with the last one's random state.
+        own_seed = "seed" in changes or made.seed not in (None, self.params.seed)
+        fresh = own_seed and made.seed is not None
+        if made.seed is None:
+            made = made.replace(seed=self.params.seed)
+        if into is not None:
+            made = into.constrain(made)
+        if self._ledger.overflow == "shift":
+            made = made.replace(context_overflow="shift")
+        elif made.context_overflow == "shift":
+            raise UnsupportedError(
+                "a conversation shifts its context by overflow='shift', not by context_overflow"
+            )
+        policy = self._on_cancel if on_cancel is None else on_cancel
+        if policy not in ("rollback", "keep"):
+            raise ParameterError(
+                f"on_cancel must be 'rollback' or 'keep', not {policy!r}",
+                parameter="on_cancel",
+                value=policy,
+            )
+        end = self._house.turn_end(self.template)
+        if end.stop:
+            made = made.replace(stop=(*made.stop, *end.stop))
+        if end.tokens and not made.ignore_eos:  # of which the vocabulary does not know it
+            made = made.replace(stop_tokens=(*made.stop_tokens, *end.tokens))
+        return TurnStream(
+            self,
+            self._ledger,
+            choose,
+            made,
+            policy,
+            into,
+            fresh_sampler=fresh,
+            interrupt=interrupt,
+            priority=priority,
+            capacity=capacity,
+        )
+
+    @trio.lowlevel.enable_ki_protection
+    def rewind(self, n: int = 1) -> None:
+        """Take back the last ``n`` turns. BusyResourceError in mid-turn."""
+        self._ledger.check_idle()
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.n_turns:
+            raise ParameterError(
+                f"n must be from 0 to {self.n_turns}, not {n!r}", parameter="n", value=n
+            )
+        if n:
+            self._ledger.state = self._ledger.state.after(self.n_turns - n)
+            self._touch()
+
+    @trio.lowlevel.enable_ki_protection
+    async def fork(self, id: str | None = None) -> Conversation:
+        """A conversation of its own that begins as this one is now.
+
+        In throughput mode it shares this one's memory and costs none until they differ; in
+        deterministic mode memory is copied. BusyResourceError in mid-turn.
+        """
+        house, mine = self._house, self._ledger
+        await house.core.begin()
+        mine.check_idle()
+        branch = Conversation(
+            house,
+            house.new_id(id),
+            template=self.template,
+            source=self._source,
+            params=self.params,
+            overflow=mine.overflow,
+            on_cancel=self._on_cancel,
+            tools=mine.prompts.tools,
+            variables=mine.prompts.variables,
+            state=mine.state,
+            adapters=mine.chosen,
+            title=self._title,
+            parent=self.id,
+        )
+        branch._unknown_params = self._unknown_params
+        theirs = branch._ledger
+        try:
+            if await house.sequences.settled(mine.sequence):
+                n = common_length(mine.sequence.tokens, theirs.state.tokens)
+                if n:
+                    await house.sequences.share(mine.sequence, theirs.sequence, n)
+            house.new_id(id)  # taken meanwhile?
+            return house.add(branch)
+        except BaseException:
+            house.sequences.drop(theirs.sequence)
+            raise
+
+    def close(self) -> None:
+        """End it here: its memory is free, a running turn is cancelled, and files keep it, an
+        autosave's as of its last commit; ``Llama.restore`` opens it again. Idempotent."""
+        self._end(deleted=False)
+
+    def delete(self) -> None:
+        """As ``close``; and the files of autosaves keep it no more. Files that ``Llama.save`` wrote
+        stay as they are. Idempotent."""
+        self._end(deleted=True)
+
+    @trio.lowlevel.enable_ki_protection
+    def _end(self, *, deleted: bool) -> None:
+        if not self._ledger.closed:
+            self._house.remove(self, deleted=deleted)
+            self._ledger.close()
+
+    async def make_title(self, **changes: Any) -> str:
+        """Ask the model for a title, beside the conversation, and take it."""
+        branch = await self.fork()
+        try:
+            options: dict[str, Any] = {"max_tokens": 24, **changes}
+            reply = await branch.say(
+                "Give this conversation a title of at most six words. Answer with the title alone.",
+                **options,
+            )
+        finally:
+            branch.delete()
+        lines = [line.strip(" \t\"'*#.") for line in reply.text.splitlines()]
+        self.title = next((line for line in lines if line), "")[:MAX_TITLE]
+        return self.title
+
+    # Training
+
+    def training_example(self) -> ChatTokens:
+        """The tokens by the template, and which of them the assistant is to learn."""
+        prompts = self._ledger.prompts
+        rendered, spans = assistant_spans(
+            self.template,
+            [message.for_template() for message in self.messages],
+            tools=prompts.tools,
+            **prompts.variables,
+        )
+        return self._house.tokenizer.encode(rendered, spans)
+
+    def export(self) -> dict[str, Any]:
+        """The conversation as a line of training data: ``{"messages": [...]}``."""
+        return {"messages": [message.for_template() for message in self.messages]}
+
+    # Saving
+
+    def to_saved(self, kv: files.KVFile | None = None) -> files.SavedConversation:
+        """As of the last commit, for a state document."""
+        ledger, state = self._ledger, self._ledger.state
+        sampler, sampled_by = state.sampler
+        params = files.saved_params(self.params)
+        last = params if sampled_by is None else files.saved_params(sampled_by)
+        tools = ledger.prompts.tools
+        unfinished = state.turns[-1].unfinished if state.turns else None
+        edges = (*state.cuts, state.n_computed)
+        return files.SavedConversation(
+            id=self.id,
+            title=self._title,
+            created=self.created,
+            updated=self.updated,
+            messages=state.messages,
+            template=self._source,
+            params={**self._unknown_params, **params},
+            sampler=sampler,
+            sampler_params={} if last == params or not sampler else last,
+            overflow=ledger.overflow if isinstance(ledger.overflow, str) else "function",
+            on_cancel=self._on_cancel,
+            tools=None if tools is None else tuple(map(dict, tools)),
+            variables={k: v for k, v in ledger.prompts.variables.items() if _is_data(v)},
+            tokens=state.tokens,
+            split=tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
+            dropped=state.dropped,
+            n_prompt_tokens=ledger.n_prompt_tokens,
+            n_generated_tokens=ledger.n_generated_tokens,
+            adapters=Adapters.saved(ledger.chosen),
+            unfinished=b"" if unfinished is None else unfinished[0],
+            unfinished_params={} if unfinished is None else files.saved_params(unfinished[1]),
+            kv=kv,
+            parent=self.parent,
+            extras=self._extras,
+        )
+
+
+@trio.lowlevel.enable_ki_protection
+async def _whole(turn: TurnStream) -> Completion:
+    async with turn as stream:
+        async for _ in stream:
+            pass
+        return stream.completion()
+
+
+def _said(role: str, text: str) -> Message:
+    if role not in ("user", "tool"):
+        raise ParameterError(
+            f"a turn begins with a message of 'user' or 'tool', not {role!r}",
+            parameter="role",
+            value=role,
+        )
+    if not isinstance(text, str):
+        raise ParameterError(
+            f"text must be a string, not {type(text).__name__}", parameter="text", value=text
+        )
+    return Message(role=role, content=text, created=now())  # type: ignore[arg-type]
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a file can hold it."""
+    try:
+        return bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return False

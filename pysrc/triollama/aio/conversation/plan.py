@@ -1,0 +1,272 @@
+"""What a turn is going to do: its prompt, what of it is there already, and what has to give way.
+
+Nothing here waits or touches the model: a plan is a function of the committed state and of what is
+said now. Rendering and tokenizing a long chat takes long, so a plan asks for its prompts, and who
+makes it decides where they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import msgspec
+
+from ...chat import ChatTemplate, ChatTokens, Rendered
+from ...errors import ContextFullError, ParameterError
+from ...files import Message
+from ...params import GenerationParams
+from .history import Shift, State, common_length, shifted
+
+__all__ = ["WORTH_SHARING", "Overflow", "Plan", "Planning", "Prompts", "Wanted", "make_plan"]
+
+T = TypeVar("T")
+
+WORTH_SHARING = 16
+"""Fewer common tokens than this are computed again rather than copied from another sequence."""
+
+COST_OF_MESSAGE = 500
+"""Rendering a message takes as long as this many characters."""
+
+LONG = 20_000
+"""So many characters are a few milliseconds' work."""
+
+Overflow = (
+    Literal["raise", "truncate_turns", "shift"]
+    | Callable[[Sequence[Message], int], Iterable[Message]]
+)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A turn that says ``messages`` after ``base``, or none: then it goes on with the last answer.
+
+    ``tokens``: the whole prompt, of which ``commit`` were committed before and computed in pieces
+    that began at ``cuts``. ``shift`` and ``n_keep`` with the policy of that name.
+    """
+
+    base: State
+    messages: tuple[Message, ...]
+    tokens: tuple[int, ...]
+    commit: int
+    cuts: tuple[int, ...]
+    dropped: int
+    shift: Shift | None = None
+    n_keep: int = 0
+
+
+class _Tokenizer(Protocol):
+    def encode(self, rendered: Rendered, *, start: int = 0) -> ChatTokens: ...
+
+
+class _Vocabulary(Protocol):
+    def tokenize(
+        self, text: str, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]: ...
+    def piece(self, token: int) -> bytes: ...
+
+
+class Prompts:
+    """The prompts of one conversation, by its template. One caller at a time."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: _Tokenizer,
+        vocab: _Vocabulary,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.template = template
+        self.tools = None if tools is None else list(tools)
+        self.variables = dict(variables or {})
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._n_keep: int | None = None
+        self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
+
+    def are_long(self, messages: Sequence[Message]) -> bool:
+        """Whether rendering these takes milliseconds: others should not wait for it."""
+        size = sum(len(message.content) for message in messages)
+        return size + COST_OF_MESSAGE * len(messages) > LONG
+
+    def render(self, messages: Sequence[Message], dropped: int = 0) -> Rendered:
+        """The text that asks for an answer; ``dropped`` messages after the system prompt are not
+        in it."""
+        head = 1 if messages and messages[0].role in ("system", "developer") else 0
+        shown = [*messages[:head], *messages[head + dropped :]]
+        return self.template.render(
+            [message.for_template() for message in shown], tools=self.tools, **self.variables
+        )
+
+    def tokens(self, base: State, added: tuple[Message, ...], dropped: int) -> tuple[int, ...]:
+        """The prompt: committed tokens as they are, where the text goes on from them.
+
+        Nothing added: the last answer itself goes on.
+        """
+        if not added:
+            if base.tokens and dropped == base.dropped:
+                return base.tokens
+            asked = self.tokens(State(), base.messages[:-1], dropped)
+            answer = self._vocab.tokenize(base.messages[-1].content, False, False)
+            return (*asked, *answer)
+        messages = (*base.messages, *added)
+        rendered = self.render(messages, dropped)
+        known, self._last = self._last, (messages, dropped, rendered.text)
+        if base.tokens and dropped == base.dropped:
+            before, last = base.messages[:-1], base.messages[-1]
+            # What the last turn rendered, usually; the messages are then the same objects.
+            same = known[:2] == (before, dropped)
+            prefix = known[2] if same else self.render(before, dropped).text
+            prefix += self.text_of(last.tokens)
+            if rendered.text.startswith(prefix):
+                rest = self._tokenizer.encode(rendered, start=len(prefix))
+                return (*base.tokens, *rest.tokens)
+        return tuple(self._tokenizer.encode(rendered).tokens)
+
+    def n_keep(self, messages: Sequence[Message]) -> int:
+        """Tokens of the system prompt and what stands before it: a shift keeps them."""
+        if self._n_keep is None:
+            first, self._n_keep = messages[:2], 1
+            if len(first) == 2 and first[0].role in ("system", "developer"):
+                rendered = self.render(first)
+                end = rendered.text.find(first[1].content, len(first[0].content))
+                if end > 0 and first[1].content:
+                    whole = self._tokenizer.encode(rendered).tokens
+                    rest = self._tokenizer.encode(rendered, start=end).tokens
+                    self._n_keep = len(whole) - len(rest)
+        return self._n_keep
+
+    def text_of(self, tokens: Iterable[int]) -> str:
+        """The text that answers are made of."""
+        return self.bytes_of(tokens).decode("utf-8", "replace")
+
+    def bytes_of(self, tokens: Iterable[int]) -> bytes:
+        """The same before it is cut into characters."""
+        return b"".join(map(self._vocab.piece, tokens))
+
+
+Wanted = tuple[State, tuple[Message, ...], int]
+"""A prompt: what to give to ``Prompts.tokens``."""
+
+Planning = Generator[Wanted, tuple[int, ...], T]
+"""Yields what it wants, is sent the tokens of it, and returns what it was for."""
+
+
+def make_plan(
+    prompts: Prompts,
+    base: State,
+    added: tuple[Message, ...],
+    params: GenerationParams,
+    overflow: Overflow,
+    n_ctx: int,
+) -> Planning[Plan]:
+    """The plan of a turn. Raises ContextFullError by ``overflow``, ChatTemplateError, and
+    ParameterError for what an overflow function returns."""
+    quarter = max(1, n_ctx // 4)
+    room = quarter if params.max_tokens is None else min(max(1, params.max_tokens), quarter)
+    dropped = base.dropped
+    tokens = yield base, added, dropped
+    shift, n_keep = None, 0
+    if overflow == "shift":
+        n_keep = prompts.n_keep((*base.messages, *added))
+    if len(tokens) + room > n_ctx:
+        if overflow == "shift":
+            shift = _shift(base, added, len(tokens), room, n_ctx, n_keep)
+            tokens, base = shift.of(tokens), shifted(base, shift)
+        elif overflow == "truncate_turns":
+            dropped, tokens = yield from _truncated(base, added, len(tokens), room, n_ctx)
+        elif callable(overflow):
+            base, added = _chosen(base, added, overflow, len(tokens) + room - n_ctx)
+            dropped = 0
+            tokens = yield base, added, dropped
+            if len(tokens) + room > n_ctx:
+                raise ContextFullError(
+                    f"what the overflow function left has {len(tokens)} tokens; with room for "
+                    f"{room} the context of n_ctx={n_ctx} is still too small",
+                    needed=len(tokens) + room,
+                    n_ctx=n_ctx,
+                )
+        else:
+            raise ContextFullError(
+                f"the conversation has {len(tokens)} tokens, its answer needs room for {room}; the "
+                f"context holds n_ctx={n_ctx} (overflow='truncate_turns' drops the oldest turns)",
+                needed=len(tokens) + room,
+                n_ctx=n_ctx,
+            )
+    commit = min(base.n_computed, common_length(base.tokens, tokens))
+    if commit < base.n_computed:
+        # The text no longer begins with what was computed: go back to a turn that still fits.
+        ends = [turn.n_computed for turn in base.turns if turn.n_computed <= commit]
+        commit = max(ends, default=0)
+    cuts = tuple(cut for cut in base.cuts if cut < commit)
+    return Plan(base, added, tokens, commit, cuts, dropped, shift, n_keep)
+
+
+def _shift(
+    base: State, added: tuple[Message, ...], n: int, room: int, n_ctx: int, keep: int
+) -> Shift:
+    """What to forget: down to three quarters of the context, nothing of what is said now."""
+    said = sum(len(message.content.encode()) for message in added)
+    last = len(base.tokens) if base.tokens else max(keep, n - said - WORTH_SHARING)
+    drop = min(n + room - (n_ctx - n_ctx // 4), last - keep)
+    if drop < 1 or n - drop + room > n_ctx:
+        left = n - max(0, last - keep)
+        raise ContextFullError(
+            f"the system prompt and the last turn have {left} tokens and the answer needs room for "
+            f"{room}; the context holds n_ctx={n_ctx}",
+            needed=left + room,
+            n_ctx=n_ctx,
+        )
+    return Shift(keep, drop)
+
+
+def _truncated(
+    base: State, added: tuple[Message, ...], n: int, room: int, n_ctx: int
+) -> Planning[tuple[int, tuple[int, ...]]]:
+    """How many messages to leave out, and the prompt then: down to three quarters of the context,
+    so that the next turns need not drop again at once."""
+    messages = (*base.messages, *added)
+    head = 1 if messages[0].role in ("system", "developer") else 0
+    starts = [
+        at - head
+        for at in range(head, len(messages))
+        if messages[at].role == "user" and at - head > base.dropped
+    ]
+    tokens: tuple[int, ...] = ()
+    low, high = 0, len(starts) - 1
+    while low < high:  # the more is left out, the shorter: few prompts are tried
+        middle = (low + high) // 2
+        shorter = yield base, added, starts[middle]
+        if len(shorter) + room <= n_ctx - n_ctx // 4:
+            high = middle
+        else:
+            low = middle + 1
+    if starts:
+        tokens = yield base, added, starts[low]
+    if not starts or len(tokens) + room > n_ctx:
+        raise ContextFullError(
+            f"the last turn alone has {len(tokens) or n} tokens and needs room for {room}; the "
+            f"context holds n_ctx={n_ctx}",
+            needed=(len(tokens) or n) + room,
+            n_ctx=n_ctx,
+        )
+    return starts[low], tokens
+
+
+def _chosen(
+    base: State,
+    added: tuple[Message, ...],
+    overflow: Callable[[Sequence[Message], int], Iterable[Message]],
+    too_many: int,
+) -> tuple[State, tuple[Message, ...]]:
+    """What the user's function left: it stands for all that was said, so no turn before is left to
+    rewind to."""
+    chosen = tuple(overflow((*base.messages, *added), too_many))
+    if not chosen or not all(isinstance(one, Message) for one in chosen):
+        raise ParameterError(
+            "the overflow function must return messages, the last of them the user's",
+            parameter="overflow",
+        )
+    if added:
+        return State(messages=chosen[:-1]), chosen[-1:]
+    return State(messages=chosen, turns=base.turns[-1:]), ()

@@ -1,0 +1,64 @@
+"""Samplers that go on from turn to turn: random state and history stay, grammars do not."""
+
+from __future__ import annotations
+
+from ...params import GenerationParams
+from ..engine import Engine, Sampler
+from .plan import Plan
+
+__all__ = ["make_sampler", "state_of", "with_grammar"]
+
+
+def with_grammar(params: GenerationParams, plan: Plan) -> GenerationParams:
+    """The parameters of a turn that goes on with an answer: by the answer's grammar, unless another
+    is given."""
+    unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
+    if unfinished is None or params.grammar is not None:
+        return params
+    before = unfinished[1]
+    return params.replace(grammar=before.grammar, grammar_root=before.grammar_root)
+
+
+def _goes_on(plan: Plan) -> bool:
+    return not plan.messages and bool(plan.base.turns)
+
+
+async def make_sampler(
+    engine: Engine, params: GenerationParams, plan: Plan, *, fresh: bool
+) -> tuple[Sampler, int]:
+    """A sampler that goes on from the last turn's, and how many tokens it has seen already.
+
+    ``fresh``: with a random state of its own.
+    """
+    unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
+    data, before = plan.base.sampler
+    if unfinished is not None and params.grammar == unfinished[1].grammar:
+        data, before = unfinished
+
+    def make() -> tuple[Sampler, int]:
+        if fresh or not data or before is None:
+            return engine.make_sampler(params), 0
+        sampler = engine.make_sampler(before)
+        sampler.load_state(data)
+        sampler.update(params)
+        return sampler, min(len(plan.base.tokens), len(plan.tokens))
+
+    if params.grammar is None:
+        return make()
+    return await engine.beside(make)
+
+
+def state_of(
+    sampler: Sampler, data: bytes, params: GenerationParams, *, whole: bool
+) -> tuple[bytes, GenerationParams, tuple[bytes, GenerationParams] | None]:
+    """What a Turn keeps of the sampler it ended with, whose state is ``data``: see there.
+
+    ``sampler``: the one it began with, its grammar compiled. ``whole``: the answer is.
+    """
+    if params.grammar is None:
+        return data, params, None
+    sampler.update(params)
+    sampler.load_state(data)
+    plain = params.replace(grammar=None)
+    sampler.update(plain)
+    return sampler.save_state(), plain, None if whole else (data, params)

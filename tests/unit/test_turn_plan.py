@@ -1,0 +1,185 @@
+"""The plan of a turn: a function of what was committed and what is said, without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from triollama import GenerationParams
+from triollama.aio.conversation.history import Shift, State, Turn, common_length, shifted
+from triollama.aio.conversation.plan import Plan, Planning, Prompts, make_plan
+from triollama.chat import ChatTemplate, ChatTokenizer
+from triollama.errors import ContextFullError, ParameterError
+from triollama.files import Message
+from triollama.testing.fake_memory import FakeVocab
+
+TEMPLATE = ChatTemplate("{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>")
+PARAMS = GenerationParams(max_tokens=8)
+
+
+def prompts(template: ChatTemplate = TEMPLATE) -> Prompts:
+    vocab: Any = FakeVocab()
+    return Prompts(template, ChatTokenizer(vocab), vocab)
+
+
+def made(asked: Prompts, planning: Planning[Plan]) -> tuple[Plan, int]:
+    """The plan, and how many prompts it took."""
+    wanted, n = next(planning), 0
+    while True:
+        n += 1
+        try:
+            wanted = planning.send(asked.tokens(*wanted))
+        except StopIteration as end:
+            return end.value, n
+
+
+def plan(
+    base: State, *said: Message, overflow: Any = "raise", n_ctx: int = 256, **changes: Any
+) -> tuple[Plan, int]:
+    asked = prompts()
+    planning = make_plan(asked, base, said, PARAMS.replace(**changes), overflow, n_ctx)
+    return made(asked, planning)
+
+
+def user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def text_of(tokens: tuple[int, ...]) -> str:
+    return "".join(map(chr, tokens))
+
+
+def committed(*turns: tuple[str, str], system: str = "") -> State:
+    """As turns leave it, each token computed but the last of each."""
+    state = State(messages=(Message(role="system", content=system),) if system else ())
+    for question, answer in turns:
+        made, _ = plan(state, user(question), n_ctx=10_000)
+        tokens = (*made.tokens, *map(ord, answer))
+        said = Message(role="assistant", content=answer, tokens=tuple(map(ord, answer)))
+        messages = (*state.messages, user(question), said)
+        turn = Turn(len(messages), len(tokens), len(tokens) - 1, b"", None)
+        state = State(
+            messages=messages,
+            tokens=tokens,
+            n_computed=len(tokens) - 1,
+            cuts=(0, 10, len(made.tokens)),
+            turns=(*state.turns, turn),
+        )
+    return state
+
+
+def test_what_was_committed_is_kept_as_it_is() -> None:
+    base = committed(("Hello", " Good day"), ("And?", " Nothing"))
+    found, n = plan(base, user("So?"))
+    assert n == 1
+    assert text_of(found.tokens) == "<u>Hello<a> Good day<u>And?<a> Nothing<u>So?<a>"
+    assert found.tokens[: len(base.tokens)] == base.tokens
+    assert found.commit == base.n_computed
+    assert found.cuts == base.cuts
+    on, _ = plan(base)
+    assert (on.messages, on.tokens) == ((), base.tokens)
+
+
+def test_what_the_text_no_longer_goes_on_from_is_not_committed() -> None:
+    """Where a template shows old answers otherwise: back to the turn that still fits."""
+    thinking = ChatTemplate(
+        "{% for m in messages %}<{{ m.role[0] }}>"
+        "{{ m.content if loop.index > messages | length - 2 else m.content | trim }}{% endfor %}<a>"
+    )
+    base = committed(("Hello", "Good day"), ("And?", " Nothing"))
+    asked = prompts(thinking)
+    found, _ = made(asked, make_plan(asked, base, (user("So?"),), PARAMS, "raise", 256))
+    assert text_of(found.tokens) == "<u>Hello<a>Good day<u>And?<a> Nothing<u>So?<a>"
+    found, _ = made(asked, make_plan(asked, base, (user("So?"), user("So?")), PARAMS, "raise", 256))
+    assert text_of(found.tokens) == "<u>Hello<a>Good day<u>And?<a>Nothing<u>So?<u>So?<a>"
+    assert found.commit == base.turns[0].n_computed
+    assert all(cut < found.commit for cut in found.cuts)
+
+
+def test_room_for_an_answer_is_a_quarter_of_the_context_at_most() -> None:
+    base = committed(("x" * 100, "y" * 100))
+    n = len(base.tokens) + len("<u>So?<a>")
+    for most, room in ((8, 8), (None, 64), (1000, 64), (0, 1)):
+        plan(base, user("So?"), n_ctx=256 if room == 64 else n + room, max_tokens=most) if (
+            n + room <= 256
+        ) else None
+        with pytest.raises(ContextFullError) as caught:
+            plan(base, user("So?"), n_ctx=n, max_tokens=most)
+        assert caught.value.n_ctx == n
+        assert caught.value.needed == n + min(room, n // 4)
+
+
+def test_the_oldest_turns_give_way_to_three_quarters() -> None:
+    turns = [(f"{number:03}" + "x" * 10, "y" * 10) for number in range(100)]
+    base = committed(*turns, system="Be brief.")
+    found, n = plan(base, user("So?"), overflow="truncate_turns")
+    text = text_of(found.tokens)
+    assert text.startswith("<s>Be brief.<u>")
+    assert text.endswith("<u>So?<a>")
+    assert (
+        len(found.tokens) + 8 <= 192 < len(found.tokens) + 8 + len("<u>000xxxxxxxxxx<a>yyyyyyyyyy")
+    )
+    assert text.count("<u>") * 2 - 1 == len(base.messages) - found.dropped
+    assert n < 12  # of a hundred turns that might have gone
+    # The system prompt is computed; what came after it is not what it was.
+    assert found.commit == 0
+    with pytest.raises(ContextFullError, match="last turn alone"):
+        plan(base, user("x" * 300), overflow="truncate_turns")
+
+
+def test_a_shift_forgets_the_oldest_tokens_but_the_system_prompt() -> None:
+    base = committed(*((f"{number}" * 20, "y" * 20) for number in range(5)), system="Be brief.")
+    found, n = plan(base, user("So?"), overflow="shift")
+    assert n == 1
+    assert found.shift == Shift(found.n_keep, len(base.tokens) + 9 + 8 - 192)
+    text = text_of(found.tokens)
+    assert text.startswith("<s>Be brief.")
+    assert text.endswith("<a>" + "y" * 20 + "<u>So?<a>")
+    assert len(found.tokens) + 8 == 192
+    assert found.base == shifted(base, found.shift)
+    assert found.commit == base.n_computed - found.shift.drop
+    with pytest.raises(ContextFullError, match="system prompt"):
+        plan(base, user("x" * 300), overflow="shift")
+
+
+def test_a_function_chooses() -> None:
+    base = committed(("x" * 220, "y" * 20), ("And?", "No."))
+    asked = []
+
+    def last(messages: Any, too_many: int) -> Any:
+        asked.append((len(messages), too_many))
+        return messages[-2:]
+
+    found, n = plan(base, user("So?"), overflow=last)
+    assert (n, asked) == (2, [(5, len(base.tokens) + 9 + 8 - 256)])
+    assert text_of(found.tokens) == "<a>No.<u>So?<a>"
+    assert (found.base.turns, found.commit, found.dropped) == ((), 0, 0)
+    # An answer goes on: its turn stays, those before it are gone.
+    on, _ = plan(base, overflow=lambda messages, n: messages[-2:], n_ctx=len(base.tokens) + 7)
+    assert text_of(on.tokens) == "<u>And?<a>No."
+    assert on.base.turns == base.turns[-1:]
+    for wrong in ((), ["x"], [None]):
+        with pytest.raises(ParameterError, match="overflow function"):
+            plan(base, user("So?"), overflow=lambda messages, n, wrong=wrong: wrong)
+    with pytest.raises(ContextFullError, match="left"):
+        plan(base, user("So?"), overflow=lambda messages, n: messages)
+
+
+def test_given_messages_belong_to_no_turn() -> None:
+    base = committed(("Hello", "Good day"))
+    given = (user("A document."), user("Another."), *base.messages)
+    state = State(messages=given, turns=(Turn(4, 0, 0, b"", None),))
+    assert state.n_given == 2
+    assert state.after(0).messages == given[:2]
+    assert state.after(1) is state
+    assert State(messages=given).n_given == 4
+    # A file from elsewhere may hold an answer to nothing.
+    odd = State(
+        messages=(Message(role="system"), *base.messages[1:]), turns=(Turn(2, 0, 0, b"", None),)
+    )
+    assert odd.n_given == 1
+
+
+def test_common_length() -> None:
+    for one, other, n in (("", "a", 0), ("abc", "abd", 2), ("abc", "abc", 3), ("abc", "abcd", 3)):
+        assert common_length(tuple(map(ord, one)), tuple(map(ord, other))) == n
