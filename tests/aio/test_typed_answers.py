@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -138,3 +138,27 @@ def test_a_scripted_answer_is_decoded_too() -> None:
             assert caught.value.text == "Lima!"
 
     run(main)
+
+
+def test_a_typed_answer_in_pieces(tiny: Any) -> None:
+    """The text as it comes, the value at its end; no value where it was cut or ended by others."""
+    kind = Annotated[list[Literal[7]], Meta(min_length=4, max_length=4)]
+
+    async def main() -> None:
+        async with open_llama(tiny("llama"), n_ctx=256, threads=1) as llama:
+            async with llama.stream("Once upon a time", into=kind) as stream:
+                pieces = [piece.text async for piece in stream]
+                assert len(pieces) > 1 and stream.value == [7, 7, 7, 7]
+            async with llama.stream("Once upon a time", into=kind, max_tokens=3) as stream:
+                with pytest.raises(AnswerError) as caught:
+                    async for _ in stream:
+                        pass
+                assert (caught.value.text, stream.value) == (stream.text, None)
+            async with llama.stream("Once upon a time", into=kind, capacity=1) as stream:
+                await stream.receive()
+                stream.cancel()
+                async for _ in stream:
+                    pass
+                assert stream.finish_reason == "cancelled" and not stream.parsed
+
+    trio.run(main)

@@ -278,6 +278,7 @@ class Llama:
         prompt: str | Iterable[int],
         params: GenerationParams | None = None,
         *,
+        into: Any = None,
         priority: int = 0,
         capacity: int = 64,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
@@ -287,6 +288,8 @@ class Llama:
 
         prompt: text (tokenized with the model's special tokens added) or tokens.
         params, changes: a GenerationParams, and fields of it that differ.
+        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`);
+            its value is then the stream's ``value``.
         priority: higher goes first, in the queue and among prompts.
         capacity: pieces that wait for a slow reader before the stream pauses.
         adapters: LoRA adapters and control vectors (``load_adapter``, ``load_control_vector``)
@@ -301,10 +304,12 @@ class Llama:
                 parameter="capacity",
                 value=capacity,
             )
+        kind, made = self._typed(into, params, changes)
         return Stream(
             self._core,
             self._core.prompt_tokens(prompt),
-            make_raw_params(params, changes),
+            made,
+            into=kind,
             priority=priority,
             capacity=capacity,
             adapters=self._adapters,
@@ -345,21 +350,23 @@ class Llama:
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Any:
-        """Generate to the end. Arguments as for :meth:`stream`; raises what ``receive`` raises.
-
-        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`):
-        the result is then its value. Raises AnswerError if the text is none, being cut short.
-        """
-        kind, made = self._typed(into, params, changes)
+        """Generate to the end: a Completion, or with ``into`` the value of that type. Arguments
+        as for :meth:`stream`; raises what ``receive`` raises."""
         async with self.stream(
-            prompt, made, priority=priority, adapters=adapters, capacity=_UNREAD
+            prompt,
+            params,
+            into=into,
+            priority=priority,
+            adapters=adapters,
+            capacity=_UNREAD,
+            **changes,
         ) as stream:
             await stream.ended()  # nobody looks at the pieces: they are not worth waking up for
             async for _ in stream:
                 pass
-            if kind is not None:
-                return kind.parse(stream.text, stream.finish_reason or "")
-            return stream.completion()
+            if stream.into is None:
+                return stream.completion()
+            return stream.value if stream.parsed else stream.into.parse(stream.text, "cancelled")
 
     @staticmethod
     def _typed(

@@ -14,6 +14,7 @@ from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from ..structured import Structured
     from .adapters import Adapters, Scaled
     from .core import Core, WhenFull
     from .engine import EngineStream, Taken
@@ -80,7 +81,8 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     stream pauses when its ring is full.
 
     ``id``: names it to ``Llama.cancel`` and ``Llama.update``. ``text``, ``tokens``, ``logprobs``:
-    what was received so far. ``params``: those in effect, ``seed`` among them.
+    what was received so far. ``params``: those in effect, ``seed`` among them. ``value``: with
+    ``into``, what the text decodes to, once the end was received and it is ``parsed``.
     """
 
     conversation_id = ""
@@ -92,6 +94,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         tokens: list[int],
         params: GenerationParams,
         *,
+        into: Structured[Any] | None = None,
         priority: int,
         capacity: int,
         adapters: Adapters | None = None,
@@ -102,6 +105,9 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self.prompt = tuple(tokens)
         self.priority = priority
         self.capacity = capacity
+        self.into = into
+        self.value: Any = None
+        self.parsed = False
         self._core = core
         self._adapters = adapters
         self._chosen = chosen
@@ -212,7 +218,8 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         Raises EndOfChannel when the generation has ended (also if ``Llama.cancel`` ended it),
         ClosedResourceError after ``aclose`` or after the Llama was closed, BusyResourceError if
         another task is in ``receive``, BrokenResourceError (with its cause) if the engine died,
-        and what ended this stream alone, such as GrammarError or DecodeError.
+        and what ended this stream alone, such as GrammarError or DecodeError. With ``into`` the end
+        is an AnswerError where the text, being cut short, is no value of the type.
         """
         self._core.check_run()
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -231,20 +238,30 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
                     break
                 if ended:
                     await trio.lowlevel.cancel_shielded_checkpoint()
-                    self._raise_end()
+                    self._raise_error()
+                    self._at_end()
+                    raise trio.EndOfChannel
                 await self._core.news_of(self.engine_stream)
         finally:
             self._receiving = False
         await trio.lowlevel.cancel_shielded_checkpoint()
         return piece
 
+    def _at_end(self) -> None:
+        """Everything was received, and no error."""
+        self._parse()
+
+    def _parse(self) -> None:
+        if self.into is not None and self.finish_reason != "cancelled":
+            self.value = self.into.parse(self.text, self.finish_reason or "")
+            self.parsed = True
+
     def read_rest(self) -> None:
         """Receive at once what is there of a stream that has ended. Raises what ended it, if that
         was an error."""
         while (taken := self.engine_stream.take()) is not None:
             self._note(taken)
-        if self.engine_stream.finish_reason == "error":
-            self._raise_end()
+        self._raise_error()
 
     def _note(self, taken: Taken) -> Piece:
         text, tokens, scores, time_ns = taken
@@ -259,14 +276,13 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self._tokens.extend(tokens)
         return Piece(text, tokens, logprobs, time_ns / 1e9)
 
-    def _raise_end(self) -> None:
+    def _raise_error(self) -> None:
         stream = self.engine_stream
         if stream.finish_reason == "error":
             if stream.failed_with_engine:
                 raise trio.BrokenResourceError("the engine died") from stream.error
             assert stream.error is not None
             raise stream.error
-        raise trio.EndOfChannel
 
     async def ended(self) -> None:
         """Wait until the engine is done with the stream: its place is free, ``usage`` is final.

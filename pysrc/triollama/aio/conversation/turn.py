@@ -61,13 +61,10 @@ class TurnStream(Stream):
         priority: int,
         capacity: int,
     ) -> None:
-        super().__init__(ledger.core, [], params, priority=priority, capacity=capacity)
+        super().__init__(ledger.core, [], params, into=into, priority=priority, capacity=capacity)
         self.conversation = conversation
         self.conversation_id = conversation.id
         self.committed = False
-        self.value: Any = None
-        self.parsed = False
-        self.into = into
         self._refused = False
         self._ledger = ledger
         self._choose = choose
@@ -211,16 +208,18 @@ class TurnStream(Stream):
         mended = self._continued.mend(taken)
         return Piece("", ()) if mended is None else super()._note(mended)
 
+    def _at_end(self) -> None:
+        """Of the engine's pieces: there may be more of our own."""
+
     async def _finish(self) -> None:
         """The end was received."""
         reason = self.engine_stream.finish_reason or ""
         ledger = self._ledger
         if self.committed or ledger.turn is not self or ledger.closed or reason == "cancelled":
             return
-        if self.into is not None:
-            self._refused = True
-            self.value = self.into.parse(self.text, reason)
-            self._refused, self.parsed = False, True
+        self._refused = True
+        self._parse()
+        self._refused = False
         self._commit()
         self._writing = trio.Event()
         try:
