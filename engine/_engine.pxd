@@ -95,6 +95,8 @@ cdef class Context(Owner):
     cdef tuple adapters_                # of (Adapter, scale), those applied
     cdef bint steered                   # by a control vector
     cdef str broken                     # what left llama.cpp in the middle of a computation
+    cdef vector[llama_token] held       # what sequence 0 holds, while only Generations come in
+    cdef bint holds                     # and it does; whoever else enters may change anything
 
     cdef int compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
@@ -196,6 +198,9 @@ cdef class Generation:
     cdef bint special
     cdef bint causal_prompt
     cdef bint embeddings
+    cdef bint reuse             # what sequence 0 holds of the prompt
+    cdef int n_cached           # tokens of the prompt that were there
+    cdef bint tracks            # nobody else was inside the context since it began
     cdef bint busy              # a thread is inside; guarded by the GIL
     cdef bint prefilled         # the whole prompt is in memory
     cdef bint undecoded         # the last token is not in memory yet
@@ -209,7 +214,9 @@ cdef class Generation:
     cdef int check_prompt(self) except -1
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
+    cdef int begin(self) except -1
     cdef int prefill(self) except -1
+    cdef void note_held(self) noexcept
     cdef int next_token(self, string & out) except -1
     cdef int decode_last(self) except -1
     cdef int make_room(self) except -1

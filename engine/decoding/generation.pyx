@@ -24,7 +24,10 @@ cdef inline bint contains(const vector[llama_token] & tokens, llama_token token)
 cdef class Generation:
     """Decodes a prompt and then a token at a time.
 
-    context: the generation has it to itself until it is closed; sequence 0 is cleared first.
+    context: the generation has it to itself until it is closed, and uses sequence 0.
+    reuse: begin with what sequence 0 still holds of the prompt from the Generation before, if nobody
+        else was inside the context since; False: clear the context. What follows is then cut elsewhere
+        than in one piece, so the result is the same up to rounding.
     sampler: fresh, or carrying what it should remember.
     prompt: tokens; params: a GenerationParams.
 
@@ -39,7 +42,9 @@ cdef class Generation:
         self.eog_token = -1
         self.token_logprobs = []
 
-    def __init__(self, Context context not None, Sampler sampler not None, prompt, params):
+    def __init__(
+        self, Context context not None, Sampler sampler not None, prompt, params, *, reuse: bool = False
+    ):
         if self.batch is not None:
             raise BusyError("this Generation was begun already; make a new one")
         context.alive()
@@ -54,6 +59,7 @@ cdef class Generation:
         self.logprobs = -1 if params.logprobs is None else params.logprobs
         self.causal_prompt = params.causal_attention
         self.embeddings = params.embeddings
+        self.reuse = reuse
         for token in params.stop_tokens:
             self.end_tokens.push_back(end_token(len(context.model.vocab), token))
         stops = [stop.encode() for stop in params.stop]
@@ -119,11 +125,6 @@ cdef class Generation:
         cdef int n_prompt = <int>self.prompt.size()
         cdef int n = min(n_prompt - self.n_past, self.batch.capacity)
         cdef int i
-        if self.n_past == 0:
-            self.t_start = llama_time_us()
-            self.context.memory.clear()
-            if self.context.embeddings_ != self.embeddings:
-                self.context.embeddings = self.embeddings
         if self.embeddings:
             n = min(n, self.context.n_outputs_max)
         self.batch.clear()
@@ -140,7 +141,35 @@ cdef class Generation:
                 self.context.causal = True
         self.n_past += n
         self.prefilled = self.n_past == n_prompt
+        self.note_held()
         return 0
+
+    cdef int begin(self) except -1:
+        cdef Context context = self.context
+        cdef size_t n = 0
+        cdef size_t i
+        self.t_start = llama_time_us()
+        if self.reuse and self.causal_prompt and context.holds:
+            while n < context.held.size() and n + 1 < self.prompt.size() and context.held[n] == self.prompt[n]:
+                n += 1
+        memory = context.memory
+        if n > 0 and not (memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)):
+            n = 0
+        if n == 0:
+            memory.clear()
+        context.held.resize(n)
+        for i in range(n):
+            self.sampler.native.get().accept(self.prompt[i], False)
+        self.n_past = self.n_cached = <int>n
+        self.tracks = True
+        if context.embeddings_ != self.embeddings:
+            context.embeddings = self.embeddings
+        return 0
+
+    cdef void note_held(self) noexcept:
+        cdef int i
+        for i in range(self.batch.c.n_tokens):
+            self.context.held.push_back(self.batch.c.token[i])
 
     def step(self) -> bytes | None:
         """The next piece of text (UTF-8, whole characters), or None once finished.
@@ -154,12 +183,18 @@ cdef class Generation:
         self.context.check_no_views()
         self.enter()
         try:
+            if self.t_start == 0:
+                self.begin()
+            else:
+                self.tracks = self.tracks and self.context.holds
             while not self.prefilled:
                 self.prefill()
                 PyErr_CheckSignals()
             while out.empty() and self.finish_reason is None:
                 self.next_token(out)
                 PyErr_CheckSignals()
+            # What was moved, or looked ahead, is not what a prompt would give.
+            self.context.holds = self.tracks and self.causal_prompt and self.n_shifted == 0
         except BaseException:
             self.finish("error")
             raise
@@ -180,6 +215,7 @@ cdef class Generation:
         try:
             if self.undecoded:
                 self.decode_last()
+                self.note_held()
             logits = self.context.logits_row(-1)
             with nogil:
                 token = self.sampler.native.get().sample(logits)
@@ -258,10 +294,10 @@ cdef class Generation:
         """Final hidden state of the last token computed, float32 of shape [n_embd], a copy."""
         return self.context.token_embedding(-1, copy=True)
 
-    def usage(self) -> tuple[int, int, int, int, int, int]:
-        """n_prompt, n_generated, n_shifted tokens; start, first token, end (or now) in
+    def usage(self) -> tuple[int, int, int, int, int, int, int]:
+        """n_prompt, of those n_cached, n_generated, n_shifted tokens; start, first token, end (or now) in
         microseconds, 0 for what has not happened."""
-        return (<int>self.prompt.size() if self.prefilled else self.n_past,
+        return (<int>self.prompt.size() if self.prefilled else self.n_past, self.n_cached,
                 self.n_generated, self.n_shifted, self.t_start, self.t_first,
                 self.t_end or llama_time_us())
 

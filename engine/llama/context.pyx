@@ -414,7 +414,7 @@ cdef class Context(Owner):
 
     def set_threads(self, n_threads: int | None = None, n_threads_batch: int | None = None) -> None:
         """Change the thread counts; None leaves one as it is."""
-        self.enter()
+        Owner.enter(self)
         try:
             one = llama_n_threads(self.ptr) if n_threads is None else n_threads
             many = llama_n_threads_batch(self.ptr) if n_threads_batch is None else n_threads_batch
@@ -533,6 +533,11 @@ cdef class Context(Owner):
             raise EngineError(
                 "this context cannot be used any more, only closed, because llama.cpp failed in"
                 f" the middle of a computation: {self.broken}")
+        return 0
+
+    cdef int enter(self) except -1:
+        Owner.enter(self)
+        self.holds = False
         return 0
 
     cdef int compute(self, Batch batch, bint encode) except -1:
@@ -654,7 +659,7 @@ cdef class Context(Owner):
         """Logits of index ``i`` of the last batch (-1: its last output), float32 of shape
         [n_vocab]. A read-only view without copying: while it lives, ``decode`` and ``close`` raise
         ViewError; ``copy=True`` gives an array of your own."""
-        self.enter()
+        Owner.enter(self)
         try:
             return self.view(self.logits_row(check_int("i", i, -2**31, 2**31 - 1)),
                              self.n_vocab, copy)
@@ -665,7 +670,7 @@ cdef class Context(Owner):
         """Final hidden state of index ``i`` of the last batch, float32 of shape [n_embd]. Needs
         ``embeddings`` and pooling "none". A view, as with ``logits``."""
         cdef float * data = NULL
-        self.enter()
+        Owner.enter(self)
         try:
             if self.pooling_ == <int>LLAMA_POOLING_TYPE_NONE:   # else the buffer is never filled
                 data = llama_get_embeddings_ith(
@@ -682,7 +687,7 @@ cdef class Context(Owner):
         """Pooled embedding of a sequence of the last batch, float32 of shape [n_embd] (pooling
         "rank": [n_cls_out]). A view, as with ``logits``."""
         cdef float * data
-        self.enter()
+        Owner.enter(self)
         try:
             self.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
             if not self.last_sequences[<int>seq_id]:

