@@ -148,9 +148,11 @@ cdef class Generation:
         cdef Context context = self.context
         cdef size_t n = 0
         cdef size_t i
+        cdef size_t most
         self.t_start = llama_time_us()
         if self.reuse and self.causal_prompt and context.holds:
-            while n < context.held.size() and n + 1 < self.prompt.size() and context.held[n] == self.prompt[n]:
+            most = min(context.held.size(), self.prompt.size() - 1)
+            while n < most and context.held[n] == self.prompt[n]:
                 n += 1
         memory = context.memory
         if n > 0 and not (memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)):
