@@ -316,20 +316,20 @@ class TurnStream(Stream):
 
     # What it leaves
 
-    def _after_shifts(self) -> tuple[list[int], list[Shift]]:
+    def _after_shifts(self) -> tuple[tuple[int, ...], list[Shift]]:
         """The tokens that the context holds after what was received, and the shifts on the way."""
         assert self._plan is not None
         plan, n_ctx = self._plan, self._core.n_ctx
         drops = list(self.engine_stream.shifts)
         if not drops:
-            return [*plan.tokens, *self._tokens], []
-        tokens, done = [*plan.tokens], []
+            return plan.tokens + tuple(self._tokens), []
+        tokens, done = list(plan.tokens), []
         for token in self._tokens:
             tokens.append(token)
             if drops and len(tokens) > n_ctx:
                 done.append(Shift(plan.n_keep, drops.pop(0)))
-                tokens = list(done[-1].of(tuple(tokens)))
-        return tokens, done
+                del tokens[plan.n_keep : plan.n_keep + done[-1].drop]
+        return tuple(tokens), done
 
     def _held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens and cuts of what the stream has left in its sequence."""
@@ -341,7 +341,7 @@ class TurnStream(Stream):
         generated, done = self._after_shifts()
         if len(done) < len(stream.shifts):  # not all of it was received
             generated = generated[: plan.n_keep]
-        tokens = tuple(generated[:n])
+        tokens = generated[:n]
         if not self._core.deterministic:
             return tokens, ()
         starts = stream.starts
@@ -358,7 +358,7 @@ class TurnStream(Stream):
         ledger.sequence.settle()
         held, shifts = self._after_shifts()
         kept = self._tokens_in_text()
-        tokens = tuple(held[: len(held) - (len(self._tokens) - len(kept))])
+        tokens = held[: len(held) - (len(self._tokens) - len(kept))]
         base = plan.base if shifts else went_on_from(plan.base, plan.commit)
         for shift in shifts:
             base = shifted(base, shift)
