@@ -11,10 +11,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from triollama import GenerationParams
-from triollama.aio import Conversation, open_llama
+from triollama.aio import Conversation, Llama, open_llama
 from triollama.chat import BUILTIN, ChatTemplate
 from triollama.errors import AnswerError, BusyError, ParameterError
-from triollama.files import Message
+from triollama.files import Document, Message, ModelIdentity
 from triollama.testing import FakeEngine, Reply, open_fake_llama
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=6, ignore_eos=True)
@@ -41,6 +41,12 @@ def opened(path: Path, **options: Any) -> open_llama:
 def path(tiny: Any) -> Path:
     made: Path = tiny("llama")
     return made
+
+
+def document_of(llama: Llama, chat: Conversation) -> Document:
+    """As ``save`` writes it."""
+    model = ModelIdentity(fingerprint=llama.model.fingerprint)
+    return Document(model=model, conversations=(chat.to_saved(),))
 
 
 def slow(**options: Any) -> FakeEngine:
@@ -225,8 +231,13 @@ def test_messages_given_at_the_start_stay() -> None:
             # Answers of another conversation are given ones here.
             other = llama.conversation(messages=chat.messages)
             await other.say("Who?")
-            copy = llama.conversation(messages=other.messages)
+            copy = llama.conversation("copy", messages=other.messages)
             assert copy.n_turns == 0
+            await copy.say("Which?")
+            (restored,) = await llama.restore(document_of(llama, copy), replace=True)
+            assert restored.n_turns == 1
+            copy = restored
+            copy.rewind()
             with pytest.raises(ParameterError):
                 await copy.regenerate()
 

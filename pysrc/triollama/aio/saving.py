@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import msgspec
 import trio
 
 from .. import files
@@ -27,7 +25,8 @@ from ..files.store import real_path
 from ..params import GenerationParams
 from .adapters import Scaled
 from .conversation import Conversation, Conversations, Overflow
-from .conversation.history import State, Turn, now
+from .conversation.history import State, now
+from .conversation.saved import from_saved
 
 __all__ = ["autosave", "restore", "save"]
 
@@ -257,38 +256,13 @@ def _revive(
             f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
         )
     params = files.known_params(one.params)
-    state = State(messages=one.messages, dropped=one.dropped)
-    if same:
-        n_computed = sum(one.split) if one.split else 0
-        cuts = tuple(itertools.accumulate(one.split, initial=0))[:-1] if one.split else ()
-        turns = tuple(
-            Turn(at + 1, message.n_context, message.n_computed, b"", None)
-            if message.n_computed <= message.n_context <= len(one.tokens)
-            else Turn(at + 1, 0, 0, b"", None)
-            for at, message in enumerate(one.messages)
-            # Messages given at the start have no reason to have finished; answers to which a shift
-            # left no tokens have one.
-            if message.role == "assistant" and (message.n_context or message.finish_reason)
-        )
-        if turns and turns[-1].n_messages == len(one.messages) and turns[-1].n_tokens:
-            sampled_by = files.known_params(one.sampler_params or one.params)
-            last = msgspec.structs.replace(turns[-1], sampler=one.sampler, params=sampled_by)
-            if one.sampler:
-                plain = sampled_by.replace(grammar=None)
-                _check_sampler(chats, one.sampler, plain, f"{place}.sampler")
-            if one.unfinished:
-                by = files.known_params(one.unfinished_params)
-                _check_sampler(chats, one.unfinished, by, f"{place}.unfinished")
-                last = msgspec.structs.replace(last, unfinished=(one.unfinished, by))
-            turns = (*turns[:-1], last)
-            state = State(
-                messages=one.messages,
-                tokens=one.tokens,
-                n_computed=n_computed or last.n_computed,
-                cuts=cuts,
-                turns=turns,
-                dropped=one.dropped,
-            )
+    state = from_saved(one) if same else State(messages=one.messages, dropped=one.dropped)
+    if state.turns:
+        last = state.turns[-1]
+        if last.sampler and last.params is not None:
+            _check_sampler(chats, last.sampler, last.params, f"{place}.sampler")
+        if last.unfinished is not None:
+            _check_sampler(chats, *last.unfinished, f"{place}.unfinished")
     chat = Conversation(
         chats,
         one.id,

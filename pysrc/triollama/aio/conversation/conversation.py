@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
-import msgspec
 import trio
 
 from ... import files
@@ -21,6 +19,7 @@ from ..core import Core
 from .history import State, common_length, now
 from .ledger import Ledger
 from .plan import Overflow, Prompts
+from .saved import is_data, to_saved
 from .sequences import Sequences
 from .turn import OnCancel, TurnStream
 
@@ -547,38 +546,26 @@ class Conversation:
 
     def to_saved(self, kv: files.KVFile | None = None) -> files.SavedConversation:
         """As of the last commit, for a state document."""
-        ledger, state = self._ledger, self._ledger.state
-        sampler, sampled_by = state.sampler
+        ledger, prompts = self._ledger, self._ledger.prompts
         params = files.saved_params(self.params)
-        last = params if sampled_by is None else files.saved_params(sampled_by)
-        tools = ledger.prompts.tools
-        unfinished = state.turns[-1].unfinished if state.turns else None
-        edges = (*state.cuts, state.n_computed)
         return files.SavedConversation(
             id=self.id,
             title=self._title,
             created=self.created,
             updated=self.updated,
-            messages=state.messages,
             template=self._source,
             params={**self._unknown_params, **params},
-            sampler=sampler,
-            sampler_params={} if last == params or not sampler else last,
             overflow=ledger.overflow if isinstance(ledger.overflow, str) else "function",
             on_cancel=self._on_cancel,
-            tools=None if tools is None else tuple(map(dict, tools)),
-            variables={k: v for k, v in ledger.prompts.variables.items() if _is_data(v)},
-            tokens=state.tokens,
-            split=tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
-            dropped=state.dropped,
+            tools=None if prompts.tools is None else tuple(map(dict, prompts.tools)),
+            variables={name: value for name, value in prompts.variables.items() if is_data(value)},
             n_prompt_tokens=ledger.n_prompt_tokens,
             n_generated_tokens=ledger.n_generated_tokens,
             adapters=Adapters.saved(ledger.chosen),
-            unfinished=b"" if unfinished is None else unfinished[0],
-            unfinished_params={} if unfinished is None else files.saved_params(unfinished[1]),
             kv=kv,
             parent=self.parent,
             extras=self._extras,
+            **to_saved(ledger.state, params),
         )
 
 
@@ -602,11 +589,3 @@ def _said(role: str, text: str) -> Message:
             f"text must be a string, not {type(text).__name__}", parameter="text", value=text
         )
     return Message(role=role, content=text, created=now())  # type: ignore[arg-type]
-
-
-def _is_data(value: Any) -> bool:
-    """Whether a file can hold it."""
-    try:
-        return bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
-    except (TypeError, ValueError, OverflowError, RecursionError):
-        return False

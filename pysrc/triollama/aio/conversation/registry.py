@@ -29,6 +29,7 @@ from ..core import Core
 from .conversation import Conversation
 from .history import State, now
 from .plan import Overflow
+from .saved import as_given
 from .sequences import Sequences
 from .turn import OnCancel
 
@@ -102,7 +103,7 @@ class Conversations:
             history.append(Message(role="system", content=system, created=now()))
         for at, message in enumerate(messages):
             history.append(
-                message
+                as_given(message)
                 if isinstance(message, Message)
                 else files.document_from(dict(message), Message, place=f"messages[{at}]")
             )
