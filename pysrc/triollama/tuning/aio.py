@@ -136,6 +136,10 @@ class Serving(Protocol):
     """What is needed of a running Llama; ``triollama.aio.Llama`` has it."""
 
     @property
+    def model(self) -> Any: ...
+    @property
+    def vocab(self) -> Any: ...
+    @property
     def conversations(self) -> Any: ...
     def conversation(self, *, messages: Any, adapters: Any, **options: Any) -> Any: ...
     async def load_adapter(self, path: str | PathLike[str], /) -> Any: ...
@@ -174,12 +178,10 @@ class AsyncTuner:
     ) -> TrainingDataset:
         """See :func:`triollama.tuning.prepare_training_data`; the template is the model's own
         unless ``template`` names another. Made in a thread."""
-        owner = self._llama.conversations
-        template = owner.template(options.pop("template", None))
+        vocab = self._llama.vocab
+        template = self._llama.conversations.template(options.pop("template", None))
         return await trio.to_thread.run_sync(
-            lambda: prepare_training_data(
-                conversations, vocab=owner.vocab, template=template, **options
-            )
+            lambda: prepare_training_data(conversations, vocab=vocab, template=template, **options)
         )
 
     def train(
@@ -211,7 +213,7 @@ class AsyncTuner:
 
         run = AsyncTrainingRun(
             train(
-                self._llama.conversations.core.model.path,
+                self._llama.model.path,
                 dataset,
                 config,
                 checkpoint=checkpoint,
