@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import trio
@@ -67,7 +67,7 @@ class Program:
         self.me = me
         self.pipe = pipe
         self.chance = random.Random(seed)
-        self.sync = "commit" if me == "a" else "soon"
+        self.sync: Literal["soon", "commit"] = "commit" if me == "a" else "soon"
 
     def tell(self, op: str, phase: str, path: Path, values: dict[str, Value], **more: Any) -> str:
         event = Event(os.getpid(), op, phase, path.name, values, **more)
@@ -101,7 +101,7 @@ class Program:
                 self.own,
                 every=0.01,
                 sync=self.sync,
-                task_status=task_status,  # type: ignore[arg-type]
+                task_status=task_status,
             )
 
     async def settle(self, op: str, values: dict[str, Value]) -> None:

@@ -296,7 +296,7 @@ def test_with_sync_commit_a_turn_ends_when_it_is_on_disk(tmp_path: Path, disk: D
             disk.fails = True
             for policy in ("rollback", "keep"):
                 with pytest.raises(StateWriteError, match="No space left"):
-                    await chat.say("full", on_cancel=policy)  # type: ignore[arg-type]
+                    await chat.say("full", on_cancel=policy)
                 assert replace(chat.to_saved(), updated=before.updated) == before
             disk.fails = False
             await chat.say("again")

@@ -27,7 +27,7 @@ def test_what_a_journal_keeps_nobody_else_writes(tmp_path: Path) -> None:
         for name in (path, link):
             for write in (lambda n: save_document(n, EMPTY), lambda n: Journal(n, EMPTY)):
                 with pytest.raises(StateBusyError, match="this process") as caught:
-                    write(name)  # type: ignore[no-untyped-call]
+                    write(name)
                 assert (caught.value.path, caught.value.pid) == (str(path), os.getpid())
                 assert isinstance(caught.value, BusyError)
         journal.commit([grown(CHAT, 1)])
