@@ -325,6 +325,43 @@ def test_a_turn_waits_only_for_files_that_follow_it(tmp_path: Path, disk: Disk) 
     run(main)
 
 
+def test_what_is_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+
+    async def main() -> None:
+        async with opened() as llama, opened() as other:
+            chat, foreign = llama.conversation("a"), other.conversation("b")
+            await llama.save(path, [chat])
+            calls: list[tuple[str, Callable[[Any], Awaitable[Any]], list[Any]]] = [
+                ("path", llama.save, [5, None, object()]),
+                ("path", llama.restore, [5, None, object()]),
+                ("path", llama.autosave, [5, None, object()]),
+                ("ids", lambda ids: llama.restore(path, ids), [5, "a", [5], [None]]),
+                (
+                    "conversations",
+                    lambda chats: llama.save(path, chats),
+                    [5, chat, ["a"], [chat, foreign]],
+                ),
+                (
+                    "conversations",
+                    lambda chats: llama.autosave(path, conversations=chats),
+                    [5, chat, ["a"], [foreign]],
+                ),
+                ("format", lambda format: llama.save(path, format=format), ["xml", 5]),
+                ("every", lambda s: llama.autosave(path, every=s), [0, "1", None, float("nan")]),
+                ("deadline", lambda s: llama.autosave(path, deadline=s), [-1, "1", None]),
+            ]
+            for parameter, call, values in calls:
+                for value in values:
+                    with pytest.raises(ParameterError) as caught:
+                        await call(value)
+                    assert caught.value.parameter == parameter
+            assert held(path) == {"a": 0} and len(llama.conversations) == 1
+            await llama.save(path, (one for one in [chat]))
+
+    run(main)
+
+
 def test_an_autosave_that_cannot_begin_keeps_nobody_waiting(tmp_path: Path) -> None:
     path = tmp_path / "auto"
     path.write_bytes(b"rubbish")

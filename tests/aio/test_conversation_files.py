@@ -455,3 +455,35 @@ def test_every_option_is_restored(llama_model: Path, tmp_path: Path) -> None:
     run(talk)
     for source in (path, tmp_path / "auto"):
         run(lambda source=source: go_on(source))  # type: ignore[misc]
+
+
+def test_a_conversation_that_outgrew_its_context_is_restored_with_its_turns(
+    llama_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chats.json"
+    expected: list[Any] = []
+
+    async def go_on(chat: Any, n_turns: int) -> list[Any]:
+        assert chat.n_turns == n_turns
+        found = [(await chat.say("One")).tokens]
+        chat.rewind(3)  # to a turn that is no longer in the context as it was
+        found.append((await chat.say("Two")).tokens)
+        return [found, chat.n_turns, [m.content for m in chat.messages]]
+
+    async def talk() -> None:
+        async with opened(llama_model, n_ctx=128) as llama:
+            chat = llama.conversation("a", params=GREEDY, overflow="truncate_turns")
+            while chat.to_saved().dropped < 4:
+                await chat.say(f"Tell me more of number {chat.n_turns}.")
+            n_turns = chat.n_turns
+            await llama.save(path)
+            expected.append(n_turns)
+            expected.append(await go_on(chat, n_turns))
+
+    async def restored() -> None:
+        async with opened(llama_model, n_ctx=128) as llama:
+            (chat,) = await llama.restore(path)
+            assert await go_on(chat, expected[0]) == expected[1]
+
+    run(talk)
+    run(restored)

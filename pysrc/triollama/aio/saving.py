@@ -88,7 +88,7 @@ async def save(
     await trio.lowlevel.checkpoint()
     chats.core.check_open()
     await chats.core.engine.fingerprint()
-    chosen = list(chats._all.values() if conversations is None else conversations)
+    chosen = list(chats) if conversations is None else _own(chats, conversations)
     keeper = _keeper(chats, path)
     if keeper is not None:
         kept = await _write_kv(chats, path, chosen) if kv else {}
@@ -108,6 +108,19 @@ async def save(
     finally:
         owner.release()
     return document
+
+
+def _own(chats: Conversations, conversations: Iterable[Conversation]) -> list[Conversation]:
+    """Conversations that somebody gave, if they are this Llama's."""
+    given: list[Any] = list(conversations) if isinstance(conversations, Iterable) else [None]
+    for one in given:
+        if not isinstance(one, Conversation) or one._ledger.core is not chats.core:
+            raise ParameterError(
+                f"conversations must be a list of this Llama's own, not {conversations!r}",
+                parameter="conversations",
+                value=conversations,
+            )
+    return given
 
 
 def _keeper(chats: Conversations, path: Any) -> Autosave | None:
@@ -175,7 +188,7 @@ async def restore(
             else await trio.to_thread.run_sync(files.load_document, path)
         )
     same = files.check_model(document.model, await chats.core.engine.fingerprint(), on_mismatch)
-    wanted = None if ids is None else set(ids)
+    wanted = None if ids is None else _ids(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
         missing = wanted - {one.id for one in chosen}
@@ -198,6 +211,15 @@ async def restore(
             chats.add(chat)
     chats._extras.update(document.extras)
     return made
+
+
+def _ids(ids: Iterable[str]) -> set[str]:
+    chosen = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    if isinstance(ids, str) or not all(isinstance(id, str) for id in chosen):
+        raise ParameterError(
+            f"ids must be a list of strings, not {ids!r}", parameter="ids", value=ids
+        )
+    return set(chosen)
 
 
 def _check_replaceable(chats: Conversations, made: Iterable[Conversation]) -> None:
@@ -357,16 +379,19 @@ async def autosave(
     """See ``Llama.autosave``."""
     await trio.lowlevel.checkpoint()
     chats.core.check_open()
-    if not every > 0:
-        raise ParameterError("every must be more than 0", parameter="every", value=every)
-    if not deadline >= 0:
-        raise ParameterError("deadline must be 0 or more", parameter="deadline", value=deadline)
+    for name, value, least in (("every", every, 0.001), ("deadline", deadline, 0.0)):
+        if not isinstance(value, (int, float)) or not value >= least:
+            raise ParameterError(
+                f"{name} must be a number of seconds, {least:g} or more, not {value!r}",
+                parameter=name,
+                value=value,
+            )
     if sync not in ("soon", "commit"):
         raise ParameterError(
             f"sync must be 'soon' or 'commit', not {sync!r}", parameter="sync", value=sync
         )
     await chats.core.engine.fingerprint()
-    ids = None if conversations is None else [one.id for one in conversations]
+    ids = None if conversations is None else [one.id for one in _own(chats, conversations)]
     saver = Autosave(path, document_of(chats, ()), every=every, sync=sync, ids=ids)
     for chat in chats:
         saver.note(chat)
