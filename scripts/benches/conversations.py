@@ -44,7 +44,7 @@ def document(n_messages: int = MESSAGES) -> Document:
         for number in range(n_messages)
     )
     conversation = SavedConversation(
-        id="bench", messages=messages, tokens=tuple(range(4000)), split=(2000, 2000)
+        id="bench", messages=messages, tokens=tuple(range(4000)), batches=(2000, 2000)
     )
     return Document(model=ModelIdentity(fingerprint=bytes(32)), conversations=(conversation,))
 

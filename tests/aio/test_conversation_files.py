@@ -185,6 +185,13 @@ def test_another_model(llama_model: Path, tiny: Any, tmp_path: Path) -> None:
             assert reply.usage.cached_tokens == 0
             other = llama.conversation(messages=chat.messages[:3], params=GREEDY)
             assert (await other.say("More")).tokens == reply.tokens
+            assert chat.n_turns == 2
+            chat.rewind()
+            assert (await chat.say("More")).tokens == reply.tokens
+            assert [m.content for m in chat.messages[:2]] == [SYSTEM, "Hello"]
+            await chat.regenerate()
+            chat.rewind(2)
+            assert [m.content for m in chat.messages] == [SYSTEM]
             assert own.messages == before
             with pytest.raises(ParameterError):
                 await llama.restore(path, on_mismatch="ignore")  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def make_document(n_conversations: int = 3, n_messages: int = 4) -> Document:
                 params={"temperature": 0.5, "logit_bias": {"7": -1.0}},
                 sampler=b"\x00\xff" * 20,
                 tokens=(1, 2, 3, 4, 5),
-                split=(3, 2),
+                batches=(3, 2),
                 adapters=(SavedAdapter(path="a.gguf", scale=0.5, digest=b"d"),),
                 kv=KVFile(name="0" * 32 + ".kv", n_tokens=5, size=100),
             )

@@ -231,7 +231,7 @@ def test_a_document_with_kv_while_each_call_fails_once(tmp_path: Path) -> None:
         saved = write_kv(path, chat.id, key, tokens, blobs[version])
         from msgspec.structs import replace
 
-        chat = replace(chat, tokens=tokens, split=(), kv=saved)
+        chat = replace(chat, tokens=tokens, batches=(), kv=saved)
         return replace(make_document(1), conversations=(chat,))
 
     def save(path: Path, version: int) -> Document:

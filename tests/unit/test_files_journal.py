@@ -30,6 +30,7 @@ from triollama.files import (
     SavedConversation,
     load_document,
 )
+from triollama.files.records import frame
 
 EMPTY = Document(model=ModelIdentity(fingerprint=bytes(32)))
 replace = msgspec.structs.replace
@@ -45,7 +46,7 @@ def grown(conversation: SavedConversation, turn: int, words: int = 5) -> SavedCo
             Message(role="assistant", content=f"{turn}! " * words, tokens=(turn,) * words),
         ),
         tokens=conversation.tokens + (turn,) * words,
-        split=(*conversation.split, words),
+        batches=(*conversation.batches, words),
         sampler=turn.to_bytes(8, "little"),
         updated=NOW,
         n_generated_tokens=conversation.n_generated_tokens + words,
@@ -67,7 +68,7 @@ def test_what_is_committed_is_loaded(tmp_path: Path) -> None:
             a,
             messages=(*a.messages[:6], Message(role="user", content="edit")),
             tokens=a.tokens[:9],
-            split=(9,),
+            batches=(9,),
             title="edited",
             sampler=b"",
         )
@@ -292,11 +293,27 @@ def test_unknown_fields_and_a_later_model(tmp_path: Path) -> None:
     assert replace(chat, id="another") in load_document(path).conversations
 
 
+def test_what_a_later_version_changes_survives(tmp_path: Path) -> None:
+    """Its commits name fields that this version does not know."""
+    path = tmp_path / "auto"
+    chat = SavedConversation(id="a", extras={"shelf": "blue"})
+    with Journal(path, replace(EMPTY, conversations=(chat,))):
+        pass
+    change = {"id": "a", "set": {"title": "new", "mood": {"x": [1]}, "shelf": None}}
+    with path.open("ab") as file:
+        file.write(frame(1, msgspec.msgpack.encode({"changes": [change]})))
+    expected = replace(chat, title="new", extras={"mood": {"x": [1]}, "shelf": None})
+    assert load_document(path).conversations == (expected,)
+    with Journal(path, EMPTY) as journal:
+        journal.commit([grown(expected, 1)])
+    assert load_document(path).conversations == (grown(expected, 1),)
+
+
 def test_it_refuses_what_it_could_not_read_again(tmp_path: Path) -> None:
     path = tmp_path / "auto"
     with Journal(path, EMPTY) as journal:
         for broken in (
-            SavedConversation(id="a", split=(3,), tokens=(1,)),
+            SavedConversation(id="a", batches=(3,), tokens=(1,)),
             SavedConversation(id="a", params={"temperature": -1.0}),
             SavedConversation(id="a", params={"x": object()}),
         ):
@@ -336,7 +353,7 @@ def test_any_history(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
                 expected[name] = grown(old, turn, amount)
             elif what == "rewind":
                 expected[name] = replace(
-                    old, messages=old.messages[:amount], tokens=old.tokens[:amount], split=()
+                    old, messages=old.messages[:amount], tokens=old.tokens[:amount], batches=()
                 )
             elif what == "title":
                 expected[name] = replace(old, title="t" * amount)

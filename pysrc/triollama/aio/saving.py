@@ -25,7 +25,7 @@ from ..files.store import real_path
 from ..params import GenerationParams
 from .adapters import Scaled
 from .conversation import Conversation, Conversations, Overflow
-from .conversation.history import State, now
+from .conversation.history import now
 from .conversation.saved import from_saved
 
 __all__ = ["autosave", "restore", "save"]
@@ -278,7 +278,7 @@ def _revive(
             f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
         )
     params = files.known_params(one.params)
-    state = from_saved(one) if same else State(messages=one.messages, dropped=one.dropped)
+    state = from_saved(one, same=same)
     if state.turns:
         last = state.turns[-1]
         if last.sampler and last.params is not None:

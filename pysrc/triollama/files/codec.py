@@ -296,9 +296,10 @@ def check(saved: Saved, path: str = "", place: str = "$") -> None:
             seen.add(conversation.id)
             check(conversation, path, where)
     elif isinstance(saved, SavedConversation):
-        if sum(saved.split) > len(saved.tokens):
+        n = sum(saved.batches)
+        if n > len(saved.tokens):
             raise StateFormatError(
-                f"the batches hold {sum(saved.split)} tokens, the conversation {len(saved.tokens)}",
+                f"the batches hold {n} tokens, the conversation {len(saved.tokens)}",
                 place=f"{place}.split",
                 path=path,
             )

@@ -167,9 +167,9 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     ``params`` are its generation parameters by name (see ``known_params``). ``template`` is
     the name of a built-in template, Jinja source, or empty for the model's own. ``sampler`` is
     ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
-    ``split`` the sizes of the batches in which the first of them were computed: replaying it
-    gives the same bits in deterministic mode. ``dropped`` messages after the system prompt are no
-    longer shown to the model. ``parent`` is the conversation it was forked from. ``sampler_params``
+    ``batches`` ("split" in files) the sizes of those in which the first of them were computed:
+    replaying them gives the same bits in deterministic mode. ``dropped`` messages after the system
+    prompt are no longer shown to the model. ``parent`` is the conversation it was forked from. ``sampler_params``
     are those of the last turn, where they differ from ``params``. ``overflow``, ``on_cancel``,
     ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow function is saved as
     "function", and variables that are no plain data are not. ``unfinished`` and
@@ -190,7 +190,7 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     params: dict[str, Any] = {}
     sampler: bytes = b""
     tokens: tuple[Token, ...] = ()
-    split: tuple[Position, ...] = ()
+    batches: tuple[Position, ...] = msgspec.field(default=(), name="split")
     dropped: Count = 0
     n_prompt_tokens: Count = 0
     n_generated_tokens: Count = 0

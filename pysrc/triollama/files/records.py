@@ -28,8 +28,8 @@ MAGIC = b"TLJ1"
 _HEADER = struct.Struct("<4sQQII")
 
 # What changes in a conversation turn by turn is saved as a tail; all else as a whole when it
-# differs from before.
-_TAILS = ("messages", "tokens", "split")
+# differs from before. Here fields have the names that files give them.
+_TAILS = {"messages": "messages", "tokens": "tokens", "split": "batches"}
 
 
 class Replayed(NamedTuple):
@@ -62,12 +62,9 @@ def _spread_all(raw: Any) -> Any:
 
 
 # The user's own mappings, in which no field is ours.
-_DATA = ("params", "sampler_params", "tools", "variables")
-_OTHERS = tuple(
-    field.name
-    for field in msgspec.structs.fields(SavedConversation)
-    if field.name not in (*_TAILS, "id", "extras")
-)
+_DATA = ("params", "sampler_params", "unfinished_params", "tools", "variables")
+_FIELDS = {field.encode_name for field in msgspec.structs.fields(SavedConversation)}
+_OTHERS = tuple(sorted(_FIELDS - {*_TAILS, "id", "+"}))
 
 
 def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, Any]:
@@ -75,8 +72,8 @@ def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, An
     if old is None:
         return {"id": new.id, "new": _plain(new)}
     changed: dict[str, Any] = {"id": new.id}
-    for name in _TAILS:
-        was, now = getattr(old, name), getattr(new, name)
+    for name, field in _TAILS.items():
+        was, now = getattr(old, field), getattr(new, field)
         same = _common(was, now)
         if same < len(was) or same < len(now):
             changed[name] = [same, _plain(list(now[same:]))]
@@ -123,8 +120,8 @@ def _apply(conversations: dict[str, SavedConversation], delta: Any, place: str, 
         )
     raw: dict[str, Any] = {"id": name}
     tails: dict[str, tuple[Any, ...]] = {}
-    for tail in _TAILS:
-        was = getattr(old, tail)
+    for tail, field in _TAILS.items():
+        was = getattr(old, field)
         if tail not in delta:
             tails[tail] = was
             continue
@@ -140,13 +137,13 @@ def _apply(conversations: dict[str, SavedConversation], delta: Any, place: str, 
         tails[tail] = was[: change[0]]
         raw[tail] = change[1]
     more = document_from({**raw, "split": []}, SavedConversation, path=path, place=place)
-    split = raw.get("split", [])
-    if not all(type(size) is int and 0 <= size < 2**31 for size in split):
+    sizes = raw.get("split", [])
+    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
         raise StateFormatError("sizes are counts", place=f"{place}.split", path=path)
     fields: dict[str, Any] = {
         "messages": tails["messages"] + more.messages,
         "tokens": tails["tokens"] + more.tokens,
-        "split": tails["split"] + tuple(split),
+        "batches": tails["split"] + tuple(sizes),
     }
     changes = delta.get("set", {})
     extras = delta.get("extras", old.extras)
@@ -155,13 +152,14 @@ def _apply(conversations: dict[str, SavedConversation], delta: Any, place: str, 
     fields["extras"] = extras
     if changes:
         # None stands for fields that may be absent; all of those are None by default.
-        kept = {key: value for key, value in changes.items() if value is not None}
+        kept = {k: v for k, v in changes.items() if v is not None or k not in _FIELDS}
         update = document_from(
             {**kept, "id": name}, SavedConversation, path=path, place=f"{place}.set"
         )
-        for field in changes:
+        fields["extras"] = {**extras, **update.extras}  # fields of a later version
+        for field in changes.keys() & _FIELDS:
             if field not in _OTHERS:
-                raise StateFormatError(f"unknown field {field!r}", place=f"{place}.set", path=path)
+                raise StateFormatError(f"{field!r} cannot be set", place=f"{place}.set", path=path)
             fields[field] = getattr(update, field)
     made = msgspec.structs.replace(old, **fields)
     check(made, path, place)

@@ -25,7 +25,7 @@ def to_saved(state: State, params: dict[str, Any]) -> dict[str, Any]:
     return {
         "messages": state.messages,
         "tokens": state.tokens,
-        "split": tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
+        "batches": tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
         "dropped": state.dropped,
         "sampler": sampler,
         "sampler_params": {} if last == params or not sampler else last,
@@ -34,11 +34,13 @@ def to_saved(state: State, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_saved(one: SavedConversation) -> State:
-    """The state, as far as its tokens are of use. Raises ParameterError."""
+def from_saved(one: SavedConversation, *, same: bool = True) -> State:
+    """The state, as far as its tokens are of use: ``same`` tells that they are this model's and its
+    adapters'. Turns without tokens go by their text. Raises ParameterError."""
+    n_tokens = len(one.tokens) if same else 0
     turns = tuple(
         Turn(at + 1, message.n_context, message.n_computed, b"", None)
-        if message.n_computed <= message.n_context <= len(one.tokens)
+        if message.n_computed <= message.n_context <= n_tokens
         else Turn(at + 1, 0, 0, b"", None)
         for at, message in enumerate(one.messages)
         # Messages given at the start have no reason to have finished; answers to which a shift or
@@ -46,7 +48,8 @@ def from_saved(one: SavedConversation) -> State:
         if message.role == "assistant" and (message.n_context or message.finish_reason)
     )
     if not turns or turns[-1].n_messages != len(one.messages) or not turns[-1].n_tokens:
-        return State(messages=one.messages, dropped=one.dropped)
+        turns = tuple(Turn(turn.n_messages, 0, 0, b"", None) for turn in turns)
+        return State(messages=one.messages, turns=turns, dropped=one.dropped)
     unfinished: tuple[bytes, GenerationParams] | None = None
     if one.unfinished:
         unfinished = one.unfinished, files.known_params(one.unfinished_params)
@@ -59,8 +62,8 @@ def from_saved(one: SavedConversation) -> State:
     return State(
         messages=one.messages,
         tokens=one.tokens,
-        n_computed=sum(one.split) or last.n_computed,
-        cuts=tuple(itertools.accumulate(one.split, initial=0))[:-1],
+        n_computed=sum(one.batches) or last.n_computed,
+        cuts=tuple(itertools.accumulate(one.batches, initial=0))[:-1],
         turns=(*turns[:-1], last),
         dropped=one.dropped,
     )
