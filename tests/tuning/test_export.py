@@ -92,6 +92,8 @@ def test_merging_refuses_what_it_cannot_do(tiny: Any, tmp_path: Path) -> None:
             save_merged(trainer, tmp_path / "no" / "such.gguf")
         with pytest.raises(ValueError, match="own file"):
             save_merged(trainer, tiny("llama"))
+        with pytest.raises(ValueError, match="own file"):
+            save_merged(trainer, tiny("llama"), ftype="q8_0")
         with pytest.raises(ValueError, match="ftype"):
             save_merged(trainer, tmp_path / "m.gguf", ftype="q3_x")
     assert not list(tmp_path.iterdir())

@@ -256,6 +256,25 @@ def test_checkpoints_that_do_not_belong_are_refused(
         refused("cannot be read|no checkpoint|damaged|belongs to|other settings|does not hold")
 
 
+def test_a_checkpoint_replaces_no_other_kind_of_file(
+    path: Path, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    model, data = tmp_path / "model.gguf", tmp_path / "data.jsonl"
+    shutil.copy(path, model)
+    data.write_text('{"text": "a"}\n')
+    for file in (model, data):
+        before = file.read_bytes()
+        run = train(model, dataset, config(max_steps=1), checkpoint=file)
+        with pytest.raises(CheckpointError, match="no checkpoint"), run:
+            pass
+        assert file.read_bytes() == before
+    checkpoint = tmp_path / "run.ckpt"
+    checkpoint.touch()
+    for _ in range(2):  # nothing, or an older checkpoint
+        with train(model, dataset, config(max_steps=1), checkpoint=checkpoint) as run:
+            list(run)
+
+
 def test_forged_checkpoints_are_refused(
     path: Path, dataset: TrainingDataset, tmp_path: Path
 ) -> None:

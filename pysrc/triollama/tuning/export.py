@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._engine import Trainer, quantize, read_gguf
-from ..errors import ModelFormatError, ModelNotFoundError
+from ..errors import ModelFormatError, ModelNotFoundError, ParameterError
 from .config import MAX_RANK
 from .errors import (
     AdapterFileNotFoundError,
@@ -312,6 +312,8 @@ def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str = "au
     ModelSaveError, ParameterError.
     """
     target = os.fspath(path)
+    if os.path.exists(target) and os.path.samefile(target, trainer.path):
+        raise ParameterError("path is the model's own file", parameter="path", value=path)
     if ftype == "auto":
         _, tensors = read_gguf(trainer.path)
         plain = all(tensors[name][0] in ("f32", "f16", "bf16") for name, *_ in trainer.layout)

@@ -203,6 +203,7 @@ class TrainingRun:
         config = self.config
         if self._trainer is not None:
             raise InvalidSettingError("this run has already been entered")
+        self._check_replaceable()
         try:
             self._trainer = Trainer(
                 self._base(),
@@ -233,6 +234,18 @@ class TrainingRun:
             raise
         self.status = "running"
         return self
+
+    def _check_replaceable(self) -> None:
+        """Refuse to put a checkpoint in place of another kind of file, a model's or data."""
+        if self._checkpoint is None or not os.path.exists(self._checkpoint):
+            return
+        with open(self._checkpoint, "rb") as file:
+            head = file.read(4096)
+        if head and not self._resume and b"triollama-checkpoint-" not in head:
+            raise CheckpointError(
+                f"{self._checkpoint} is there and is no checkpoint: it is not replaced; remove it,"
+                " or choose another name"
+            )
 
     def __exit__(
         self,
