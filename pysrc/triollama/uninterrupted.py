@@ -25,9 +25,10 @@ async def uninterrupted(work: Callable[[], Awaitable[T]]) -> T:
         while True:
             try:
                 result = await work()
-                break
             except KeyboardInterrupt as error:
                 interruption = error
-    if interruption is not None:
-        raise interruption
-    return result
+                continue
+            if interruption is not None:
+                raise interruption
+            return result
+    raise AssertionError("a shield alone cancels nothing")

@@ -244,7 +244,8 @@ def unknown_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def known_params(params: Mapping[str, Any]) -> GenerationParams:
     """The parameters this version knows; see ``unknown_params``. Raises ParameterError."""
     fields = GenerationParams.__struct_fields__
-    known = FIRST_DEFAULTS | {name: value for name, value in params.items() if name in fields}
+    known: dict[str, Any] = {**FIRST_DEFAULTS}
+    known |= {name: value for name, value in params.items() if name in fields}
     if isinstance(known.get("logit_bias"), dict):
         # The keys of a JSON object are strings.
         known["logit_bias"] = {
