@@ -13,12 +13,15 @@ import venv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import _native
 from _cache import ROOT, locked
-from _native import ENVIRONMENT, build_native, tree_hash
+from _native import ENVIRONMENT, BuildError, find_native, tree_hash
+from fetch_llama_cpp import FetchError
 
 VENV = ROOT / ".venv"
 STAMP = VENV / "triollama.json"
 LOG = ROOT / "build" / "install.log"
+PROGRAMS_LOG = ROOT / "build" / "upstream-programs.log"
 
 # Everything that the installed package is made from, but for its Python files, which run in place.
 SHAPING = (
@@ -138,27 +141,33 @@ def ensure_environment(extras: Iterable[str]) -> Path:
             str(python), "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check",
             "--progress-bar", "off", "-e", f"{ROOT}[{','.join(chosen)}]",
         ]  # fmt: skip
-        tail: list[str] = []
-        with LOG.open("w", encoding="utf-8") as log, subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace",
-        ) as process:  # fmt: skip
-            assert process.stdout is not None  # asked for above
-            for text in process.stdout:
-                log.write(text)
-                tail = [*tail[-199:], text.rstrip()]
-                progress.feed(text)
-        progress.end()
-        if process.returncode:
-            raise SetupError(_explain(tail))
+        _watch(command, progress, LOG)
         STAMP.write_text(
             json.dumps({"state": state, "extras": chosen, "version": sys.version}), encoding="utf-8"
         )
     return python
 
 
+def _watch(command: Sequence[str], progress: Progress, log: Path) -> None:
+    """Run a command that takes minutes: all it says goes to `log`, how far it is to the user."""
+    tail: list[str] = []
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None  # asked for above
+        for text in process.stdout:
+            file.write(text)
+            tail = [*tail[-199:], text.rstrip()]
+            progress.feed(text)
+    progress.end()
+    if process.returncode:
+        raise SetupError(f"{_explain(tail)}\nThe whole output is in {log}")
+
+
 def _explain(tail: Sequence[str]) -> str:
-    """The part of a failed installation's output that says why."""
+    """The part of a failed command's output that says why."""
     reason = next((i for i, line in enumerate(tail) if "triollama cannot be built:" in line), None)
     if reason is None:
         shown = list(tail)
@@ -168,13 +177,21 @@ def _explain(tail: Sequence[str]) -> str:
         # A failed compiler or CMake has said why before we say that it failed.
         start = reason - 20 if "lines above" in tail[reason] else reason
         shown = list(tail[max(0, start) : end])
-    text = "\n".join([line for line in shown if line.strip()][-30:]).strip()
-    return f"{text}\nThe whole output of the installation is in {LOG}"
+    return "\n".join([line for line in shown if line.strip()][-30:]).strip()
 
 
 def build_upstream_tools(targets: Sequence[str]) -> Path:
     """Build upstream's own programs, such as llama-bench, from the same source and flags.
 
-    Returns the folder that they are in; cached as the libraries are.
+    Returns the folder that they are in; cached as the libraries are. Raises SetupError.
     """
-    return build_native(sorted(targets)).folder / "bin"
+    names = sorted(targets)
+    try:
+        native, ready = find_native(names)
+    except (BuildError, FetchError) as error:
+        raise SetupError(str(error)) from error
+    if not ready:
+        progress = Progress()
+        progress.line(f"building {', '.join(names)} (log: {PROGRAMS_LOG.relative_to(ROOT)})")
+        _watch([sys.executable, str(Path(_native.__file__)), *names], progress, PROGRAMS_LOG)
+    return native.folder / "bin"

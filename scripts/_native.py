@@ -7,6 +7,7 @@ extension against it. Needs the standard library only, since setup.py and the sc
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _cache import ROOT, cache_root, locked
-from fetch_llama_cpp import PIN_FILE, Upstream, locate, read_pin
+from fetch_llama_cpp import PIN_FILE, FetchError, Upstream, locate, read_pin
 
 RECIPE = (PIN_FILE.parent / "CMakeLists.txt", PIN_FILE.parent / "amx_tile_config.h")
 CMAKE_MINIMUM = (3, 20)
@@ -41,11 +42,10 @@ ENVIRONMENT = (
     "SDKROOT", "MACOSX_DEPLOYMENT_TARGET", "SOURCE_DATE_EPOCH",
 )  # fmt: skip
 
-# What stage 1 asks of upstream: the libraries, nothing that talks to a network, no programs.
+# What stage 1 asks of upstream: the libraries. Its programs, which need more, are built by name.
 UPSTREAM_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
-    "-DLLAMA_BUILD_COMMON=ON",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_SERVER=OFF",
@@ -80,6 +80,7 @@ def cmake_args() -> list[str]:
     except ValueError as error:
         raise BuildError(f"CMAKE_ARGS is not well quoted ({error}): {text}") from error
     flags = cache_entries(arguments)
+    _refuse_lto(flags)
     for name in ("BUILD_SHARED_LIBS", "GGML_BACKEND_DL", "GGML_CPU_ALL_VARIANTS"):
         if is_on(flags.get(name, "OFF")):
             raise BuildError(
@@ -88,6 +89,63 @@ def cmake_args() -> list[str]:
                 f"bindings. Remove -D{name}; backends are chosen with -DGGML_CUDA=ON and the like."
             )
     return arguments
+
+
+def _refuse_lto(flags: dict[str, str]) -> None:
+    """Raise BuildError where link-time optimisation is asked for.
+
+    It drops the unwind tables' promise that destructors run when ggml_abort throws through C.
+    """
+    switches = ("CMAKE_INTERPROCEDURAL_OPTIMIZATION", "GGML_LTO")
+    asked = [f"-D{n}={v}" for n, v in flags.items() if n.startswith(switches) and is_on(v)]
+    texts = {n: v for n, v in flags.items() if re.fullmatch(r"CMAKE_\w+_FLAGS(_[A-Z]+)?", n)}
+    texts |= {n: v for n in ENVIRONMENT if n.endswith("FLAGS") and (v := os.environ.get(n))}
+    for name, text in texts.items():
+        options = [o for o in text.split() if o.startswith(("-flto", "-fno-lto"))]
+        if options and options[-1].startswith("-flto"):
+            asked.append(f"{name} with {options[-1]}")
+    if asked:
+        raise BuildError(
+            f"link-time optimisation is asked for ({', '.join(asked)}), and triollama does not "
+            f"support it: what llama.cpp cannot do becomes an exception that passes through its "
+            f"C code, and there LTO loses destructors. Take it back, or add -fno-lto at the end."
+        )
+
+
+_DECLARED = re.compile(r"\boption\s*\(\s*(\w+)|\bset\s*\(\s*(\w+)[^)]*\bCACHE\b")
+_READ = re.compile(r"\$\{(\w+)\}|\b(?:else)?if\s*\(([^\n]*)|\bllama_option_depr\s*\(([^)]*)")
+
+
+def known_switches(source: Path) -> set[str]:
+    """The GGML_ and LLAMA_ variables that upstream's CMake files declare or read; our options."""
+    found: set[str] = set()
+    for file in (*source.rglob("CMakeLists.txt"), *source.rglob("*.cmake")):
+        text = re.sub(r"#[^\n]*", "", file.read_text(encoding="utf-8", errors="replace"))
+        for pattern in (_DECLARED, _READ):
+            for match in pattern.finditer(text):
+                found.update(*(re.findall(r"\w+", group) for group in match.groups() if group))
+    ours = (PIN_FILE.parent / "CMakeLists.txt", ROOT / "engine" / "CMakeLists.txt")
+    options = {
+        match[1]
+        for file in ours
+        for match in re.finditer(r"\boption\((TRIOLLAMA_\w+)", file.read_text(encoding="utf-8"))
+    }
+    return {name for name in found if name.startswith(("GGML_", "LLAMA_"))} | options
+
+
+def check_switches(arguments: Sequence[str], source: Path) -> None:
+    """Raise BuildError for a GGML_, LLAMA_ or TRIOLLAMA_ switch that nothing would look at."""
+    prefixes = ("GGML_", "LLAMA_", "TRIOLLAMA_")
+    given = [name for name in cache_entries(arguments) if name.upper().startswith(prefixes)]
+    known = known_switches(source) if given else set()
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name.upper(), sorted(known), n=1)
+            meant = f" Did you mean -D{near[0]}?" if near else ""
+            raise BuildError(
+                f"CMAKE_ARGS sets {name}, and neither this llama.cpp nor triollama has such a "
+                f"switch.{meant}"
+            )
 
 
 def cache_entries(arguments: Iterable[str]) -> dict[str, str]:
@@ -318,7 +376,12 @@ class Native:
 def jobs() -> int:
     """Compilations at a time: CMAKE_BUILD_PARALLEL_LEVEL, else the CPUs, as memory allows."""
     if given := os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL"):
-        return max(1, int(given))
+        if not re.fullmatch(r"[1-9]\d{0,5}", given.strip()):
+            raise BuildError(
+                f"CMAKE_BUILD_PARALLEL_LEVEL={given} is no number of compilations at a time: set "
+                f"it to 1 or more, or unset it for one a CPU."
+            )
+        return int(given)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -432,23 +495,30 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
     (result / "native.json").write_text(json.dumps(information, indent=1) + "\n", encoding="utf-8")
 
 
+def find_native(targets: Sequence[str] = ()) -> tuple[Native, bool]:
+    """What `build_native` returns for the present flags, and whether it is already there."""
+    arguments = cmake_args()
+    tools = find_tools(arguments)
+    upstream = locate(["build", "tools"] if targets else ["build"])
+    check_switches(arguments, upstream.path)
+    key = native_key(upstream, tools, arguments, targets)
+    folder = cache_root() / "native" / key
+    ready = (folder / ("bin" if targets else "native.json")).exists()
+    return Native(key, folder, upstream, tools, tuple(arguments)), ready
+
+
 def build_native(targets: Sequence[str] = ()) -> Native:
     """llama.cpp's libraries for the present flags, from the cache or built now.
 
     With `targets`, upstream's programs of these names are built instead, into `bin/`.
     """
-    arguments = cmake_args()
-    tools = find_tools(arguments)
-    upstream = locate(["build", "tools"] if targets else ["build"])
-    key = native_key(upstream, tools, arguments, targets)
-    store = cache_root() / "native"
-    folder = store / key
-    native = Native(key, folder, upstream, tools, tuple(arguments))
-    marker = "bin" if targets else "native.json"
-    if (folder / marker).exists():
+    native, ready = find_native(targets)
+    if ready:
         return native
+    key, folder, upstream, tools = native.key, native.folder, native.upstream, native.tools
+    arguments, store = native.arguments, folder.parent
     with locked(store / f"{key}.lock"):
-        if (folder / marker).exists():
+        if folder.exists():  # another process was first; it appears whole
             return native
         print(
             f"building llama.cpp {upstream.commit} with {jobs()} jobs, once, into {folder}",
@@ -470,7 +540,7 @@ def build_native(targets: Sequence[str] = ()) -> Native:
             *common_arguments(tools, arguments),
             *UPSTREAM_FLAGS,
             f"-DTRIOLLAMA_LLAMA_SOURCE={upstream.path}",
-            f"-DLLAMA_BUILD_TOOLS={programs}",
+            f"-DLLAMA_BUILD_COMMON={programs}", f"-DLLAMA_BUILD_TOOLS={programs}",
             # Without these, upstream records the commit of the repository around it, which is ours.
             f"-DLLAMA_BUILD_COMMIT={upstream.commit}", "-DLLAMA_BUILD_NUMBER=0", "-DGIT_EXE=",
             *arguments,
@@ -512,3 +582,10 @@ def build_extension(native: Native, folder: Path, python: str = sys.executable) 
         return next(
             path for path in (folder / "out").rglob("_engine.*") if path.suffix in (".so", ".pyd")
         )
+
+
+if __name__ == "__main__":  # python _native.py PROGRAM...: upstream's programs, for _env.py
+    try:
+        build_native(sys.argv[1:])
+    except (BuildError, FetchError) as error:
+        sys.exit(f"triollama cannot be built: {error}")

@@ -380,8 +380,6 @@ def include_dirs(source: Path, pxd_dir: Path) -> list[Path]:
         ROOT / "engine",
         source / "include",
         source / "ggml" / "include",
-        source / "common",
-        source / "vendor",
         Path(sysconfig.get_paths()["include"]),
         Path(numpy.get_include()),
     ]

@@ -278,12 +278,7 @@ def locate(groups: Sequence[str] = ("build",)) -> Upstream:
     if not given:
         return Upstream(fetch(groups, pin=pin), pin.commit, pinned=True)
     path = Path(given).expanduser().resolve()
-    for needed in (
-        "CMakeLists.txt",
-        "ggml/CMakeLists.txt",
-        "include/llama.h",
-        "common/CMakeLists.txt",
-    ):
+    for needed in ("CMakeLists.txt", "ggml/CMakeLists.txt", "include/llama.h"):
         if not (path / needed).is_file():
             raise FetchError(
                 f"TRIOLLAMA_LLAMA_DIR={given} is no llama.cpp source tree: it has no {needed}"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,19 @@ from triollama.testing import make_tiny_model
 # The threads of libgomp, which upstream's programs have, spin by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-TIMEOUT = 120
-"""Seconds that no test needs: a hang becomes a failure."""
+TIMEOUT = 600
+"""Seconds that no test needs on a quiet machine: a hang becomes a failure."""
 
 RunIsolated = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def slowness() -> float:
+    """How many times longer than on a quiet machine anything may take here and now; 1 to 20."""
+    start = time.perf_counter()
+    sum(i * i for i in range(200_000))
+    speed = (time.perf_counter() - start) / 0.02
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 1.0
+    return min(max(speed, 1.0) * max(load, 1.0), 20.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,16 +44,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
     config.addinivalue_line("markers", "promise(S1, ...): of docs/streams.md, tested here")
     config.addinivalue_line("markers", "model: needs the default model, installed with [demo]")
-    if config.pluginmanager.hasplugin("timeout") and not (
-        config.getini("timeout") or config.getoption("timeout")
-    ):
-        config.option.timeout = TIMEOUT
+    config.addinivalue_line("markers", "upstream: runs upstream's own programs, built before")
+    if config.pluginmanager.hasplugin("timeout") and not config.getoption("timeout"):
+        config.option.timeout = TIMEOUT * slowness()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "default_model_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build upstream's programs before the first test: minutes that are no test's own."""
+    config = session.config
+    needed = any(item.get_closest_marker("upstream") for item in session.items)
+    if config.option.collectonly or not needed:
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from _env import SetupError, build_upstream_tools
+    from benches._upstream import TOOLS
+
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        try:
+            build_upstream_tools(TOOLS)
+        except SetupError as error:  # the tests that need them will fail
+            print(f"\nupstream's programs cannot be built: {error}", file=sys.stderr)
 
 
 class TinyModels:
@@ -84,7 +110,7 @@ def run_isolated(tmp_path: Path) -> RunIsolated:
     """
 
     def run(
-        code: str, *words: object, check: bool = True, timeout: float = TIMEOUT / 2, **env: str
+        code: str, *words: object, check: bool = True, timeout: float = TIMEOUT / 10, **env: str
     ) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "isolated.py"
         script.write_text(textwrap.dedent(code), encoding="utf-8")
@@ -92,7 +118,7 @@ def run_isolated(tmp_path: Path) -> RunIsolated:
             [sys.executable, "-X", "faulthandler", str(script), *map(str, words)],
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=timeout * slowness(),
             env={**os.environ, **env},
             check=False,
         )
@@ -102,6 +128,12 @@ def run_isolated(tmp_path: Path) -> RunIsolated:
         return result
 
     return run
+
+
+@pytest.fixture
+def time_limit() -> Callable[[float], float]:
+    """Turns seconds that are plenty on a quiet machine into a limit for this one, now."""
+    return lambda seconds: seconds * slowness()
 
 
 @pytest.fixture

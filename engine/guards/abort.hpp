@@ -1,7 +1,8 @@
 // A failed GGML_ASSERT ends the process. Inside an AbortScope that was entered it throws instead.
 //
-// ggml_abort() calls its callback before abort(); an exception thrown there passes through ggml's C frames (the ABIs of
-// x86-64 and arm64 give them unwind tables) into llama.cpp, which catches what loading and context creation throw.
+// ggml_abort() calls its callback before abort(); an exception thrown there passes through ggml's C frames (compiled
+// with -fexceptions for that, and without LTO, which loses destructors) into llama.cpp, which catches what loading and
+// context creation throw.
 // Inside a parallel computation it still ends the process: the other threads would wait for ever for the one that left.
 #pragma once
 

@@ -2,7 +2,7 @@
 
 #include "ggml.h"
 #include "gguf.h"
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -1,6 +1,6 @@
 #include "llama/gguf_meta.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 #include "llama/gguf_check.hpp"
 
 namespace triollama {

@@ -1,6 +1,6 @@
 #include "training/adapter.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 #include "llama/gguf_meta.hpp"
 #include "training/random.hpp"
 

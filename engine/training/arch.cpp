@@ -1,6 +1,6 @@
 #include "training/arch.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 
 #include <cmath>
 #include <set>

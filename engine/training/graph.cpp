@@ -1,6 +1,6 @@
 #include "training/graph.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 
 #include "ggml-alloc.h"
 #include "ggml-cpu.h"

@@ -1,6 +1,6 @@
 #include "training/merge.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 
 #include "gguf.h"
 

@@ -1,7 +1,7 @@
 #include "training/model.hpp"
 
 #include "guards/abort.hpp"
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 #include "llama/gguf_check.hpp"
 
 #include "ggml-backend.h"

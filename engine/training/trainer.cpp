@@ -1,6 +1,6 @@
 #include "training/trainer.hpp"
 
-#include "guards/raise.hpp"
+#include "guards/errors.hpp"
 #include "training/merge.hpp"
 #include "training/random.hpp"
 

@@ -11,13 +11,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from _cache import locked
-from _env import build_upstream_tools
-from _native import BuildError, build_native, common_arguments, run_cmake
-from fetch_llama_cpp import FetchError, locate
+from _env import SetupError, build_upstream_tools
+from fetch_llama_cpp import FetchError
 
 # One build serves the benchmarks and the parity tests: what shapes it is all of these names.
-TOOLS = ("llama-bench", "llama-completion", "llama-perplexity")
+TOOLS = (
+    "llama-batched-bench", "llama-bench", "llama-completion", "llama-finetune", "llama-perplexity",
+)  # fmt: skip
 
 
 @functools.cache
@@ -50,51 +50,14 @@ def llama_bench(
     return float(statistics.median(result["samples_ts"]))
 
 
-FINETUNE_RECIPE = """\
-cmake_minimum_required(VERSION 3.20)
-project(finetune C CXX)
-set(CMAKE_CXX_STANDARD 17)
-include("${TRIOLLAMA_NATIVE}/native.cmake")
-add_executable(llama-finetune "${TRIOLLAMA_LLAMA_SOURCE}/examples/training/finetune.cpp")
-foreach(folder include ggml/include common vendor)
-    target_include_directories(llama-finetune PRIVATE "${TRIOLLAMA_LLAMA_SOURCE}/${folder}")
-endforeach()
-target_compile_definitions(llama-finetune PRIVATE ${TRIOLLAMA_NATIVE_DEFINES})
-target_link_libraries(llama-finetune PRIVATE ${TRIOLLAMA_NATIVE_LINK})
-"""
-
-
-@functools.cache
-def finetune_program() -> Path:
-    """Upstream's llama-finetune, one file among its examples, linked to our build's libraries."""
-    native = build_native()
-    source = locate(["build", "examples"]).path
-    folder = native.folder.parent / f"finetune-{native.key}"
-    program = folder / "build" / "llama-finetune"
-    with locked(folder.with_suffix(".lock")):
-        if not program.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "CMakeLists.txt").write_text(FINETUNE_RECIPE)
-            configure = [
-                native.tools.cmake, "-S", str(folder), "-B", str(folder / "build"),
-                *common_arguments(native.tools, native.arguments), "-DCMAKE_BUILD_TYPE=Release",
-                f"-DTRIOLLAMA_NATIVE={native.folder}", f"-DTRIOLLAMA_LLAMA_SOURCE={source}",
-                *native.arguments,
-            ]  # fmt: skip
-            run_cmake(configure, "configuring llama-finetune")
-            build = [native.tools.cmake, "--build", str(folder / "build"), "--config", "Release"]
-            run_cmake(build, "compiling llama-finetune")
-    return program
-
-
 def finetune(model: Path, *, n_tokens: int, threads: int) -> tuple[float, str]:
     """Tokens a second of llama-finetune over rows of ``n_tokens``, a multiple of 256.
 
     Where it does not run, 0.0 and the reason. It trains all weights, in F32; LoRA it has not.
     """
     try:
-        program = finetune_program()
-    except (BuildError, FetchError) as error:
+        program = tool("llama-finetune")
+    except (SetupError, FetchError) as error:
         return 0.0, f"it cannot be built: {error}"
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"

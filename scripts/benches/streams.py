@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import trio
-from _env import build_upstream_tools
 from triollama import GenerationParams, open_llama
 from triollama.aio.native import N_UBATCH
 from triollama.models import default_model
 
 from ._harness import Figure, Options, interleave, sample_figure
 from ._peers import against_peers
+from ._upstream import tool
 
 STREAMS = (1, 2, 4, 8, 16)
 N_PROMPT = 32
@@ -65,9 +65,9 @@ async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
 
 
 def batched_bench_command(n: int, rounds: int) -> list[str]:
-    tool = build_upstream_tools(("llama-batched-bench",)) / "llama-batched-bench"
     return [
-        str(tool), "--model", str(default_model()), "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
+        str(tool("llama-batched-bench")), "--model", str(default_model()),
+        "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
         "-npl", ",".join([str(n)] * rounds), "--ctx-size", str(2048 * 16), "--kv-unified",
         "--ubatch-size", str(N_UBATCH),
         "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",

@@ -55,7 +55,7 @@ def test_a_failure_shows_the_reason(environment: ModuleType) -> None:
     missing = "  triollama cannot be built: a C++ compiler is needed"
     text = environment._explain([*noise, missing, "", "  error: subprocess-exited-with-error", "x"])
     assert text.splitlines()[0] == missing.strip()
-    assert len(text.splitlines()) == 2
+    assert len(text.splitlines()) == 1
 
     failed = "  triollama cannot be built: compiling it failed: the reason is in the lines above."
     text = environment._explain([*noise, "a.cpp: error: oh no", failed, "  the command"])

@@ -165,9 +165,8 @@ def make_tree(folder: Path, llama: str, ggml: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
         path.write_text("".join(f"set({prefix}_VERSION_{part} {n})\n" for part, n in parts))
-    for name in ("include/llama.h", "common/CMakeLists.txt"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).touch()
+    (folder / "include").mkdir(exist_ok=True)
+    (folder / "include" / "llama.h").touch()
 
 
 def test_a_tree_of_ones_own(

@@ -16,6 +16,12 @@ import pytest
 import triollama
 from triollama import _engine
 
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "llama.cpp" / "source"
+needs_source = pytest.mark.skipif(
+    not (SOURCE / "ggml").is_dir(), reason="llama.cpp's source is not unpacked"
+)
+
 
 @pytest.fixture
 def upstream(fetcher: ModuleType, native: ModuleType, tmp_path: Path) -> Any:
@@ -89,6 +95,11 @@ def test_cmake_arguments_are_split_as_a_shell_does(
         ("-DBUILD_SHARED_LIBS=ON", "sets BUILD_SHARED_LIBS=ON.*statically"),
         ("-DGGML_CPU_ALL_VARIANTS:BOOL=TRUE", "sets GGML_CPU_ALL_VARIANTS=TRUE"),
         ("-DA='x", "not well quoted"),
+        ("-DGGML_LTO=ON", r"link-time optimisation is asked for \(-DGGML_LTO=ON\)"),
+        ("-DCMAKE_INTERPROCEDURAL_OPTIMIZATION_RELEASE=1", "optimisation is asked for.*RELEASE=1"),
+        ("-DCMAKE_CXX_FLAGS='-O2 -flto=auto'", "CMAKE_CXX_FLAGS with -flto=auto"),
+        ("-DCMAKE_C_FLAGS_RELEASE='-fno-lto -flto'", "CMAKE_C_FLAGS_RELEASE with -flto"),
+        ("-DCMAKE_MODULE_LINKER_FLAGS=-flto", "CMAKE_MODULE_LINKER_FLAGS with -flto"),
     ],
 )
 def test_refuses_flags_that_cannot_work(
@@ -97,6 +108,82 @@ def test_refuses_flags_that_cannot_work(
     monkeypatch.setenv("CMAKE_ARGS", text)
     with pytest.raises(native.BuildError, match=message):
         native.cmake_args()
+
+
+@pytest.mark.parametrize("name", ["CFLAGS", "CXXFLAGS", "LDFLAGS"])
+def test_lto_in_the_environment_is_refused_unless_taken_back(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Distributions set it for every package they build."""
+    monkeypatch.setenv(name, "-O2 -flto=auto -ffat-lto-objects")
+    with pytest.raises(native.BuildError, match=f"{name} with -flto=auto.*-fno-lto at the end"):
+        native.cmake_args()
+    monkeypatch.setenv(name, "-O2 -flto=auto -fno-lto")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_LTO=OFF -DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF")
+    native.cmake_args()
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("-DGGML_CUDDA=ON", "GGML_CUDA"),
+        ("-Dggml_vulkan:BOOL=ON", "GGML_VULKAN"),
+        ("-DTRIOLLAMA_TEEM=OFF", "TRIOLLAMA_TEAM"),
+        ("-DLLAMA_BULD_TESTS=ON", "LLAMA_BUILD_TESTS"),
+    ],
+)
+@needs_source
+def test_a_switch_that_nothing_reads_is_named_with_the_nearest_known(
+    native: ModuleType, argument: str, meant: str
+) -> None:
+    name = argument[2:].partition("=")[0].partition(":")[0]
+    with pytest.raises(native.BuildError, match=rf"{name}, and .*Did you mean -D{meant}\?"):
+        native.check_switches([argument], SOURCE)
+
+
+@needs_source
+def test_switches_that_upstream_reads_are_accepted(native: ModuleType) -> None:
+    """Declared in one branch, read without being declared, deprecated; and those of others."""
+    names = ["GGML_METAL", "GGML_FMA", "GGML_SCHED_MAX_COPIES", "LLAMA_BUILD_COMMIT", "LLAMA_CUDA"]
+    names += ["GGML_CPU_ARM_ARCH", "TRIOLLAMA_TEAM", "CMAKE_CUDA_ARCHITECTURES", "BLAS_LIBRARIES"]
+    native.check_switches([f"-D{name}=ON" for name in names], SOURCE)
+    for name in ("GGML_USE_CUDA", "TRIOLLAMA_HAVE_PREFIX_MAP"):  # what CMake files only set
+        with pytest.raises(native.BuildError, match=name):
+            native.check_switches([f"-D{name}=ON"], SOURCE)
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "-2", "1.5", "4 cores"])
+def test_a_number_of_jobs_that_is_none(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", given)
+    with pytest.raises(native.BuildError, match=f"CMAKE_BUILD_PARALLEL_LEVEL={given} is no number"):
+        native.jobs()
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "3")
+    assert native.jobs() == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ggml has the system's threads")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
+@pytest.mark.parametrize(("call", "status"), [("GOMP_new_thing", 1), ("omp_get_x", 1), ("puts", 0)])
+def test_what_openmp_lacks_ends_the_build(
+    native: ModuleType, tmp_path: Path, call: str, status: int
+) -> None:
+    compiler, cmake = shutil.which("cc"), native.usable_cmake()
+    if compiler is None or cmake is None:
+        pytest.skip("no C compiler, or no CMake")
+    source, library = tmp_path / "a.c", tmp_path / "a.so"
+    source.write_text(f"void {call}(void); void f(void) {{ {call}(); }}\n")
+    subprocess.run(
+        [compiler, "-w", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+    )
+    script = ROOT / "engine" / "check_symbols.cmake"
+    done = subprocess.run(
+        [cmake, "-DNM=nm", f"-DFILE={library}", "-P", str(script)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert (call in done.stderr, library.exists()) == (bool(status), not status)
 
 
 def test_accepts_static_said_twice(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1 run for real, on a llama.cpp of three one-line libraries."""
+"""Stage 1 run for real, on a llama.cpp of one-line libraries and one program."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ set(LLAMA_VERSION_MAJOR {llama[0]})
 set(LLAMA_VERSION_MINOR {llama[1]})
 set(LLAMA_VERSION_PATCH {llama[2]})
 option(GGML_SMALL "an option" ON)
-foreach(name ggml llama llama-common)
-    string(REPLACE "-" "_" symbol "${{name}}")
-    add_library(${{name}} STATIC "src/${{name}}.c")
-endforeach()
+add_library(ggml STATIC src/ggml.c)
+add_library(llama STATIC src/llama.c)
 target_link_libraries(ggml PRIVATE m)
 target_link_libraries(llama PUBLIC ggml)
 target_compile_definitions(llama PUBLIC SMALL_LLAMA)
-target_link_libraries(llama-common PUBLIC llama)
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${{CMAKE_BINARY_DIR}}/bin)
+if(LLAMA_BUILD_COMMON)
+    add_library(llama-common STATIC common/common.c)
+    target_link_libraries(llama-common PUBLIC llama)
+endif()
+if(LLAMA_BUILD_TOOLS)
+    add_executable(llama-small tools/small.c)
+    target_link_libraries(llama-small PRIVATE llama-common)
+endif()
 """
 
 
@@ -48,15 +54,20 @@ def small(
             (tree / name).touch()
         else:
             (tree / name).mkdir(parents=True, exist_ok=True)
-    for library in ("ggml", "llama", "llama-common"):
-        (tree / "src" / f"{library}.c").write_text(f"int {library.replace('-', '_')} = 1;\n")
+    for library in ("ggml", "llama"):
+        (tree / "src" / f"{library}.c").write_text(f"int {library} = 1;\n")
+    for name, text in (
+        ("common/common.c", "int common(void) { return 0; }\n"),
+        ("tools/small.c", "int common(void); int main(void) { return common(); }\n"),
+    ):
+        (tree / name).parent.mkdir()
+        (tree / name).write_text(text)
     llama = pin.release.partition("-")[0].split(".")
     (tree / "CMakeLists.txt").write_text(CMAKE.format(llama=llama))
     ggml = zip(("MAJOR", "MINOR", "PATCH"), pin.ggml.split("."), strict=True)
     lines = "".join(f"set(GGML_VERSION_{part} {number})\n" for part, number in ggml)
     (tree / "ggml" / "CMakeLists.txt").write_text(lines)
     (tree / "include" / "llama.h").touch()
-    (tree / "common" / "CMakeLists.txt").touch()
     monkeypatch.setenv("TRIOLLAMA_LLAMA_DIR", str(tree))
     return tree
 
@@ -67,11 +78,11 @@ def test_builds_once_and_says_how_to_link(
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_SMALL=OFF -DCMAKE_BUILD_TYPE=Debug")
     built = native.build_native()
     recorded = (built.folder / "native.cmake").read_text()
-    order = [recorded.index(f"/lib{name}.a") for name in ("llama-common", "llama", "ggml")]
+    order = [recorded.index(f"/lib{name}.a") for name in ("llama", "ggml")]
     assert order == sorted(order)
     assert '"-lm"' in recorded  # what ggml itself needs
     assert '"SMALL_LLAMA"' in recorded
-    assert len(list((built.folder / "lib").rglob("*.a"))) == 3
+    assert len(list((built.folder / "lib").rglob("*.a"))) == 2  # none of common's
 
     information = json.loads((built.folder / "native.json").read_text())
     assert information["cmake_args"] == ["-DGGML_SMALL=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
@@ -104,7 +115,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(
         ".partial"
     ]
     compiled = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*.c.o")}
-    assert len(compiled) == 3
+    assert len(compiled) == 2
 
     kept = {}
 
@@ -118,6 +129,29 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(
     assert (built.folder / "native.json").exists()
     assert kept == compiled  # it went on where it stopped
     assert not list((own_cache / "native").glob("*.partial"))
+
+
+def test_programs_are_built_with_what_only_they_need(
+    native: ModuleType, environment: ModuleType, small: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = environment.build_upstream_tools(["llama-small"])
+    program = folder / ("llama-small.exe" if os.name == "nt" else "llama-small")
+    assert subprocess.run([str(program)], check=False).returncode == 0
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].startswith("building llama-small (log: build")
+    assert any(line.startswith("llama.cpp is ready") for line in told)
+    assert environment.build_upstream_tools(["llama-small"]) == folder
+    assert capfd.readouterr().err == ""
+    with pytest.raises(environment.SetupError, match=r"llama-other(?s:.*)whole output is in"):
+        environment.build_upstream_tools(["llama-other"])
+
+
+def test_c_is_compiled_to_let_exceptions_through(native: ModuleType, small: Path) -> None:
+    """What ggml_abort's callback throws has C callers."""
+    (small / "src" / "ggml.c").write_text(
+        "#ifndef __EXCEPTIONS\n#error no unwinding\n#endif\nint ggml = 1;\n"
+    )
+    native.build_native()
 
 
 def test_a_failing_compilation_is_told(

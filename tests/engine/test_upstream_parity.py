@@ -82,6 +82,7 @@ def llama(default_model_path: Path) -> Llama:
 
 
 @pytest.mark.slow
+@pytest.mark.upstream
 @pytest.mark.parametrize("name", PROMPTS)
 def test_greedy_tokens_equal_upstreams(
     name: str, llama: Llama, completion_program: Path, default_model_path: Path, tmp_path: Path

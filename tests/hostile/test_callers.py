@@ -37,7 +37,6 @@ def attack(topic: str, *paths: Path) -> None:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )

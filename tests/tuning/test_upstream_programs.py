@@ -21,7 +21,7 @@ from triollama.tuning import Encoder, check_adapter, evaluate_text
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
 N_CTX = 256
 PROMPT = "The lighthouse keeper had not spoken to anyone for a year, until one morning"
