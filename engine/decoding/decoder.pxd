@@ -5,7 +5,7 @@ from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from llama cimport llama_adapter_lora, llama_context, llama_token
+from llama cimport llama_adapter_lora, llama_context, llama_model, llama_token
 from sampling cimport NativeSampler, NativeSamplingParams, NativeTokenLogprob
 
 
@@ -218,3 +218,10 @@ cdef extern from "decoding/raise.hpp" namespace "triollama" nogil:
         llama_context * ctx, const DecoderConfig & config) except +raise_decoder_error
     void update_stream(NativeDecoder & decoder, const shared_ptr[Stream] & stream, int32_t max_tokens,
                        const NativeSamplingParams * sampling) except +raise_decoder_error
+
+
+cdef extern from "decoding/adapters.hpp" namespace "triollama" nogil:
+    shared_ptr[Reply] open_adapter_between_steps(
+        NativeDecoder & decoder, llama_model * model, const string & path) except +raise_decoder_error
+    shared_ptr[Reply] free_adapter_between_steps(
+        NativeDecoder & decoder, llama_adapter_lora * adapter) except +raise_decoder_error

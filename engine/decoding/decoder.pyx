@@ -19,6 +19,8 @@ from decoder cimport (
     Usage,
     open_decoder,
     update_stream,
+    free_adapter_between_steps,
+    open_adapter_between_steps,
 )
 from llama cimport llama_memory_clear, llama_set_abort_callback, llama_set_embeddings
 

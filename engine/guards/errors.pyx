@@ -31,11 +31,6 @@ cdef extern from "threads/openmp.hpp" namespace "triollama" nogil:
     bint has_own_threads() noexcept
     void retire_threads() noexcept
 
-cdef extern from "llama/gguf_check.hpp" namespace "triollama" nogil:
-    void check_gguf(
-        const string & path, cpp_bool model, const cpp_map[string, double] & overrides
-    ) except +raise_native_error
-
 AbortScope.install()
 
 

@@ -19,10 +19,6 @@ cdef extern from "llama/adapter_file.hpp" namespace "triollama" nogil:
     llama_adapter_lora * open_adapter(
         llama_model * model, const string & path) except +raise_native_error
     void free_adapter(llama_adapter_lora * adapter) noexcept
-    shared_ptr[Reply] open_adapter_between_steps(
-        NativeDecoder & decoder, llama_model * model, const string & path) except +raise_native_error
-    shared_ptr[Reply] free_adapter_between_steps(
-        NativeDecoder & decoder, llama_adapter_lora * adapter) except +raise_native_error
 
 
 cdef str check_adapter_file(Model model, object path):

@@ -61,6 +61,11 @@ from llama cimport (
     llama_split_mode,
 )
 
+cdef extern from "llama/gguf_check.hpp" namespace "triollama" nogil:
+    void check_gguf(
+        const string & path, cpp_bool model, const cpp_map[string, double] & overrides
+    ) except +raise_native_error
+
 cdef dict _SPLIT_MODES = {
     "none": <int>LLAMA_SPLIT_MODE_NONE,
     "layer": <int>LLAMA_SPLIT_MODE_LAYER,
