@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -178,6 +179,36 @@ def test_close_keeps_and_delete_removes(tmp_path: Path) -> None:
             await llama.conversations["a"].make_title()
             await llama.flush()
             assert sorted(held(path)) == ["a", "c"]
+
+    run(main)
+
+
+def test_of_a_closed_conversation_nothing_stays_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "auto"
+
+    def held_in_memory() -> int:
+        gc.collect()
+        return sum(isinstance(one, Message) and "UNLOAD" in one.content for one in gc.get_objects())
+
+    async def talk(llama: Llama) -> None:
+        for name in "abc":
+            chat = llama.conversation(name)
+            await chat.say(f"UNLOAD {name}")
+            assert held_in_memory()
+            chat.close()
+        await llama.flush()
+
+    async def main() -> None:
+        async with opened() as llama, saving(llama, path):
+            await talk(llama)
+            assert held_in_memory() == 0
+            (chat,) = await llama.restore(path, ["b"])
+            assert chat.messages[0].content == "UNLOAD b"
+            await chat.say("More")
+            await llama.flush()
+        async with opened() as llama, saving(llama, path):
+            assert held_in_memory() <= 1  # of what was open
+            assert held(path) == {"a": 2, "b": 4, "c": 2}
 
     run(main)
 

@@ -74,6 +74,9 @@ def steps_of(path: Path) -> list[tuple[str, Any]]:
         ("commit", (a,)),
         ("commit", (grown(a, 2), b)),
         ("compact", (grown(a, 2), b)),
+        ("forget", (grown(a, 2), b)),
+        ("commit", (grown(a, 2), grown(b, 3))),
+        ("forget", (grown(a, 2), grown(b, 3))),
         ("commit", (b,)),  # with one removed
         ("removed by somebody", (grown(b, 2),)),
         ("replaced by somebody", (grown(b, 2), grown(a, 9))),
@@ -95,6 +98,8 @@ def live(path: Path, held: dict[str, Any]) -> None:
             held["journal"] = Journal(path, EMPTY, min_compact=3000)
         elif what == "compact":
             held["journal"].compact()
+        elif what == "forget":
+            held["journal"].forget("ab")
         elif what == "close":
             held.pop("journal").close()
         else:

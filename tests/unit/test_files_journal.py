@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -332,7 +334,9 @@ def test_it_refuses_what_it_could_not_read_again(tmp_path: Path) -> None:
 _changes = st.lists(
     st.tuples(
         st.sampled_from("abc"),
-        st.sampled_from(["grow", "rewind", "title", "remove", "compact", "reopen", "clear"]),
+        st.sampled_from(
+            ["grow", "rewind", "title", "remove", "compact", "reopen", "clear", "forget", "gone"]
+        ),
         st.integers(0, 5),
     ),
     max_size=25,
@@ -364,14 +368,92 @@ def test_any_history(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
                 removed = [name]
             elif what == "compact":
                 journal.compact()
+            elif what == "forget":
+                journal.forget([name, *"abc"[:amount], "nobody"])
+            elif what == "gone":
+                path.unlink()
+                journal.forget("abc"[:amount])
+                journal.compact()
             else:
                 journal.close()
                 journal = Journal(path, EMPTY, min_compact=500)
             journal.commit(expected.values(), removed)
             found = {one.id: one for one in load_document(path).conversations}
             assert found == expected
+            assert {one.id: one for one in journal.document.conversations} == expected
+            assert [journal.find(id) for id in expected] == list(expected.values())
     finally:
         journal.close()
+
+
+def test_what_is_closed_is_in_the_file_alone(tmp_path: Path) -> None:
+    """Memory holds nothing of it, whatever is written; it is read when it is asked for."""
+    path = tmp_path / "auto"
+    words = "".join(map(chr, range(0x4E00, 0x4E00 + 10_000)))
+
+    def chat(number: int, turn: int) -> SavedConversation:
+        said = f"{number} {turn} {words}"
+        return SavedConversation(
+            id=f"{number}", created=NOW, messages=(Message(role="user", content=said),)
+        )
+
+    def fill() -> int:
+        for number in range(100):
+            journal.commit([chat(number, 0)])
+            journal.commit([replace(chat(number, 1), title="t")])
+            journal.forget([f"{number}"])
+        journal.compact()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    with Journal(path, EMPTY, min_compact=1 << 22) as journal:
+        tracemalloc.start()
+        try:
+            assert fill() < 500_000 < journal.size // 6
+        finally:
+            tracemalloc.stop()
+        assert journal.find("7") == replace(chat(7, 1), title="t")
+        assert journal.created("7") == NOW and journal.created("nobody") is None
+        assert [one.id for one in journal.select(["99", "nobody", "3"]).conversations] == [
+            "99",
+            "3",
+        ]
+        written = journal.commit([replace(chat(7, 1), title="new")])
+        assert 0 < written < 200  # what changed, of what was read
+        assert journal.commit([], ["8"]) < 100
+        journal.forget(["7"])
+        size = journal.size
+        journal.forget(["7"])  # it is whole already
+        assert journal.size == size
+        assert len(journal.document.conversations) == 99
+    found = {one.id: one for one in load_document(path).conversations}
+    assert found["7"] == replace(chat(7, 1), title="new") and "8" not in found
+    assert len(found) == 99
+    with Journal(path, EMPTY) as journal:
+        journal.forget(journal.ids())
+        assert {one.id: one for one in journal.document.conversations} == found
+
+
+def test_a_closed_one_whose_bytes_are_gone_takes_no_other_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "auto"
+    a, b, c = (grown(SavedConversation(id=id), 1) for id in "abc")
+    with Journal(path, EMPTY) as journal:
+        journal.commit([a, b, c])
+        journal.forget("ab")
+        data = bytearray(path.read_bytes())
+        place = journal._places["a"].offset
+        data[place + 20] ^= 1
+        path.write_bytes(data)  # somebody writes into the file itself
+        with pytest.raises(StateDamagedError, match="'a'"):
+            journal.find("a")
+        assert journal.find("c") == c
+        journal.compact()
+        assert "'a' is no longer in it; what there is of it is in" in caplog.text
+        journal.commit([grown(c, 2)])
+    assert {one.id for one in load_document(path).conversations} >= {"c"}
+    assert (tmp_path / "auto.found-1").read_bytes() == data
 
 
 KILLING = """

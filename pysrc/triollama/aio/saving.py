@@ -176,6 +176,7 @@ async def restore(
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
     if "overflow" in options:
         chats.check_overflow(options["overflow"])
+    wanted = None if ids is None else _ids(ids)
     if isinstance(source, files.Document):
         document, path = source, None
     else:
@@ -183,12 +184,11 @@ async def restore(
         keeper = _keeper(chats, path)
         # The file may not have yet what was just closed.
         document = (
-            keeper.document()
+            keeper.document(wanted)
             if keeper is not None and keeper.begun
             else await trio.to_thread.run_sync(files.load_document, path)
         )
     same = files.check_model(document.model, await chats.core.engine.fingerprint(), on_mismatch)
-    wanted = None if ids is None else _ids(ids)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
         missing = wanted - {one.id for one in chosen}

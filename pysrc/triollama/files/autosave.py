@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +12,13 @@ from typing import Literal, Protocol
 import msgspec
 import trio
 
-from ..errors import StateError, StateFormatError, StateMismatchError, StateWriteError
+from ..errors import (
+    StateDamagedError,
+    StateError,
+    StateFormatError,
+    StateMismatchError,
+    StateWriteError,
+)
 from .documents import Document, SavedConversation
 from .journal import Journal
 from .store import StrPath, real_path
@@ -63,6 +71,7 @@ class Autosave:
         self._limiter = trio.CapacityLimiter(1)
         self._pending: dict[str, _Change] = {}
         self._writing: dict[str, _Change] = {}
+        self._closing: set[str] = set()  # closed ones that memory still has
         self._refused: dict[str, StateError] = {}  # conversations that cannot be saved, and why
         self._noted = 0  # changes so far
         self._written = 0  # of them, on disk
@@ -80,6 +89,7 @@ class Autosave:
 
     def note(self, chat: Followed, *, soon: bool = False) -> None:
         """It changed, and is to be written ``soon``, or with the next that is."""
+        self._closing.discard(chat.id)
         self._note(chat.id, chat)
         if soon and self._failure is None:
             self._wake.set()
@@ -87,11 +97,13 @@ class Autosave:
     def note_closed(self, chat: Followed) -> None:
         """It stays in the file as it is now."""
         saved = self._saved(chat.id, chat)
-        if saved is not None:
+        if saved is not None and self.follows(chat.id):
+            self._closing.add(chat.id)
             self._note(chat.id, saved)
 
     def note_deleted(self, id: str) -> None:
         """It goes from the file."""
+        self._closing.discard(id)
         self._note(id, None)
 
     def _note(self, id: str, change: _Change) -> None:
@@ -115,25 +127,28 @@ class Autosave:
 
     # What is saved
 
-    def find(self, id: str) -> SavedConversation | None:
-        """What the file holds of a conversation that is not open, or is about to hold."""
+    def created(self, id: str) -> datetime.datetime | None:
+        """When the conversation was begun that the file holds under this id, or is about to, if it
+        is not open. None if there is none, or that is not known."""
         for changes in (self._pending, self._writing):
             if id in changes:
                 change = changes[id]
-                return change if isinstance(change, SavedConversation) else None
-        return None if self._journal is None else self._journal.find(id)
+                return change.created if isinstance(change, SavedConversation) else None
+        return None if self._journal is None else self._journal.created(id)
 
-    def document(self) -> Document:
-        """All that the file holds, or is about to hold of those that are not open."""
-        document = self._document if self._journal is None else self._journal.document
-        saved = {one.id: one for one in document.conversations}
-        for changes in (self._writing, self._pending):
-            for id, change in changes.items():
-                if change is None:
-                    saved.pop(id, None)
-                elif isinstance(change, SavedConversation):
-                    saved[id] = change
-        return msgspec.structs.replace(document, conversations=tuple(saved.values()))
+    def document(self, ids: Iterable[str] | None = None) -> Document:
+        """What the file holds, or is about to hold of those that are not open: all, or those with
+        these ids. Raises StateDamagedError."""
+        if self._journal is None:
+            return self._document
+        changes = {**self._writing, **self._pending}
+        wanted = list(dict.fromkeys([*self._journal.ids(), *changes] if ids is None else ids))
+        here = {id: one for id in wanted if isinstance(one := changes.get(id), SavedConversation)}
+        gone = {id for id in wanted if id in changes and changes[id] is None}
+        document = self._journal.select(id for id in wanted if id not in gone | here.keys())
+        return msgspec.structs.replace(
+            document, conversations=(*document.conversations, *here.values())
+        )
 
     async def save(self, conversations: Iterable[SavedConversation]) -> Document:
         """Put these into the file too, now; what it then holds. Raises as ``flush`` does."""
@@ -174,6 +189,7 @@ class Autosave:
                 Journal, self.path, self._document, abandon_on_cancel=True
             )
             self._check_same()
+            self._closing = set(self._journal.ids()) - self._pending.keys()
             self.begun = True
             try:
                 await self._follow(task_status)
@@ -201,11 +217,11 @@ class Autosave:
         """Refuse to replace what an old file holds by another conversation of the same id."""
         assert self._journal is not None
         for id, change in self._pending.items():
-            old = self._journal.find(id)
+            old = self._journal.created(id)
             chat = change if change is None else self._saved(id, change)
-            if old is not None and chat is not None and old.created not in (None, chat.created):
+            if chat is not None and old not in (None, chat.created):
                 raise StateMismatchError(
-                    f"{self.path} holds another conversation {id!r}, of {old.created}: restore it, "
+                    f"{self.path} holds another conversation {id!r}, of {old}: restore it, "
                     "or give the new one another id",
                     what="conversation",
                 )
@@ -224,14 +240,16 @@ class Autosave:
             saved = self._saved(id, change)
             if saved is not None:
                 news.append(saved)
+        closed = sorted(self._closing)
         try:
             refused: dict[str, StateError] = {}
-            if news or gone or last:
+            if news or gone or closed or last:
                 refused = await trio.to_thread.run_sync(
                     _commit,
                     self._journal,
                     news,
                     gone,
+                    closed,
                     last,
                     abandon_on_cancel=True,  # a disk may hang; one thread at a time all the same
                     limiter=self._limiter,
@@ -253,6 +271,7 @@ class Autosave:
             for id, why in refused.items():
                 self._refuse(id, why)
             self._writing = {}
+            self._closing.difference_update(id for id in closed if id not in self._pending)
             self._written = upto
             self._failure = None
         self._end_round()
@@ -267,12 +286,16 @@ class Autosave:
 
 
 def _commit(
-    journal: Journal, news: list[SavedConversation], gone: list[str], last: bool
+    journal: Journal,
+    news: list[SavedConversation],
+    gone: list[str],
+    closed: list[str],
+    last: bool,
 ) -> dict[str, StateError]:
     """In a thread. Those that cannot be saved, and why; they keep no other back."""
     refused: dict[str, StateError] = {}
     try:
-        news = [_with_kv(journal.find(one.id), one) for one in news]
+        news = [_with_kv(journal, one) for one in news]
         try:
             journal.commit(news, gone)
         except StateFormatError:
@@ -282,14 +305,19 @@ def _commit(
                     journal.commit([one])
                 except StateFormatError as error:
                     refused[one.id] = error
+        with contextlib.suppress(StateWriteError):  # they stay in memory then, until the next round
+            journal.forget(closed)
     finally:
         if last:
             journal.close()
     return refused
 
 
-def _with_kv(old: SavedConversation | None, new: SavedConversation) -> SavedConversation:
+def _with_kv(journal: Journal, new: SavedConversation) -> SavedConversation:
     """The KV that a save put beside the file still serves where the tokens go on from it."""
+    old = None
+    with contextlib.suppress(StateDamagedError):
+        old = journal.find(new.id)
     if new.kv is None and old is not None and old.kv is not None:
         n = old.kv.n_tokens
         if (

@@ -8,10 +8,11 @@ not, unless loaded with ``verify=False``. It is a CRC-32: against accidents, not
 from __future__ import annotations
 
 import codecs
+import datetime
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -30,7 +31,7 @@ from .documents import (
     known_params,
 )
 
-__all__ = ["Format", "check", "decode", "document_from", "encode", "spread"]
+__all__ = ["Format", "check", "decode", "document_from", "encode", "encode_parts", "spread"]
 
 _FAMILY = re.compile(r"triollama-conversations-(\d{1,9})")
 _MAX_NESTING = 200
@@ -63,6 +64,20 @@ def encode(document: Saved, format: Format = "json") -> bytes:
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise StateFormatError(f"it cannot be encoded: {error}") from None
     return _sign(raw, format)
+
+
+def encode_parts(document: Saved, conversations: Iterable[bytes]) -> bytes:
+    """A document without conversations as MessagePack, with those that are encoded already.
+
+    Raises StateFormatError for what cannot be written.
+    """
+    try:
+        plain = msgspec.to_builtins(document, builtin_types=(bytes, datetime.datetime))
+        raw = spread(plain)
+        raw["conversations"] = [msgspec.Raw(one) for one in conversations]
+        return _sign(_PACK.encode(raw), "msgpack")
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise StateFormatError(f"it cannot be encoded: {error}") from None
 
 
 def _with_extras(saved: Saved) -> Iterator[Saved]:

@@ -9,21 +9,24 @@ removed, moved or replaced the file, the next commit writes it anew, with everyt
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
-from collections.abc import Iterable
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ..errors import ClosedError, StateFormatError, StateWriteError
-from .codec import check, decode, encode
+from ..errors import ClosedError, StateDamagedError, StateFormatError, StateWriteError
+from .codec import check, decode, encode_parts
 from .documents import Document, SavedConversation
 from .fingerprint import check_model
 from .owner import Owner
-from .records import MAGIC, delta, frame, replay
+from .records import MAGIC, delta, frame, pack, replay, unpack
 from .store import MAX_BYTES, StrPath, read_bytes, sync_folder, write_all
 
 __all__ = ["Journal"]
@@ -33,6 +36,39 @@ _log = logging.getLogger("triollama.files")
 _MIN_COMPACT = 1 << 20
 _FACTOR = 3
 _FLAGS = os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+class _Place(NamedTuple):
+    """Where in the file a conversation is whole, as of its last commit."""
+
+    offset: int
+    size: int
+    crc: int
+    created: datetime.datetime | None
+
+
+def _places(
+    record: bytes,
+    start: int,
+    parts: Mapping[str, tuple[SavedConversation | None, bytes]],
+    before: Mapping[str, _Place] = MappingProxyType({}),
+) -> dict[str, _Place]:
+    """Those of a record's parts, which are in it one after another."""
+    found = {}
+    at = 0
+    for id, (one, part) in parts.items():
+        at = record.index(part, at)
+        created = before[id].created if one is None else one.created
+        found[id] = _Place(start + at, len(part), zlib.crc32(part), created)
+        at += len(part)
+    return found
+
+
+def _pack(conversation: SavedConversation) -> bytes:
+    try:
+        return pack(conversation)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise StateFormatError(f"it cannot be encoded: {error}") from None
 
 
 class Journal:
@@ -68,10 +104,13 @@ class Journal:
         self._snapshot = 0
         self._rewrite = False
         self._over = False  # whether what is at the path has another name by now
-        self._document = document
-        self._conversations: dict[str, SavedConversation] = {
+        self._document = msgspec.structs.replace(document, conversations=())
+        # None: only the file has it, whole at its place.
+        self._conversations: dict[str, SavedConversation | None] = {
             one.id: one for one in document.conversations
         }
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()  # of the file and the places in it, for who reads meanwhile
         self._owner = Owner(path, keep=True)
         try:
             with self._owner.writing():
@@ -104,7 +143,8 @@ class Journal:
         )
         self._conversations.update(given)
         if given or not same or not self._number:
-            self._document = msgspec.structs.replace(document, extras=old.extras or document.extras)
+            extras = old.extras or document.extras
+            self._document = msgspec.structs.replace(self._document, extras=extras)
             self._rewrite = True  # what is there is known
             self._replace()
         elif self._good < len(data):
@@ -124,13 +164,71 @@ class Journal:
     @property
     def document(self) -> Document:
         """Everything committed so far."""
-        return msgspec.structs.replace(
-            self._document, conversations=tuple(self._conversations.values())
-        )
+        return self.select(list(self._conversations))
+
+    def select(self, ids: Iterable[str]) -> Document:
+        """Of everything the conversations with these ids, as far as there are any."""
+        found = tuple(one for id in ids if (one := self.find(id)) is not None)
+        return msgspec.structs.replace(self._document, conversations=found)
+
+    def ids(self) -> list[str]:
+        """Of all conversations."""
+        return list(self._conversations)
 
     def find(self, id: str) -> SavedConversation | None:
-        """A conversation as committed, if it is there. Also while another thread commits."""
-        return self._conversations.get(id)
+        """A conversation as committed, if it is there. Also while another thread commits. Raises
+        StateDamagedError if only the file had it, and has it no more."""
+        with self._lock:
+            one = self._conversations.get(id)
+            if one is not None or id not in self._conversations:
+                return one
+            data = self._read(id)
+        return unpack(data, path=os.fspath(self.path))
+
+    def created(self, id: str) -> datetime.datetime | None:
+        """When a conversation was begun; None if there is none, or that is not known."""
+        with self._lock:
+            one = self._conversations.get(id)
+            place = self._places.get(id)
+        return one.created if one is not None else place.created if place is not None else None
+
+    def _read(self, id: str) -> bytes:
+        self._open_owner()
+        place = self._places[id]
+        data = os.pread(self._fd, place.size, place.offset)
+        if len(data) < place.size or zlib.crc32(data) != place.crc:
+            raise StateDamagedError(
+                f"the conversation {id!r} is no longer in it", path=os.fspath(self.path)
+            )
+        return data
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Keep these in the file alone, no longer in memory: they are read when they are asked for.
+
+        Those that are not whole in the file are written once more. Raises StateWriteError.
+        """
+        owner = self._open_owner()
+        if not hasattr(os, "pread"):  # Windows
+            return
+        held = {id: one for id in ids if (one := self._conversations.get(id)) is not None}
+        parts = {id: _pack(one) for id, one in held.items() if id not in self._places}
+        if 2 * len(parts) > len(self._conversations):
+            self._replace()
+        elif parts:
+            changes = [{"id": id, "new": msgspec.Raw(part)} for id, part in parts.items()]
+            record = frame(self._number, msgspec.msgpack.encode({"changes": changes}))
+            with owner.writing():
+                owner.check()
+                if self._must_replace(owner, len(record)):
+                    self._replace()
+                else:
+                    start = self._good
+                    self._append(record)
+                    places = _places(record, start, {id: (held[id], parts[id]) for id in parts})
+                    with self._lock:
+                        self._places.update(places)
+        with self._lock:
+            self._conversations.update(dict.fromkeys(held))
 
     @property
     def size(self) -> int:
@@ -148,12 +246,16 @@ class Journal:
         news = dict(self._conversations)
         gone = []
         for name in removed:
-            if news.pop(name, None) is not None:
+            if name in news:
+                del news[name]
                 gone.append(name)
         changes = []
         for conversation in changed:
             check(conversation)
             old = news.get(conversation.id)
+            if old is None and conversation.id in news:
+                with contextlib.suppress(StateDamagedError):  # what is written anew is whole
+                    old = self.find(conversation.id)
             if old is not conversation:
                 try:
                     change = delta(old, conversation)
@@ -175,16 +277,9 @@ class Journal:
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise StateFormatError(f"it cannot be encoded: {error}") from None
         record = frame(self._number, body)
-        size = self._good + len(record)
-        grown = size - self._snapshot
         with owner.writing():
             owner.check()
-            if (
-                self._rewrite
-                or grown > max(self._min_compact, _FACTOR * self._snapshot)
-                or size > self._limit
-                or not self._is_there(owner)
-            ):
+            if self._must_replace(owner, len(record)):
                 before = self._conversations
                 self._conversations = news
                 try:
@@ -193,8 +288,21 @@ class Journal:
                     self._conversations = before
                     raise
             self._append(record)
-        self._conversations = news
+        with self._lock:
+            self._conversations = news
+            for id in (*gone, *(change["id"] for change in changes)):
+                self._places.pop(id, None)
         return len(record)
+
+    def _must_replace(self, owner: Owner, n_bytes: int) -> bool:
+        """Whether so much more is not to be appended."""
+        size = self._good + n_bytes
+        return (
+            self._rewrite
+            or size - self._snapshot > max(self._min_compact, _FACTOR * self._snapshot)
+            or size > self._limit
+            or not self._is_there(owner)
+        )
 
     def _is_there(self, owner: Owner) -> bool:
         """Whether the path still holds what was written: nobody removed, moved or replaced it."""
@@ -237,17 +345,30 @@ class Journal:
                         f"replaced by what is now {aside}" if aside else "removed",
                     )
         self._rewrite = True  # until it is done, nothing may be appended to the old file
-        record = frame(0, encode(self.document, "msgpack"))
+        parts: dict[str, tuple[SavedConversation | None, bytes]] = {}
+        lost = []
+        for id, one in self._conversations.items():
+            try:
+                parts[id] = (one, self._read(id) if one is None else _pack(one))
+            except StateDamagedError as error:
+                lost.append(id)
+                _log.error("%s; what there is of it is in %s", error, owner.set_aside())
+        record = frame(0, encode_parts(self._document, [part for _, part in parts.values()]))
         if len(record) > self._limit:
             raise StateWriteError(
                 f"{os.fspath(owner.path)!r} would have {len(record)} bytes; at most {self._limit} "
                 "are read again",
                 path=os.fspath(owner.path),
             )
+        places = _places(record, 0, parts, self._places)
         fd = owner.replace(record, over=self._over)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = fd
+            self._places = places
+            for id in lost:
+                del self._conversations[id]
         self._good = self._snapshot = len(record)
         self._number = 1
         self._rewrite = self._over = False

@@ -20,7 +20,7 @@ from ..errors import StateDamagedError, StateFormatError, StateVersionError
 from .codec import check, decode, document_from, spread
 from .documents import Document, SavedConversation
 
-__all__ = ["MAGIC", "Replayed", "delta", "frame", "replay"]
+__all__ = ["MAGIC", "Replayed", "delta", "frame", "pack", "replay", "unpack"]
 
 _log = logging.getLogger("triollama.files")
 
@@ -89,6 +89,16 @@ def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, An
     if old.extras != new.extras:
         changed["extras"] = new.extras
     return changed
+
+
+def pack(conversation: SavedConversation) -> bytes:
+    """The whole of one, as it is in a record."""
+    return msgspec.msgpack.encode(_plain(conversation))
+
+
+def unpack(data: bytes, *, path: str = "") -> SavedConversation:
+    """What ``pack`` gave."""
+    return document_from(msgspec.msgpack.decode(data), SavedConversation, path=path)
 
 
 def _common(old: tuple[Any, ...], new: tuple[Any, ...]) -> int:

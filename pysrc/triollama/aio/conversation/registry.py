@@ -186,8 +186,8 @@ class Conversations:
     def check_kept(self, id: str, created: datetime.datetime | None = None) -> None:
         """Refuse an id under which an autosave's file holds another conversation that is closed."""
         for autosave in self._autosaves:
-            old = autosave.find(id) if autosave.follows(id) and id not in self._all else None
-            if old is not None and old.created not in (None, created):
+            closed = autosave.follows(id) and id not in self._all
+            if closed and autosave.created(id) not in (None, created):
                 raise ParameterError(
                     f"{autosave.path} holds a conversation {id!r} that is closed: restore it (then "
                     "it can be deleted), or take another id",
