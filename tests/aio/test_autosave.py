@@ -23,7 +23,14 @@ from triollama.errors import (
     StateMismatchError,
     StateWriteError,
 )
-from triollama.files import Journal, Message, autosave, load_document, save_document
+from triollama.files import (
+    Journal,
+    Message,
+    autosave,
+    kv_folder,
+    load_document,
+    save_document,
+)
 from triollama.testing import FakeEngine, open_fake_llama
 
 replace = msgspec.structs.replace
@@ -132,6 +139,19 @@ def test_save_onto_the_file_of_an_autosave(tmp_path: Path) -> None:
                 kept = load_document(path).conversations[0]
                 assert len(kept.messages) == 4
                 assert kept.kv is not None and kept.kv.n_tokens < len(kept.tokens)
+                # KV of a closed conversation stays when that of another is saved.
+                closed = llama.conversation("closed", template="chatml")
+                await closed.say("Hello")
+                await llama.save(path, [closed], kv=True)
+                closed.close()
+                await llama.flush()
+                await llama.save(path, [chat], kv=True)
+                assert len(os.listdir(kv_folder(path))) == 2
+                (closed,) = await llama.restore(path, ["closed"])
+                assert (await closed.say("More")).usage.cached_tokens > 0
+                closed.delete()
+                await llama.save(path, kv=True)
+                assert len(os.listdir(kv_folder(path))) == 1
                 with pytest.raises(StateBusyError):
                     save_document(path, document)
                 async with opened() as other:

@@ -92,8 +92,9 @@ async def save(
     keeper = _keeper(chats, path)
     if keeper is not None:
         kept = await _write_kv(chats, path, chosen) if kv else {}
-        document = await keeper.save([chat.to_saved(kept.get(chat.id)) for chat in chosen])
-        await trio.to_thread.run_sync(_remove_kv, path, document)
+        document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
+        belonging = await keeper.save(document.conversations)
+        await trio.to_thread.run_sync(files.remove_kv_except, path, belonging)
         return document
     owner = await trio.to_thread.run_sync(Owner, path, abandon_on_cancel=True)
     try:
@@ -102,7 +103,7 @@ async def save(
 
         def write() -> None:
             files.write_document(owner, document, format)
-            _remove_kv(path, document)
+            files.remove_kv_except(path, [one.kv for one in document.conversations])
 
         await trio.to_thread.run_sync(write)
     finally:
@@ -141,10 +142,6 @@ async def _write_kv(
                 files.write_kv, path, chat.id, kv_key(chats, chat), tokens, blob
             )
     return written
-
-
-def _remove_kv(path: Any, document: files.Document) -> None:
-    files.remove_kv_except(path, [one.kv for one in document.conversations])
 
 
 async def _kv_of(chats: Conversations, chat: Conversation) -> tuple[tuple[int, ...], bytes] | None:

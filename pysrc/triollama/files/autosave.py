@@ -19,7 +19,7 @@ from ..errors import (
     StateMismatchError,
     StateWriteError,
 )
-from .documents import Document, SavedConversation
+from .documents import Document, KVFile, SavedConversation
 from .journal import Journal
 from .store import StrPath, real_path
 
@@ -150,13 +150,14 @@ class Autosave:
             document, conversations=(*document.conversations, *here.values())
         )
 
-    async def save(self, conversations: Iterable[SavedConversation]) -> Document:
-        """Put these into the file too, now; what it then holds. Raises as ``flush`` does."""
+    async def save(self, conversations: Iterable[SavedConversation]) -> list[KVFile]:
+        """Put these into the file too, now. All KV files that belong to it then. Raises as
+        ``flush`` does."""
         for one in conversations:
             self._pending[one.id] = one
             self._noted += 1
         await self.flush()
-        return self.document()
+        return [] if self._journal is None else self._journal.kv_files()
 
     async def flush(self, id: str | None = None) -> None:
         """Return when every change so far is on disk.

@@ -23,7 +23,7 @@ import msgspec
 
 from ..errors import ClosedError, StateDamagedError, StateFormatError, StateWriteError
 from .codec import check, decode, encode_parts
-from .documents import Document, SavedConversation
+from .documents import Document, KVFile, SavedConversation
 from .fingerprint import check_model
 from .owner import Owner
 from .records import MAGIC, delta, frame, pack, replay, unpack
@@ -45,6 +45,7 @@ class _Place(NamedTuple):
     size: int
     crc: int
     created: datetime.datetime | None
+    kv: KVFile | None
 
 
 def _places(
@@ -58,8 +59,8 @@ def _places(
     at = 0
     for id, (one, part) in parts.items():
         at = record.index(part, at)
-        created = before[id].created if one is None else one.created
-        found[id] = _Place(start + at, len(part), zlib.crc32(part), created)
+        of = before[id] if one is None else one
+        found[id] = _Place(start + at, len(part), zlib.crc32(part), of.created, of.kv)
         at += len(part)
     return found
 
@@ -188,9 +189,14 @@ class Journal:
     def created(self, id: str) -> datetime.datetime | None:
         """When a conversation was begun; None if there is none, or that is not known."""
         with self._lock:
-            one = self._conversations.get(id)
-            place = self._places.get(id)
-        return one.created if one is not None else place.created if place is not None else None
+            found = self._conversations.get(id) or self._places.get(id)
+        return None if found is None else found.created
+
+    def kv_files(self) -> list[KVFile]:
+        """Those that belong to what it holds."""
+        with self._lock:
+            found = [one or self._places[id] for id, one in self._conversations.items()]
+        return [one.kv for one in found if one.kv is not None]
 
     def _read(self, id: str) -> bytes:
         self._open_owner()
