@@ -8,8 +8,6 @@ from triollama.errors import (
     ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
 )
 
-from libcpp.map cimport map as cpp_map
-
 from llama cimport raise_native_error
 
 cdef extern from "guards/abort.hpp" namespace "triollama" nogil:

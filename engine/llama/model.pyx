@@ -5,6 +5,8 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.string cimport memcpy
 
+from libcpp.map cimport map as cpp_map
+
 from ggml cimport (
     ggml_backend_buffer_type_t,
     ggml_backend_buft_name,
