@@ -284,6 +284,73 @@ def test_files(world: World, tmp_path: Path) -> None:  # noqa: F811
     world.run(main, threads=True)
 
 
+@pytest.mark.promise("S27")
+def test_a_turn_that_ends_on_disk(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """With ``sync="commit"``: cancelled it is neither in memory nor in the file, else in both."""
+    path = tmp_path / "auto"
+
+    async def autosave(llama: Llama, task_status: Any) -> None:
+        await llama.autosave(path, sync="commit", every=1000.0, task_status=task_status)
+
+    async def main() -> None:
+        async with world.open() as llama, trio.open_nursery() as nursery:
+            await nursery.start(autosave, llama)
+            for n in range(1, 200):
+                chat = llama.conversation(f"{n}", params=SHORT)
+                await chat.say("Hello")
+                found = await cut(lambda: chat.say("And then?"), n)  # noqa: B023
+                assert chat.n_turns == (1 if found.cancelled else 2)
+                saved = {one.id: one for one in load_document(path).conversations}[chat.id]
+                assert saved.messages == chat.messages
+                chat.delete()
+                if not found.reached:
+                    break
+            else:
+                pytest.fail("it never came to its end")
+            assert n > 2
+            nursery.cancel_scope.cancel()
+
+    world.run(main, threads=True)
+
+
+@pytest.mark.promise("S27")
+def test_an_autosave(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Wherever it is cancelled, what it had begun to keep is in its file, and the file is free."""
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with world.open() as llama:
+            chat = llama.conversation("a", params=SHORT)
+            await chat.say("Hello")
+            kept = 0
+            for n in range(1, 30):
+                begun = trio.Event()
+
+                async def follow(begun: trio.Event = begun) -> None:
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(llama.autosave, path)
+                        begun.set()
+                        chat.title = "new"
+                        await llama.flush()
+                        nursery.cancel_scope.cancel()
+
+                found = await cut(follow, n)
+                if begun.is_set():
+                    (saved,) = load_document(path).conversations
+                    assert saved.messages == chat.messages
+                    assert saved.title == "new"
+                    kept += 1
+                chat.title = ""
+                while (tmp_path / ".auto.lock").exists():  # a thread that was left behind
+                    await trio.sleep(0.001)
+                path.unlink(missing_ok=True)
+                if not found.reached:
+                    break
+            assert kept > 1
+
+    world.run(main, threads=True)
+
+
 @pytest.mark.promise("S23")
 def test_adapters(world: World) -> None:  # noqa: F811
     async def main() -> None:
