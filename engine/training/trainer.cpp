@@ -278,7 +278,7 @@ RowResult Trainer::forward_backward(const TrainingRow & row) {
         backward();
         ++n_rows;
         return result;
-    } catch (const training_aborted &) {
+    } catch (...) {
         adapters->clear_gradients();   // some layers have added theirs and some have not
         throw;
     }
