@@ -24,7 +24,6 @@ from typing import Any
 
 import trio
 import triollama
-from triollama.files import load_document
 
 MAX_LINE = 100_000
 MAX_WAITING = 16
@@ -121,10 +120,12 @@ class ChatServer:
                 self._left[id] = trio.current_time()
 
     async def _wake(self, id: str) -> triollama.Conversation:
-        document = await trio.to_thread.run_sync(load_document, self.path)
-        if any(one.id == id for one in document.conversations):
-            return (await self.llama.restore(document, [id]))[0]
-        return self.llama.conversation(id, **self.options)
+        try:
+            return (await self.llama.restore(self.path, [id]))[0]
+        except triollama.ParameterError as error:
+            if error.parameter != "ids":
+                raise
+            return self.llama.conversation(id, **self.options)  # the file has none
 
     async def _talk(self, chat: triollama.Conversation, lines: Lines) -> None:
         """Answer until the client goes; then the answer that runs is cancelled."""
