@@ -19,6 +19,7 @@ from llama cimport (
     llama_token_data,
     llama_vocab,
 )
+from model_files cimport ModelFiles
 from sampling cimport NativeGrammar, NativeSampler, NativeSamplingParams, NativeTextStream
 from insides cimport AbortFlag
 
@@ -42,6 +43,7 @@ cdef class Owner:
 
 cdef class Model(Owner):
     cdef llama_model * ptr
+    cdef ModelFiles * files     # what it was loaded from
     cdef readonly str path
     cdef readonly bint vocab_only
     cdef readonly bint repacked         # weights may be repacked for speed: not for training

@@ -1,5 +1,6 @@
 #include "guards/abort.hpp"
 
+#include "guards/model_files.hpp"
 #include "threads/openmp.hpp"
 
 #include <cstdio>
@@ -13,7 +14,9 @@ int32_t guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context 
     if (in_parallel() >= 0) {
         scope.enter();
     }
-    return compute(ctx, batch);
+    const int32_t code = compute(ctx, batch);
+    ModelFiles::check(llama_get_model(ctx));
+    return code;
 }
 
 }  // namespace

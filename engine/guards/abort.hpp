@@ -40,7 +40,8 @@ private:
     int entered = 0;
 };
 
-// llama_decode and llama_encode inside an AbortScope. After a native_abort the context can only be freed.
+// llama_decode and llama_encode inside an AbortScope. After a native_abort the context can only be freed, and after
+// model_changed the model: see model_files.hpp.
 int32_t guarded_decode(llama_context * ctx, const llama_batch & batch);
 int32_t guarded_encode(llama_context * ctx, const llama_batch & batch);
 

@@ -1,7 +1,10 @@
 // The exceptions of our own native code. raise.hpp turns each into its Python class.
 #pragma once
 
+#include <cerrno>
+#include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace triollama {
 
@@ -18,6 +21,20 @@ struct state_error : std::runtime_error {
 // A file that is not what it should be (model, adapter).
 struct format_error : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+
+// What a model computes no longer counts: its file was cut, or written to.
+struct model_changed : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// What the operating system refused to do with a file; errno says why.
+struct file_error : std::runtime_error {
+    explicit file_error(const std::string & path, int code = errno)
+        : std::runtime_error(path + ": " + std::strerror(code)), path(path), code(code) {}
+
+    std::string path;
+    int code;
 };
 
 // What the native library, or hardware, cannot do.

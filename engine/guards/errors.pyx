@@ -4,7 +4,7 @@
 from triollama.errors import (
     AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint
     DecodeError, EngineError, ForkedError, GrammarError, LoadCancelled, ModelError,  # no-cython-lint
-    ModelFormatError, ModelNotFoundError, NoSlotError, OutOfMemoryError,  # no-cython-lint
+    ModelChangedError, ModelFormatError, ModelNotFoundError, NoSlotError, OutOfMemoryError,  # no-cython-lint
     ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
 )
 

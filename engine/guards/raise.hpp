@@ -25,6 +25,17 @@ inline void raise_typed(const char * class_name, const char * message) {
     Py_XDECREF(module);
 }
 
+// An OSError of the class that fits its errno.
+inline void raise_file_error(const file_error & e) {
+    PyObject * path = PyUnicode_DecodeFSDefault(e.path.c_str());
+    PyObject * args = path ? Py_BuildValue("(isO)", e.code, std::strerror(e.code), path) : nullptr;
+    if (args) {
+        PyErr_SetObject(PyExc_OSError, args);
+    }
+    Py_XDECREF(args);
+    Py_XDECREF(path);
+}
+
 // The handler of every `except +raise_native_error` declaration. Called with the GIL, inside the catch block.
 inline void raise_native_error() {
     try {
@@ -35,6 +46,10 @@ inline void raise_native_error() {
         raise_typed("StateError", e.what());
     } catch (const format_error & e) {
         raise_typed("ModelFormatError", e.what());
+    } catch (const model_changed & e) {
+        raise_typed("ModelChangedError", e.what());
+    } catch (const file_error & e) {
+        raise_file_error(e);
     } catch (const unsupported_error & e) {
         raise_typed("UnsupportedError", e.what());
     } catch (const std::bad_alloc &) {

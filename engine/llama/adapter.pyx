@@ -1,10 +1,15 @@
 """LoRA adapters and control vectors."""
 from gguf cimport (
+    gguf_context,
+    gguf_free,
+    gguf_get_data_offset,
     gguf_get_n_tensors,
     gguf_get_tensor_name,
     gguf_get_tensor_offset,
     gguf_get_tensor_size,
     gguf_get_tensor_type,
+    gguf_init_from_file,
+    gguf_init_params,
 )
 from ggml cimport GGML_TYPE_F32
 from llama cimport (
@@ -28,17 +33,22 @@ cdef str check_adapter_file(Model model, object path):
         raise UnsupportedError("the model was loaded with vocab_only=True")
     cdef bytes raw_path = path_bytes("path", path)
     cdef string checked_path = raw_path
-    cdef cpp_map[string, double] numbers
     cdef str name = os.fsdecode(raw_path)
     check_magic(name, "the adapter ", AdapterError)
     try:
         with nogil:
-            check_gguf(checked_path, False, numbers)
+            check_gguf(checked_path)
     except OutOfMemoryError:
         raise
     except TriollamaError as error:
         raise AdapterError(
             f"{name} is no adapter that llama.cpp can load: {error}", path=name) from None
+    unused = [tensor for tensor in read_gguf(name)[1] if tensor.endswith("_norm.weight")]
+    if unused:
+        import logging
+        logging.getLogger("triollama").warning(
+            "llama.cpp makes no use of %d tensors of the adapter %s: %s",
+            len(unused), name, ", ".join(unused[:4]))
     return name
 
 

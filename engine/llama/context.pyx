@@ -43,7 +43,6 @@ from llama cimport (
     llama_get_logits_ith,
     llama_get_memory,
     llama_get_pooling_type,
-    llama_init_from_model,
     llama_max_parallel_sequences,
     llama_n_batch,
     llama_n_ctx,
@@ -63,6 +62,10 @@ from llama cimport (
     llama_synchronize,
 )
 from insides cimport AbortFlag, settle, why_no_cache, why_no_shift
+
+cdef extern from "llama/load.hpp" namespace "triollama" nogil:
+    llama_context * make_context(
+        llama_model * model, const llama_context_params & params) except +raise_native_error
 
 cdef dict _KV_TYPES = {
     "f32": <int>GGML_TYPE_F32,
@@ -286,14 +289,15 @@ cdef class Context(Owner):
         cdef int outputs = <int>params.n_outputs_max if params.n_outputs_max else n_batch_clipped
         check_fits_memory(model, total, min(<int>params.n_ubatch, n_batch_clipped), outputs,
                           params.type_k, params.type_v, model.n_layer)
-        cdef AbortScope scope
         begin_log()
         self.model = model
         model.readers += 1      # until we are one of its children
         try:
             with nogil:
-                scope.enter()
-                self.ptr = llama_init_from_model(model.ptr, params)
+                self.ptr = make_context(model.ptr, params)
+        except ModelFormatError as error:
+            raise ModelFormatError(f"{model.path} cannot be computed: {error}",
+                                   path=model.path) from None
         finally:
             model.readers -= 1
             flush_log()

@@ -3,6 +3,7 @@
 #include "ggml.h"
 #include "gguf.h"
 #include "guards/errors.hpp"
+#include "llama-arch.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -10,7 +11,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 namespace triollama {
@@ -24,13 +27,14 @@ constexpr double   max_window = 1 << 28;
 // Buffered forward reading that can skip. Every failure says where it happened.
 class Reader {
 public:
-    explicit Reader(const std::string & path) : file(std::fopen(path.c_str(), "rb"), &std::fclose), buffer(1 << 18) {
+    explicit Reader(const std::string & path)
+        : path(path), file(std::fopen(path.c_str(), "rb"), &std::fclose), buffer(1 << 18) {
         if (!file) {
-            throw std::runtime_error(std::strerror(errno));
+            throw file_error(path);
         }
         std::setvbuf(file.get(), nullptr, _IONBF, 0);
         if (std::fseek(file.get(), 0, SEEK_END) != 0) {
-            throw std::runtime_error(std::strerror(errno));
+            throw file_error(path);
         }
 #if defined(_WIN32)
         const int64_t end = _ftelli64(file.get());
@@ -38,7 +42,7 @@ public:
         const int64_t end = ftello(file.get());
 #endif
         if (end < 0) {
-            throw std::runtime_error(std::strerror(errno));
+            throw file_error(path);
         }
         n_bytes = uint64_t(end);
         seek(0);
@@ -97,7 +101,7 @@ private:
         const int failed = fseeko(file.get(), off_t(position), SEEK_SET);
 #endif
         if (failed) {
-            throw std::runtime_error(std::strerror(errno));
+            throw file_error(path);
         }
         base = position;
         at = filled = 0;
@@ -110,7 +114,10 @@ private:
                 at = 0;
                 filled = std::fread(buffer.data(), 1, buffer.size(), file.get());
                 if (filled == 0) {
-                    fail("the file cannot be read");
+                    if (std::ferror(file.get())) {
+                        throw file_error(path);
+                    }
+                    fail("the file ends too early");
                 }
             }
             const size_t part = size_t(std::min<uint64_t>(n, filled - at));
@@ -121,6 +128,7 @@ private:
         }
     }
 
+    std::string path;
     std::unique_ptr<FILE, int (*)(FILE *)> file;
     std::vector<char> buffer;
     uint64_t n_bytes = 0;
@@ -129,8 +137,13 @@ private:
     size_t filled = 0;
 };
 
+enum class Kind { number, real, boolean, text, array };
+
+constexpr const char * kind_names[] = {"an integer", "a float", "a bool", "text", "an array"};
+
 struct Metadata {
     std::map<std::string, double> numbers;      // scalars, and the first of short integer arrays
+    std::map<std::string, Kind> kinds;
     std::string architecture;
     uint32_t alignment = GGUF_DEFAULT_ALIGNMENT;
 
@@ -144,6 +157,16 @@ struct Metadata {
         return true;
     }
 };
+
+Kind kind_of(uint32_t type) {
+    switch (type) {
+        case GGUF_TYPE_ARRAY:                           return Kind::array;
+        case GGUF_TYPE_STRING:                          return Kind::text;
+        case GGUF_TYPE_BOOL:                            return Kind::boolean;
+        case GGUF_TYPE_FLOAT32: case GGUF_TYPE_FLOAT64: return Kind::real;
+        default:                                        return Kind::number;
+    }
+}
 
 size_t scalar_size(uint32_t type) {
     switch (type) {
@@ -204,6 +227,7 @@ Metadata read_metadata(Reader & in, uint64_t n_keys) {
     for (uint64_t i = 0; i < n_keys; ++i) {
         const std::string key = in.get_string(65535);
         const uint32_t type = in.get<uint32_t>();
+        meta.kinds[key] = kind_of(type);
         if (type == GGUF_TYPE_ARRAY) {
             read_array(in, key, meta);
         } else if (type == GGUF_TYPE_STRING) {
@@ -247,6 +271,29 @@ bool can_multiply(ggml_type type) {
 // Tables of indices, which some architectures have beside their weights.
 bool is_table(const std::string & name) {
     return name.find("tid2eid") != std::string::npos || name.find("d2t") != std::string::npos;
+}
+
+// What llama.cpp reads in place of the file's value. It ignores one of another type, with a warning in its log.
+void override(Metadata & meta, const llama_model_kv_override & given) {
+    const std::string key = given.key;
+    const Kind kind = given.tag == LLAMA_KV_OVERRIDE_TYPE_INT     ? Kind::number
+                      : given.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT ? Kind::real
+                      : given.tag == LLAMA_KV_OVERRIDE_TYPE_BOOL  ? Kind::boolean
+                                                                  : Kind::text;
+    const auto known = meta.kinds.find(key);
+    if (known != meta.kinds.end() && known->second != kind) {
+        throw std::invalid_argument("kv_overrides: " + key + " is " + kind_names[int(known->second)] + " in the file, not "
+            + kind_names[int(kind)]);
+    }
+    switch (kind) {
+        case Kind::number:  meta.numbers[key] = double(given.val_i64); break;
+        case Kind::real:    meta.numbers[key] = given.val_f64; break;
+        case Kind::boolean: meta.numbers[key] = given.val_bool; break;
+        default:
+            if (key == "general.architecture") {
+                meta.architecture = given.val_str;
+            }
+    }
 }
 
 void read_tensors(Reader & in, uint64_t n_tensors, const Metadata & meta, bool model) {
@@ -307,6 +354,13 @@ void read_tensors(Reader & in, uint64_t n_tensors, const Metadata & meta, bool m
     throw format_error(meta.architecture + "." + name + " is " + text + why);
 }
 
+// Models without attention. Every other one divides by its number of heads.
+bool needs_no_heads(const std::string & architecture) {
+    const llm_arch arch = llm_arch_from_string(architecture);
+    return arch == LLM_ARCH_UNKNOWN || arch == LLM_ARCH_WAVTOKENIZER_DEC || llm_arch_is_recurrent(arch)
+        || llm_arch_is_hybrid(arch);
+}
+
 void check_values(const Metadata & meta) {
     double value = 0;
     for (const char * name : {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
@@ -320,9 +374,15 @@ void check_values(const Metadata & meta) {
             refuse(meta, name, value, "; no model has that");
         }
     }
+    if (meta.find("interleave_moe_layer_step", value) && value < 1) {
+        refuse(meta, "interleave_moe_layer_step", value, "; it must be at least 1");
+    }
     double n_head = 0;
     double n_embd = 0;
-    if (!meta.find("attention.head_count", n_head) || n_head < 1 || !meta.find("embedding_length", n_embd)) {
+    if ((!meta.find("attention.head_count", n_head) || n_head < 1) && !needs_no_heads(meta.architecture)) {
+        throw format_error(meta.architecture + ".attention.head_count is 0 or missing");
+    }
+    if (n_head < 1 || !meta.find("embedding_length", n_embd)) {
         return;
     }
     for (const auto & [rotary, key] : {std::pair("rope.dimension_count", "attention.key_length"),
@@ -338,9 +398,7 @@ void check_values(const Metadata & meta) {
     }
 }
 
-}  // namespace
-
-void check_gguf(const std::string & path, bool model, const std::map<std::string, double> & overrides) {
+Metadata read_gguf(const std::string & path, bool model, const llama_model_kv_override * overrides) {
     Reader in(path);
     if (in.size() == 0) {
         throw format_error("the file is empty");
@@ -360,13 +418,53 @@ void check_gguf(const std::string & path, bool model, const std::map<std::string
         in.fail("it claims " + std::to_string(n_tensors) + " tensors and " + std::to_string(n_keys) + " keys");
     }
     Metadata meta = read_metadata(in, n_keys);
-    for (const auto & [key, value] : overrides) {
-        meta.numbers[key] = value;
+    for (const llama_model_kv_override * o = overrides; o && o->key[0] != 0; ++o) {
+        override(meta, *o);
     }
     read_tensors(in, n_tensors, meta, model);
-    if (model) {
+    return meta;
+}
+
+// The files of a split model in order, as llama.cpp names them; the file itself of any other.
+std::vector<std::string> parts_of(const std::string & path, const Metadata & meta) {
+    const auto count = meta.numbers.find("split.count");
+    if (count == meta.numbers.end() || !(count->second > 1)) {
+        return {path};
+    }
+    const auto number = meta.numbers.find("split.no");
+    const int n = int(std::min(count->second, 65535.0));
+    std::vector<char> prefix(path.size() + 1), part(path.size() + 64);
+    if (number == meta.numbers.end() || number->second != 0
+        || llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), 0, n) == 0) {
+        throw format_error("it is one of " + std::to_string(n) + " parts of a model: load the first, under its own name"
+            " (...-00001-of-" + "N.gguf)");
+    }
+    std::vector<std::string> parts;
+    for (int i = 0; i < n; ++i) {
+        llama_split_path(part.data(), part.size(), prefix.data(), i, n);
+        parts.emplace_back(part.data());
+    }
+    return parts;
+}
+
+}  // namespace
+
+void check_gguf(const std::string & path) { read_gguf(path, false, nullptr); }
+
+std::vector<std::string> check_model(const std::string & path, bool weights, const llama_model_kv_override * overrides) {
+    const Metadata meta = read_gguf(path, weights, overrides);
+    if (weights) {
         check_values(meta);
     }
+    const std::vector<std::string> parts = parts_of(path, meta);
+    for (size_t i = 1; i < parts.size(); ++i) {
+        try {
+            read_gguf(parts[i], weights, nullptr);
+        } catch (const format_error & e) {
+            throw format_error(parts[i] + ": " + e.what());
+        }
+    }
+    return parts;
 }
 
 }  // namespace triollama

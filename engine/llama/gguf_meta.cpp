@@ -28,7 +28,7 @@ std::optional<double> element(gguf_type type, const void * data, size_t i) {
 }  // namespace
 
 GgufMeta::GgufMeta(const std::string & path) {
-    check_gguf(path, false);
+    check_gguf(path);
     gguf_init_params params{};
     params.no_alloc = true;
     gguf.reset(gguf_init_from_file(path.c_str(), params));

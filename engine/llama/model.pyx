@@ -3,20 +3,24 @@ import re
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from cython.operator cimport dereference
 from libc.string cimport memcpy
 
 from libcpp.map cimport map as cpp_map
 
 from ggml cimport (
+    GGML_BACKEND_DEVICE_TYPE_GPU,
+    GGML_BACKEND_DEVICE_TYPE_IGPU,
     ggml_backend_buffer_type_t,
     ggml_backend_buft_name,
     ggml_backend_dev_buffer_type,
     ggml_backend_dev_count,
     ggml_backend_dev_get,
+    ggml_backend_dev_get_type,
     ggml_backend_dev_name,
     ggml_backend_dev_t,
 )
-from gguf cimport gguf_context, gguf_free, gguf_get_data_offset, gguf_init_from_file, gguf_init_params
+from model_files cimport FileMark, ModelFiles
 from llama cimport (
     LLAMA_KV_OVERRIDE_TYPE_BOOL,
     LLAMA_KV_OVERRIDE_TYPE_FLOAT,
@@ -44,7 +48,6 @@ from llama cimport (
     llama_model_is_hybrid,
     llama_model_is_recurrent,
     llama_model_kv_override,
-    llama_model_load_from_file,
     llama_model_meta_count,
     llama_model_meta_key_by_index,
     llama_model_meta_val_str_by_index,
@@ -64,8 +67,14 @@ from llama cimport (
 )
 
 cdef extern from "llama/gguf_check.hpp" namespace "triollama" nogil:
-    void check_gguf(
-        const string & path, cpp_bool model, const cpp_map[string, double] & overrides
+    void check_gguf(const string & path) except +raise_native_error
+    vector[string] check_model(
+        const string & path, cpp_bool weights, const llama_model_kv_override * overrides
+    ) except +raise_native_error
+
+cdef extern from "llama/load.hpp" namespace "triollama" nogil:
+    llama_model * load_model(
+        ModelFiles & files, const string & path, const llama_model_params & params
     ) except +raise_native_error
 
 cdef dict _SPLIT_MODES = {
@@ -109,6 +118,18 @@ cdef bytes path_bytes(str name, object path):
     return raw
 
 
+cdef bytes encoded(str name, object text):
+    """Text of a parameter as UTF-8."""
+    if not isinstance(text, str):
+        raise ParameterError(f"{name} must hold text, not {text!r}", parameter=name, value=text)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(
+            f"{name} holds {text!r}, which is no Unicode text: {error.reason}",
+            parameter=name, value=text) from None
+
+
 def list_devices() -> list[str]:
     """Names of the devices a model can be placed on ("CPU", "CUDA0", ...)."""
     cdef size_t i
@@ -145,8 +166,8 @@ cdef ggml_backend_buffer_type_t find_buffer_type(str name) except *:
         parameter="tensor_overrides", value=name)
 
 
-cdef int fill_override(llama_model_kv_override * out, str key, object value) except -1:
-    cdef bytes raw_key = key.encode()
+cdef int fill_override(llama_model_kv_override * out, object key, object value) except -1:
+    cdef bytes raw_key = encoded("kv_overrides", key)
     cdef bytes raw
     if not 0 < len(raw_key) < 128 or b"\0" in raw_key:
         raise ParameterError(
@@ -163,7 +184,7 @@ cdef int fill_override(llama_model_kv_override * out, str key, object value) exc
         out.tag = LLAMA_KV_OVERRIDE_TYPE_FLOAT
         out.val_f64 = value
     elif isinstance(value, str):
-        raw = value.encode()
+        raw = encoded("kv_overrides", value)
         if len(raw) > 127 or b"\0" in raw:
             raise ParameterError(
                 f"kv_overrides[{key!r}] is longer than 127 bytes or holds NUL",
@@ -281,7 +302,10 @@ cdef class Model(Owner):
                     raise ParameterError(
                         "tensor_overrides has a regular expression of more than 1000 characters",
                         parameter="tensor_overrides", value=pattern)
-                patterns.append(pattern.encode())
+                if "\0" in pattern:
+                    raise ParameterError("tensor_overrides has a regular expression that holds NUL",
+                                         parameter="tensor_overrides", value=pattern)
+                patterns.append(encoded("tensor_overrides", pattern))
                 buft_overrides[<size_t>i].pattern = <const char *>(<bytes>patterns[i])
                 buft_overrides[<size_t>i].buft = find_buffer_type(target)
             buft_overrides.back().pattern = NULL
@@ -289,13 +313,10 @@ cdef class Model(Owner):
             params.tensor_buft_overrides = buft_overrides.data()
 
         cdef vector[llama_model_kv_override] overrides
-        cdef cpp_map[string, double] numbers
         if kv_overrides:
             overrides.resize(len(kv_overrides) + 1)
             for i, (key, value) in enumerate(kv_overrides.items()):
                 fill_override(&overrides[<size_t>i], key, value)
-                if isinstance(value, (int, float)):
-                    numbers[<string>key.encode()] = value
                 self.overrides[key] = (
                     str(value).lower() if isinstance(value, bool) else str(value))
             overrides.back().key[0] = 0
@@ -303,13 +324,8 @@ cdef class Model(Owner):
 
         if os.path.isdir(self.path):
             raise ModelNotFoundError(f"{self.path} is a directory, not a GGUF file", path=self.path)
-        try:
-            with open(self.path, "rb"):
-                pass
-        except OSError as error:
-            raise ModelNotFoundError(
-                f"cannot open the model {self.path}: {error.strerror or error}",
-                path=self.path) from error
+        if self.files == NULL:
+            self.files = new ModelFiles()
 
         cdef LoadProgress load
         load.callback = <void *>progress if progress is not None else NULL
@@ -318,18 +334,19 @@ cdef class Model(Owner):
         params.progress_callback = on_load_progress
         params.progress_callback_user_data = &load
 
-        cdef const char * c_path = raw_path
-        cdef string checked_path = raw_path
-        cdef cpp_bool has_weights = not vocab_only
-        cdef AbortScope scope
+        cdef string c_path = raw_path
         begin_log()
         try:
             with nogil:
-                check_gguf(checked_path, has_weights, numbers)
-                scope.enter()
-                self.ptr = llama_model_load_from_file(c_path, params)
-        except OutOfMemoryError:
+                self.ptr = load_model(dereference(self.files), c_path, params)
+        except (OutOfMemoryError, ParameterError):
             raise
+        except OSError as error:        # ModelChangedError is one, too
+            if isinstance(error, TriollamaError):
+                raise
+            raise ModelNotFoundError(
+                f"cannot open the model {error.filename}: {error.strerror or error}",
+                path=error.filename) from error
         except TriollamaError as error:
             raise ModelFormatError(
                 f"{self.path} is no model that llama.cpp can load: {error}",
@@ -345,13 +362,15 @@ cdef class Model(Owner):
             self.free()
             raise LoadCancelled(f"loading {self.path} was cancelled", path=self.path)
         if self.ptr == NULL:
-            raise ModelFormatError(
-                f"llama.cpp cannot load {self.path}: {native_problem() or 'no reason given'}",
-                path=self.path)
+            raise load_error(self.path, native_problem() or "no reason given")
         self.closed = False
+        if not has_gpu() and (n_gpu_layers > 0 or tensor_split is not None or devices):
+            say_no_gpu()
         count_live("Model", 1)
 
     cdef void free(self) noexcept nogil:
+        del self.files      # before the model: see there
+        self.files = NULL
         if self.ptr != NULL:
             llama_model_free(self.ptr)
             retire_threads()
@@ -441,12 +460,16 @@ cdef class Model(Owner):
 
     @property
     def fingerprint(self) -> bytes:
-        """32 bytes that identify the model: SHA-256 over the file's size, its header (metadata,
-        vocabulary, tensor table), 256 samples of 4 KiB spread evenly over the weights, and
-        ``kv_overrides``. Of a split model, the first part's."""
+        """32 bytes that identify the model: every byte of its file, or of all its parts, and
+        ``kv_overrides``.
+
+        Reads all of it the first time, on all cores; the result is noted in the cache folder for as
+        long as the files stay untouched. Raises ModelChangedError if they were written to since
+        the model was loaded, OSError if they cannot be read. Releases the GIL.
+        """
         self.alive()
         if self.fingerprint_ is None:
-            self.fingerprint_ = fingerprint_file(self.path, self.overrides)
+            self.fingerprint_ = fingerprint_of(self.files, self.overrides)
         return self.fingerprint_
 
     @property
@@ -547,30 +570,54 @@ cdef class Model(Owner):
         return llama_model_is_diffusion(self.ptr)
 
 
-cdef bytes fingerprint_file(str path, dict overrides=None):
-    cdef gguf_init_params params
-    params.no_alloc = True
-    params.ctx = NULL
-    cdef bytes raw_path = os.fsencode(path)
-    cdef const char * c_path = raw_path
-    cdef gguf_context * gguf
-    cdef size_t offset
-    with nogil:
-        gguf = gguf_init_from_file(c_path, params)
-    if gguf == NULL:
-        raise ModelFormatError(f"{path} is no longer the GGUF file it was", path=path)
-    offset = gguf_get_data_offset(gguf)
-    gguf_free(gguf)
+cdef bytes fingerprint_of(const ModelFiles * files, dict overrides):
+    """What identifies a model's files and the metadata read in place of theirs."""
     import hashlib
 
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "little"))
-        digest.update(file.read(offset))
-        for i in range(256):
-            file.seek(offset + (size - offset) * i // 256)
-            digest.update(file.read(4096))
+    from triollama.fingerprints import FileStamp, content_digest
+    cdef vector[FileMark] marks = files.marks()
+    cdef FileMark mark
+    stamps = []
+    for mark in marks:
+        stamps.append(FileStamp(
+            path=os.fsdecode(mark.path), fd=mark.fd, device=mark.device, inode=mark.inode,
+            size=mark.size, modified=mark.modified, changed=mark.changed))
+    digest = hashlib.sha256(b"".join([content_digest(stamp) for stamp in stamps]))
+    files.check()       # what was hashed is what was loaded
     if overrides:
         digest.update(repr(sorted(overrides.items())).encode())
     return digest.digest()
+
+
+cdef object load_error(str path, str problem):
+    """The exception for a load that failed with this in the log: the file need not be at fault."""
+    if "alloc" in problem or "Cannot allocate memory" in problem:
+        return OutOfMemoryError(f"there is no memory to load {path}", log=problem)
+    if "Resource temporarily unavailable" in problem:
+        return EngineError(f"the system has no more threads to load {path} with", log=problem)
+    if "Too many open files" in problem:
+        return EngineError(f"the system has no more files to open for {path}", log=problem)
+    return ModelFormatError(f"llama.cpp cannot load {path}: {problem}", path=path)
+
+
+cdef bint has_gpu() noexcept:
+    cdef size_t i
+    for i in range(ggml_backend_dev_count()):
+        if ggml_backend_dev_get_type(ggml_backend_dev_get(i)) in (
+                GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU):
+            return True
+    return False
+
+
+cdef bint told_no_gpu = False
+
+
+cdef int say_no_gpu() except -1:
+    global told_no_gpu
+    if not told_no_gpu:
+        told_no_gpu = True
+        import logging
+        logging.getLogger("triollama").warning(
+            "n_gpu_layers, tensor_split and devices have no effect: this build and machine have no"
+            " GPU; everything is computed on the CPU")
+    return 0

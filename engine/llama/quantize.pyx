@@ -21,10 +21,14 @@ from llama cimport (
     LLAMA_FTYPE_MOSTLY_Q6_K,
     LLAMA_FTYPE_MOSTLY_Q8_0,
     llama_ftype,
-    llama_model_quantize,
     llama_model_quantize_default_params,
     llama_model_quantize_params,
 )
+
+cdef extern from "llama/quantize.hpp" namespace "triollama" nogil:
+    void guarded_quantize(
+        const string & source, const string & target,
+        const llama_model_quantize_params & params) except +raise_native_error
 
 cdef dict _FTYPES = {
     "f32": <int>LLAMA_FTYPE_ALL_F32,
@@ -58,8 +62,9 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     ftype: one of "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", ... (as llama-quantize names them).
     allow_requantize: accept a source that is already quantised (quality suffers).
     quantize_output: quantise the output matrix too. pure: no mixture, one type for all.
-    The target appears under its name only when complete. Raises ParameterError,
-    ModelNotFoundError, ModelFormatError, EngineError. Releases the GIL.
+    The target appears under its name only when complete, on disk and read back. Raises
+    ParameterError, ModelNotFoundError, ModelFormatError, OSError where it cannot be written,
+    OutOfMemoryError, EngineError. Releases the GIL.
     """
     cdef llama_model_quantize_params params = llama_model_quantize_default_params()
     params.ftype = <llama_ftype><int>check_choice("ftype", ftype, _FTYPES)
@@ -72,23 +77,36 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     if os.path.realpath(source_path) == os.path.realpath(target_path):
         raise ParameterError("target is the source itself", parameter="target", value=target)
     check_magic(source_path, "the model ", ModelFormatError)
-    partial = f"{target_path}.{os.getpid()}.partial"
-    cdef bytes raw_source = os.fsencode(source_path)
-    cdef bytes raw_target = os.fsencode(partial)
-    cdef const char * c_source = raw_source
-    cdef const char * c_target = raw_target
-    cdef uint32_t code
+    from triollama.writing import replacing
+    cdef string checked = os.fsencode(source_path)
+    cdef string written
     begin_log()
     try:
         with nogil:
-            code = llama_model_quantize(c_source, c_target, &params)
-        if code != 0:
-            raise EngineError(
-                f"llama.cpp could not quantise {source_path} to {ftype}", log=native_problem())
-        os.replace(partial, target_path)
+            check_model(checked, True, NULL)
+        with replacing(target_path) as partial:
+            written = os.fsencode(partial)
+            try:
+                with nogil:
+                    guarded_quantize(checked, written, params)
+            except TriollamaError:
+                check_room(partial)
+                raise
+    except ModelFormatError as error:
+        raise ModelFormatError(
+            f"{source_path} is no model that llama.cpp can quantise: {error}",
+            path=source_path) from None
+    except EngineError as error:
+        raise type(error)(
+            f"llama.cpp could not quantise {source_path} to {ftype}: {error}",
+            log=native_problem()) from None
     finally:
         flush_log()
-        try:
-            os.unlink(partial)
-        except FileNotFoundError:
-            pass
+
+
+cdef int check_room(str partial) except -1:
+    """The OSError of a disk that takes no more: llama.cpp does not say why it failed."""
+    with open(partial, "ab", buffering=0) as file:
+        file.write(bytes(65536))
+        os.fsync(file.fileno())
+    return 0

@@ -1,6 +1,8 @@
 #include "training/adapter.hpp"
 
+#include "guards/abort.hpp"
 #include "guards/errors.hpp"
+#include "llama/gguf_file.hpp"
 #include "llama/gguf_meta.hpp"
 #include "training/random.hpp"
 
@@ -161,24 +163,16 @@ void AdapterSet::save(const std::string & path, const std::string & architecture
     gguf_set_val_str(gguf.get(), "adapter.type", "lora");
     gguf_set_val_f32(gguf.get(), "adapter.lora.alpha", settings.gguf_alpha());
 
-    // gguf reads the values where tensors point, so a copy in host memory is described to it.
-    TensorStore copies(all.size() * 2);
-    std::vector<ggml_tensor *> sources;
-    std::vector<ggml_tensor *> targets;
+    // Their values may be in a GPU's memory: they follow one by one.
+    for_each(PART_WEIGHTS, [&](ggml_tensor * t) { gguf_add_tensor(gguf.get(), t); });
+    GgufFile file(path, gguf.get());
+    std::vector<float> values;
     for_each(PART_WEIGHTS, [&](ggml_tensor * t) {
-        ggml_tensor * copy = copies.add(GGML_TYPE_F32, t->ne[0], t->ne[1]);
-        ggml_set_name(copy, t->name);
-        sources.push_back(t);
-        targets.push_back(copy);
+        values.resize(static_cast<size_t>(ggml_nelements(t)));
+        ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+        file.add(values.data(), ggml_nbytes(t));
     });
-    copies.allocate(ggml_backend_cpu_buffer_type());
-    for (size_t i = 0; i < sources.size(); ++i) {
-        ggml_backend_tensor_get(sources[i], targets[i]->data, 0, ggml_nbytes(sources[i]));
-        gguf_add_tensor(gguf.get(), targets[i]);
-    }
-    if (!gguf_write_to_file(gguf.get(), path.c_str(), false)) {
-        throw std::runtime_error(path + ": the adapter cannot be written");
-    }
+    file.finish();
 }
 
 void AdapterSet::load(const std::string & path, const std::string & architecture) {
@@ -203,6 +197,8 @@ void AdapterSet::load(const std::string & path, const std::string & architecture
     gguf_init_params params{};
     params.no_alloc = false;
     params.ctx      = &raw;
+    AbortScope scope;
+    scope.enter();
     const gguf_context_ptr gguf(gguf_init_from_file(path.c_str(), params));
     const ggml_context_ptr data(raw);
     if (!gguf || !data) {

@@ -54,7 +54,7 @@ public:
     void   scale_gradients(float factor);
     void   clear_gradients();
 
-    // llama.cpp's adapter format; extra pairs are written as string metadata. Throws runtime_error if writing fails.
+    // llama.cpp's adapter format; extra pairs are written as string metadata. Throws file_error if writing fails.
     void save(const std::string & path, const std::string & architecture,
               const std::vector<std::pair<std::string, std::string>> & metadata) const;
     // Throws format_error unless the file holds exactly these pairs with these shapes and this scale.

@@ -1,5 +1,6 @@
 #include "training/graph.hpp"
 
+#include "guards/abort.hpp"
 #include "guards/errors.hpp"
 
 #include "ggml-alloc.h"
@@ -12,15 +13,25 @@
 
 namespace triollama {
 
-TensorStore::TensorStore(size_t max_tensors) {
+namespace {
+
+// ggml_init asserts that it gets its memory.
+ggml_context_ptr make_context(size_t bytes) {
     ggml_init_params params{};
-    params.mem_size = ggml_tensor_overhead() * max_tensors;
+    params.mem_size = bytes;
     params.no_alloc = true;
-    context.reset(ggml_init(params));
-    if (!context) {
+    AbortScope scope;
+    scope.enter();
+    try {
+        return ggml_context_ptr(ggml_init(params));
+    } catch (const native_abort &) {
         throw std::bad_alloc();
     }
 }
+
+}  // namespace
+
+TensorStore::TensorStore(size_t max_tensors) : context(make_context(ggml_tensor_overhead() * max_tensors)) {}
 
 ggml_tensor * TensorStore::add(ggml_type type, int64_t ne0, int64_t ne1) {
     return ggml_new_tensor_2d(context.get(), type, ne0, ne1);
@@ -36,14 +47,8 @@ void TensorStore::allocate(ggml_backend_buffer_type_t type) {
 
 Graph::Graph(size_t max_nodes, bool gradients, const GraphOptions & options)
     : max_nodes(max_nodes), options(options) {
-    ggml_init_params params{};
     // Thrice: a graph is listed anew when it is pruned and when its products are chosen, which adds tensors.
-    params.mem_size = ggml_tensor_overhead() * max_nodes * 3 + ggml_graph_overhead_custom(max_nodes, gradients) * 3;
-    params.no_alloc = true;
-    nodes.reset(ggml_init(params));
-    if (!nodes) {
-        throw std::bad_alloc();
-    }
+    nodes = make_context(ggml_tensor_overhead() * max_nodes * 3 + ggml_graph_overhead_custom(max_nodes, gradients) * 3);
     cgraph = ggml_new_graph_custom(nodes.get(), max_nodes, gradients);
 }
 

@@ -1,6 +1,7 @@
 #include "training/merge.hpp"
 
 #include "guards/errors.hpp"
+#include "llama/gguf_file.hpp"
 
 #include "gguf.h"
 
@@ -14,20 +15,6 @@ namespace triollama {
 namespace {
 
 using File = std::unique_ptr<FILE, int (*)(FILE *)>;
-
-File open_file(const std::string & path, const char * mode) {
-    File file(std::fopen(path.c_str(), mode), std::fclose);
-    if (!file) {
-        throw std::runtime_error(path + ": cannot be opened");
-    }
-    return file;
-}
-
-void write(FILE * file, const void * data, size_t n, const std::string & path) {
-    if (n && std::fwrite(data, 1, n, file) != n) {
-        throw std::runtime_error(path + ": cannot be written; the disk may be full");
-    }
-}
 
 bool seek(FILE * file, uint64_t offset) {
 #ifdef _WIN32
@@ -116,14 +103,11 @@ void merge_adapter(const std::string & base, const AdapterSet & adapters, const 
         types.push_back(kept);
     }
 
-    const File in  = open_file(base, "rb");
-    const File out = open_file(path, "wb");
-    std::vector<char> meta(gguf_get_meta_size(merged.get()));
-    gguf_get_meta_data(merged.get(), meta.data());
-    write(out.get(), meta.data(), meta.size(), path);
-
-    const size_t alignment = gguf_get_alignment(merged.get());
-    const std::vector<char> zeros(alignment, 0);
+    const File in(std::fopen(base.c_str(), "rb"), std::fclose);
+    if (!in) {
+        throw file_error(base);
+    }
+    GgufFile out(path, merged.get());
     std::vector<char> from, to;
     for (int64_t i = 0; i < n_tensors; ++i) {
         const char * name = gguf_get_tensor_name(source.get(), i);
@@ -145,12 +129,9 @@ void merge_adapter(const std::string & base, const AdapterSet & adapters, const 
             }
             from.swap(to);
         }
-        write(out.get(), from.data(), from.size(), path);
-        write(out.get(), zeros.data(), (alignment - from.size() % alignment) % alignment, path);
+        out.add(from.data(), from.size());
     }
-    if (std::fflush(out.get()) != 0) {
-        throw std::runtime_error(path + ": cannot be written; the disk may be full");
-    }
+    out.finish();
 }
 
 }  // namespace triollama

@@ -2,7 +2,7 @@
 
 #include "guards/abort.hpp"
 #include "guards/errors.hpp"
-#include "llama/gguf_check.hpp"
+#include "llama/load.hpp"
 
 #include "ggml-backend.h"
 
@@ -41,20 +41,14 @@ struct Harvest {
 }  // namespace
 
 FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threads) {
-    check_gguf(path, true);
-    const GgufMeta meta(path);
-
     llama_model_params params = llama_model_default_params();
     params.use_extra_bufts = false;   // repacked weights have neither a backward pass nor a way back to F32
     params.n_gpu_layers    = n_gpu_layers;
-    {
-        AbortScope scope;
-        scope.enter();
-        model.reset(llama_model_load_from_file(path.c_str(), params));
-    }
+    model.reset(load_model(files, path, params));
     if (!model) {
         throw format_error(path + ": llama.cpp cannot load this model");
     }
+    const GgufMeta meta(path);
 
     Harvest harvest;
     llama_context_params context_params = llama_context_default_params();
@@ -65,12 +59,7 @@ FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threa
     context_params.cb_eval_user_data = &harvest;
     context_params.no_perf           = true;
     {
-        llama_context_ptr context;
-        {
-            AbortScope scope;
-            scope.enter();
-            context.reset(llama_init_from_model(model.get(), context_params));
-        }
+        const llama_context_ptr context(make_context(model.get(), context_params));
         llama_token token = 0;
         if (!context || guarded_decode(context.get(), llama_batch_get_one(&token, 1)) != 0) {
             throw unsupported_error(path + ": cannot be trained: llama.cpp cannot evaluate it");

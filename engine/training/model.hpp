@@ -1,6 +1,7 @@
 // The frozen base of a training run: its own mapping of the model file, never repacked, and the tensors found in it.
 #pragma once
 
+#include "guards/model_files.hpp"
 #include "training/arch.hpp"
 
 #include "llama-cpp.h"
@@ -13,8 +14,11 @@ namespace triollama {
 class FrozenModel {
 public:
     // Maps the file. With `n_gpu_layers` > 0 that many layers are copied to the GPU, if there is one.
-    // Throws format_error if llama.cpp cannot load it, unsupported_error if it cannot be trained.
+    // Throws as ModelFiles::load, format_error if llama.cpp cannot load it, unsupported_error if it cannot be trained.
     FrozenModel(const std::string & path, int n_gpu_layers, int n_threads);
+
+    // What they were when they were mapped; check() after computing tells whether they still are.
+    const ModelFiles & model_files() const { return files; }
 
     const ModelGraphInfo & info() const { return graph_info; }
     size_t weight_bytes() const { return n_bytes; }
@@ -28,6 +32,7 @@ public:
 
 private:
     llama_model_ptr model;
+    ModelFiles files;           // after the model, so that it is destroyed before it
     std::map<std::string, ggml_tensor *> tensors;
     ModelGraphInfo graph_info;
     size_t n_bytes = 0;

@@ -1,5 +1,6 @@
 #include "training/trainer.hpp"
 
+#include "guards/abort.hpp"
 #include "guards/errors.hpp"
 #include "training/merge.hpp"
 #include "training/random.hpp"
@@ -209,7 +210,6 @@ void Trainer::draw_dropout(int layer) {
 }
 
 RowResult Trainer::forward(const TrainingRow & row, bool train) {
-    validate(row);
     prepare(row);
     const ModelGraphInfo & m = frozen->info();
     Activations & a = *activations;
@@ -273,9 +273,13 @@ void Trainer::backward() {
 }
 
 RowResult Trainer::forward_backward(const TrainingRow & row) {
+    AbortScope scope;
+    scope.enter();
+    validate(row);
     try {
         RowResult result = forward(row, true);
         backward();
+        frozen->model_files().check();
         ++n_rows;
         return result;
     } catch (...) {
@@ -295,7 +299,14 @@ std::map<std::string, Executor::Timing> Trainer::profile(const TrainingRow & row
     return executor.stop_profile();
 }
 
-RowResult Trainer::evaluate(const TrainingRow & row) { return forward(row, false); }
+RowResult Trainer::evaluate(const TrainingRow & row) {
+    AbortScope scope;
+    scope.enter();
+    validate(row);
+    RowResult result = forward(row, false);
+    frozen->model_files().check();
+    return result;
+}
 
 void Trainer::adamw_step(const AdamW & optimiser) {
     const double step = static_cast<double>(n_steps + 1);
@@ -338,6 +349,7 @@ std::map<std::string, Executor::Audited> Trainer::audit(int n_tokens, const std:
     for (int i = 0; i < n_tokens; ++i) {
         row.positions.push_back(i);
     }
+    validate(row);
     executor.start_audit(missing);
     try {
         forward(row, true);

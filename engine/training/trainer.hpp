@@ -62,7 +62,7 @@ public:
     explicit Trainer(const TrainerConfig & config);
     ~Trainer();
 
-    // Adds the row's gradients to those already there. Throws training_aborted, after which the gradients are cleared.
+    // Adds the row's gradients to those already there. If it throws, except for an invalid row, all gradients are cleared.
     RowResult forward_backward(const TrainingRow & row);
 
     // The same loss without gradients and without dropout.
@@ -80,6 +80,7 @@ public:
     AdapterSet &       adapter() { return *adapters; }
     const AdapterSet & adapter() const { return *adapters; }
     const ModelGraphInfo & model() const { return frozen->info(); }
+    const ModelFiles & model_files() const { return frozen->model_files(); }
 
     void save_adapter(const std::string & path, const std::vector<std::pair<std::string, std::string>> & metadata) const;
     void load_adapter(const std::string & path);

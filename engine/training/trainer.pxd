@@ -9,6 +9,7 @@ from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 from ggml cimport ggml_type
+from model_files cimport ModelFiles
 
 cdef extern from "training/raise.hpp" namespace "triollama" nogil:
     void raise_trainer_error() noexcept
@@ -138,6 +139,7 @@ cdef extern from "training/trainer.hpp" namespace "triollama" nogil:
         ProductKernel kernel()
         AdapterSet & adapter()
         const ModelGraphInfo & model()
+        const ModelFiles & model_files()
         void save_adapter(
             const string & path,
             const vector[pair[string, string]] & metadata) except +raise_trainer_error

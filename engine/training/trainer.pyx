@@ -102,9 +102,9 @@ def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[
 
     Shapes have rows first, as numpy's. Raises ModelNotFoundError, ModelFormatError.
     """
-    name = os.fspath(path)
+    cdef string raw_path = path_bytes("path", path)
+    name = os.fsdecode(<bytes>raw_path)
     check_magic(name, "", ModelFormatError)
-    cdef string raw_path = os.fsencode(name)
     cdef GgufMeta * meta = new GgufMeta(raw_path)
     cdef optional[string] text
     cdef optional[double] number
@@ -213,10 +213,8 @@ cdef class Trainer(Owner):
         cdef TrainerConfig config
         if self.native != NULL:
             raise BusyError("this Trainer is already open")
-        self.path = os.fspath(path)
-        cdef bytes raw_path = os.fsencode(self.path)
-        if b"\0" in raw_path:
-            raise ParameterError("path holds NUL", parameter="path", value=path)
+        cdef bytes raw_path = path_bytes("path", path)
+        self.path = os.fsdecode(raw_path)
         config.model_path = raw_path
         config.adapter.rank = check_int("rank", rank, 1, 65536)
         config.adapter.alpha = check_float("alpha", alpha, 1e-6, 1e6)
@@ -235,7 +233,7 @@ cdef class Trainer(Owner):
                     f"targets must be 'all-linear' or a sequence of names, not {targets!r}",
                     parameter="targets", value=targets)
             for name in targets:
-                config.adapter.targets.push_back(str(name).encode())
+                config.adapter.targets.push_back(encoded("targets", name))
             if config.adapter.targets.empty():
                 raise ParameterError("targets is empty", parameter="targets", value=targets)
         check_magic(self.path, "the model ", ModelFormatError)
@@ -247,7 +245,9 @@ cdef class Trainer(Owner):
             flush_log()
         self.closed = False
         count_live("Trainer", 1)
-        if config.n_gpu_layers > 0:
+        if config.n_gpu_layers > 0 and not has_gpu():
+            say_no_gpu()
+        elif config.n_gpu_layers > 0:
             left = [each for each in self.audit() if not each.supported]
             if left:
                 import logging
@@ -294,7 +294,7 @@ cdef class Trainer(Owner):
     def fingerprint(self) -> bytes:
         """32 bytes that identify the base model, as ``Model.fingerprint``."""
         self.alive()
-        return fingerprint_file(self.path)
+        return fingerprint_of(&self.native.model_files(), {})
 
     @property
     def kernel(self) -> str:
@@ -588,8 +588,8 @@ cdef class Trainer(Owner):
         cdef vector[pair[string, string]] pairs
         cdef pair[string, string] item
         for key, value in (metadata or {}).items():
-            item.first = str(key).encode()
-            item.second = str(value).encode()
+            item.first = encoded("metadata", key)
+            item.second = encoded("metadata", value)
             if not key or b"\0" in <bytes>item.first or b"\0" in <bytes>item.second:
                 raise ParameterError(f"metadata {key!r} is empty or holds NUL", parameter="metadata")
             pairs.push_back(item)
@@ -607,14 +607,13 @@ cdef class Trainer(Owner):
 
     cdef int save(self, object path, vector[pair[string, string]] & metadata, int ftype,
                   bint merged) except -1:
-        target = os.fspath(path)
+        target = os.fsdecode(path_bytes("path", path))
         if os.path.exists(target) and os.path.samefile(target, self.path):
             raise ParameterError("path is the model's own file", parameter="path", value=path)
-        partial = f"{target}.{os.getpid()}.partial"
-        with open(partial, "wb"):       # an OSError that says why, if it cannot be written
-            pass
-        cdef string raw_partial = os.fsencode(partial)
-        try:
+        from triollama.writing import replacing
+        cdef string raw_partial
+        with replacing(target) as partial:
+            raw_partial = os.fsencode(partial)
             self.enter()
             try:
                 with nogil:
@@ -624,14 +623,6 @@ cdef class Trainer(Owner):
                         self.native.save_adapter(raw_partial, metadata)
             finally:
                 self.leave()
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            try:
-                os.unlink(partial)
-            except FileNotFoundError:
-                pass
         return 0
 
     def load_adapter(self, path) -> None:
@@ -639,8 +630,8 @@ cdef class Trainer(Owner):
 
         Moments and counters stay. Raises AdapterError, ModelNotFoundError.
         """
-        name = os.fspath(path)
-        cdef string raw_path = os.fsencode(name)
+        cdef string raw_path = path_bytes("path", path)
+        name = os.fsdecode(<bytes>raw_path)
         check_magic(name, "the adapter ", AdapterError)
         self.enter()
         try:

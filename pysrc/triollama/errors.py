@@ -20,6 +20,7 @@ __all__ = [
     "ForkedError",
     "GrammarError",
     "LoadCancelled",
+    "ModelChangedError",
     "ModelError",
     "ModelFormatError",
     "ModelNotFoundError",
@@ -79,6 +80,11 @@ class ModelNotFoundError(ModelError, FileNotFoundError):
 
 class ModelFormatError(ModelError, ValueError):
     """The file is no GGUF model that the pinned llama.cpp can load."""
+
+
+class ModelChangedError(ModelError, OSError):
+    """The model's file was cut or written to while the model was in use. What it computed since
+    then may be wrong: load it anew. (Replacing the file by another of its name does no harm.)"""
 
 
 class LoadCancelled(ModelError):

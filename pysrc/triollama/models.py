@@ -8,16 +8,16 @@ parts, and put together in the user's cache when it is first asked for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import struct
-import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ModelError, ModelFormatError, ModelNotFoundError
+from .writing import cache_dir, replacing, write_file
 
 if TYPE_CHECKING:
     from ._engine import Model
@@ -44,20 +44,6 @@ def usual_n_ctx(model: Model) -> int:
     """Tokens of a context where nobody says how many: 4096, or what the model was trained for where
     that is less."""
     return min(4096, model.n_ctx_train or 4096)
-
-
-def cache_dir() -> Path:
-    """The folder for files we make: ``TRIOLLAMA_CACHE_DIR``, or the system's place for caches."""
-    given = os.environ.get("TRIOLLAMA_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "triollama"
 
 
 def default_model() -> Path:
@@ -90,7 +76,6 @@ def default_model() -> Path:
             folder,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
         _assemble(parts, target)
         _write_stamp(target, stamp)
     except OSError as error:
@@ -174,40 +159,26 @@ def _default_parts() -> list[Path]:
 
 def _assemble(parts: Iterable[Path], target: Path) -> None:
     import hashlib
-    import tempfile  # and all it imports: not paid for where nothing is assembled
 
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as out:
-            digest = hashlib.sha256()
+    with replacing(target) as partial:
+        with open(partial, "r+b") as out:
             for part in parts:
                 with part.open("rb") as source:
                     while block := source.read(1 << 20):
-                        digest.update(block)
                         out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-        if digest.hexdigest() != DEFAULT_SHA256:
+        found = _sha256(Path(partial))
+        if found != DEFAULT_SHA256:
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part.read_bytes())
+            if digest.hexdigest() == DEFAULT_SHA256:
+                raise OSError(errno.EIO, "the disk does not give back what was written")
             raise ModelFormatError(
-                f"the installed parts of the default model are damaged (sha256 "
-                f"{digest.hexdigest()}, expected {DEFAULT_SHA256}); install them again: "
+                f"the installed parts of the default model are damaged (sha256 {found}, expected "
+                f"{DEFAULT_SHA256}); install them again: "
                 f"pip install --force-reinstall 'triollama[demo]'",
                 path=str(target),
             )
-        temporary.chmod(0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left behind; a living one takes seconds, not an hour."""
-    for leftover in folder.glob(f".{_DEFAULT_NAME}.*.part"):
-        with contextlib.suppress(OSError):
-            if leftover.stat().st_mtime < time.time() - 3600:
-                leftover.unlink()
 
 
 def _sha256(path: Path) -> str:
@@ -231,11 +202,6 @@ def _is_verified(target: Path, stamp: Path) -> bool:
 
 def _write_stamp(target: Path, stamp: Path) -> None:
     """Notes that this very file is right. Where the folder is read-only, each call hashes anew."""
-    import tempfile
-
     with contextlib.suppress(PermissionError):
         # Of two writers the last wins, and both describe a verified file.
-        handle, name = tempfile.mkstemp(prefix=f".{stamp.name}.", dir=stamp.parent)
-        with open(handle, "w", encoding="ascii") as out:
-            out.write(_mark(target))
-        os.replace(name, stamp)
+        write_file(stamp, _mark(target).encode())

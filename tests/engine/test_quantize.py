@@ -67,6 +67,35 @@ def test_bad_arguments(tiny, tmp_path):
     (tmp_path / "text").write_text("no model")
     with pytest.raises(ModelFormatError):
         quantize(tmp_path / "text", tmp_path / "x.gguf")
-    with pytest.raises(EngineError):
+    with pytest.raises(FileNotFoundError) as caught:
         quantize(source, tmp_path / "absent" / "x.gguf")
+    assert caught.value.filename == str(tmp_path / "absent" / "x.gguf")
     assert os.listdir(tmp_path) == ["text"]
+
+
+def test_files_that_would_end_the_process(tiny, tmp_path, run_isolated):
+    """Numbers of 0 where llama.cpp asserts or divides, and no tensors at all."""
+    run_isolated(
+        """
+        import struct, sys
+        from pathlib import Path
+        from triollama._engine import quantize
+        from triollama.errors import TriollamaError
+        def text(value):
+            return struct.pack("<Q", len(value)) + value
+        folder = Path(sys.argv[1])
+        names = [b"context_length", b"embedding_length", b"block_count", b"attention.head_count"]
+        for zero in [*names, None]:
+            keys = [text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")]
+            keys += [text(b"llama." + name) + struct.pack("<II", 4, 0 if name == zero else 64)
+                     for name in names]
+            head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys))
+            (folder / "bad.gguf").write_bytes(head + b"".join(keys) + bytes(64))
+            try:
+                quantize(folder / "bad.gguf", folder / "out.gguf", "q8_0", threads=1)
+            except TriollamaError as error:
+                assert str(error)
+            assert not list(folder.glob("*.partial"))
+        """,
+        tmp_path,
+    )

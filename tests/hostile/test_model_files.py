@@ -10,7 +10,7 @@ import json
 import random
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,6 +222,108 @@ def test_cut_short(source: Path, tmp_path: Path, run_isolated: Any) -> None:
     cuts |= {rnd.randrange(layout.end, len(data) - 64) for _ in range(30)}
     counts = try_all(run_isolated, tmp_path, source, ({"cut": cut} for cut in sorted(cuts)))
     assert counts == {"refused": len(cuts), "worked": 0}
+
+
+TRY_FILES = """
+    import os, sys
+    from pathlib import Path
+    from triollama._engine import Batch, Context, Model
+    from triollama.errors import TriollamaError
+    counts = {"refused": 0, "worked": 0}
+    for path in sorted(Path(sys.argv[1]).iterdir()):
+        os.write(1, f"{path.stem}\\n".encode())
+        try:
+            with Model(path) as model, Context(model, n_ctx=64, n_threads=2) as context:
+                batch = Batch(4)
+                batch.extend([3] * 4, 0)
+                (context.decode if model.has_decoder else context.encode)(batch)
+            counts["worked"] += 1
+        except TriollamaError as error:
+            assert str(error)
+            counts["refused"] += 1
+    print(counts["refused"], counts["worked"])
+"""
+
+
+def rewritten(
+    source: Path,
+    target: Path,
+    *,
+    without: Collection[str] = (),
+    keys: Mapping[str, int] = {},
+    edit: Callable[[str, Any], Any] = lambda name, data: data,
+) -> Path:
+    """A copy without these keys and tensors, with other numbers, its tensors edited."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if (
+            not field.name.startswith(("GGUF.", "general.architecture"))
+            and field.name not in without
+        ):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            value = keys.get(field.name, field.contents())
+            writer.add_key_value(field.name, value, field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        if tensor.name not in without:
+            data = edit(tensor.name, tensor.data)
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize("arch", [*ARCHS, "bert"])
+def test_anything_missing(arch: str, tiny: Any, tmp_path: Path, run_isolated: Any) -> None:
+    """llama.cpp calls tensors optional that its graphs need, and divides by absent numbers."""
+    gguf = pytest.importorskip("gguf")
+    source = tiny(arch)
+    reader = gguf.GGUFReader(source)
+    names = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("blk.1.")]
+    names += [name for name in reader.fields if name.startswith((arch, "rope", "attention"))]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in names:
+        rewritten(source, folder / f"{name}.gguf", without=[name])
+    result = run_isolated(TRY_FILES, folder, check=False)
+    *tried, last = result.stdout.splitlines()
+    assert result.returncode == 0, f"ended with {result.returncode} on {last}\n{result.stderr}"
+    refused, worked = map(int, last.split())
+    assert refused + worked == len(names) == len(tried)
+    assert refused > len(names) / 3
+
+
+def test_a_tensor_that_the_graph_needs(tiny: Any, tmp_path: Path) -> None:
+    path = rewritten(tiny("phi3"), tmp_path / "bad.gguf", without=["blk.0.attn_qkv.weight"])
+    with Model(path) as model, pytest.raises(ModelFormatError, match="lacks a tensor") as caught:
+        Context(model, n_ctx=64)
+    assert caught.value.path == str(path)
+
+
+def test_rotary_dimensions_that_come_from_the_head(tiny: Any, tmp_path: Path) -> None:
+    """No key says how many there are; the width of a head does, which is odd."""
+
+    def narrow(name: str, data: Any) -> Any:
+        if name.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight")):
+            return data[: len(data) // 32 * 31].copy()
+        return data[:, : data.shape[1] // 32 * 31].copy() if "attn_output" in name else data
+
+    widths = {"llama.attention.key_length": 31, "llama.attention.value_length": 31}
+    without = ["llama.rope.dimension_count"]
+    path = rewritten(
+        tiny("llama"), tmp_path / "bad.gguf", without=without, keys=widths, edit=narrow
+    )
+    with Model(path) as model, pytest.raises(ModelFormatError, match="31 rotary dimensions"):
+        Context(model, n_ctx=64)
+
+
+def test_no_heads(tiny: Any, tmp_path: Path) -> None:
+    path = rewritten(tiny("qwen2"), tmp_path / "bad.gguf", without=["qwen2.attention.head_count"])
+    with pytest.raises(ModelFormatError, match=r"qwen2.attention.head_count is 0 or missing"):
+        Model(path)
 
 
 def replaced(source: Path, target: Path, *changes: tuple[bytes, bytes]) -> Path:

@@ -20,6 +20,7 @@ from triollama.tuning import (
     save_merged,
     save_peft,
 )
+from triollama.tuning.config import TARGET_NAMES
 from triollama.tuning.tensors import TensorFileError, read_tensors, write_tensors
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
@@ -302,3 +303,59 @@ def test_two_who_write_one_file_leave_one_whole(
     tensors, _ = read_tensors(path)
     assert list(tensors) == ["one"]
     assert os.listdir(tmp_path) == ["run.ckpt"]
+
+
+def test_phi3_has_its_gate_and_up_in_one(tiny: Any, tmp_path: Path) -> None:
+    """transformers calls the two together gate_up_proj, gate above up, as GGUF stores them."""
+    path = tiny("phi3")
+    with trained(path) as trainer:
+        save_peft(trainer, tmp_path / "peft")
+        shapes = {name: b for name, _, b in trainer.layout}
+        weights = trainer.get("weights")
+    tensors, _ = read_tensors(tmp_path / "peft" / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.0"
+    assert {name.split(".lora_")[0] for name in tensors if name.startswith(f"{layer}.")} == {
+        f"{layer}.{module}"
+        for module in (
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            "mlp.gate_up_proj",
+            "mlp.down_proj",
+        )
+    }
+    assert tensors[f"{layer}.mlp.gate_up_proj.lora_B.weight"].shape == shapes["blk.0.ffn_up.weight"]
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    with _engine.Trainer(path, rank=4, alpha=8.0) as other:
+        load_peft(other, tmp_path / "peft")
+        np.testing.assert_array_equal(other.get("weights"), weights)
+    names = {TARGET_NAMES[name] for name in config["target_modules"]}
+    assert names == {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+
+
+def test_norms_of_an_adapter_are_said_to_be_unused(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    with trained(tiny("llama")) as trainer:
+        trainer.save_adapter(tmp_path / "plain.gguf")
+    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "norms.gguf", "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = check_adapter(tmp_path / "norms.gguf", tiny("llama"))
+    assert found.is_compatible
+    assert any("no use of its tensor blk.0.attn_norm.weight" in text for text in found.warnings)
+    with _engine.Model(tiny("llama"), repack=False) as model:
+        _engine.Adapter(model, tmp_path / "plain.gguf").close()
+        assert not caplog.records
+        _engine.Adapter(model, tmp_path / "norms.gguf").close()
+    assert "blk.0.attn_norm.weight" in caplog.text

@@ -110,6 +110,27 @@ def test_adapters_change_logits_and_leave_no_trace(tuner: Tuner, adapters: list[
         tuner.remove_lora(first)
 
 
+def test_a_file_written_anew_is_loaded_anew(
+    tuner: Tuner, adapters: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter.gguf"
+    expected = []
+    for source in adapters[:2]:
+        tuner.apply_lora(source)
+        expected.append(tuner.logits(TOKENS))
+        tuner.remove_lora()
+    assert not np.array_equal(*expected)
+    for source, logits in zip(adapters, expected, strict=False):
+        path.write_bytes(source.read_bytes())
+        tuner.apply_lora(path)
+        np.testing.assert_array_equal(tuner.logits(TOKENS), logits)
+        assert len(tuner.adapters) == 1
+    before = _engine.live_objects()
+    tuner.apply_lora(path, 0.5)  # another scale, not another adapter
+    assert _engine.live_objects() == before
+    assert before["Adapter"] == 1
+
+
 def test_adapters_that_do_not_fit_are_refused_unless_asked(
     tuner: Tuner, adapters: list[Path], tiny: Any, tmp_path: Path, caplog: Any
 ) -> None:

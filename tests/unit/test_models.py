@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,11 @@ def test_cache_is_a_file(package: list[Path], cache: Path) -> None:
 
 def test_abandoned_parts_are_removed(package: list[Path], cache: Path) -> None:
     cache.mkdir(parents=True)
-    old = cache / ".gemma-3-270m-q4_k_m.gguf.x.part"
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    old = cache / f"gemma-3-270m-q4_k_m.gguf.{killed.pid}-1.partial"
     old.write_bytes(b"left by a killed process")
-    os.utime(old, (time.time() - 7200,) * 2)
-    young = cache / ".gemma-3-270m-q4_k_m.gguf.y.part"
+    young = cache / f"gemma-3-270m-q4_k_m.gguf.{os.getppid()}-1.partial"
     young.write_bytes(b"being written")
     models.default_model()
     assert not old.exists()

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import ParameterError, StateError, StateFormatError, StateWriteError
+from ..writing import is_alive, sync_folder
 
 __all__ = [
     "MAX_BYTES",
@@ -207,21 +208,6 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[written:]
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | _CLOEXEC)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES):
-            raise
-    finally:
-        os.close(fd)
-
-
 def remove_stale(target: Path) -> None:
     """Remove what killed processes left of earlier writes to ``target``."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-\d+\.tmp")
@@ -234,16 +220,3 @@ def remove_stale(target: Path) -> None:
         if found and not is_alive(int(found[1])):
             with contextlib.suppress(OSError):
                 os.unlink(target.parent / name)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process has this number."""
-    if os.name != "posix":
-        return True  # asking is not harmless there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..writing import replacing
 from .tiny_vocab import BYTE, NORMAL, TinyVocab, make_vocab
 
 __all__ = ["ARCHITECTURES", "DTYPES", "ENCODERS", "ROPE_SCALINGS", "make_tiny_model"]
@@ -153,9 +153,7 @@ def make_tiny_model(
     vocab = make_vocab(a.style, n_vocab)
     shape = _Shape(arch, a, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, rope_scaling)
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
+    with replacing(target) as temporary:
         w = gguf.GGUFWriter(temporary, arch)
         w.add_name(name or f"tiny {arch}")
         w.add_context_length(n_ctx)
@@ -190,11 +188,6 @@ def make_tiny_model(
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
         w.close()
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return target
 
 

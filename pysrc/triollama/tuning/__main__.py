@@ -20,6 +20,7 @@ from .. import models
 from .._engine import Model, Trainer
 from ..chat import template_for_model
 from ..errors import TriollamaError
+from ..writing import write_file
 from .config import QLoRAConfig, TrainingConfig
 from .dataset import TrainingDataset, prepare_training_data, read_items
 from .errors import IncompatibleAdapterError
@@ -163,7 +164,7 @@ def _train(options: argparse.Namespace) -> None:
     print(f"{how} after step {summary.step}, {time.monotonic() - started:.0f} s; {options.adapter}")
     if options.report:
         text = msgspec.json.format(msgspec.json.encode(summary), indent=1).decode()
-        Path(options.report).write_text(text + "\n", encoding="utf-8")
+        write_file(options.report, f"{text}\n".encode())
 
 
 def _evaluate(options: argparse.Namespace) -> None:

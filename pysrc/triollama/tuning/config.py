@@ -31,6 +31,7 @@ TARGET_NAMES = {
     "o_proj": "attn_output",
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
+    "gate_up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
 """Names of target modules as PEFT and transformers say them, and as GGUF does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from .._engine import Trainer, quantize, read_gguf
 from ..errors import ModelFormatError, ModelNotFoundError, ParameterError
+from ..writing import beside, write_file
 from .config import MAX_RANK
 from .errors import (
     AdapterFileNotFoundError,
@@ -24,7 +24,7 @@ from .errors import (
     ModelExportError,
     ModelSaveError,
 )
-from .tensors import TensorFileError, read_tensors, write_atomically, write_tensors
+from .tensors import TensorFileError, read_tensors, write_tensors
 
 __all__ = [
     "AdapterCompatibility",
@@ -46,6 +46,8 @@ _PEFT_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Where an architecture's modules in transformers are not those: one matrix, gate above up.
+_PEFT_FUSED = {"phi3": {"ffn_up": "mlp.gate_up_proj"}}
 
 
 class AdapterCompatibility(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +102,9 @@ def check_adapter(
     for name, (_, shape) in tensors.items():
         base, _, kind = name.rpartition(".")
         if kind not in ("lora_a", "lora_b"):
-            if not name.endswith("_norm.weight"):
+            if name.endswith("_norm.weight"):
+                warnings.append(f"llama.cpp makes no use of its tensor {name}")
+            else:
                 problems.append(f"tensor {name} is neither lora_a nor lora_b")
             continue
         pairs.setdefault(base, {})[kind] = shape
@@ -155,11 +159,15 @@ def check_adapter(
 # ---- PEFT
 
 
-def _peft_name(weight: str, part: str) -> str:
+def _peft_modules(architecture: str) -> dict[str, str]:
+    return {**_PEFT_MODULES, **_PEFT_FUSED.get(architecture, {})}
+
+
+def _peft_name(weight: str, part: str, modules: Mapping[str, str]) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", weight)
-    if not match or match[2] not in _PEFT_MODULES:
+    if not match or match[2] not in modules:
         raise ModelExportError(f"PEFT has no name for {weight}")
-    return f"base_model.model.model.layers.{match[1]}.{_PEFT_MODULES[match[2]]}.lora_{part}.weight"
+    return f"base_model.model.model.layers.{match[1]}.{modules[match[2]]}.lora_{part}.weight"
 
 
 def _heads_of(weight: str, keys: Mapping[str, Any]) -> int | None:
@@ -213,11 +221,12 @@ def save_peft(
     ModelExportError for a matrix that PEFT has no name for.
     """
     keys, _ = read_gguf(trainer.path)
+    modules = _peft_modules(trainer.architecture)
     tensors: dict[str, Array] = {}
     for name, (a, b) in _split(trainer).items():
         n_head = _heads_of(name, keys)
-        tensors[_peft_name(name, "A")] = a
-        tensors[_peft_name(name, "B")] = b if n_head is None else _to_halves(b, n_head)
+        tensors[_peft_name(name, "A", modules)] = a
+        tensors[_peft_name(name, "B", modules)] = b if n_head is None else _to_halves(b, n_head)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -231,14 +240,14 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": [_PEFT_MODULES[target].split(".")[1] for target in trainer.targets],
+        "target_modules": [modules[target].split(".")[1] for target in trainer.targets],
     }
     try:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         write_tensors(target / "adapter_model.safetensors", tensors, {"format": "pt"})
         text = msgspec.json.format(msgspec.json.encode(config), indent=2)
-        write_atomically(target / "adapter_config.json", text)
+        write_file(target / "adapter_config.json", text)
     except OSError as error:
         raise LoRASaveError(
             error.errno, f"cannot write the adapter to {folder}: {error}"
@@ -282,10 +291,11 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
         if config.get(key):
             raise refuse(f"{key} is not supported")
     keys, _ = read_gguf(trainer.path)
+    modules = _peft_modules(trainer.architecture)
     parts: list[Array] = []
     for name, shape_a, shape_b in trainer.layout:
         for part, shape in (("A", shape_a), ("B", shape_b)):
-            key = _peft_name(name, part)
+            key = _peft_name(name, part, modules)
             found = tensors.pop(key, None)
             if found is None:
                 raise refuse(f"tensor {key} is missing")
@@ -326,12 +336,10 @@ def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str = "au
         if ftype in ("auto", "keep", "f16", "f32"):
             trainer.save_merged(target, matrices)
             return
-        whole = f"{target}.{os.getpid()}.merged"
-        try:
+        with beside(target) as whole:
             trainer.save_merged(whole, matrices)
             quantize(whole, target, ftype, allow_requantize=True)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(whole)
     except OSError as error:
-        raise ModelSaveError(error.errno, f"cannot write the model {target}: {error}") from error
+        raise ModelSaveError(
+            error.errno, f"cannot write the model {target}: {error.strerror or error}"
+        ) from error

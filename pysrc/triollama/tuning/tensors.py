@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.store import write_bytes
+from ..writing import write_file
 
-__all__ = ["TensorFileError", "read_tensors", "write_atomically", "write_tensors"]
+__all__ = ["TensorFileError", "read_tensors", "write_tensors"]
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -42,12 +42,6 @@ class _Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
-def write_atomically(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None:
-    """The file appears under its name when complete and on disk; until then the old one stays.
-    Raises StateWriteError, an OSError."""
-    write_bytes(path, *parts, mode=0o666)
-
-
 def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, NDArray[Any]],
@@ -69,7 +63,7 @@ def write_tensors(
         data.append(array.reshape(-1).view(np.uint8).data)
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
-    write_atomically(path, len(text).to_bytes(8, "little"), text, *data)
+    write_file(path, len(text).to_bytes(8, "little"), text, *data)
 
 
 def read_tensors(

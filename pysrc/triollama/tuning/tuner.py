@@ -7,6 +7,7 @@ applied.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -147,6 +148,7 @@ class Tuner:
         self._model: Model | None = None
         self._context: Context | None = None
         self._applied: dict[str, tuple[Adapter, AppliedAdapter]] = {}
+        self._contents: dict[Adapter, bytes] = {}
         self._fallback = False
         self._run: TrainingRun | None = None
         self._session: TrainingSession | None = None
@@ -178,6 +180,7 @@ class Tuner:
             for adapter, _ in self._applied.values():
                 adapter.close()
             self._applied.clear()
+            self._contents.clear()
             self._context.close()
             self._context = None
         if self._model is not None:
@@ -224,7 +227,8 @@ class Tuner:
         self._fallback = enabled
 
     def apply_lora(self, path: str | PathLike[str], scale: float = 1.0) -> AppliedAdapter | None:
-        """Add an adapter to those applied, or give one applied already another scale.
+        """Add an adapter to those applied, or give one applied already another scale. A file that
+        holds something else by now takes the place of what was loaded from it before.
 
         Returns None where fallback mode went on without it. What the context remembered was
         computed otherwise, so it is forgotten. Raises AdapterFileNotFoundError,
@@ -247,8 +251,11 @@ class Tuner:
             _log.info("adapter %s: %s", path, warning)
         old = self._applied.get(name)
         try:
-            adapter = old[0] if old else Adapter(self.model, path)
-        except AdapterError as error:
+            with open(path, "rb") as file:
+                contents = hashlib.file_digest(file, "sha256").digest()
+            known = old is not None and self._contents[old[0]] == contents
+            adapter = old[0] if old and known else Adapter(self.model, path)
+        except (AdapterError, OSError) as error:
             raise AdapterApplicationError(str(error), path=os.fspath(path)) from error
         applied = AppliedAdapter(
             path=name,
@@ -260,10 +267,14 @@ class Tuner:
         try:
             self._apply(wanted)
         except ParameterError as error:
-            if not old:
+            if not known:
                 adapter.close()
             raise AdapterApplicationError(str(error), path=os.fspath(path)) from error
         self._applied = wanted
+        self._contents[adapter] = contents
+        if old and not known:
+            del self._contents[old[0]]
+            old[0].close()
         context.memory.clear()
         return applied
 
@@ -277,7 +288,9 @@ class Tuner:
             )
         self._apply({n: pair for n, pair in self._applied.items() if n not in names})
         for name in names:
-            self._applied.pop(name)[0].close()
+            adapter, _ = self._applied.pop(name)
+            del self._contents[adapter]
+            adapter.close()
         self._serving.memory.clear()
 
     def _apply(self, wanted: Mapping[str, tuple[Adapter, AppliedAdapter]]) -> None:

@@ -1,0 +1,128 @@
+#include "guards/fault.hpp"
+
+#if defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+#define TRIOLLAMA_FAULTS
+#include "guards/abort.hpp"
+#include "threads/openmp.hpp"
+
+#include <csignal>
+#include <cstdint>
+#include <link.h>
+#include <mutex>
+#include <ucontext.h>
+#endif
+
+namespace triollama {
+
+#if defined(TRIOLLAMA_FAULTS)
+
+namespace {
+
+constexpr uintptr_t null_page = 1 << 16;    // no member of a tensor is further from its beginning
+constexpr int signals[] = {SIGSEGV, SIGFPE};
+
+thread_local int depth = 0;
+thread_local const char * last_fault = nullptr;
+std::mutex mutex;
+int n_scopes = 0;                           // of all threads
+struct sigaction previous[2];
+uintptr_t code_begin = 0, code_end = 0;     // of the extension
+
+int find_code(dl_phdr_info * info, size_t, void *) {
+    const uintptr_t here = reinterpret_cast<uintptr_t>(&find_code);
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const auto & segment = info->dlpi_phdr[i];
+        const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
+        if (segment.p_type == PT_LOAD && here >= begin && here < begin + segment.p_memsz) {
+            code_begin = begin;
+            code_end   = begin + segment.p_memsz;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+bool is_in_our_code(void * context) {
+    const mcontext_t & machine = static_cast<ucontext_t *>(context)->uc_mcontext;
+#if defined(__x86_64__)
+    const uintptr_t at = uintptr_t(machine.gregs[REG_RIP]);
+#else
+    const uintptr_t at = uintptr_t(machine.pc);
+#endif
+    return at >= code_begin && at < code_end;
+}
+
+void on_fault(int number, siginfo_t * info, void * context) {
+    if (depth > 0 && in_parallel() <= 0 && info->si_code > 0 && is_in_our_code(context)) {
+        if (number == SIGFPE) {
+            last_fault = "llama.cpp divided by zero: a number in the file's metadata is 0 or missing";
+            throw native_abort(last_fault);
+        }
+        if (reinterpret_cast<uintptr_t>(info->si_addr) < null_page) {
+            last_fault = "the file lacks a tensor that llama.cpp needs for this architecture";
+            throw native_abort(last_fault);
+        }
+    }
+    const struct sigaction & before = previous[number == SIGFPE];
+    if (before.sa_flags & SA_SIGINFO) {
+        before.sa_sigaction(number, info, context);
+    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+        before.sa_handler(number);
+    } else {
+        sigaction(number, &before, nullptr);    // and the instruction is tried again
+        if (info->si_code <= 0) {
+            raise(number);
+        }
+    }
+}
+
+}  // namespace
+
+void FaultScope::enter() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (n_scopes == 0) {
+        if (code_end == 0) {
+            dl_iterate_phdr(find_code, nullptr);
+        }
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags     = SA_SIGINFO | SA_NODEFER;      // on this very stack, which is unwound
+        sigemptyset(&action.sa_mask);
+        for (int i = 0; i < 2; ++i) {
+            sigaction(signals[i], &action, &previous[i]);
+        }
+    }
+    n_scopes++;
+    depth++;
+    entered = true;
+    last_fault = nullptr;
+}
+
+const char * FaultScope::fault() const { return last_fault; }
+
+FaultScope::~FaultScope() {
+    if (!entered) {
+        return;
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    depth--;
+    if (--n_scopes > 0) {
+        return;
+    }
+    for (int i = 0; i < 2; ++i) {
+        struct sigaction found;
+        if (sigaction(signals[i], nullptr, &found) == 0 && (found.sa_flags & SA_SIGINFO) && found.sa_sigaction == on_fault) {
+            sigaction(signals[i], &previous[i], nullptr);
+        }
+    }
+}
+
+#else
+
+void FaultScope::enter() {}
+const char * FaultScope::fault() const { return nullptr; }
+FaultScope::~FaultScope() {}
+
+#endif
+
+}  // namespace triollama

@@ -1,0 +1,121 @@
+#include "guards/model_files.hpp"
+
+#include "guards/errors.hpp"
+
+#include <fcntl.h>
+#include <mutex>
+#include <sys/stat.h>
+#include <unordered_map>
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace triollama {
+
+namespace {
+
+std::mutex mutex;
+std::unordered_map<const llama_model *, const ModelFiles *> known;      // of the models that are loaded
+
+int64_t nanoseconds(const struct timespec & t) { return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec; }
+
+FileMark mark_of(const struct stat & status) {
+    FileMark mark;
+    mark.device = uint64_t(status.st_dev);
+    mark.inode  = uint64_t(status.st_ino);
+    mark.size   = int64_t(status.st_size);
+#if defined(_WIN32)
+    mark.modified = int64_t(status.st_mtime) * 1000000000;
+    mark.changed  = mark.modified;
+#elif defined(__APPLE__)
+    mark.modified = nanoseconds(status.st_mtimespec);
+    mark.changed  = nanoseconds(status.st_ctimespec);
+#else
+    mark.modified = nanoseconds(status.st_mtim);
+    mark.changed  = nanoseconds(status.st_ctim);
+#endif
+    return mark;
+}
+
+}  // namespace
+
+ModelFiles::~ModelFiles() {
+    if (model) {        // which is freed after this: before, its address cannot be another's
+        const std::lock_guard<std::mutex> lock(mutex);
+        known.erase(model);
+    }
+#if !defined(_WIN32)
+    for (const FileMark & file : files) {
+        close(file.fd);
+    }
+#endif
+}
+
+void ModelFiles::open(const std::string & path) {
+    struct stat status;
+#if defined(_WIN32)
+    if (stat(path.c_str(), &status) != 0) {
+        throw file_error(path);
+    }
+    files.push_back(mark_of(status));
+#else
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        throw file_error(path);
+    }
+    if (fstat(fd, &status) != 0) {
+        const int code = errno;
+        close(fd);
+        throw file_error(path, code);
+    }
+    files.push_back(mark_of(status));
+    files.back().fd = fd;
+#endif
+    files.back().path = path;
+}
+
+void ModelFiles::adopt(const llama_model * loaded) {
+    check();
+    for (const FileMark & file : files) {
+        struct stat status;
+        if (stat(file.path.c_str(), &status) != 0 || uint64_t(status.st_ino) != file.inode
+            || uint64_t(status.st_dev) != file.device) {
+            throw model_changed(file.path + " was replaced while it was loaded");
+        }
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    known[loaded] = this;
+    model = loaded;
+}
+
+void ModelFiles::check() const {
+    if (state->lost.load()) {
+        throw model_changed(files.front().path + " was cut short while it was in use");
+    }
+    for (const FileMark & file : files) {
+        struct stat status;
+#if defined(_WIN32)
+        if (stat(file.path.c_str(), &status) != 0) {
+            continue;
+        }
+#else
+        if (fstat(file.fd, &status) != 0) {
+            throw file_error(file.path);
+        }
+#endif
+        const FileMark now = mark_of(status);
+        if (now.size != file.size || now.modified != file.modified) {
+            throw model_changed(file.path + " was written to while it was in use");
+        }
+    }
+}
+
+void ModelFiles::check(const llama_model * model) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto it = known.find(model);
+    if (it != known.end() && it->second->state->mappings.load() > 0) {
+        it->second->check();
+    }
+}
+
+}  // namespace triollama

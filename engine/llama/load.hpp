@@ -1,0 +1,20 @@
+// llama_model_load_from_file and llama_init_from_model, made safe: see load.cpp.
+#pragma once
+
+#include "guards/model_files.hpp"
+
+#include "llama.h"
+
+#include <string>
+
+namespace triollama {
+
+// Checks each part of the model, opens it in `files`, and loads it. nullptr: see llama.cpp's log. Throws format_error,
+// file_error, invalid_argument for an override of another type, model_changed.
+llama_model * load_model(ModelFiles & files, const std::string & path, const llama_model_params & params);
+
+// nullptr: see llama.cpp's log. Throws format_error where the graph of the model's architecture cannot be built from its
+// file, or could not be computed.
+llama_context * make_context(llama_model * model, const llama_context_params & params);
+
+}  // namespace triollama
