@@ -59,6 +59,11 @@ cdef void release_set(Decoder decoder, object number) noexcept:
         adapter.children -= 1
 
 
+cdef uint64_t sequence_number(str name, object value) except? 0:
+    """A number as ``Decoder.make_sequence`` gives them."""
+    return check_int(name, value, 0, 2**62)
+
+
 @cython.no_gc_clear
 cdef class Decoder(Owner):
     """Drives ``context`` for many streams on one native thread. The context serves nobody else
@@ -343,20 +348,21 @@ cdef class Decoder(Owner):
     def drop_sequence(self, sequence: int) -> None:
         """Forget a sequence. A stream that uses it is cancelled."""
         self.alive()
-        self.impl.drop_sequence(sequence)
+        self.impl.drop_sequence(sequence_number("sequence", sequence))
 
     def fork_sequence(self, source: int, target: int, n: int) -> DecoderReply:
         """Give ``target`` the first ``n`` positions of ``source``, as far as the cache allows. The
         reply's value is how many it has now."""
         self.alive()
         cdef int count = check_int("n", n, 0, 2**31 - 1)
-        return wrap_reply(self, self.impl.fork_sequence(source, target, count))
+        return wrap_reply(self, self.impl.fork_sequence(
+            sequence_number("source", source), sequence_number("target", target), count))
 
     def save_sequence(self, sequence: int) -> DecoderReply:
         """The KV of an idle sequence. The reply's ``data`` is as ``triollama._engine.save_sequence``
         gives it (empty if it holds nothing), its value the number of positions."""
         self.alive()
-        return wrap_reply(self, self.impl.save_sequence(sequence))
+        return wrap_reply(self, self.impl.save_sequence(sequence_number("sequence", sequence)))
 
     def load_sequence(self, sequence: int, data, n: int, adapters: int = 0) -> DecoderReply:
         """Restore what ``save_sequence`` gave, ``n`` positions, computed with this set of adapters.
@@ -372,13 +378,14 @@ cdef class Decoder(Owner):
         except TypeError:
             pass                        # no buffer at all: the check says so
         check_state(self.context, data, _KIND_SEQUENCE)
+        cdef uint64_t number = sequence_number("sequence", sequence)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
         cdef const uint8_t[::1] view = memoryview(data)
         cdef int header = _HEADER.size
         if view.shape[0] == header:
             raise StateError("the state holds nothing")
         cdef DecoderReply reply = wrap_reply(self, self.impl.load_sequence(
-            sequence, &view[0] + header, view.shape[0] - header, count, adapters))
+            number, &view[0] + header, view.shape[0] - header, count, adapters))
         # The thread reads these very bytes: they stay until it has answered.
         self.held[reply.ptr.get().id] = view
         return reply
@@ -390,12 +397,13 @@ cdef class Decoder(Owner):
         self.alive()
         cdef int kept = check_int("keep", keep, 0, 2**30)
         cdef int dropped = check_int("drop", drop, 1, 2**30)
-        return wrap_reply(self, self.impl.shift_sequence(sequence, kept, dropped))
+        return wrap_reply(self, self.impl.shift_sequence(
+            sequence_number("sequence", sequence), kept, dropped))
 
     def query_sequence(self, sequence: int) -> DecoderReply:
         """The reply's value is the number of positions a sequence holds."""
         self.alive()
-        return wrap_reply(self, self.impl.query_sequence(sequence))
+        return wrap_reply(self, self.impl.query_sequence(sequence_number("sequence", sequence)))
 
     def load_adapter(self, path) -> DecoderReply:
         """Load a LoRA adapter between two steps, which wait for it: milliseconds, if the file was

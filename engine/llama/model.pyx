@@ -6,8 +6,6 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from cython.operator cimport dereference
 from libc.string cimport memcpy
 
-from libcpp.map cimport map as cpp_map
-
 from ggml cimport (
     GGML_BACKEND_DEVICE_TYPE_GPU,
     GGML_BACKEND_DEVICE_TYPE_IGPU,

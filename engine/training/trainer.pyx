@@ -607,6 +607,7 @@ cdef class Trainer(Owner):
 
     cdef int save(self, object path, vector[pair[string, string]] & metadata, int ftype,
                   bint merged) except -1:
+        self.alive()
         target = os.fsdecode(path_bytes("path", path))
         if os.path.exists(target) and os.path.samefile(target, self.path):
             raise ParameterError("path is the model's own file", parameter="path", value=path)
@@ -630,6 +631,7 @@ cdef class Trainer(Owner):
 
         Moments and counters stay. Raises AdapterError, ModelNotFoundError.
         """
+        self.alive()
         cdef string raw_path = path_bytes("path", path)
         name = os.fsdecode(<bytes>raw_path)
         check_magic(name, "the adapter ", AdapterError)

@@ -927,6 +927,28 @@ def forks(path: str) -> None:
     llama.close()
 
 
+def sequences(path: str) -> None:
+    """Numbers of a Decoder's sequences that are none."""
+    from triollama._engine import Decoder
+
+    with (
+        Model(path) as model,
+        Context(model, n_ctx=64, n_threads=1) as context,
+        Decoder(context) as decoder,
+    ):
+        for wrong in (-1, -(2**70), 2**63, 2**70, 1.5, "1", None, True):
+            for name, arguments in {
+                "drop_sequence": (wrong,),
+                "fork_sequence": (wrong, 1, 1),
+                "save_sequence": (wrong,),
+                "shift_sequence": (wrong, 0, 1),
+                "query_sequence": (wrong,),
+            }.items():
+                attack = getattr(decoder, name)
+                refused(f"{name}({wrong!r})", ParameterError, attack, *arguments)
+            refused("fork into", ParameterError, decoder.fork_sequence, 1, wrong, 1)
+
+
 def options(path: str) -> None:
     """Absurd arguments of Model, Adapter and quantize."""
     folder = Path(path).parent
@@ -1050,6 +1072,7 @@ TOPICS: dict[str, Callable[..., None]] = {
         prompts,
         after_close,
         closed_while_iterating,
+        sequences,
         threads,
         forks,
         options,

@@ -25,6 +25,7 @@ TOPICS = {
     "prompts": ("llama", "gemma3", "jamba"),
     "after_close": ("llama", "jamba"),
     "closed_while_iterating": ("llama",),
+    "sequences": ("llama",),
     "threads": ("llama", "gemma3"),
     "forks": ("llama",),
     "options": ("llama", "gemma3"),
