@@ -190,7 +190,7 @@ class Autosave:
                 Journal, self.path, self._document, abandon_on_cancel=True
             )
             self._check_same()
-            self._closing = set(self._journal.ids()) - self._pending.keys()
+            self._closing |= set(self._journal.ids()) - self._pending.keys()
             self.begun = True
             try:
                 await self._follow(task_status)
