@@ -37,6 +37,7 @@ class Campaign:
         self.random = random.Random(seed)
         self.logs: dict[str, Log] = {}
         self.n_cut = 0
+        self.done: list[str] = []
 
     def new(self) -> None:
         id = f"chat {len(self.logs)} {self.random.random()}"
@@ -54,7 +55,7 @@ class Campaign:
 
     def note(self, chat: Conversation, log: Log) -> None:
         """``log`` may have been committed, whole or in part, or not at all."""
-        if len(chat.messages) == 1 + 2 * len(log) and log != self.logs[chat.id]:
+        if len(chat.messages) == 1 + 2 * len(log):
             said = chat.messages[-2].content
             n = len(chat.messages[-1].tokens)
             if said == log[-1][0] and n <= log[-1][1]:
@@ -69,7 +70,9 @@ class Campaign:
         chat = self.llama.conversations[chance.choice(list(self.logs))]
         log = self.logs[chat.id]
         text, n = chance.choice(SAID), chance.randint(1, 6)
-        match chance.choice(OPERATIONS):
+        operation = chance.choice(OPERATIONS)
+        self.done.append(f"{operation} {chat.id[:8]} {text} {n}")
+        match operation:
             case "say":
                 await chat.say(text, max_tokens=n)
                 self.note(chat, [*log, (text, n)])
@@ -180,7 +183,12 @@ async def campaign(path: Path, folder: Path, seed: int, steps: int) -> int:
         for id, log in run.logs.items():
             chat = llama.conversations[id]
             reply = await chat.say("What now?", max_tokens=5)
-            assert (reply.tokens, chat.tokens) == await run.replayed(log), (seed, id, log)
+            assert (reply.tokens, chat.tokens) == await run.replayed(log), (
+                seed,
+                id,
+                log,
+                run.done[-20:],
+            )
         for chat in list(llama.conversations):
             chat.close()
         while llama.statistics().sequences or llama.statistics().cells_used:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from triollama import GenerationParams
+from triollama.aio.conversation.choices import again, edited, onward, said
 from triollama.aio.conversation.history import Shift, State, Turn, common_length, shifted
 from triollama.aio.conversation.plan import Plan, Planning, Prompts, make_plan
-from triollama.chat import ChatTemplate, ChatTokenizer
-from triollama.errors import ContextFullError, ParameterError
+from triollama.aio.conversation.samplers import turn_params
+from triollama.chat import ChatTemplate, ChatTokenizer, TurnEnd
+from triollama.errors import ContextFullError, ParameterError, UnsupportedError
 from triollama.files import Message
 from triollama.testing.fake_memory import FakeVocab
 
@@ -34,10 +37,10 @@ def made(asked: Prompts, planning: Planning[Plan]) -> tuple[Plan, int]:
 
 
 def plan(
-    base: State, *said: Message, overflow: Any = "raise", n_ctx: int = 256, **changes: Any
+    base: State, *new: Message, overflow: Any = "raise", n_ctx: int = 256, **changes: Any
 ) -> tuple[Plan, int]:
     asked = prompts()
-    planning = make_plan(asked, base, said, PARAMS.replace(**changes), overflow, n_ctx)
+    planning = make_plan(asked, base, new, PARAMS.replace(**changes), overflow, n_ctx)
     return made(asked, planning)
 
 
@@ -55,8 +58,8 @@ def committed(*turns: tuple[str, str], system: str = "") -> State:
     for question, answer in turns:
         made, _ = plan(state, user(question), n_ctx=10_000)
         tokens = (*made.tokens, *map(ord, answer))
-        said = Message(role="assistant", content=answer, tokens=tuple(map(ord, answer)))
-        messages = (*state.messages, user(question), said)
+        reply = Message(role="assistant", content=answer, tokens=tuple(map(ord, answer)))
+        messages = (*state.messages, user(question), reply)
         turn = Turn(len(messages), len(tokens), len(tokens) - 1, b"", None)
         state = State(
             messages=messages,
@@ -183,3 +186,48 @@ def test_given_messages_belong_to_no_turn() -> None:
 def test_common_length() -> None:
     for one, other, n in (("", "a", 0), ("abc", "abd", 2), ("abc", "abc", 3), ("abc", "abcd", 3)):
         assert common_length(tuple(map(ord, one)), tuple(map(ord, other))) == n
+
+
+def test_what_a_turn_goes_on_from() -> None:
+    state = committed(("Hello", " Good day"), ("And?", " Nothing"), system="Be brief.")
+    assert said("user", "So?")(state)[0] is state
+    for role, text in (("assistant", "x"), ("system", "x"), ("user", 3)):
+        with pytest.raises(ParameterError):
+            said(role, text)  # type: ignore[arg-type]
+    base, asked = again(state)
+    assert (base, [m.content for m in asked]) == (state.after(1), ["And?"])
+    assert onward(state) == (state, ())
+    base, asked = edited(1, "Good morning")(state)
+    assert (base, [m.content for m in asked]) == (state.after(0), ["Good morning"])
+    base, asked = edited(3, "Or?")(state)
+    assert (base, [m.content for m in asked]) == (state.after(1), ["Or?"])
+    for index in (-1, 0, 2, 4, 5):
+        with pytest.raises(ParameterError):
+            edited(index, "x")(state)
+    for choose in (again, onward):
+        with pytest.raises(ParameterError, match="there is no"):
+            choose(State())
+    last = msgspec.structs.replace(state.messages[-1], finish_reason="stop")
+    with pytest.raises(ParameterError, match="'stop'"):
+        onward(msgspec.structs.replace(state, messages=(*state.messages[:-1], last)))
+    given = State(messages=(user("A document."), user("Another."), *state.messages[1:]))
+    base, asked = edited(0, "A new one.")(given)
+    assert (base, [m.content for m in asked]) == (State(), ["A new one."])
+
+
+def test_the_parameters_of_a_turn() -> None:
+    own = GenerationParams(seed=7, stop=("x",))
+    end = TurnEnd((), ())
+    assert turn_params(own, None, {}, None, end, shifts=False) == (own, False)
+    made, fresh = turn_params(own, None, {"seed": 7}, None, end, shifts=False)
+    assert (made.seed, fresh) == (7, True)
+    made, fresh = turn_params(own, GenerationParams(), {}, None, end, shifts=False)
+    assert (made.seed, made.stop, fresh) == (7, (), False)
+    ends = TurnEnd(("\nUser:",), (5,))
+    made, _ = turn_params(own, None, {}, None, ends, shifts=True)
+    assert (made.stop, made.stop_tokens) == (("x", "\nUser:"), (5,))
+    assert made.context_overflow == "shift"
+    made, _ = turn_params(own, None, {"ignore_eos": True}, None, ends, shifts=False)
+    assert made.stop_tokens == ()
+    with pytest.raises(UnsupportedError):
+        turn_params(own, None, {"context_overflow": "shift"}, None, end, shifts=False)

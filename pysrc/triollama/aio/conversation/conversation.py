@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
 import trio
 
 from ... import files
 from ...chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
-from ...errors import ParameterError, UnsupportedError
+from ...errors import ParameterError
 from ...files import MAX_TITLE, Message
-from ...params import GenerationParams, draw_seed, make_params
+from ...params import GenerationParams, draw_seed
 from ...results import Completion
 from ...structured import Structured, structured
 from ..adapters import Adapters, LoadedAdapter, Scaled
 from ..core import Core
+from .choices import Choose, again, edited, onward, said
 from .history import State, common_length, now
 from .ledger import Ledger
 from .plan import Overflow, Prompts
+from .samplers import turn_params
 from .saved import is_data, to_saved
 from .sequences import Sequences
-from .turn import OnCancel, TurnStream
+from .turn import OnCancel, TurnStream, check_policy
 
 __all__ = ["Conversation"]
 
@@ -208,10 +210,9 @@ class Conversation:
         Entering raises BusyResourceError if a turn is running, ContextFullError (``overflow``),
         ChatTemplateError, and what a stream raises.
         """
-        added = (_said(role, text),)
         kind = None if into is None else structured(into)
         return self._make(
-            lambda state: (state, added),
+            said(role, text),
             params,
             changes,
             on_cancel,
@@ -293,13 +294,7 @@ class Conversation:
         given = None if params is None else params.seed
         changes.setdefault("seed", draw_seed() if given is None else given)
 
-        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
-            if not state.turns:
-                raise ParameterError("there is no turn to do again", parameter="turn")
-            base = state.after(len(state.turns) - 1)
-            return base, state.messages[len(base.messages) : -1]
-
-        return self._make(choose, params, changes, on_cancel, interrupt, priority, capacity)
+        return self._make(again, params, changes, on_cancel, interrupt, priority, capacity)
 
     async def regenerate(
         self,
@@ -330,17 +325,7 @@ class Conversation:
     ) -> TurnStream:
         """As ``go_on``, in pieces: those that are new."""
 
-        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
-            last = state.messages[-1] if state.turns else None
-            if last is None or last.finish_reason in ("eos", "stop"):
-                raise ParameterError(
-                    "there is no answer that was cut short"
-                    + ("" if last is None else f": the last one ended by {last.finish_reason!r}"),
-                    parameter="turn",
-                )
-            return state, ()
-
-        return self._make(choose, params, changes, on_cancel, interrupt, priority, capacity)
+        return self._make(onward, params, changes, on_cancel, interrupt, priority, capacity)
 
     async def go_on(
         self,
@@ -379,23 +364,13 @@ class Conversation:
         """Say something else in place of the user's message ``index``; what followed is dropped.
         If the turn fails, nothing has changed."""
 
-        def choose(state: State) -> tuple[State, tuple[Message, ...]]:
-            messages = state.messages
-            if not 0 <= index < len(messages) or messages[index].role not in ("user", "tool"):
-                raise ParameterError(
-                    f"messages[{index}] is no message of a user", parameter="index", value=index
-                )
-            said = _said(messages[index].role, text)
-            if index < state.n_given:
-                return State(messages=messages[:index]), (said,)
-            base = state.after(sum(turn.n_messages <= index for turn in state.turns))
-            return base, (*messages[len(base.messages) : index], said)
-
-        return await _whole(self._make(choose, params, changes, on_cancel, interrupt, priority, 64))
+        return await _whole(
+            self._make(edited(index, text), params, changes, on_cancel, interrupt, priority, 64)
+        )
 
     def _make(
         self,
-        choose: Callable[[State], tuple[State, tuple[Message, ...]]],
+        choose: Choose,
         params: GenerationParams | None,
         changes: Mapping[str, Any],
         on_cancel: OnCancel | None,
@@ -405,32 +380,15 @@ class Conversation:
         into: Structured[Any] | None = None,
     ) -> TurnStream:
         self._house.core.check_open()
-        made = make_params(self.params if params is None else params, changes)
-        # Without a seed of its own a turn goes on with the last one's random state.
-        own_seed = "seed" in changes or made.seed not in (None, self.params.seed)
-        fresh = own_seed and made.seed is not None
-        if made.seed is None:
-            made = made.replace(seed=self.params.seed)
-        if into is not None:
-            made = into.constrain(made)
-        if self._ledger.overflow == "shift":
-            made = made.replace(context_overflow="shift")
-        elif made.context_overflow == "shift":
-            raise UnsupportedError(
-                "a conversation shifts its context by overflow='shift', not by context_overflow"
-            )
-        policy = self._on_cancel if on_cancel is None else on_cancel
-        if policy not in ("rollback", "keep"):
-            raise ParameterError(
-                f"on_cancel must be 'rollback' or 'keep', not {policy!r}",
-                parameter="on_cancel",
-                value=policy,
-            )
-        end = self._house.turn_end(self.template)
-        if end.stop:
-            made = made.replace(stop=(*made.stop, *end.stop))
-        if end.tokens and not made.ignore_eos:  # of which the vocabulary does not know it
-            made = made.replace(stop_tokens=(*made.stop_tokens, *end.tokens))
+        made, fresh = turn_params(
+            self.params,
+            params,
+            changes,
+            into,
+            self._house.turn_end(self.template),
+            shifts=self._ledger.overflow == "shift",
+        )
+        policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)
         return TurnStream(
             self,
             self._ledger,
@@ -575,17 +533,3 @@ async def _whole(turn: TurnStream) -> Completion:
         async for _ in stream:
             pass
         return stream.completion()
-
-
-def _said(role: str, text: str) -> Message:
-    if role not in ("user", "tool"):
-        raise ParameterError(
-            f"a turn begins with a message of 'user' or 'tool', not {role!r}",
-            parameter="role",
-            value=role,
-        )
-    if not isinstance(text, str):
-        raise ParameterError(
-            f"text must be a string, not {type(text).__name__}", parameter="text", value=text
-        )
-    return Message(role=role, content=text, created=now())  # type: ignore[arg-type]

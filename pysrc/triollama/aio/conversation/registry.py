@@ -31,7 +31,7 @@ from .history import State, now
 from .plan import Overflow
 from .saved import as_given
 from .sequences import Sequences
-from .turn import OnCancel
+from .turn import OnCancel, check_policy
 
 __all__ = ["Conversations"]
 
@@ -92,12 +92,7 @@ class Conversations:
         **changes: Any,
     ) -> Conversation:
         self.check_overflow(overflow)
-        if on_cancel not in ("rollback", "keep"):
-            raise ParameterError(
-                f"on_cancel must be 'rollback' or 'keep', not {on_cancel!r}",
-                parameter="on_cancel",
-                value=on_cancel,
-            )
+        check_policy(on_cancel)
         history: list[Message] = []
         if system is not None:
             history.append(Message(role="system", content=system, created=now()))

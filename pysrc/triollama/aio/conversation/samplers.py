@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from ...params import GenerationParams
+from collections.abc import Mapping
+from typing import Any
+
+from ...chat import TurnEnd
+from ...errors import UnsupportedError
+from ...params import GenerationParams, make_params
+from ...structured import Structured
 from ..engine import Engine, Sampler
 from .plan import Plan
 
-__all__ = ["make_sampler", "state_of", "with_grammar"]
+__all__ = ["make_sampler", "state_of", "turn_params", "with_grammar"]
+
+
+def turn_params(
+    own: GenerationParams,
+    params: GenerationParams | None,
+    changes: Mapping[str, Any],
+    into: Structured[Any] | None,
+    end: TurnEnd,
+    *,
+    shifts: bool,
+) -> tuple[GenerationParams, bool]:
+    """The parameters of a turn of a conversation with its ``own``, and whether it begins a random
+    state of its own: without a seed it goes on with the last turn's."""
+    made = make_params(own if params is None else params, changes)
+    own_seed = "seed" in changes or made.seed not in (None, own.seed)
+    fresh = own_seed and made.seed is not None
+    if made.seed is None:
+        made = made.replace(seed=own.seed)
+    if into is not None:
+        made = into.constrain(made)
+    if shifts:
+        made = made.replace(context_overflow="shift")
+    elif made.context_overflow == "shift":
+        raise UnsupportedError(
+            "a conversation shifts its context by overflow='shift', not by context_overflow"
+        )
+    if end.stop:
+        made = made.replace(stop=(*made.stop, *end.stop))
+    if end.tokens and not made.ignore_eos:  # of which the vocabulary does not know it
+        made = made.replace(stop_tokens=(*made.stop_tokens, *end.tokens))
+    return made, fresh
 
 
 def with_grammar(params: GenerationParams, plan: Plan) -> GenerationParams:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import msgspec
 import trio
 
-from ...errors import BusyError, StateError
+from ...errors import BusyError, ParameterError, StateError
 from ...files import Message
 from ...params import GenerationParams
 from ...structured import Structured
@@ -19,17 +19,27 @@ from ...uninterrupted import uninterrupted
 from ..engine import EngineStream, Taken
 from ..stream import Piece, Stream
 from .answer import REPLACED, Continued, unfinished_character
+from .choices import Choose
 from .history import Shift, State, Turn, common_length, now, shifted, went_on_from
 from .ledger import Ledger
 from .plan import Plan, Wanted, make_plan
 from .samplers import make_sampler, state_of, with_grammar
 
-__all__ = ["OnCancel", "TurnStream"]
+__all__ = ["OnCancel", "TurnStream", "check_policy"]
 
 OnCancel = Literal["rollback", "keep"]
 
-Choose = Callable[[State], tuple[State, tuple[Message, ...]]]
-"""From what is committed to what a turn goes on from, and what is said then."""
+
+def check_policy(on_cancel: Any) -> OnCancel:
+    """``on_cancel``, if it is one. Raises ParameterError."""
+    if on_cancel not in ("rollback", "keep"):
+        raise ParameterError(
+            f"on_cancel must be 'rollback' or 'keep', not {on_cancel!r}",
+            parameter="on_cancel",
+            value=on_cancel,
+        )
+    policy: OnCancel = on_cancel
+    return policy
 
 
 class _Named(Protocol):
