@@ -210,6 +210,11 @@ def test_what_a_turn_goes_on_from() -> None:
     last = msgspec.structs.replace(state.messages[-1], finish_reason="stop")
     with pytest.raises(ParameterError, match="'stop'"):
         onward(msgspec.structs.replace(state, messages=(*state.messages[:-1], last)))
+    # A file may end with a question.
+    asked_last = msgspec.structs.replace(state, messages=(*state.messages, user("So?")))
+    assert again(asked_last) == again(state)
+    with pytest.raises(ParameterError, match="there is no"):
+        onward(asked_last)
     given = State(messages=(user("A document."), user("Another."), *state.messages[1:]))
     base, asked = edited(0, "A new one.")(given)
     assert (base, [m.content for m in asked]) == (State(), ["A new one."])

@@ -25,12 +25,14 @@ def again(state: State) -> tuple[State, tuple[Message, ...]]:
     if not state.turns:
         raise ParameterError("there is no turn to do again", parameter="turn")
     base = state.after(len(state.turns) - 1)
-    return base, state.messages[len(base.messages) : -1]
+    return base, state.messages[len(base.messages) : state.turns[-1].n_messages - 1]
 
 
 def onward(state: State) -> tuple[State, tuple[Message, ...]]:
     """Nothing: more of the last answer."""
     last = state.messages[-1] if state.turns else None
+    if last is not None and last.role != "assistant":
+        last = None
     if last is None or last.finish_reason in ("eos", "stop"):
         raise ParameterError(
             "there is no answer that was cut short"
