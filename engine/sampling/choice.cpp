@@ -117,11 +117,11 @@ void Sampler::Impl::list_for_mirostat() {
         return (float) (expf(token.logit - scan.max) / total);
     };
     if (params.mirostat == 1) {
-        list_top_k((size_t) params.mirostat_m);
+        list_most_likely((size_t) params.mirostat_m);
         for (llama_token_data & token : list) {
             token.p = probability(token);
         }
-        list_top_k(mirostat_1_size());
+        list_most_likely(mirostat_1_size());
         return;
     }
     const double bound = std::log(total) - state.mu * 0.693147180559945309;
@@ -133,7 +133,7 @@ void Sampler::Impl::list_for_mirostat() {
     }
     const size_t keep = mirostat_2_size();
     if (list.empty()) {
-        list_top_k(1);
+        list_most_likely(1);
     } else {
         list.resize(keep);
     }

@@ -147,9 +147,9 @@ struct Sampler::Impl {
     void ensure_scan();
     void patch(Patches & patches, llama_token token, float logit);
     void patch_row(Stage stage, Patches & patches);
-    std::vector<std::pair<llama_token, float>> dry_losses();
     float * use_scratch();
-    void list_top_k(size_t k);
+    void list_top_k(size_t k, llama_sampler * exact);
+    void list_most_likely(size_t k);
     bool has_ties(size_t k) const;
     void pad_list(size_t k);
     void list_everything();

@@ -40,10 +40,11 @@ void Sampler::Impl::apply_to_list(Stage stage) {
             list_sorted = false;
             break;
         case Stage::dry: {
-            std::unordered_map<llama_token, float> losses;
-            for (const auto & loss : dry_losses()) {
-                losses.insert(loss);
+            std::vector<std::pair<llama_token, float>> found_losses;
+            if (!dry.penalties(vocab, dry_params, state.history, found_losses)) {
+                break;
             }
+            const std::unordered_map<llama_token, float> losses(found_losses.begin(), found_losses.end());
             for (llama_token_data & token : list) {
                 const auto found = losses.find(token.id);
                 if (found != losses.end()) {

@@ -103,14 +103,14 @@ const std::vector<std::vector<llama_token>> & Dry::tails(const llama_vocab * voc
     return heads.emplace(token, std::move(result)).first->second;
 }
 
-void Dry::penalties(const llama_vocab * vocab, const DryParams & params, const History & history,
+bool Dry::penalties(const llama_vocab * vocab, const DryParams & params, const History & history,
                     std::vector<std::pair<llama_token, float>> & out) {
     if (!params.enabled()) {
-        return;
+        return false;
     }
     const auto n = (int32_t) std::min(history.size(), (size_t) params.last_n);
     if (n <= params.allowed_length) {
-        return;
+        return false;
     }
 
     // A repetition may not reach back over a breaker.
@@ -136,7 +136,7 @@ void Dry::penalties(const llama_vocab * vocab, const DryParams & params, const H
         }
     }
     if (limit < params.allowed_length) {
-        return;
+        return false;
     }
 
     // matches[k]: how many of the newest tokens equal those that end k tokens earlier. This is the Z function of the
@@ -180,6 +180,7 @@ void Dry::penalties(const llama_vocab * vocab, const DryParams & params, const H
         const auto loss = (float) (params.multiplier * std::pow(params.base, exponent));
         out.emplace_back(entry.first, loss);
     }
+    return true;
 }
 
 }  // namespace triollama

@@ -64,8 +64,9 @@ struct DryParams {
 // `allowed_length` tokens loses multiplier * base^(length - allowed_length). Breakers end a repetition.
 class Dry {
 public:
-    // Appends (token, what its logit loses).
-    void penalties(const llama_vocab * vocab, const DryParams & params, const History & history,
+    // Appends (token, what its logit loses). False if there is too little text for a repetition: llama.cpp then leaves its
+    // list in the order it has.
+    bool penalties(const llama_vocab * vocab, const DryParams & params, const History & history,
                    std::vector<std::pair<llama_token, float>> & out);
 
     void forget_breakers() { heads.clear(); }       // when the breaker strings change

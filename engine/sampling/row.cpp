@@ -49,16 +49,12 @@ void Sampler::Impl::patch_row(Stage stage, Patches & patches) {
             patch(patches, entry.first, penalty.apply(x[entry.first], entry.second));
         }
     } else {
-        for (const auto & loss : dry_losses()) {
+        std::vector<std::pair<llama_token, float>> losses;
+        dry.penalties(vocab, dry_params, state.history, losses);
+        for (const auto & loss : losses) {
             patch(patches, loss.first, x[loss.first] - loss.second);
         }
     }
-}
-
-std::vector<std::pair<llama_token, float>> Sampler::Impl::dry_losses() {
-    std::vector<std::pair<llama_token, float>> losses;
-    dry.penalties(vocab, dry_params, state.history, losses);
-    return losses;
 }
 
 float * Sampler::Impl::use_scratch() {
@@ -66,8 +62,8 @@ float * Sampler::Impl::use_scratch() {
     return scratch.data();
 }
 
-// The k most likely tokens become the list, in llama.cpp's order.
-void Sampler::Impl::list_top_k(size_t k) {
+// The k most likely tokens become the list, in the order of `exact`, the stage of llama.cpp that keeps so many.
+void Sampler::Impl::list_top_k(size_t k, llama_sampler * exact) {
     ensure_scan();
     k = std::min(k, (size_t) n_vocab);
     list.clear();
@@ -80,12 +76,19 @@ void Sampler::Impl::list_top_k(size_t k) {
         if (has_ties(k)) {
             // Which of equals come first, or are kept at all, only llama.cpp's own algorithm can tell.
             list_everything();
-            apply(OwnedSampler(llama_sampler_init_top_k((int32_t) k)).get());
+            if (row_sorted) {
+                apply(sorter.get());
+            }
+            apply(exact);
             return;
         }
         pad_list(k);
     }
     list_sorted = true;
+}
+
+void Sampler::Impl::list_most_likely(size_t k) {
+    list_top_k(k, OwnedSampler(llama_sampler_init_top_k((int32_t) k)).get());
 }
 
 bool Sampler::Impl::has_ties(size_t k) const {
@@ -217,7 +220,7 @@ bool Sampler::Impl::apply_to_row(Stage stage) {
             return false;
         }
         case Stage::top_k:
-            list_top_k((size_t) params.top_k);
+            list_top_k((size_t) params.top_k, top_k.get());
             return true;
         case Stage::typical_p:
             list_typical();
@@ -230,7 +233,7 @@ bool Sampler::Impl::apply_to_row(Stage stage) {
             scan.collect(x, n_vocab, scan.max + logf(params.min_p), list);
             list_sorted = false;
             if (list.size() < (size_t) params.min_keep) {
-                list_top_k((size_t) params.min_keep);
+                list_top_k((size_t) params.min_keep, min_p.get());
             } else if (row_sorted) {
                 sort_by_logit(list);
                 list_sorted = true;

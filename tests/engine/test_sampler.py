@@ -71,7 +71,7 @@ CHAINS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_saved_state_continues_identically(vocab: Vocab, name: str) -> None:
-    params = GenerationParams(**CHAINS[name], repetition_lookback=16)
+    params = GenerationParams(**CHAINS[name], seed=42, repetition_lookback=16)
     sampler = Sampler(vocab, params, n_ctx=32)
     for token in (300, 301, 302, 300, 301):
         sampler.accept(token, generated=False)
@@ -196,7 +196,7 @@ def test_update_begins_a_new_grammar_and_keeps_the_same(vocab: Vocab) -> None:
 
 
 def test_a_refused_update_changes_nothing(vocab: Vocab) -> None:
-    params = GenerationParams(grammar="root ::= [a-z]*")
+    params = GenerationParams(grammar="root ::= [a-z]*", seed=42)
     sampler, twin = Sampler(vocab, params), Sampler(vocab, params)
     with pytest.raises(GrammarError):
         sampler.update(params.replace(grammar="root ::= ("))
@@ -224,9 +224,10 @@ def test_logits_are_left_as_they_were(vocab: Vocab, name: str) -> None:
 
 def test_read_only_logits_are_copied(vocab: Vocab) -> None:
     row = make_row(0)
-    expected = Sampler(vocab, GenerationParams(repeat_penalty=1.5)).sample(row)
+    params = GenerationParams(repeat_penalty=1.5, seed=42)
+    expected = Sampler(vocab, params).sample(row)
     row.flags.writeable = False
-    sampler = Sampler(vocab, GenerationParams(repeat_penalty=1.5))
+    sampler = Sampler(vocab, params)
     assert sampler.sample(row) == expected
     assert sampler.sample(row.tobytes() and memoryview(row)) in range(N)
 

@@ -58,6 +58,8 @@ def assert_same(
     prompt: tuple[int, ...] = (),
     steps: int = 16,
 ) -> None:
+    if params.seed is None:
+        params = params.replace(seed=seed)
     ours = Sampler(vocab, params, n_ctx=64)
     theirs = UpstreamSampler(vocab, params, n_ctx=64)
     for token in prompt:
@@ -222,6 +224,28 @@ def test_top_k_of_equals(vocab: Vocab, k: int, kind: str) -> None:
     params = GenerationParams(top_k=k, top_p=1.0, temperature=1.0, repeat_penalty=1.0)
     for seed in range(3):
         assert_same(vocab, params, seed, (kind,))
+
+
+@pytest.mark.parametrize("keep", [3, 40, 129, 479, 480])
+def test_min_p_of_equals(vocab: Vocab, keep: int) -> None:
+    """Fewer reach min_p than are to be kept: which of equals are, llama.cpp's sort tells."""
+    params = GenerationParams(
+        samplers=("min_p", "temperature"), min_p=0.5, min_keep=keep, temperature=30.0
+    )
+    for seed in range(40):
+        row = np.round(np.random.default_rng(seed).normal(size=NARROW) * 2).astype(np.float32)
+        row[seed] = 30.0
+        seeded = params.replace(seed=seed)
+        expected = UpstreamSampler(vocab, seeded).sample(row)
+        assert Sampler(vocab, seeded).sample(row) == expected
+
+
+def test_dry_without_a_repetition_leaves_equals_in_their_order(vocab: Vocab) -> None:
+    params = GenerationParams(
+        samplers=("top_k", "dry", "top_p", "temperature"), top_k=300, dry_multiplier=0.8, top_p=0.9
+    )
+    for seed in range(20):
+        assert_same(vocab, params.replace(temperature=2.0), seed, ("ties",), steps=4)
 
 
 @pytest.mark.parametrize(
