@@ -190,6 +190,8 @@ cdef class Generation:
     cdef vector[llama_token] prompt
     cdef vector[llama_token] tokens
     cdef vector[llama_token] end_tokens     # end it as end-of-generation tokens do
+    cdef vector[llama_token] stop_tokens    # of each stop string: the special token named so, or -1
+    cdef int stop_index                     # of the stop string that ended it, or -1
     cdef int n_past             # tokens in memory
     cdef int n_generated
     cdef int n_shifted

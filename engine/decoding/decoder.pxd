@@ -81,6 +81,7 @@ cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
         int32_t accept_from
         vector[string] stops
         vector[llama_token] end_tokens
+        vector[llama_token] stop_tokens
         int32_t max_tokens
         int32_t logprobs
         cpp_bool special

@@ -300,8 +300,8 @@ cdef class Decoder(Owner):
                 f" n_ctx={self.context.n_ctx}",
                 needed=request.tokens.size(), n_ctx=self.context.n_ctx)
         request.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
-        for text in stop:
-            request.stops.push_back(text.encode())
+        request.stops = _utf8_list("stop", stop)
+        request.stop_tokens = named_tokens(vocab_of(self.context.model).ptr, request.stops)
         for number in end_tokens:
             request.end_tokens.push_back(end_token(n_vocab, number))
         request.max_tokens = -1 if max_tokens is None else check_int(
@@ -314,10 +314,6 @@ cdef class Decoder(Owner):
             raise UnsupportedError(f'context_overflow="shift": {why}; use "stop"')
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
-        if (hidden or request.kind == Kind.embed) and self.context.pooling_ != <int>LLAMA_POOLING_TYPE_NONE:
-            raise UnsupportedError(
-                "the context pools, so tokens have no states of their own; make it with"
-                ' pooling="none"')
         request.causal = causal
         request.pooling = <Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
         request.threads = 0 if threads is None else check_int("threads", threads, 1, 512)

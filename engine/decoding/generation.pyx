@@ -62,9 +62,11 @@ cdef class Generation:
         self.reuse = reuse
         for token in params.stop_tokens:
             self.end_tokens.push_back(end_token(len(context.model.vocab), token))
-        stops = [stop.encode() for stop in params.stop]
-        self.text.reset(new NativeTextStream(<vector[string]>stops))
         self.vocab = vocab_of(context.model)
+        cdef vector[string] stops = _utf8_list("stop", params.stop)
+        self.text.reset(new NativeTextStream(stops))
+        self.stop_tokens = named_tokens(self.vocab.ptr, stops)
+        self.stop_index = -1
         self.batch = Batch(max(1, min(context.n_ubatch, context.n_batch)))
         self.check_prompt()
 
@@ -209,6 +211,7 @@ cdef class Generation:
         cdef float * logits
         cdef string piece
         cdef bint ends
+        cdef bint stops
         if self.n_generated == self.max_tokens:
             return self.end("length", out)
         if self.undecoded and self.n_past >= self.context.n_ctx and not self.make_room():
@@ -222,10 +225,11 @@ cdef class Generation:
             with nogil:
                 token = self.sampler.native.get().sample(logits)
                 ends = llama_vocab_is_eog(self.vocab.ptr, token) or contains(self.end_tokens, token)
-                if not ends:
+                stops = not ends and contains(self.stop_tokens, token)
+                if not ends and not stops:
                     self.sampler.native.get().accept(token, True)
                     append_piece(self.vocab.ptr, token, self.special, piece)
-            if not ends and self.logprobs >= 0:
+            if not ends and not stops and self.logprobs >= 0:
                 self.note_logprobs(logits, token)
         finally:
             self.context.leave()
@@ -234,10 +238,14 @@ cdef class Generation:
         if ends:
             self.eog_token = token
             return self.end("eos", out)
+        if stops:
+            self.stop_index = list(self.stop_tokens).index(token)
+            return self.end("stop", out)
         self.tokens.push_back(token)
         self.n_generated += 1
         self.undecoded = True
         if self.text.get().feed(piece.data(), piece.size(), out):
+            self.stop_index = self.text.get().matched_stop()
             self.finish("stop")
         return 0
 
@@ -263,7 +271,7 @@ cdef class Generation:
         memory.seq_add(0, self.n_keep + n_discard, self.n_past, -n_discard)
         self.n_past -= n_discard
         self.n_shifted += n_discard
-        return memory.can_continue_at(0, self.n_past)
+        return True
 
     cdef int note_logprobs(self, const float * logits, llama_token token) except -1:
         cdef vector[NativeTokenLogprob] top
@@ -311,7 +319,7 @@ cdef class Generation:
     @property
     def matched_stop(self) -> int:
         """Index of the stop string that ended the text, or -1."""
-        return self.text.get().matched_stop()
+        return self.stop_index
 
 
 def score_tokens(Context context not None, tokens, n_given: int = 1):

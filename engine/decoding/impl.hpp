@@ -40,6 +40,7 @@ struct Mode {
 struct Sampled {
     llama_token token = LLAMA_TOKEN_NULL;
     bool end = false;
+    int32_t stop = -1;                  // the stop string whose name it is
     TokenScore score;
     Failure failure = Failure::none;
     std::string message;

@@ -85,6 +85,7 @@ struct Request {
     std::unique_ptr<Sampler> sampler;
     int32_t accept_from = 0;                // the sampler has not yet seen the prompt from here on
     std::vector<std::string> stops;
+    std::vector<llama_token> stop_tokens;   // of each stop string: the special token whose name it is, or LLAMA_TOKEN_NULL
     std::vector<llama_token> end_tokens;    // end it as the vocabulary's end-of-generation tokens do
     int32_t max_tokens = -1;                // -1: until the context is full
     int32_t logprobs = -1;                  // -1: none; n: with the n most likely

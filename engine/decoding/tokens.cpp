@@ -17,8 +17,11 @@ Failure failure_of(const std::exception & e) {
     return dynamic_cast<const std::bad_alloc *>(&e) ? Failure::memory : Failure::sampler;
 }
 
-Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const std::vector<llama_token> & end_tokens, Sampler & sampler,
-               int32_t logprobs, float * logits) {
+Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & request, float * logits) {
+    const std::vector<llama_token> & ends  = request.end_tokens;
+    const std::vector<llama_token> & stops = request.stop_tokens;
+    Sampler & sampler = *request.sampler;
+    const int32_t logprobs = request.logprobs;
     Sampled out;
     const int64_t start = now_ns();
     try {
@@ -30,8 +33,12 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const std::vector<lla
             }
         }
         out.token = sampler.sample(logits);
-        out.end   = llama_vocab_is_eog(vocab, out.token) ||
-                    std::find(end_tokens.begin(), end_tokens.end(), out.token) != end_tokens.end();
+        out.end   = llama_vocab_is_eog(vocab, out.token) || std::find(ends.begin(), ends.end(), out.token) != ends.end();
+        const auto stop = std::find(stops.begin(), stops.end(), out.token);
+        if (!out.end && stop != stops.end()) {
+            out.end  = true;
+            out.stop = (int32_t) (stop - stops.begin());
+        }
         if (logprobs >= 0) {
             out.score.logprob = (float) (logits[out.token] - log_sum);
         }
@@ -52,8 +59,7 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const std::vector<lla
 void Decoder::Impl::sample_all(std::vector<Sampling> & samplings) {
     auto one = [this, &samplings](int32_t i) {
         Sampling & s = samplings[i];
-        const Request & r = s.stream->request;
-        s.result = sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, s.logits);
+        s.result = sample(vocab, n_vocab, s.stream->request, s.logits);
     };
     double expected = 0.0;
     for (const Sampling & s : samplings) {
@@ -77,9 +83,7 @@ void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits
     w.sampling = true;
     count.slow_samples++;
     worker.run([this, stream] {
-        const Request & r = stream->request;
-        auto result = std::make_shared<Sampled>(
-            sample(vocab, n_vocab, r.end_tokens, *r.sampler, r.logprobs, stream->work->logits.data()));
+        auto result = std::make_shared<Sampled>(sample(vocab, n_vocab, stream->request, stream->work->logits.data()));
         post([this, stream, result] {
             Work & w = *stream->work;
             w.sampling = false;
@@ -100,6 +104,11 @@ void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {
     }
     w.sample_s += 0.25 * (sampled.seconds - w.sample_s);
     w.slow = w.sample_s > config.slow_sampler_s || (w.slow && w.sample_s > 0.5 * config.slow_sampler_s);
+    if (sampled.stop >= 0) {
+        stream->stop_index = sampled.stop;
+        end(stream, Finish::stop);
+        return;
+    }
     if (sampled.end) {
         stream->end_token = sampled.token;
         end(stream, Finish::eos);

@@ -1,45 +1,36 @@
 #include "grammar/gbnf.hpp"
 
+#include "grammar/byte_sets.hpp"
 #include "guards/errors.hpp"
+#include "text/tokenize.hpp"
 
 #include <algorithm>
-#include <cstdint>
 #include <map>
-#include <vector>
 
 namespace triollama {
 
 namespace {
 
-constexpr int      max_parentheses   = 256;         // the parser recurses once a level
-constexpr uint64_t max_repetitions   = 2000;        // llama.cpp's own limit, for the product of nested ones too
-constexpr uint64_t max_elements      = 2000000;     // after repetitions are written out: 16 MB
-constexpr int      max_rule_depth    = 1000;        // the check for left recursion recurses once a rule
-constexpr uint64_t max_expansions    = 500000;      // ways to begin one rule: the matcher holds one stack for each
+constexpr int      max_parentheses = 256;           // the reader recurses once a level
+constexpr uint64_t max_elements    = 2000000;       // with repetitions written out
 
-// A symbol of a rule, reduced to what matters here: a terminal, or a reference to a rule.
-struct Symbol {
-    bool     terminal;
-    uint32_t rule;
-};
-using Sequence = std::vector<Symbol>;
+using Sequence = std::vector<Element>;
 
-struct Rule {
+struct ReadRule {
     std::string           name;
     bool                  defined = false;
     std::vector<Sequence> alternates;
-    bool                  repeats = false;      // made for S* or S{m,}: R = S R | nothing
 };
 
-// A recursive-descent reader with llama.cpp's syntax, repetitions rewritten into rules as llama.cpp does:
+// A recursive-descent reader with llama.cpp's syntax. Repetitions become rules:
 //   S{m,n}: S m times, then R(n-m) with R(i) = S R(i-1) | nothing;   S{m,}: S m times, then R = S R | nothing.
 class Reader {
 public:
-    Reader(const llama_vocab * vocab, const std::string & text) : vocab(vocab), text(text) {}
+    Reader(const llama_vocab * vocab, const std::string & text, std::vector<ByteNode> & nodes)
+        : vocab(vocab), text(text), sets(nodes) {}
 
-    std::vector<Rule> rules;
+    std::vector<ReadRule> rules;
     std::map<std::string, uint32_t> ids;
-    GrammarFacts facts;
 
     void read() {
         skip_space(true);
@@ -51,6 +42,7 @@ public:
 private:
     const llama_vocab * vocab;
     const std::string & text;
+    ByteSets sets;
     size_t   pos      = 0;
     uint64_t elements = 0;
 
@@ -118,66 +110,98 @@ private:
     void count_elements(uint64_t n) {
         elements += n;
         if (elements > max_elements) {
-            fail("repetitions make the grammar too large (more than " + std::to_string(max_elements) + " elements)");
+            fail("the grammar is too large: with its repetitions written out it has more than " +
+                 std::to_string(max_elements) + " elements");
         }
     }
 
-    void read_hex(int digits) {
+    uint32_t read_hex(int digits) {
+        uint32_t value = 0;
         for (int i = 0; i < digits; ++i, ++pos) {
             const char c = at();
             if (!is_digit(c) && !(c >= 'a' && c <= 'f') && !(c >= 'A' && c <= 'F')) {
                 fail(std::to_string(digits) + " hexadecimal digits are expected");
             }
+            value = value << 4 | (uint32_t) (is_digit(c) ? c - '0' : (c | 32) - 'a' + 10);
         }
+        return value;
     }
 
-    void read_char() {
-        const char c = at();
-        if (c == 0) {
+    uint32_t read_char() {
+        const auto byte = (unsigned char) at();
+        if (byte == 0) {
             fail("the grammar ends inside a string or a set of characters");
         }
+        count_elements(1);
         ++pos;
-        if (c == '\\') {
+        if (byte == '\\') {
             const char escaped = at();
             ++pos;
             switch (escaped) {
-                case 'x': read_hex(2); break;
-                case 'u': read_hex(4); break;
-                case 'U': read_hex(8); break;
-                case 't': case 'r': case 'n': case '\\': case '"': case '[': case ']': case '-': break;
+                case 'x': return read_hex(2);
+                case 'u': return read_hex(4);
+                case 'U': return read_hex(8);
+                case 't': return '\t';
+                case 'r': return '\r';
+                case 'n': return '\n';
+                case '\\': case '"': case '[': case ']': case '-': return (unsigned char) escaped;
                 default: fail("unknown escape", pos - 2);
             }
-        } else {
-            const auto byte = (unsigned char) c;
-            const int follow = byte >= 0xF0 ? 3 : byte >= 0xE0 ? 2 : byte >= 0xC0 ? 1 : 0;
-            for (int i = 0; i < follow && at() != 0; ++i) {
-                ++pos;
-            }
         }
-        count_elements(1);
+        const int follow = byte >= 0xF0 ? 3 : byte >= 0xE0 ? 2 : byte >= 0xC0 ? 1 : 0;
+        uint32_t value = follow == 0 ? byte : byte & (0x3Fu >> follow);
+        for (int i = 0; i < follow && at() != 0; ++i, ++pos) {
+            value = value << 6 | ((unsigned char) at() & 0x3F);
+        }
+        return value;
     }
 
-    void read_token() {
-        facts.names_tokens = true;
-        const size_t start = pos;
-        if (at() == '!') {
-            ++pos;
+    Element read_string_char() {
+        const uint32_t c = read_char();
+        return { Element::bytes, sets.node_of({ { c, c } }, false) };
+    }
+
+    void read_set(Sequence & sequence) {
+        ++pos;
+        const bool negated = at() == '^';
+        pos += negated;
+        CharRanges ranges;
+        while (at() != ']') {
+            const uint32_t first = read_char();
+            uint32_t last = first;
+            if (at() == '-' && at(1) != ']') {
+                ++pos;
+                last = read_char();
+            }
+            ranges.emplace_back(first, last);
         }
+        ++pos;
+        if (!ranges.empty()) {          // [] and [^] are nothing to llama.cpp
+            sequence.push_back({ Element::bytes, sets.node_of(ranges, negated) });
+        }
+    }
+
+    Element read_token() {
+        const size_t start = pos;
+        const auto kind = at() == '!' ? Element::other_token : Element::token;
+        pos += kind == Element::other_token;
         const size_t open = pos;
         if (at() != '<') {
             fail("'<' is expected: a token is written <[id]> or <text>");
         }
         ++pos;
+        llama_token id;
         if (at() == '[') {
             ++pos;
-            const uint64_t id = read_number();
-            if (id >= (uint64_t) llama_vocab_n_tokens(vocab)) {
+            const uint64_t number = read_number();
+            if (number >= (uint64_t) llama_vocab_n_tokens(vocab)) {
                 fail("token outside the vocabulary", start);
             }
             if (at() != ']' || at(1) != '>') {
                 fail("']>' is expected");
             }
             pos += 2;
+            id = (llama_token) number;
         } else {
             while (at() != 0 && at() != '>') {
                 ++pos;
@@ -186,176 +210,138 @@ private:
                 fail("'>' is expected");
             }
             ++pos;
-            llama_token tokens[2];
-            const int32_t n = llama_tokenize(vocab, text.data() + open, (int32_t) (pos - open), tokens, 2, false, true);
-            if (n != 1) {
-                fail("'" + text.substr(open, pos - open) + "' is not one token of this vocabulary", start);
+            id = single_token(vocab, text.substr(open, pos - open));
+            if (id == LLAMA_TOKEN_NULL) {
+                fail("'" + text.substr(open, std::min<size_t>(pos - open, 100)) + "' is not one token of this vocabulary", start);
             }
         }
+        if (kind == Element::token && llama_vocab_is_eog(vocab, id)) {
+            fail("token " + std::to_string(id) + " ends a generation, as the end of the grammar does without naming it", start);
+        }
         count_elements(1);
+        return { kind, (uint32_t) id };
     }
 
     uint32_t rule_id(const std::string & name) {
         const auto found = ids.emplace(name, (uint32_t) rules.size());
         if (found.second) {
-            rules.push_back({ name, false, {}, false });
+            rules.push_back({ name, false, {} });
         }
         return found.first->second;
     }
 
-    uint32_t new_rule(const std::string & base) {
-        rules.push_back({ base, true, {}, false });
+    uint32_t new_rule(const std::string & name) {
+        rules.push_back({ name, true, {} });
         return (uint32_t) rules.size() - 1;
     }
 
-    // Repeats the end of the sequence from `item_start` on: so many elements, written out as so many rules (`weight`).
-    void repeat(const std::string & name, Sequence & sequence, size_t item_start, uint64_t item_elements,
-                uint64_t & weight, uint64_t least, uint64_t most, bool unbounded) {
-        if (item_start == sequence.size()) {
+    // Repeats the end of the sequence from `start` on.
+    void repeat(const std::string & name, Sequence & sequence, size_t start, uint64_t least, uint64_t most, bool unbounded) {
+        if (start == sequence.size()) {
             fail("there is nothing to repeat");
-        }
-        const uint64_t times = !unbounded && most > 0 ? most : std::max<uint64_t>(least, 1);
-        if (least > max_repetitions || weight * times > max_repetitions) {
-            fail("more than " + std::to_string(max_repetitions) + " repetitions, nested ones multiplied");
         }
         if (!unbounded && most < least) {
             fail("a repetition's upper bound is below its lower bound");
         }
-        weight *= times;
-        const Sequence item(sequence.begin() + (ptrdiff_t) item_start, sequence.end());
         const uint64_t optional = unbounded ? 1 : most - least;
-        count_elements((item_elements + 4) * (least + optional));
-        sequence.resize(item_start);
-        for (uint64_t i = 0; i < least; ++i) {
-            sequence.insert(sequence.end(), item.begin(), item.end());
+        count_elements(least + 8 * optional);       // a rule weighs more than an element
+        Element item = sequence[start];
+        if (sequence.size() - start > 1) {
+            item = { Element::rule, new_rule(name) };
+            rules[item.value].alternates = { Sequence(sequence.begin() + (ptrdiff_t) start, sequence.end()) };
         }
+        sequence.resize(start);
+        sequence.insert(sequence.end(), (size_t) least, item);
         uint32_t last = 0;
         for (uint64_t i = 0; i < optional; ++i) {
             const uint32_t id = new_rule(name);
-            Sequence body(item);
+            Sequence body = { item };
             if (unbounded || i > 0) {
-                body.push_back({ false, unbounded ? id : last });
+                body.push_back({ Element::rule, unbounded ? id : last });
             }
             rules[id].alternates = { std::move(body), {} };
-            rules[id].repeats    = unbounded;
             last = id;
         }
         if (optional > 0) {
-            sequence.push_back({ false, last });
+            sequence.push_back({ Element::rule, last });
         }
+    }
+
+    void read_bounds(const std::string & name, Sequence & sequence, size_t start, bool newlines) {
+        ++pos;
+        skip_space(newlines);
+        const uint64_t least = read_number();
+        uint64_t most = least;
+        bool unbounded = false;
+        skip_space(newlines);
+        if (at() == ',') {
+            ++pos;
+            skip_space(newlines);
+            unbounded = !is_digit(at());
+            if (!unbounded) {
+                most = read_number();
+                skip_space(newlines);
+            }
+        }
+        if (at() != '}') {
+            fail("'}' is expected");
+        }
+        ++pos;
+        repeat(name, sequence, start, least, most, unbounded);
     }
 
     Sequence read_sequence(const std::string & name, int depth) {
         Sequence sequence;
-        size_t   item          = 0;
-        uint64_t item_elements = 0;
-        uint64_t weight        = 1;
+        size_t item = 0;        // where what a repetition repeats begins
         while (true) {
             const char c = at();
-            const uint64_t elements_before = elements;
-            if (c == '"') {
+            if (c == '*' || c == '+' || c == '?') {
                 ++pos;
-                item = sequence.size();
-                const bool empty = at() == '"';
-                while (at() != '"') {
-                    read_char();
-                }
-                ++pos;
-                if (!empty) {
-                    sequence.push_back({ true, 0 });
-                }
-                weight = 1;
-            } else if (c == '[') {
-                ++pos;
-                if (at() == '^') {
-                    ++pos;
-                }
-                item = sequence.size();
-                const bool empty = at() == ']';
-                while (at() != ']') {
-                    read_char();
-                    if (at() == '-' && at(1) != ']') {
-                        ++pos;
-                        read_char();
-                    }
-                }
-                ++pos;
-                if (!empty) {
-                    sequence.push_back({ true, 0 });
-                }
-                weight = 1;
-            } else if (c == '<' || c == '!') {
-                item = sequence.size();
-                read_token();
-                sequence.push_back({ true, 0 });
-                weight = 1;
-            } else if (c == '.') {
-                ++pos;
-                item = sequence.size();
-                count_elements(1);
-                sequence.push_back({ true, 0 });
-                weight = 1;
-            } else if (is_word(c)) {
-                item = sequence.size();
-                const uint32_t id = rule_id(read_name());
-                count_elements(1);
-                sequence.push_back({ false, id });
-                weight = 1;
-            } else if (c == '(') {
-                if (depth >= max_parentheses) {
-                    fail("parentheses are nested more than " + std::to_string(max_parentheses) + " deep");
-                }
-                ++pos;
-                skip_space(true);
-                const size_t rules_before = rules.size();
-                const uint32_t id = new_rule(name);
-                read_alternates(name, id, depth + 1);
-                if (at() != ')') {
-                    fail("')' is expected");
-                }
-                ++pos;
-                weight = std::max<uint64_t>(1, rules.size() - rules_before);
-                item = sequence.size();
-                sequence.push_back({ false, id });
-                count_elements(1);
-                skip_space(depth > 0);
-                item_elements = 1;
-                continue;
-            } else if (c == '*' || c == '+' || c == '?') {
-                ++pos;
-                repeat(name, sequence, item, item_elements, weight, c == '+' ? 1 : 0, 1, c != '?');
+                repeat(name, sequence, item, c == '+' ? 1 : 0, 1, c != '?');
             } else if (c == '{') {
-                ++pos;
-                skip_space(depth > 0);
-                const uint64_t least = read_number();
-                uint64_t most = least;
-                bool unbounded = false;
-                skip_space(depth > 0);
-                if (at() == ',') {
-                    ++pos;
-                    skip_space(depth > 0);
-                    unbounded = !is_digit(at());
-                    if (!unbounded) {
-                        most = read_number();
-                        unbounded = most > max_repetitions;     // as llama.cpp reads it
-                        skip_space(depth > 0);
-                    }
-                }
-                if (at() != '}') {
-                    fail("'}' is expected");
-                }
-                ++pos;
-                repeat(name, sequence, item, item_elements, weight, least, most, unbounded);
-                skip_space(depth > 0);
-                continue;
+                read_bounds(name, sequence, item, depth > 0);
             } else {
-                return sequence;
-            }
-            if (elements > elements_before && c != '*' && c != '+' && c != '?') {
-                item_elements = elements - elements_before;
+                const size_t next = sequence.size();
+                if (c == '"') {
+                    ++pos;
+                    while (at() != '"') {
+                        sequence.push_back(read_string_char());
+                    }
+                    ++pos;
+                } else if (c == '[') {
+                    read_set(sequence);
+                } else if (c == '.') {
+                    ++pos;
+                    sequence.push_back({ Element::bytes, sets.node_of({}, true) });
+                } else if (c == '<' || c == '!') {
+                    sequence.push_back(read_token());
+                } else if (is_word(c)) {
+                    sequence.push_back({ Element::rule, rule_id(read_name()) });
+                } else if (c == '(') {
+                    sequence.push_back(read_group(name, depth));
+                } else {
+                    return sequence;
+                }
+                count_elements(1);
+                item = next;
             }
             skip_space(depth > 0);
         }
+    }
+
+    Element read_group(const std::string & name, int depth) {
+        if (depth >= max_parentheses) {
+            fail("parentheses are nested more than " + std::to_string(max_parentheses) + " deep");
+        }
+        ++pos;
+        skip_space(true);
+        const uint32_t id = new_rule(name);
+        read_alternates(name, id, depth + 1);
+        if (at() != ')') {
+            fail("')' is expected");
+        }
+        ++pos;
+        return { Element::rule, id };
     }
 
     void read_alternates(const std::string & name, uint32_t id, int depth) {
@@ -365,8 +351,8 @@ private:
             ++pos;
             skip_space(true);
             alternates.push_back(read_sequence(name, depth));
+            count_elements(1);
         }
-        count_elements(alternates.size());
         rules[id].alternates = std::move(alternates);
         rules[id].defined    = true;
     }
@@ -392,35 +378,38 @@ private:
     }
 };
 
-// Which rules can match nothing. Every sequence counts its symbols that are not yet known to be nullable.
-std::vector<char> find_nullable(const std::vector<Rule> & rules) {
+// The rules that have an alternate of nothing but good terminals and good rules: the least such set.
+template <typename Good> std::vector<char> saturate(const std::vector<ReadRule> & rules, const Good & is_good) {
     struct Pending {
         uint32_t rule;
         size_t   missing;
     };
     std::vector<Pending> sequences;
     std::vector<std::vector<size_t>> uses(rules.size());
-    std::vector<char> nullable(rules.size(), 0);
+    std::vector<char> good(rules.size(), 0);
     std::vector<uint32_t> todo;
     auto found = [&](uint32_t id) {
-        if (!nullable[id]) {
-            nullable[id] = 1;
+        if (!good[id]) {
+            good[id] = 1;
             todo.push_back(id);
         }
     };
     for (uint32_t id = 0; id < rules.size(); ++id) {
         for (const Sequence & sequence : rules[id].alternates) {
-            const bool has_terminal = std::any_of(sequence.begin(), sequence.end(), [](const Symbol & symbol) {
-                return symbol.terminal;
-            });
-            if (has_terminal) {
+            if (!std::all_of(sequence.begin(), sequence.end(), [&](const Element & element) {
+                    return element.kind == Element::rule || is_good(element);
+                })) {
                 continue;
             }
-            for (const Symbol & symbol : sequence) {
-                uses[symbol.rule].push_back(sequences.size());
+            Pending pending = { id, 0 };
+            for (const Element & element : sequence) {
+                if (element.kind == Element::rule) {
+                    uses[element.value].push_back(sequences.size());
+                    ++pending.missing;
+                }
             }
-            sequences.push_back({ id, sequence.size() });
-            if (sequence.empty()) {
+            sequences.push_back(pending);
+            if (pending.missing == 0) {
                 found(id);
             }
         }
@@ -434,97 +423,104 @@ std::vector<char> find_nullable(const std::vector<Rule> & rules) {
             }
         }
     }
-    return nullable;
+    return good;
 }
 
-// Follows every leftmost reference: finds left recursion, and bounds the depth and the number of expansions.
-class LeftmostWalk {
-public:
-    LeftmostWalk(const std::vector<Rule> & rules, const std::vector<char> & nullable)
-        : rules(rules), nullable(nullable), state(rules.size(), 0), expansions(rules.size(), 0), height(rules.size(), 0) {}
-
-    void visit(uint32_t id, int depth) {
-        if (depth > max_rule_depth) {
-            throw grammar_error("the grammar's rules begin with one another more than " +
-                                std::to_string(max_rule_depth) + " deep");
-        }
-        state[id] = 1;
-        uint64_t total = 1;
-        int      tall  = 0;
-        for (const Sequence & sequence : rules[id].alternates) {
-            for (size_t i = 0; i < sequence.size(); ++i) {
-                const Symbol & symbol = sequence[i];
-                if (symbol.terminal) {
-                    ++total;
-                    break;
-                }
-                if (rules[id].repeats && symbol.rule == id) {
-                    break;      // what is repeated can be empty; the reference is last, so the matcher's stack cannot grow
-                }
-                if (state[symbol.rule] == 1) {
-                    throw grammar_error("the grammar is left-recursive: rule '" + rules[symbol.rule].name +
-                                        "' can begin with itself; write it with repetition (x* or x+) instead");
-                }
-                if (state[symbol.rule] == 0) {
-                    visit(symbol.rule, depth + 1);
-                }
-                total += expansions[symbol.rule];
-                tall = std::max(tall, height[symbol.rule]);
-                if (!nullable[symbol.rule]) {
-                    break;
-                }
-            }
-            if (total > max_expansions) {
-                throw grammar_error("the grammar is too ambiguous: rule '" + rules[id].name + "' can begin in more than " +
-                                    std::to_string(max_expansions) + " ways");
-            }
-        }
-        expansions[id] = total;
-        height[id]     = tall + 1;
-        if (depth + tall > max_rule_depth) {
-            throw grammar_error("the grammar's rules begin with one another more than " +
-                                std::to_string(max_rule_depth) + " deep");
-        }
-        state[id] = 2;
+// Drops what can match no text, so that whatever is allowed can be gone on with.
+void drop_impossible(std::vector<ReadRule> & rules, const std::vector<ByteNode> & nodes) {
+    const std::vector<char> possible = saturate(rules, [&](const Element & element) {
+        return element.kind != Element::bytes || !nodes[element.value].empty();
+    });
+    for (ReadRule & rule : rules) {
+        auto & alternates = rule.alternates;
+        alternates.erase(std::remove_if(alternates.begin(), alternates.end(), [&](const Sequence & sequence) {
+            return std::any_of(sequence.begin(), sequence.end(), [&](const Element & element) {
+                return element.kind == Element::rule  ? !possible[element.value] :
+                       element.kind == Element::bytes && nodes[element.value].empty();
+            });
+        }), alternates.end());
     }
+}
 
-    bool visited(uint32_t id) const { return state[id] != 0; }
-
-private:
-    const std::vector<Rule> & rules;
-    const std::vector<char> & nullable;
-    std::vector<char>     state;        // 0: not seen, 1: being followed, 2: done
-    std::vector<uint64_t> expansions;
-    std::vector<int>      height;
-};
+// Orders the rules so that each comes before those that it can begin with. A rule that ends with itself after nothing, as
+// that of (x?)* does, begins with itself harmlessly.
+void rank(const std::vector<ReadRule> & read, Rules & rules) {
+    std::vector<std::vector<uint32_t>> begins(read.size());
+    std::vector<uint32_t> users(read.size(), 0);
+    for (uint32_t id = 0; id < read.size(); ++id) {
+        for (const Sequence & sequence : read[id].alternates) {
+            for (size_t i = 0; i < sequence.size() && sequence[i].kind == Element::rule; ++i) {
+                const uint32_t other = sequence[i].value;
+                if (other != id || i == 0 || i + 1 < sequence.size()) {
+                    begins[id].push_back(other);
+                    ++users[other];
+                }
+                if (!rules.rules[other].nullable) {
+                    break;
+                }
+            }
+        }
+    }
+    for (uint32_t id = 0; id < read.size(); ++id) {
+        if (users[id] == 0) {
+            rules.by_rank.push_back(id);
+        }
+    }
+    for (size_t i = 0; i < rules.by_rank.size(); ++i) {
+        rules.rules[rules.by_rank[i]].rank = (uint32_t) i;
+        for (const uint32_t other : begins[rules.by_rank[i]]) {
+            if (--users[other] == 0) {
+                rules.by_rank.push_back(other);
+            }
+        }
+    }
+    if (rules.by_rank.size() < read.size()) {
+        const auto cycle = std::find_if(users.begin(), users.end(), [](uint32_t n) { return n > 0; }) - users.begin();
+        throw grammar_error("the grammar is left-recursive: rule '" + read[(size_t) cycle].name +
+                            "', or one that it uses, can begin with itself");
+    }
+}
 
 }  // namespace
 
-GrammarFacts check_gbnf(const llama_vocab * vocab, const std::string & grammar, const std::string & root) {
+std::shared_ptr<const Rules> read_gbnf(const llama_vocab * vocab, const std::string & grammar, const std::string & root) {
     if (grammar.find('\0') != std::string::npos || root.find('\0') != std::string::npos) {
         throw grammar_error("the grammar holds a NUL character");
     }
-    Reader reader(vocab, grammar);
+    auto rules = std::make_shared<Rules>();
+    Reader reader(vocab, grammar, rules->nodes);
     reader.read();
-    if (reader.rules.empty()) {
+    std::vector<ReadRule> & read = reader.rules;
+    if (read.empty()) {
         throw grammar_error("the grammar has no rules");
     }
     for (const auto & entry : reader.ids) {
-        if (!reader.rules[entry.second].defined) {
+        if (!read[entry.second].defined) {
             throw grammar_error("the grammar uses rule '" + entry.first + "' without defining it");
         }
     }
-    if (reader.ids.find(root) == reader.ids.end()) {
+    const auto found = reader.ids.find(root);
+    if (found == reader.ids.end()) {
         throw grammar_error("the grammar has no rule '" + root + "' to begin with");
     }
-    const std::vector<char> nullable = find_nullable(reader.rules);
-    LeftmostWalk walk(reader.rules, nullable);
-    for (uint32_t id = 0; id < reader.rules.size(); ++id) {
-        if (!walk.visited(id)) {
-            walk.visit(id, 1);
+    rules->root = found->second;
+    drop_impossible(read, rules->nodes);
+    if (read[rules->root].alternates.empty()) {
+        throw grammar_error("the grammar matches no text: rule '" + root + "' never comes to an end, or needs a character "
+                            "that does not exist");
+    }
+    const std::vector<char> nullable = saturate(read, [](const Element &) { return false; });
+    rules->code.push_back({ Element::end, 0 });
+    for (size_t id = 0; id < read.size(); ++id) {
+        rules->rules.push_back({ (uint32_t) rules->starts.size(), (uint32_t) read[id].alternates.size(), 0, nullable[id] != 0 });
+        for (const Sequence & sequence : read[id].alternates) {
+            rules->starts.push_back((uint32_t) rules->code.size());
+            rules->code.insert(rules->code.end(), sequence.begin(), sequence.end());
+            rules->code.push_back({ Element::end, 0 });
         }
     }
-    return reader.facts;
+    rank(read, *rules);
+    return rules;
 }
 
 }  // namespace triollama

@@ -1,41 +1,17 @@
 #include "grammar/grammar.hpp"
 
-#include "grammar/gbnf.hpp"
 #include "guards/errors.hpp"
+#include "text/text.hpp"
+#include "text/tokenize.hpp"
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <numeric>
-#include <regex>
 
 namespace triollama {
 
-namespace {
-
-llama_sampler * new_matcher(const llama_vocab * vocab, const GrammarParams & params) {
-    if (!params.lazy) {
-        return llama_sampler_init_grammar(vocab, params.text.c_str(), params.root.c_str());
-    }
-    std::vector<const char *> patterns;
-    patterns.reserve(params.trigger_patterns.size());
-    for (const std::string & pattern : params.trigger_patterns) {
-        try {
-            std::regex compiled(pattern);
-        } catch (const std::regex_error & e) {
-            throw grammar_error("the grammar's trigger pattern '" + pattern + "' is no regular expression: " + e.what());
-        }
-        patterns.push_back(pattern.c_str());
-    }
-    return llama_sampler_init_grammar_lazy_patterns(vocab, params.text.c_str(), params.root.c_str(), patterns.data(),
-                                                    patterns.size(), params.trigger_tokens.data(),
-                                                    params.trigger_tokens.size());
-}
-
-}  // namespace
-
 bool GrammarParams::operator==(const GrammarParams & other) const {
-    return text == other.text && root == other.root && lazy == other.lazy &&
+    return text == other.text && root == other.root && special == other.special && lazy == other.lazy &&
            trigger_patterns == other.trigger_patterns && trigger_tokens == other.trigger_tokens;
 }
 
@@ -50,6 +26,9 @@ uint64_t GrammarParams::hash() const {
     add(text.data(), text.size());
     add(root.data(), root.size());
     add(&lazy, sizeof(lazy));
+    if (special) {
+        add(&special, sizeof(special));
+    }
     for (const std::string & pattern : trigger_patterns) {
         add(pattern.data(), pattern.size());
     }
@@ -60,151 +39,190 @@ uint64_t GrammarParams::hash() const {
 }
 
 Grammar::Grammar(const llama_vocab * vocab, GrammarParams params)
-    : vocab(vocab), params_(std::move(params)), facts(check_gbnf(vocab, params_.text, params_.root)),
-      matcher(new_matcher(vocab, params_)) {
-    if (!matcher) {
-        // What check_gbnf lets pass: a repetition of something that may itself be empty.
-        throw grammar_error("llama.cpp refuses the grammar: a rule can begin with itself; "
-                            "look for a repetition of something that may be empty, such as (x?)*");
+    : vocab(vocab), params_(std::move(params)),
+      matcher(std::make_unique<Matcher>(read_gbnf(vocab, params_.text, params_.root))), state(matcher->start()),
+      awaiting(params_.lazy) {
+    Patterns compiled;
+    for (const std::string & pattern : params_.trigger_patterns) {
+        try {
+            compiled.emplace_back(pattern);
+        } catch (const std::regex_error & e) {
+            throw grammar_error("the grammar's trigger pattern '" + pattern + "' is no regular expression: " + e.what());
+        }
     }
+    patterns = std::make_shared<const Patterns>(std::move(compiled));
 }
 
 Grammar::Grammar(const Grammar & other)
-    : vocab(other.vocab), params_(other.params_), facts(other.facts), matcher(nullptr), accepted_(other.accepted_),
-      broken(other.broken), tree(other.tree) {
-    if (!broken) {
-        matcher = llama_sampler_clone(other.matcher);
+    : vocab(other.vocab), params_(other.params_), patterns(other.patterns), state(other.state), accepted_(other.accepted_),
+      texts(other.texts), awaiting(other.awaiting), waiting(other.waiting), pieces(other.pieces) {
+    matcher = other.matcher->copy(state);
+}
+
+void Grammar::begin_call() const {
+    matcher->renew_budget();
+    if (matcher->is_large()) {
+        matcher = matcher->copy(state);
     }
 }
 
-Grammar::~Grammar() {
-    llama_sampler_free(matcher);
+std::string Grammar::text_of(llama_token token) const {
+    std::string text;
+    append_piece(vocab, token, params_.special, text);
+    return text;
 }
 
-void Grammar::check_usable() const {
-    if (broken) {
-        throw grammar_error("the grammar's state was lost when a token did not fit; reset the sampler");
+Matcher::State Grammar::along(Matcher::State from, const std::string & text) const {
+    Matcher::State next = text.empty() ? Matcher::nothing : from;
+    for (size_t i = 0; i < text.size() && next != Matcher::nothing; ++i) {
+        next = matcher->after_byte(next, (unsigned char) text[i]);
     }
+    return next;
+}
+
+Matcher::State Grammar::after(Matcher::State from, llama_token token, const std::string & text) const {
+    const Matcher::State next = along(from, text);
+    return matcher->takes_token(from, token) ? matcher->unite(next, matcher->after_token(from, token)) : next;
+}
+
+bool Grammar::fits(llama_token token) const {
+    if (awaiting) {
+        return true;
+    }
+    if (llama_vocab_is_eog(vocab, token)) {
+        return matcher->accepts(state);
+    }
+    return matcher->takes_token(state, token) || along(state, text_of(token)) != Matcher::nothing;
 }
 
 bool Grammar::allows(llama_token token) const {
-    check_usable();
-    llama_token_data one = { token, 1.0f, 0.0f };
-    llama_token_data_array array = { &one, 1, -1, false };
-    llama_sampler_apply(matcher, &array);
-    if (one.logit == -INFINITY) {
-        return false;
-    }
-    if (!facts.names_tokens) {
-        return true;
-    }
-    if (std::find(refused.begin(), refused.end(), token) != refused.end()) {
-        return false;
-    }
-    llama_sampler * trial = llama_sampler_clone(matcher);
-    bool taken = true;
-    try {
-        llama_sampler_accept(trial, token);
-    } catch (const std::exception &) {
-        taken = false;
-        refused.push_back(token);
-    }
-    llama_sampler_free(trial);
-    return taken;
+    begin_call();
+    return fits(token);
 }
 
 void Grammar::mask(std::vector<llama_token_data> & tokens) const {
-    check_usable();
-    llama_token_data_array array = { tokens.data(), tokens.size(), -1, false };
-    llama_sampler_apply(matcher, &array);
-    if (!refused.empty()) {
-        for (llama_token_data & token : tokens) {
-            if (std::find(refused.begin(), refused.end(), token.id) != refused.end()) {
-                token.logit = -INFINITY;
-            }
+    begin_call();
+    for (llama_token_data & token : tokens) {
+        if (!fits(token.id)) {
+            token.logit = -INFINITY;
         }
     }
-}
-
-void Grammar::accept(llama_token token) {
-    // An impossible token would make the matcher throw, an impossible end of generation would make it abort.
-    if (!allows(token)) {
-        throw grammar_error("token " + std::to_string(token) + " may not follow under the grammar");
-    }
-    refused.clear();
-    accepted_.push_back(token);
-    try {
-        llama_sampler_accept(matcher, token);
-    } catch (const std::exception & e) {
-        broken = true;
-        throw grammar_error("the grammar cannot take token " + std::to_string(token) + ": " + e.what());
-    }
-}
-
-const TokenTree & Grammar::token_tree() const {
-    if (!tree) {
-        tree = std::make_shared<const TokenTree>(vocab);
-    }
-    return *tree;
 }
 
 std::vector<llama_token> Grammar::allowed() const {
+    begin_call();
     std::vector<llama_token> result;
-    std::vector<llama_token_data> tested;
-    auto test = [&](const std::vector<llama_token> & tokens) {
-        tested.clear();
-        for (const llama_token token : tokens) {
-            tested.push_back({ token, 1.0f, 0.0f });
-        }
-        mask(tested);
-    };
-    std::vector<llama_token> tokens;
-    if (facts.names_tokens) {
-        // A token named by the grammar fits whatever its text, so nothing follows from the texts of others.
-        tokens.resize((size_t) llama_vocab_n_tokens(vocab));
-        std::iota(tokens.begin(), tokens.end(), 0);
-    } else {
-        tokens = token_tree().roots();
+    const int32_t n = llama_vocab_n_tokens(vocab);
+    if (awaiting) {
+        result.resize((size_t) n);
+        std::iota(result.begin(), result.end(), 0);
+        return result;
     }
-    while (!tokens.empty()) {
-        test(tokens);
-        tokens.clear();
-        for (const llama_token_data & token : tested) {
-            if (token.logit == -INFINITY) {
-                continue;
-            }
-            result.push_back(token.id);
-            if (!facts.names_tokens) {
-                token_tree().add_children(token.id, tokens);
-            }
+    token_texts().walk(
+        state, Matcher::nothing, [&](Matcher::State from, unsigned char byte) { return matcher->after_byte(from, byte); },
+        [&](llama_token token) { result.push_back(token); });
+    const bool ends  = matcher->accepts(state);
+    const bool names = matcher->names_tokens(state);
+    for (llama_token token = 0; (ends || names) && token < n; ++token) {
+        if (llama_vocab_is_eog(vocab, token) ? ends : matcher->takes_token(state, token)) {
+            result.push_back(token);
         }
+    }
+    if (names) {
+        std::sort(result.begin(), result.end());
+        result.erase(std::unique(result.begin(), result.end()), result.end());
     }
     return result;
 }
 
-bool Grammar::is_done() const {
-    bool end_allowed = false;
-    std::vector<llama_token_data> tokens;
-    if (facts.names_tokens) {
-        for (llama_token id = 0; id < llama_vocab_n_tokens(vocab); ++id) {
-            tokens.push_back({ id, 1.0f, 0.0f });
+void Grammar::accept(llama_token token) {
+    begin_call();
+    const std::string text = text_of(token);
+    Matcher::State next = state;
+    bool triggered = false;
+    if (awaiting) {
+        const auto & triggers = params_.trigger_tokens;
+        waiting += text;
+        pieces.push_back({ token, waiting.size() });
+        try {
+            size_t start = std::string::npos;
+            if (std::find(triggers.begin(), triggers.end(), token) != triggers.end()) {
+                triggered = true;
+                next = after(state, token, text);
+            } else if ((start = find_trigger(waiting)) != std::string::npos) {
+                triggered = true;
+                next = after_trigger(start);
+            }
+            if (next == Matcher::nothing) {
+                throw grammar_error("the grammar cannot take what triggered it, with token " + std::to_string(token));
+            }
+        } catch (...) {
+            pieces.pop_back();
+            waiting.resize(waiting.size() - text.size());
+            throw;
         }
+    } else if (llama_vocab_is_eog(vocab, token)) {
+        next = matcher->accepts(state) ? state : Matcher::nothing;
     } else {
-        for (const llama_token id : token_tree().roots()) {
-            tokens.push_back({ id, 1.0f, 0.0f });
-        }
+        next = after(state, token, text);
     }
-    mask(tokens);
-    for (const llama_token_data & token : tokens) {
-        if (token.logit == -INFINITY) {
-            continue;
-        }
-        if (!llama_vocab_is_eog(vocab, token.id)) {
-            return false;
-        }
-        end_allowed = true;
+    if (next == Matcher::nothing) {
+        throw grammar_error("token " + std::to_string(token) + " may not follow under the grammar");
     }
-    return end_allowed;
+    accepted_.push_back(token);
+    state = next;
+    if (triggered) {
+        awaiting = false;
+        waiting.clear();
+        pieces.clear();
+    }
+}
+
+// The grammar applies from here on in the text that waited: tokens that begin before it count with what is left of them.
+Matcher::State Grammar::after_trigger(size_t start) const {
+    Matcher::State next = state;
+    size_t begin = 0;
+    for (const Piece & piece : pieces) {
+        if (piece.end > start && next != Matcher::nothing) {
+            const size_t from = std::max(begin, start);
+            next = after(next, piece.token, waiting.substr(from, piece.end - from));
+        }
+        begin = piece.end;
+    }
+    return next;
+}
+
+// Where the grammar begins: the first group of the first pattern that matches, or its match.
+size_t Grammar::find_trigger(const std::string & text) const {
+    size_t start = std::string::npos;
+    // std::regex recurses once for each character.
+    with_stack_for(text.size(), [&] {
+        for (size_t i = 0; i < patterns->size() && start == std::string::npos; ++i) {
+            const std::string & pattern = params_.trigger_patterns[i];
+            const bool whole = !pattern.empty() && pattern.front() == '^' && pattern.back() == '$';
+            std::smatch match;
+            if (!(whole && std::regex_match(text, match, (*patterns)[i])) && !std::regex_search(text, match, (*patterns)[i])) {
+                continue;
+            }
+            size_t group = 0;
+            for (size_t g = 1; g < match.size() && group == 0; ++g) {
+                group = match.length(g) > 0 ? g : 0;
+            }
+            start = (size_t) match.position(group);
+        }
+    });
+    return start;
+}
+
+const TokenTexts & Grammar::token_texts() const {
+    if (!texts) {
+        texts = std::make_shared<const TokenTexts>(vocab, params_.special);
+    }
+    return *texts;
+}
+
+bool Grammar::is_done() const {
+    return !awaiting && matcher->must_end(state);
 }
 
 }  // namespace triollama

@@ -1,13 +1,14 @@
-// A grammar's state along one generated text. Owns llama.cpp's matcher, and never lets it reach an abort.
+// A grammar's state along one generated text: which tokens may follow.
 #pragma once
 
-#include "grammar/gbnf.hpp"
-#include "grammar/token_tree.hpp"
+#include "grammar/matcher.hpp"
+#include "text/token_texts.hpp"
 
 #include "llama.h"
 
 #include <cstdint>
 #include <memory>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace triollama {
 struct GrammarParams {
     std::string text;                                   // GBNF; empty: no grammar
     std::string root = "root";
+    bool        special = false;                        // special tokens have text: their names
     bool        lazy = false;                           // free text until a trigger appears
     std::vector<std::string> trigger_patterns;          // regular expressions (ECMAScript); only if lazy
     std::vector<llama_token> trigger_tokens;
@@ -25,12 +27,13 @@ struct GrammarParams {
     uint64_t hash() const;
 };
 
+// The text of a token is what a stream shows of it (append_piece), so the text shown is the text matched. A token without text,
+// as special ones are, may follow only where the grammar names it. Methods throw grammar_error, and change nothing then.
 class Grammar {
 public:
-    Grammar(const llama_vocab * vocab, GrammarParams params);       // throws grammar_error
+    Grammar(const llama_vocab * vocab, GrammarParams params);
     Grammar(const Grammar & other);
     Grammar & operator=(const Grammar &) = delete;
-    ~Grammar();
 
     bool allows(llama_token token) const;
 
@@ -40,7 +43,6 @@ public:
     // All tokens that may follow.
     std::vector<llama_token> allowed() const;
 
-    // Throws grammar_error, and changes nothing, if the token may not follow.
     void accept(llama_token token);
 
     // Whether nothing but the end of generation may follow.
@@ -50,18 +52,31 @@ public:
     const std::vector<llama_token> & accepted() const { return accepted_; }
 
 private:
+    using Patterns = std::vector<std::regex>;
+    struct Piece {
+        llama_token token;
+        size_t      end;                // in `waiting`
+    };
+
     const llama_vocab * vocab;
     GrammarParams params_;
-    GrammarFacts facts;
-    llama_sampler * matcher;
+    std::shared_ptr<const Patterns> patterns;
+    mutable std::unique_ptr<Matcher> matcher;
+    mutable Matcher::State state;
     std::vector<llama_token> accepted_;
-    bool broken = false;            // the matcher threw: it must not be touched again
-    // With named tokens the matcher's check passes tokens that it then cannot take: those found at this place.
-    mutable std::vector<llama_token> refused;
-    mutable std::shared_ptr<const TokenTree> tree;      // made when first needed; shared by copies
+    mutable std::shared_ptr<const TokenTexts> texts;    // made when first needed; shared by copies
+    bool awaiting;                      // a lazy grammar's trigger
+    std::string waiting;                // the text before it, and the tokens it came from
+    std::vector<Piece> pieces;
 
-    void check_usable() const;
-    const TokenTree & token_tree() const;
+    void begin_call() const;
+    std::string text_of(llama_token token) const;
+    bool fits(llama_token token) const;
+    Matcher::State along(Matcher::State from, const std::string & text) const;
+    Matcher::State after(Matcher::State from, llama_token token, const std::string & text) const;
+    Matcher::State after_trigger(size_t start) const;
+    size_t find_trigger(const std::string & text) const;
+    const TokenTexts & token_texts() const;
 };
 
 }  // namespace triollama

@@ -337,6 +337,8 @@ cdef class Model(Owner):
         try:
             with nogil:
                 self.ptr = load_model(dereference(self.files), c_path, params)
+                if self.ptr != NULL:
+                    check_vocab(llama_model_get_vocab(self.ptr))
         except (OutOfMemoryError, ParameterError):
             raise
         except OSError as error:        # ModelChangedError is one, too

@@ -61,7 +61,7 @@ void validate(const SamplingParams & p, int32_t n_vocab) {
 }
 
 GrammarParams grammar_params(const SamplingParams & p) {
-    return { p.grammar, p.grammar_root, p.grammar_lazy, p.grammar_trigger_patterns, p.grammar_trigger_tokens };
+    return { p.grammar, p.grammar_root, p.special, p.grammar_lazy, p.grammar_trigger_patterns, p.grammar_trigger_tokens };
 }
 
 }  // namespace
@@ -265,7 +265,8 @@ void Sampler::Impl::candidates(std::vector<llama_token_data> & out) const {
 }
 
 void Sampler::Impl::update(SamplingParams p) {
-    p.seed = params.seed;
+    p.seed    = params.seed;
+    p.special = params.special;         // what a stream shows does not change with its parameters
     const bool had_mirostat = params.mirostat != 0;
     const bool had_adaptive = params.adaptive_target >= 0.0f;
     configure(std::move(p));

@@ -59,6 +59,7 @@ struct SamplingParams {
     std::vector<llama_token> banned;    // never chosen, whatever the stages
     std::string grammar;                // GBNF; empty: none
     std::string grammar_root = "root";
+    bool    special = false;            // special tokens have text, for the grammar too
     bool    grammar_lazy = false;
     std::vector<std::string> grammar_trigger_patterns;
     std::vector<llama_token> grammar_trigger_tokens;
@@ -74,7 +75,8 @@ struct TokenLogprob {
 // For a seed, tokens equal those of llama.cpp's own samplers in the same order, closed by its dist, mirostat or
 // adaptive-p: exactly where the first stage that drops tokens is top-k or min-p, or the choice is greedy; otherwise up to
 // the rounding of sums over the vocabulary, which are taken in double here and in float there. Where llama.cpp computes
-// with NaN (typical-p with a candidate of probability 0) or converts out of range (mirostat 1 on a flat row), this does not.
+// with NaN (typical-p with a candidate of probability 0), converts out of range (mirostat 1 on a flat row) or takes for sorted
+// what a bias has changed (logit_bias after a stage that sorts), this does not.
 //
 // Methods may throw std::invalid_argument (a parameter, or nothing left to choose from), grammar_error, state_error,
 // std::runtime_error (logits that are no numbers) and std::bad_alloc.

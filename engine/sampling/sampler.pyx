@@ -88,10 +88,13 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingP
         out.logit_bias.push_back(bias)
     out.grammar = b"" if params.grammar is None else _utf8("grammar", params.grammar)
     out.grammar_root = _utf8("grammar_root", params.grammar_root)
+    out.special = params.special
     return 0
 
 
 cdef bytes _utf8(str name, object text):
+    if not isinstance(text, str):
+        raise ParameterError(f"{name} must be a string, not {text!r}", parameter=name, value=text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -99,8 +102,19 @@ cdef bytes _utf8(str name, object text):
             f"{name} cannot be encoded as UTF-8: {error}", parameter=name, value=text) from None
 
 
+cdef tuple _items(str name, object given):
+    """What is given, which must be several things, as a tuple; ParameterError otherwise."""
+    if not isinstance(given, (str, bytes)):
+        try:
+            return tuple(given)
+        except TypeError:
+            pass
+    raise ParameterError(
+        f"{name} must be a list or another iterable, not {given!r}", parameter=name, value=given)
+
+
 cdef list _utf8_list(str name, object texts):
-    return [_utf8(name, text) for text in texts]
+    return [_utf8(name, text) for text in _items(name, texts)]
 
 
 cdef const float[::1] _logits_view(object logits, int n_vocab):
@@ -147,8 +161,8 @@ cdef class Sampler:
         vocab.alive()
         self.vocab = vocab
         self.n_ctx = check_int("n_ctx", n_ctx, 1, 2**31 - 1)
-        self.trigger_patterns = tuple(trigger_patterns)
-        self.trigger_tokens = tuple(trigger_tokens)
+        self.trigger_patterns = _items("trigger_patterns", trigger_patterns)
+        self.trigger_tokens = _items("trigger_tokens", trigger_tokens)
         self.params_ = params
         cdef NativeSamplingParams native
         self.fill(native, params)
@@ -296,7 +310,7 @@ cdef class Sampler:
 
         Raises StateError, changing nothing, if the bytes are damaged or do not fit.
         """
-        cdef string data = bytes(memoryview(state))     # bytes(5) would be five zeros
+        cdef string data = _bytes("state", state)
         self.enter()
         try:
             with nogil:

@@ -63,6 +63,7 @@ cdef extern from "sampling/sampler.hpp" namespace "triollama" nogil:
         vector[llama_token] banned
         string grammar
         string grammar_root
+        cpp_bool special
         cpp_bool grammar_lazy
         vector[string] grammar_trigger_patterns
         vector[llama_token] grammar_trigger_tokens
@@ -96,6 +97,7 @@ cdef extern from "grammar/grammar.hpp" namespace "triollama" nogil:
         NativeGrammarParams() except +raise_native_error
         string text
         string root
+        cpp_bool special
         cpp_bool lazy
         vector[string] trigger_patterns
         vector[llama_token] trigger_tokens

@@ -105,6 +105,7 @@ cdef class UpstreamSampler:
         if not p.grammar.empty():
             grammar.text = p.grammar
             grammar.root = p.grammar_root
+            grammar.special = p.special
             self.grammar.reset(new NativeGrammar(vocab.ptr, grammar))
 
     def __dealloc__(self):

@@ -23,7 +23,7 @@ cdef class TextStream:
 
     def feed(self, data: bytes) -> str:
         """Takes bytes and returns what may be shown now. After a stop string, always ""."""
-        cdef bytes given = bytes(memoryview(data))      # bytes(5) would be five zeros
+        cdef bytes given = _bytes("data", data)
         cdef string out
         self.native.get().feed(PyBytes_AS_STRING(given), PyBytes_GET_SIZE(given), out)
         return out.decode("utf-8")

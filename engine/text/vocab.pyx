@@ -50,6 +50,14 @@ cdef extern from "text/tokenize.hpp" namespace "triollama" nogil:
     vector[llama_token] tokenize(
         const llama_vocab * vocab, const char * text, int32_t n, cpp_bool add_special,
         cpp_bool parse_special) except +raise_native_error
+    vector[llama_token] named_tokens(
+        const llama_vocab * vocab, const vector[string] & texts) except +raise_native_error
+    cdef cppclass LongText:
+        LongText(const llama_vocab * vocab, const char * text, size_t n,
+                 cpp_bool parse_special) except +raise_native_error
+        cpp_bool next(vector[llama_token] & out) except +raise_native_error
+
+    void check_vocab(const llama_vocab * vocab) except +raise_native_error
 
 cdef dict _VOCAB_TYPES = {
     <int>LLAMA_VOCAB_TYPE_NONE: "none",
@@ -74,6 +82,15 @@ cdef dict _TOKEN_ATTRIBUTES = {
     "rstrip": <int>LLAMA_TOKEN_ATTR_RSTRIP,
     "single_word": <int>LLAMA_TOKEN_ATTR_SINGLE_WORD,
 }
+
+cdef bytes _bytes(str name, object data):
+    """``data`` (bytes or another buffer) as bytes; ParameterError otherwise."""
+    try:
+        return bytes(memoryview(data))      # bytes(5) would be five zeros
+    except (TypeError, BufferError) as error:
+        raise ParameterError(
+            f"{name} must be bytes or another buffer: {error}", parameter=name, value=data) from None
+
 
 # Longest text one call takes: a token is at least a byte, and llama.cpp counts in int32.
 cdef Py_ssize_t _MAX_TEXT = 2**30
@@ -176,14 +193,30 @@ cdef class Vocab:
                 parameter="text")
         cdef const char * chars = PyBytes_AS_STRING(data)
         cdef vector[llama_token] tokens
+        cdef vector[llama_token] around
         cdef cpp_bool special = add_special
         cdef cpp_bool parse = parse_special
+        cdef cpp_bool more = length > 0
+        cdef unique_ptr[LongText] rest
         self.model.readers += 1     # until we are done nobody may close it
         try:
             with nogil:
-                tokens = tokenize(self.ptr, chars, <int32_t>length, special, parse)
+                if special:
+                    around = tokenize(self.ptr, chars, 0, True, parse)
+                rest.reset(new LongText(self.ptr, chars, length, parse))
+            while more:
+                with nogil:
+                    more = rest.get().next(tokens)
+                PyErr_CheckSignals()
         finally:
             self.model.readers -= 1
+        if around.size() > 0:
+            first = around.size() != 1 or llama_vocab_get_add_bos(self.ptr)
+            ends = around.size() != 1 or not first
+            if first:
+                tokens.insert(tokens.begin(), around[0])
+            if ends:
+                tokens.push_back(around.back())
         return tokens
 
     def detokenize(self, tokens, remove_special: bool = False,
@@ -342,3 +375,21 @@ cdef llama_token end_token(int n_vocab, object token) except -1:
             f"stop_tokens holds {number}, which is outside the vocabulary of {n_vocab} tokens",
             parameter="stop_tokens", value=number)
     return number
+
+
+def upstream_tokenize(Vocab vocab not None, text: bytes, parse_special: bool = False) -> list[int]:
+    """llama.cpp's tokens of the text as a whole, without those it adds: the measure of
+    ``Vocab.tokenize``."""
+    vocab.alive()
+    cdef bytes data = _bytes("text", text)
+    cdef const char * chars = PyBytes_AS_STRING(data)
+    cdef int32_t n = check_int("the length of text", len(data), 0, _MAX_TEXT)
+    cdef cpp_bool parse = parse_special
+    cdef vector[llama_token] tokens
+    vocab.model.readers += 1
+    try:
+        with nogil:
+            tokens = tokenize(vocab.ptr, chars, n, False, parse)
+    finally:
+        vocab.model.readers -= 1
+    return tokens

@@ -72,6 +72,10 @@ class Vocab:
     @property
     def adds_eos(self) -> bool: ...
 
+def upstream_tokenize(
+    vocab: Vocab, text: ReadableBuffer, parse_special: bool = False
+) -> list[int]: ...
+
 # --- llama/model.pyx
 def list_devices() -> list[str]: ...
 

@@ -62,7 +62,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ``max_tokens``: most new tokens, prompt not counted; ``None``: until the model ends or the
         context is full. (Raw text that is given neither ``max_tokens`` nor ``params`` ends after
         ``RAW_MAX_TOKENS``, 100.)
-        ``stop``: strings that end the text; they are not part of it.
+        ``stop``: strings that end the text; they are not part of it. The name of a special token
+        (``"<start_of_turn>"``), which has no text, stands for that token.
         ``stop_tokens``: ids of tokens that end the generation like the vocabulary's own
         end-of-generation tokens (finish reason ``"eos"``); they are not part of it.
         ``ignore_eos``: never end on an end-of-generation token: it is given no probability.
@@ -94,7 +95,9 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ``adaptive_target`` with ``adaptive_decay``: adaptive-p (llama.cpp#17927); below 0 is off.
         ``logit_bias``: added to the logits of these token ids; ``-inf`` bans a token.
         ``samplers``: the order; a name left out is not applied.
-        ``grammar``: GBNF that the text must match, from rule ``grammar_root``.
+        ``grammar``: GBNF that the text must match, from rule ``grammar_root``. The text is what
+        is shown: special tokens count by their names if ``special`` shows them, and may else
+        follow only where the grammar names them (``<[id]>``).
 
     Reporting
         ``logprobs``: with each token its log-probability under the model's own distribution

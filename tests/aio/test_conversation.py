@@ -471,6 +471,27 @@ def test_a_small_context(llama_model: Path) -> None:
     run(main)
 
 
+def test_a_stop_string_that_names_a_special_token(llama_model: Path) -> None:
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            vocab = llama.vocab
+            control = next(
+                t
+                for t in range(len(vocab))
+                if vocab.is_control(t) and not vocab.is_eog(t) and t != vocab.bos
+            )
+            name = vocab.piece(control, special=True).decode()
+            options: Any = {"stop": (name,), "logit_bias": {control: 1e6}, "max_tokens": 8}
+            done = await llama.generate("Hello", GREEDY, **options)
+            assert (done.finish_reason, done.stop, done.text) == ("stop", name, "")
+            chat = llama.conversation(params=GREEDY)
+            reply = await chat.say("Hello", **options)
+            assert (reply.finish_reason, reply.text) == ("stop", "")
+            assert control not in chat.messages[-1].tokens
+
+    run(main)
+
+
 def test_stop_strings_of_a_template(llama_model: Path) -> None:
     """They are no part of the answer, and the conversation goes on without them."""
 

@@ -154,6 +154,24 @@ def test_ends_by_a_stop_string_that_is_not_shown(driver: Driver) -> None:
     assert (stream.finish_reason, stream.stop_index) == ("stop", 1)
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_ends_by_a_special_token_named_as_a_stop_string(tiny: Tiny, slow: bool) -> None:
+    with driving(tiny("llama"), slow_sampler=0.0 if slow else 10.0) as driver:
+        vocab = driver.model.vocab
+        control = next(
+            t
+            for t in range(len(vocab))
+            if vocab.is_control(t) and not vocab.is_eog(t) and t != vocab.bos
+        )
+        name = vocab.piece(control, special=True).decode()
+        stream = driver.start(
+            prompt(1), GREEDY.replace(logit_bias={control: 1e6}, stop=("never\x01", name))
+        )
+        assert driver.finish(stream) == [[]]
+        assert (stream.finish_reason, stream.stop_index) == ("stop", 1)
+        assert (stream.end_token, stream.usage["generated"]) == (None, 0)
+
+
 def test_ends_by_the_context_at_its_last_position(driver: Driver) -> None:
     stream = driver.start(prompt(1, 200), LONG)
     (tokens,) = driver.finish(stream)

@@ -126,3 +126,32 @@ def test_long_repetitive_text_takes_linear_time() -> None:
 def test_refuses_stops_that_are_no_text() -> None:
     with pytest.raises(ParameterError, match="stops"):
         TextStream(["\ud800"])
+    for wrong in (5, None, "END", b"END", [5], [None]):
+        with pytest.raises(ParameterError, match="stops"):
+            TextStream(wrong)  # type: ignore[arg-type]
+    for wrong in ("text", None, 5):
+        with pytest.raises(ParameterError, match="data"):
+            TextStream().feed(wrong)  # type: ignore[arg-type]
+
+
+def every_cut(data: bytes) -> list[list[bytes]]:
+    """All ways to cut the bytes into pieces."""
+    places = range(1, len(data))
+    return [
+        [data[a:b] for a, b in itertools.pairwise((0, *chosen, len(data)))]
+        for n in range(len(data))
+        for chosen in itertools.combinations(places, n)
+    ]
+
+
+@settings(max_examples=120, derandomize=True)
+@given(
+    st.lists(st.sampled_from([*"abé😀", b"\xc3", b"\x9f", b"\xf0\x9f"]), max_size=6),
+    st.lists(st.text("abé😀\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+def test_stops_alike_however_the_bytes_are_cut(parts: list[str | bytes], stops: list[str]) -> None:
+    data = b"".join(part if isinstance(part, bytes) else part.encode() for part in parts)[:9]
+    expected = reference(data.decode("utf-8", "replace"), stops)
+    for pieces in every_cut(data):
+        stream = TextStream(stops)
+        assert ("".join(run(stream, pieces)), stream.matched_stop) == expected

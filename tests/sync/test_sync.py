@@ -146,6 +146,35 @@ def test_end_of_generation(llama):
     assert len(done.tokens) == 9 and eos not in done.tokens
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_a_stop_string_that_names_a_special_token(llama, special):
+    control = next(
+        t
+        for t in range(len(llama.vocab))
+        if llama.vocab.attributes(t) == {"control"}
+        and not llama.vocab.is_eog(t)
+        and t != llama.vocab.bos
+    )
+    name = llama.vocab.piece(control, special=True).decode()
+    options = {"max_tokens": 6, "special": special, "logprobs": 0, **GREEDY}
+    for stop in ([name], ["never here", name]):
+        with llama.stream(PROMPT, stop=stop, logit_bias={control: 1000.0}, **options) as stream:
+            assert list(stream) == []
+        done = stream.completion()
+        assert (done.finish_reason, done.stop, done.end_token) == ("stop", name, None)
+        assert (done.tokens, done.logprobs) == ([], [])
+    # What was held back as the possible start of another stop string comes out.
+    letter = next(t for t in range(len(llama.vocab)) if llama.vocab.piece(t) == b"q")
+    sequence = f"root ::= <[{letter}]> <[{control}]>"
+    done = llama.generate(PROMPT, stop=[name, "q\u2603"], grammar=sequence, **options)
+    assert (done.text, done.tokens, done.stop) == ("q", [letter], name)
+    # Text that reads like the name is text.
+    spelled = llama.generate(
+        PROMPT, stop=[name], grammar=f'root ::= "x{name}"', **options | {"max_tokens": 60}
+    )
+    assert (spelled.text, spelled.stop) == ("x", name)
+
+
 def test_stop_tokens(llama):
     whole = llama.generate(PROMPT, max_tokens=40, ignore_eos=True, **GREEDY)
     at = next(i for i in range(3, 40) if whole.tokens[i] not in whole.tokens[:i])
