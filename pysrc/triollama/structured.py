@@ -25,8 +25,8 @@ T = TypeVar("T")
 DIGITS = 20
 """Digits of an integer that has no limits."""
 
-MAX_LENGTH = 2000
-"""Largest limit of a length: grammars repeat nothing more often."""
+MAX_LENGTH = 20_000
+"""Largest limit of a length. A grammar of so many counted elements is read in milliseconds."""
 
 _RULES = {
     "value": 'object | array | string | number | "true" | "false" | "null"',
@@ -103,7 +103,7 @@ class Structured(Generic[T]):
         """The value in an answer. Raises AnswerError if there is none, as in one that was cut."""
         try:
             return self._decoder.decode(text)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
             why = str(error) or type(error).__name__
             raise AnswerError(
                 f"the answer is no {_name(self.into)}: {why}"
@@ -117,7 +117,7 @@ def structured(into: type[T]) -> Structured[T]:
     """``into`` as grammar and decoder: a Struct, dataclass, TypedDict, or any type msgspec knows.
 
     Honoured: required and optional fields (in their order), tags and unions, recursion, enums and
-    literals, lengths of strings, arrays and mappings up to 2,000, limits of integers (else 20
+    literals, lengths of strings, arrays and mappings up to 20,000, limits of integers (else 20
     digits), whole-number limits of floats, dates, times, durations, UUIDs, decimals, base64.
     Raises UnsupportedError, naming the place, for patterns, multiples, other limits of floats,
     lengths of bytes, and custom types; ParameterError for what is no type.
@@ -277,6 +277,8 @@ class _Writer:
         return _one_of([_literal(_encoded(value)) for value in info.cls])
 
     def _union(self, info: inspect.UnionType, place: str) -> str:
+        if any(isinstance(one, inspect.RawType) for one in info.types):
+            raise UnsupportedError(f"into: {place} has Raw in a union; msgspec decodes none such")
         return _one_of([self._item(one, place) for one in info.types])
 
     # Containers
@@ -284,6 +286,13 @@ class _Writer:
     def _sequence(self, info: inspect.CollectionType, place: str) -> str:
         item = self._item(info.item_type, f"{place}[...]")
         return f'"[" {_several(item, info.min_length or 0, info.max_length, place)} "]"'
+
+    def _set(self, info: inspect.SetType | inspect.FrozenSetType, place: str) -> str:
+        if not _is_hashable(info.item_type):
+            raise UnsupportedError(
+                f"into: {place} is a set of what cannot be in a set: {info.item_type}"
+            )
+        return self._sequence(info, place)
 
     def _tuple(self, info: inspect.TupleType, place: str) -> str:
         items = [self._item(one, f"{place}[{at}]") for at, one in enumerate(info.item_types)]
@@ -387,8 +396,8 @@ _HANDLERS: dict[type, Callable[[_Writer, Any, str], str]] = {
     inspect.EnumType: _Writer._enum,
     inspect.UnionType: _Writer._union,
     inspect.ListType: _Writer._sequence,
-    inspect.SetType: _Writer._sequence,
-    inspect.FrozenSetType: _Writer._sequence,
+    inspect.SetType: _Writer._set,
+    inspect.FrozenSetType: _Writer._set,
     inspect.VarTupleType: _Writer._sequence,
     inspect.CollectionType: _Writer._sequence,
     inspect.TupleType: _Writer._tuple,
@@ -398,6 +407,16 @@ _HANDLERS: dict[type, Callable[[_Writer, Any, str], str]] = {
     inspect.DataclassType: _Writer._object,
     inspect.NamedTupleType: _Writer._named_tuple,
 }
+_UNHASHABLE = (
+    inspect.AnyType,
+    inspect.RawType,
+    inspect.ListType,
+    inspect.SetType,
+    inspect.CollectionType,
+    inspect.DictType,
+    inspect.TypedDictType,
+    inspect.ByteArrayType,
+)
 _TEXTUAL = (
     inspect.StrType,
     inspect.BytesType,
@@ -434,6 +453,25 @@ def _names(body: str) -> frozenset[str]:
             word = ""
         at += 1
     return frozenset({*found, word})
+
+
+def _is_hashable(info: inspect.Type) -> bool:
+    """Whether values of the type can be in a set, as far as the type tells."""
+    if isinstance(info, inspect.Metadata):
+        return _is_hashable(info.type)
+    if isinstance(info, inspect.UnionType):
+        return all(map(_is_hashable, info.types))
+    if isinstance(info, inspect.TupleType):
+        return all(map(_is_hashable, info.item_types))
+    if isinstance(info, inspect.VarTupleType):
+        return _is_hashable(info.item_type)
+    if isinstance(info, inspect.StructType):
+        config = info.cls.__struct_config__
+        return config.frozen or not config.eq
+    if isinstance(info, inspect.DataclassType):
+        hashed: object = info.cls.__hash__
+        return hashed is not None
+    return type(info) not in _UNHASHABLE
 
 
 def _encoded(value: object) -> str:
