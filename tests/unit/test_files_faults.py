@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from test_files_documents import make_document
 from test_files_journal import EMPTY, grown
 from triollama.errors import StateError
@@ -234,8 +236,6 @@ def test_a_document_with_kv_while_each_call_fails_once(tmp_path: Path) -> None:
         chat = make_document(1).conversations[0]
         tokens = (1,) * (5 + version)
         saved = write_kv(path, chat.id, key, tokens, blobs[version])
-        from msgspec.structs import replace
-
         chat = replace(chat, tokens=tokens, batches=(), kv=saved)
         return replace(make_document(1), conversations=(chat,))
 
@@ -273,3 +273,71 @@ def test_a_document_with_kv_while_each_call_fails_once(tmp_path: Path) -> None:
             new = save(path, 2)
             assert whole(path) == new
             assert len(os.listdir(kv_folder(path))) == 1
+
+
+class Durable:
+    """What a power cut leaves at least: of a file what was synced, of a folder the names that were
+    there when it was synced."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.contents: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {}
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, self._sync)
+
+    def _sync(self, fd: int) -> None:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            self.names[status.st_ino] = {one.name: one.inode() for one in os.scandir(fd)}
+        else:
+            self.contents[status.st_ino] = os.pread(fd, status.st_size, 0)
+
+    def left_of(self, folder: Path, target: Path) -> None:
+        """Put into ``target`` what would be left of a folder."""
+        target.mkdir()
+        for name, inode in self.names.get(folder.stat().st_ino, {}).items():
+            if inode in self.contents:
+                (target / name).write_bytes(self.contents[inode])
+            elif (folder / name).is_dir():
+                self.left_of(folder / name, target / name)
+
+
+def test_what_was_acknowledged_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    disk = Durable(monkeypatch)
+    checked = 0
+
+    class Checked(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            nonlocal checked
+            super().__setitem__(key, value)
+            if key == "acknowledged":
+                checked += 1
+                disk.left_of(folder, tmp_path / f"left-{checked}")
+                assert load_document(tmp_path / f"left-{checked}" / "auto").conversations == value
+
+    live(folder / "auto", Checked())
+    assert checked == len(steps_of(folder))
+
+
+def test_a_document_that_is_saved_survives_a_power_cut_with_its_kv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    disk = Durable(monkeypatch)
+    path = folder / "chats.json"
+    for version in (1, 2, 3):
+        chat = make_document(1).conversations[0]
+        saved = write_kv(path, chat.id, b"k" * 32, chat.tokens, bytes(version))
+        chat = replace(chat, kv=saved, title=f"{version}")
+        save_document(path, replace(make_document(1), conversations=(chat,)))
+        left = tmp_path / f"left-{version}"
+        disk.left_of(folder, left)
+        (found,) = load_document(left / "chats.json").conversations
+        assert found == chat
+        assert read_kv(left / "chats.json", saved, b"k" * 32, chat.tokens) == bytes(version)
+        remove_kv_except(path, [saved])
