@@ -314,6 +314,10 @@ cdef class Decoder(Owner):
             raise UnsupportedError(f'context_overflow="shift": {why}; use "stop"')
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
+        if (hidden or request.kind == Kind.embed) and self.context.pooling_ != <int>LLAMA_POOLING_TYPE_NONE:
+            raise UnsupportedError(
+                "the context pools, so tokens have no states of their own; make it with"
+                ' pooling="none"')
         request.causal = causal
         request.pooling = <Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
         request.threads = 0 if threads is None else check_int("threads", threads, 1, 512)

@@ -271,7 +271,7 @@ cdef class Generation:
         memory.seq_add(0, self.n_keep + n_discard, self.n_past, -n_discard)
         self.n_past -= n_discard
         self.n_shifted += n_discard
-        return True
+        return memory.can_continue_at(0, self.n_past)
 
     cdef int note_logprobs(self, const float * logits, llama_token token) except -1:
         cdef vector[NativeTokenLogprob] top

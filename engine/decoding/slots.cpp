@@ -87,9 +87,10 @@ bool Slots::continuable(int32_t slot, int32_t n) {
     if (!rules.can_roll_back) {
         return true;
     }
-    const int32_t oldest = rules.n_swa > 0 ? std::max(0, n - rules.n_swa + 1) : 0;
-    return backend.seq_pos_min(slot) <= oldest;
+    return backend.seq_pos_min(slot) <= oldest_needed(n);
 }
+
+int32_t Slots::oldest_needed(int32_t n) const { return rules.n_swa > 0 ? std::max(0, n - rules.n_swa + 1) : 0; }
 
 void Slots::trim(Sequence & sequence, int32_t n) {
     if (sequence.slot < 0) {
@@ -298,6 +299,12 @@ bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
     if (is_shared(sequence) && !reload(sequence)) {     // moving a cell moves it for everybody
         return false;
     }
+    // What was restored holds the window alone of layers that slide: what is kept must not come back into it.
+    const int32_t held = backend.seq_pos_min(sequence.slot);
+    const int32_t then = held <= keep ? held : std::max(held, keep + drop) - drop;
+    if (then > oldest_needed(n - drop)) {
+        return false;
+    }
     if (!backend.seq_rm(sequence.slot, keep, keep + drop)) {
         sequence.n = n;
         return false;
@@ -402,7 +409,7 @@ int64_t Slots::cells_used() {
 int32_t Slots::kept_count() const {
     int32_t count = 0;
     for (const auto & item : sequences) {
-        count += item.second->kept;
+        count += item.second->kept || !item.second->busy;   // a stream's own is gone with it
     }
     return count;
 }

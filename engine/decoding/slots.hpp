@@ -93,6 +93,7 @@ public:
 
 private:
     bool continuable(int32_t slot, int32_t n);
+    int32_t oldest_needed(int32_t n) const;     // to go on at n
     bool reload(Sequence & sequence);
     bool set_state(int32_t slot, const std::string & bytes);
     void clear(Sequence & sequence);            // empties the slot, keeps owning it

@@ -282,7 +282,7 @@ RowResult Trainer::forward_backward(const TrainingRow & row) {
         frozen->model_files().check();
         ++n_rows;
         return result;
-    } catch (const training_aborted &) {
+    } catch (...) {
         adapters->clear_gradients();   // some layers have added theirs and some have not
         throw;
     }

@@ -392,8 +392,8 @@ cdef class Trainer(Owner):
         texts packed in one row have different numbers and do not see each other. weights: of each
         label in the loss (default: one over the number of labels, so the loss is their mean).
 
-        Raises ParameterError, OutOfMemoryError, and DecodeAborted after ``request_abort``, when
-        all gradients are cleared.
+        Raises ParameterError, OutOfMemoryError, and DecodeAborted after ``request_abort``. When it
+        ends in the middle, all gradients are cleared: some layers would have had theirs, others not.
         """
         cdef TrainingRow row
         cdef RowResult result

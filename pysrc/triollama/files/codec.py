@@ -31,7 +31,16 @@ from .documents import (
     known_params,
 )
 
-__all__ = ["Format", "check", "decode", "document_from", "encode", "encode_parts", "spread"]
+__all__ = [
+    "Format",
+    "check",
+    "decode",
+    "document_from",
+    "encode",
+    "encode_part",
+    "encode_parts",
+    "spread",
+]
 
 _FAMILY = re.compile(r"triollama-conversations-(\d{1,9})")
 _MAX_NESTING = 200
@@ -55,15 +64,20 @@ def encode(document: Saved, format: Format = "json") -> bytes:
         raise ParameterError(
             f"format must be 'json' or 'msgpack', not {format!r}", parameter="format", value=format
         )
+    return _sign(encode_part(document, format), format)
+
+
+def encode_part(saved: Saved, format: Format = "msgpack") -> bytes:
+    """As ``encode``, of any Struct of a document, and without a checksum."""
     encoder = _JSON if format == "json" else _PACK
     try:
-        raw = encoder.encode(document)
-        if any(True for _ in _with_extras(document)):
+        raw: bytes = encoder.encode(saved)
+        if any(True for _ in _with_extras(saved)):
             decoder = _JSON_DECODER if format == "json" else _PACK_DECODER
             raw = encoder.encode(spread(decoder.decode(raw)))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise StateFormatError(f"it cannot be encoded: {error}") from None
-    return _sign(raw, format)
+    return raw
 
 
 def encode_parts(document: Saved, conversations: Iterable[bytes]) -> bytes:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import ClosedError, StateDamagedError, StateFormatError, StateWriteError
-from .codec import check, decode, encode_parts
+from .codec import check, decode, encode_part, encode_parts
 from .documents import Document, KVFile, SavedConversation
 from .fingerprint import check_model
 from .owner import Owner
-from .records import MAGIC, delta, frame, pack, replay, unpack
+from .records import MAGIC, delta, frame, replay, unpack
 from .store import MAX_BYTES, StrPath, read_bytes, sync_folder, write_all
 
 __all__ = ["Journal"]
@@ -63,13 +63,6 @@ def _places(
         found[id] = _Place(start + at, len(part), zlib.crc32(part), of.created, of.kv)
         at += len(part)
     return found
-
-
-def _pack(conversation: SavedConversation) -> bytes:
-    try:
-        return pack(conversation)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise StateFormatError(f"it cannot be encoded: {error}") from None
 
 
 class Journal:
@@ -217,7 +210,7 @@ class Journal:
         if not hasattr(os, "pread"):  # Windows
             return
         held = {id: one for id in ids if (one := self._conversations.get(id)) is not None}
-        parts = {id: _pack(one) for id, one in held.items() if id not in self._places}
+        parts = {id: encode_part(one) for id, one in held.items() if id not in self._places}
         if 2 * len(parts) > len(self._conversations):
             self._replace()
         elif parts:
@@ -355,7 +348,7 @@ class Journal:
         lost = []
         for id, one in self._conversations.items():
             try:
-                parts[id] = (one, self._read(id) if one is None else _pack(one))
+                parts[id] = (one, self._read(id) if one is None else encode_part(one))
             except StateDamagedError as error:
                 lost.append(id)
                 _log.error("%s; what there is of it is in %s", error, owner.set_aside())

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..errors import StateDamagedError, StateFormatError, StateVersionError
-from .codec import check, decode, document_from, spread
+from .codec import check, decode, document_from, encode_part, spread
 from .documents import Document, SavedConversation
 
-__all__ = ["MAGIC", "Replayed", "delta", "frame", "pack", "replay", "unpack"]
+__all__ = ["MAGIC", "Replayed", "delta", "frame", "replay", "unpack"]
 
 _log = logging.getLogger("triollama.files")
 
@@ -70,7 +70,7 @@ _OTHERS = tuple(sorted(_FIELDS - {*_TAILS, "id", "+"}))
 def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, Any]:
     """What makes ``new`` out of ``old``, as plain data."""
     if old is None:
-        return {"id": new.id, "new": _plain(new)}
+        return {"id": new.id, "new": msgspec.Raw(encode_part(new))}
     changed: dict[str, Any] = {"id": new.id}
     for name, field in _TAILS.items():
         was, now = getattr(old, field), getattr(new, field)
@@ -91,13 +91,8 @@ def delta(old: SavedConversation | None, new: SavedConversation) -> dict[str, An
     return changed
 
 
-def pack(conversation: SavedConversation) -> bytes:
-    """The whole of one, as it is in a record."""
-    return msgspec.msgpack.encode(_plain(conversation))
-
-
 def unpack(data: bytes, *, path: str = "") -> SavedConversation:
-    """What ``pack`` gave."""
+    """A conversation that is whole in a record (``codec.encode_part``)."""
     return document_from(msgspec.msgpack.decode(data), SavedConversation, path=path)
 
 
