@@ -78,7 +78,16 @@ public:
 private:
     static constexpr size_t capacity = 4096;   // lines; the oldest go first
 
+    // llama.cpp warns of what this library chose on purpose; nobody needs to hear of it.
+    static bool ours(const std::string & line) {
+        return line.find("using full-size SWA cache") != std::string::npos ||
+               line.find("model default pooling_type is") != std::string::npos;
+    }
+
     void push(ggml_log_level level, std::string line) {
+        if (level == GGML_LOG_LEVEL_INFO || (level == GGML_LOG_LEVEL_WARN && ours(line))) {
+            level = GGML_LOG_LEVEL_DEBUG;   // what llama.cpp tells of itself is detail here
+        }
         if (level == GGML_LOG_LEVEL_ERROR) {
             if (first_error.empty()) {
                 first_error = line;

@@ -1,4 +1,4 @@
-"""llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp")."""
+"""llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp"): its INFO is DEBUG there."""
 import sys
 
 from libcpp.pair cimport pair
@@ -6,7 +6,6 @@ from libcpp.pair cimport pair
 from ggml cimport (
     GGML_LOG_LEVEL_DEBUG,
     GGML_LOG_LEVEL_ERROR,
-    GGML_LOG_LEVEL_INFO,
     GGML_LOG_LEVEL_NONE,
     GGML_LOG_LEVEL_WARN,
     ggml_log_level,
@@ -27,14 +26,12 @@ cdef extern from "guards/log.hpp" namespace "triollama" nogil:
 
 # logging's own numbers, so that a script which logs nothing need not import it.
 cdef int _DEBUG = 10
-cdef int _INFO = 20
 cdef int _WARNING = 30
 cdef int _ERROR = 40
 
 cdef dict _PYTHON_LEVELS = {
-    <int>GGML_LOG_LEVEL_NONE: _INFO,
+    <int>GGML_LOG_LEVEL_NONE: _DEBUG,
     <int>GGML_LOG_LEVEL_DEBUG: _DEBUG,
-    <int>GGML_LOG_LEVEL_INFO: _INFO,
     <int>GGML_LOG_LEVEL_WARN: _WARNING,
     <int>GGML_LOG_LEVEL_ERROR: _ERROR,
 }
@@ -61,8 +58,6 @@ cdef int begin_log() except -1:
     if logger is not None:
         if logger.isEnabledFor(_DEBUG):
             threshold = GGML_LOG_LEVEL_DEBUG
-        elif logger.isEnabledFor(_INFO):
-            threshold = GGML_LOG_LEVEL_INFO
         elif logger.isEnabledFor(_WARNING):
             threshold = GGML_LOG_LEVEL_WARN
     LogQueue.instance().set_threshold(threshold)
@@ -77,7 +72,7 @@ cdef int flush_log() except -1:
     logger = get_logger()
     for line in LogQueue.instance().drain():
         if logger is not None:
-            level = _PYTHON_LEVELS.get(line.first, _INFO)
+            level = _PYTHON_LEVELS.get(line.first, _DEBUG)
             logger.log(level, "%s", line.second.decode("utf-8", "replace").rstrip())
     return 0
 

@@ -47,7 +47,7 @@ def first_logprob(llama: Llama, prompt: str) -> float:
 
 
 def main(path: Path | str | None = None) -> None:
-    logging.getLogger("triollama.llama_cpp").setLevel(logging.INFO)
+    logging.getLogger("triollama.llama_cpp").setLevel(logging.DEBUG)
     print(triollama.__version__, triollama.build_info()["commit"])
     params = GenerationParams(top_k=20).replace(seed=7)
     try:
