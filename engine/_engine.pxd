@@ -78,6 +78,7 @@ cdef class Context(Owner):
     cdef readonly int n_seq_max
     cdef readonly int n_outputs_max
     cdef readonly bint kv_unified
+    cdef readonly bint exact            # numbers do not depend on what shares a step
     cdef readonly bint swa_full
     cdef readonly str type_k
     cdef readonly str type_v

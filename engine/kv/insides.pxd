@@ -17,6 +17,10 @@ cdef extern from "guards/abort_flag.hpp" namespace "triollama" nogil:
         cpp_bool ask(void * flag) noexcept
 
 
+cdef extern from "llama/exact.hpp" namespace "triollama" nogil:
+    string make_exact(llama_context * ctx) except +raise_native_error
+
+
 cdef extern from "kv/insides.hpp" namespace "triollama" nogil:
     string why_no_shift(const llama_context * ctx, ggml_type type_k) except +raise_native_error
     string why_no_cache(

@@ -61,7 +61,7 @@ from llama cimport (
     llama_supports_gpu_offload,
     llama_synchronize,
 )
-from insides cimport AbortFlag, settle, why_no_cache, why_no_shift
+from insides cimport AbortFlag, make_exact, settle, why_no_cache, why_no_shift
 
 cdef extern from "llama/load.hpp" namespace "triollama" nogil:
     llama_context * make_context(
@@ -166,6 +166,9 @@ cdef class Context(Owner):
     causal: None leaves attention as the model has it.
     swa_full: keep the whole cache of sliding-window layers: needed to roll back past the window.
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
+    exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
+        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off", a Model
+        with repack=False, and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -194,6 +197,7 @@ cdef class Context(Owner):
         causal: bool | None = None,
         swa_full: bool = True,
         kv_unified: bool = True,
+        exact: bool = False,
         offload_kqv: bool = True,
         op_offload: bool = True,
         rope_scaling: str = "model",
@@ -257,6 +261,10 @@ cdef class Context(Owner):
         if wrong:
             raise ParameterError(
                 f"type_k={type_k!r}, type_v={type_v!r}: {wrong}", parameter="type_k", value=type_k)
+        if exact and (kv_unified or flash_attn != "off" or model.repacked):
+            raise ParameterError(
+                "exact=True needs kv_unified=False, flash_attn='off' and a Model with repack=False",
+                parameter="exact", value=True)
         params.embeddings = embeddings
         params.pooling_type = <llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
         params.attention_type = (
@@ -306,6 +314,14 @@ cdef class Context(Owner):
             if "alloc" in problem:
                 raise OutOfMemoryError("the context's buffers could not be allocated", log=problem)
             raise EngineError("llama.cpp could not make the context", log=problem)
+        if exact:
+            inexact = make_exact(self.ptr).decode()
+            if inexact:
+                with nogil:
+                    llama_free(self.ptr)
+                self.ptr = NULL
+                raise UnsupportedError(f"exact=True: {inexact}")
+        self.exact = exact
         self.mem = llama_get_memory(self.ptr)
         self.n_batch = llama_n_batch(self.ptr)
         self.n_ubatch = llama_n_ubatch(self.ptr)

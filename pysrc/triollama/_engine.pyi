@@ -192,6 +192,8 @@ class Context(Owner):
     @property
     def kv_unified(self) -> bool: ...
     @property
+    def exact(self) -> bool: ...
+    @property
     def swa_full(self) -> bool: ...
     @property
     def type_k(self) -> str: ...
@@ -219,6 +221,7 @@ class Context(Owner):
         causal: bool | None = None,
         swa_full: bool = True,
         kv_unified: bool = True,
+        exact: bool = False,
         offload_kqv: bool = True,
         op_offload: bool = True,
         rope_scaling: str = "model",
