@@ -213,6 +213,8 @@ def test_what_a_turn_goes_on_from() -> None:
     # A file may end with a question.
     asked_last = msgspec.structs.replace(state, messages=(*state.messages, user("So?")))
     assert again(asked_last) == again(state)
+    base, asked = edited(5, "Or so?")(asked_last)
+    assert (base, [m.content for m in asked]) == (state, ["Or so?"])
     with pytest.raises(ParameterError, match="there is no"):
         onward(asked_last)
     given = State(messages=(user("A document."), user("Another."), *state.messages[1:]))

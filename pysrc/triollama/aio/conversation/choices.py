@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from ...errors import ParameterError
 from ...files import Message
 from .history import State, now
@@ -54,7 +56,10 @@ def edited(index: int, text: str) -> Choose:
         new = _message(messages[index].role, text)
         if index < state.n_given:
             return State(messages=messages[:index]), (new,)
-        base = state.after(sum(turn.n_messages <= index for turn in state.turns))
+        n_turns = sum(turn.n_messages <= index for turn in state.turns)
+        if n_turns == len(state.turns):  # a question that stands last
+            return msgspec.structs.replace(state, messages=messages[:index]), (new,)
+        base = state.after(n_turns)
         return base, (*messages[len(base.messages) : index], new)
 
     return choose
