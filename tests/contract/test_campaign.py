@@ -17,7 +17,8 @@ from cancelling import cut, interrupt
 from triollama import GenerationParams
 from triollama.aio import Conversation, Llama, open_llama
 
-GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.1, ignore_eos=True)
+# No penalties: what they remember of turns before the last one is not in a file.
+GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
 SYSTEM = "You live in a quiet house by the sea."
 SAID = ("Hello", "And then?", "Why the whale?", "Tell me of the cat.", "Go on, please.")
 
@@ -136,9 +137,8 @@ class Campaign:
                 self.logs[chat.id] = [*log[:-1], (log[-1][0], n)]
                 self.check(chat)
             case "go on" if log:
-                before = chat.tokens
                 found = await cut(lambda: chat.go_on(max_tokens=n), chance.randint(1, 14))
-                more = len(chat.tokens) - len(before)
+                more = len(chat.messages[-1].tokens) - log[-1][1]
                 if not found.cancelled:
                     assert more == n
                 self.logs[chat.id] = [*log[:-1], (log[-1][0], log[-1][1] + more)]

@@ -38,9 +38,7 @@ class Sequence:
         self.tokens: tuple[int, ...] = ()
         self.cuts: tuple[int, ...] = ()
         self.start: tuple[int, ...] | None = None  # where the index has it
-        self.used: tuple[EngineStream, Held] | None = (
-            None  # by a stream that is not known to have ended
-        )
+        self.used: tuple[EngineStream, Held] | None = None  # by one not known to have ended
         self.leaving = False  # the stream was told to end
 
     def keep(self, n: int) -> None:
@@ -185,4 +183,5 @@ class Sequences:
             return 0, b""
         reply = await self._core.answer(self._engine.save_sequence(sequence.number))
         data, got = reply.data, reply.value
-        return (got, data) if data and got <= len(tokens) else (0, b"")
+        # More than is known of is of no use: nobody could say what it is.
+        return (got, data) if data and got <= len(sequence.tokens) else (0, b"")

@@ -132,8 +132,10 @@ class TurnStream(Stream):
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
         if not added:
-            pending = unfinished_character(ledger.prompts.bytes_of(base.messages[-1].tokens))
-            self._continued = Continued(pending, ledger.prompts.bytes_of)
+            last = base.messages[-1].tokens
+            if last and plan.tokens[-len(last) :] == last:  # not what its text was read as
+                pending = unfinished_character(ledger.prompts.bytes_of(last))
+                self._continued = Continued(pending, ledger.prompts.bytes_of)
         self.params = with_grammar(self.params, plan)
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)
