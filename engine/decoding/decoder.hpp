@@ -54,6 +54,7 @@ struct DecoderConfig {
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
     int32_t check_span = 0;             // position up to which prompts are read in full ubatches; 0: always
     int32_t prefill_chunk = 32;         // single packing: the grid on which prompts are cut
+    bool    spares = false;             // what a stream without a sequence leaves serves those that begin alike
     int32_t max_queue = 0;              // streams that may wait for a slot
     int32_t set_steps = 8;              // steps of one ContextSet while others wait
     size_t  host_bytes = 0;             // KV of evicted sequences kept in host memory, at most

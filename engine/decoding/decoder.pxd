@@ -133,6 +133,7 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
         int32_t prompt_tokens
         int32_t check_span
         int32_t prefill_chunk
+        cpp_bool spares
         int32_t max_queue
         int32_t set_steps
         size_t host_bytes

@@ -78,6 +78,9 @@ cdef class Decoder(Owner):
         flash_attn="off".
     prompt_budget: time that prompts may take of a step in which streams run, in ordinary steps;
         measured while running. prompt_tokens: if not 0, this many tokens instead.
+    spares: what a stream without a sequence of its own leaves stays until its place is wanted, and such
+        a stream begins with the longest beginning of its prompt that any idle sequence holds: to the
+        same bits, if deterministic. ``usage`` tells how much ("cached").
     max_queue: streams that may wait beyond the n_seq_max of the context.
     host_bytes: at most so many bytes of host memory keep the KV of idle sequences. disk_fd, disk_bytes:
         a file open for reading and writing, which the decoder has to itself, and how much of it may
@@ -99,6 +102,7 @@ cdef class Decoder(Owner):
         prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
         prefill_chunk: int = 32,
+        spares: bool = False,
         max_queue: int = 0,
         host_bytes: int = 0,
         disk_fd: int = -1,
@@ -138,6 +142,7 @@ cdef class Decoder(Owner):
         # Only the CPU is asked whether to stop in the middle of a ubatch.
         config.check_span = 0 if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
         config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
+        config.spares = spares
         config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
         config.host_bytes = check_int("host_bytes", host_bytes, 0, 2**62)
         config.disk_fd = check_int("disk_fd", disk_fd, -1, 2**31 - 1)

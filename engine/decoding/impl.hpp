@@ -179,6 +179,7 @@ struct Decoder::Impl {
     void enqueue(const StreamPtr & stream);
     void arrive(const StreamPtr & stream);
     void admit();
+    Sequence & begin(Stream & stream);
     void start(const StreamPtr & stream, Sequence & sequence);
     void preempt(const StreamPtr & stream);
     bool preempt_parked();

@@ -148,6 +148,11 @@ void Slots::forget_saved(Sequence & sequence) {
 }
 
 void Slots::forget_set(uint64_t set) {
+    for (Sequence * s : std::vector<Sequence *>(owner)) {
+        if (s && s->spare && s->set == set) {
+            drop(s->id);
+        }
+    }
     for (auto & item : sequences) {
         Sequence & sequence = *item.second;
         if (sequence.set == set && !sequence.busy) {
@@ -165,7 +170,8 @@ Sequence * Slots::least_recently_used(Place place) {
         Sequence * s = item.second.get();
         const bool there = place == Place::slot ? s->slot >= 0 : place == Place::host ? !s->host.empty() : s->on_disk;
         // Where a stream waits for its reader its sequence is busy, but its blob is only a blob.
-        if (there && (!s->busy || place != Place::slot) && (!oldest || s->used < oldest->used)) {
+        if (there && (!s->busy || place != Place::slot) &&
+            (!oldest || std::make_pair(!s->spare, s->used) < std::make_pair(!oldest->spare, oldest->used))) {
             oldest = s;
         }
     }
@@ -227,8 +233,49 @@ bool Slots::evict_idle() {
     if (!oldest) {
         return false;
     }
-    evict(*oldest);
+    if (oldest->spare) {
+        drop(oldest->id);
+    } else {
+        evict(*oldest);
+    }
     return true;
+}
+
+void Slots::remember(Sequence & sequence, std::vector<llama_token> tokens, int32_t on_grid) {
+    sequence.tokens  = std::move(tokens);
+    sequence.on_grid = on_grid;
+    sequence.tokens.resize(std::min((int32_t) sequence.tokens.size(), sequence.n));
+}
+
+std::pair<Sequence *, int32_t> Slots::find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set, int32_t grid) {
+    std::pair<Sequence *, int32_t> best{nullptr, WORTH_SHARING - 1};
+    for (Sequence * s : owner) {
+        if (!s || s->busy || s->set != set) {
+            continue;
+        }
+        const int32_t known = std::min({(int32_t) s->tokens.size(), (int32_t) tokens.size(), s->n, most});
+        int32_t n = (int32_t) (std::mismatch(tokens.begin(), tokens.begin() + known, s->tokens.begin()).first - tokens.begin());
+        if (grid > 0) {
+            n = std::min(n, s->on_grid) / grid * grid;
+        }
+        if (!rules.can_roll_back && n != s->n) {
+            continue;
+        }
+        if (n > best.second || (n == best.second && best.first && s->spare && !best.first->spare)) {
+            best = {s, n};
+        }
+    }
+    return best;
+}
+
+Sequence & Slots::adopt(Sequence & spare, uint64_t id) {
+    auto node = sequences.extract(spare.id);
+    node.key() = id;
+    Sequence & sequence = *node.mapped();
+    sequences.insert(std::move(node));
+    sequence.id    = id;
+    sequence.spare = false;
+    return sequence;
 }
 
 void Slots::fork(Sequence & from, Sequence & to, int32_t n) {
@@ -240,6 +287,11 @@ void Slots::fork(Sequence & from, Sequence & to, int32_t n) {
     forget_saved(to);
     to.n   = 0;
     to.set = from.set;
+    to.tokens.clear();
+    if (!from.busy) {
+        to.tokens.assign(from.tokens.begin(), from.tokens.begin() + std::min((int32_t) from.tokens.size(), n));
+        to.on_grid = std::min(from.on_grid, n);
+    }
     if (n == 0) {
         return;
     }
@@ -295,6 +347,7 @@ bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
         keep + drop > sequence.n) {
         return false;
     }
+    sequence.tokens.clear();                // positions no longer say what came before
     const int32_t n = sequence.n;
     if (is_shared(sequence) && !reload(sequence)) {     // moving a cell moves it for everybody
         return false;
@@ -348,6 +401,7 @@ bool Slots::load(Sequence & sequence, const uint8_t * data, size_t size, int32_t
     }
     release(sequence);
     forget_saved(sequence);
+    sequence.tokens.clear();
     sequence.n = 0;
     if (!acquire(sequence)) {
         return false;
@@ -364,7 +418,9 @@ bool Slots::load(Sequence & sequence, const uint8_t * data, size_t size, int32_t
     return sequence.n == n;
 }
 
-int32_t Slots::free_count() const { return (int32_t) std::count(owner.begin(), owner.end(), nullptr); }
+int32_t Slots::free_count() const {
+    return (int32_t) std::count_if(owner.begin(), owner.end(), [](const Sequence * s) { return !s || s->spare; });
+}
 
 // Runs follow `n`, which the decoder raises as it decodes.
 void Slots::update_runs(Sequence & sequence) {
@@ -390,7 +446,7 @@ void Slots::update_runs(Sequence & sequence) {
 int64_t Slots::cells_used() {
     std::vector<Run> runs;
     for (Sequence * s : owner) {
-        if (s) {
+        if (s && !s->spare) {
             update_runs(*s);
             runs.insert(runs.end(), s->runs.begin(), s->runs.end());
         }
@@ -409,7 +465,8 @@ int64_t Slots::cells_used() {
 int32_t Slots::kept_count() const {
     int32_t count = 0;
     for (const auto & item : sequences) {
-        count += item.second->kept || !item.second->busy;   // a stream's own is gone with it
+        const Sequence & s = *item.second;
+        count += s.kept || !(s.busy || s.spare);    // a stream's own is gone with it
     }
     return count;
 }

@@ -9,10 +9,14 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <unordered_map>
 #include <vector>
 
 namespace triollama {
+
+// Fewer common tokens than this are computed again.
+constexpr int32_t WORTH_SHARING = 16;
 
 // Some cells, of which a sequence holds the first `n`. Forks share the cells they have in common.
 struct Run {
@@ -28,6 +32,9 @@ struct Sequence {
     uint64_t used = 0;          // for least recently used
     bool     busy = false;      // a stream is using it
     bool     kept = false;      // lives on without a stream
+    bool     spare = false;     // nobody's any more: serves who begins alike, until its slot is wanted
+    std::vector<llama_token> tokens;    // what its positions hold, as far as is known
+    int32_t  on_grid = 0;       // positions that were cut as a prompt from 0 on is
     std::string host;           // upstream's blob, while it has no slot
     bool     on_disk = false;   // or there
     std::vector<Run> runs;      // which cells it holds, as of the last look
@@ -73,14 +80,22 @@ public:
     void forget_set(uint64_t set);
     void touch(Sequence & sequence) { sequence.used = ++clock; }
 
+    // Notes what an idle sequence holds.
+    void remember(Sequence & sequence, std::vector<llama_token> tokens, int32_t on_grid);
+    // The idle sequence with the longest beginning in common with `tokens`, and how many of them, at most `most`, at
+    // least WORTH_SHARING; with a grid, so that going on from there gives the same bits as beginning at 0. Or none.
+    std::pair<Sequence *, int32_t> find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set, int32_t grid);
+    // A spare one as somebody's own.
+    Sequence & adopt(Sequence & spare, uint64_t id);
+
     void fork(Sequence & from, Sequence & to, int32_t n);
     // Removes the positions [keep, keep + drop) and moves down what follows. Cells that others share are copied first.
     bool shift(Sequence & sequence, int32_t keep, int32_t drop);
     std::string save(Sequence & sequence);
     bool load(Sequence & sequence, const uint8_t * data, size_t size, int32_t n, uint64_t set);
 
-    int32_t free_count() const;
-    int64_t cells_used();           // cells that several sequences share count once
+    int32_t free_count() const;     // slots without an owner; what a spare one has is free
+    int64_t cells_used();           // cells that several sequences share count once, those of spare ones not
     size_t  host_used() const { return host_total; }
     size_t  disk_used() const { return disk.used(); }
     int64_t disk_failures() const { return disk.failures(); }

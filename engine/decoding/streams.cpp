@@ -62,7 +62,7 @@ void Decoder::Impl::admit() {
             return;
         }
         if (!sequence) {
-            sequence = &slots.make(name, false);    // only now: a queued stream has none that could be left behind
+            sequence = &begin(*stream);     // only now: a queued stream has none that could be left behind
         }
         if (!slots.acquire(*sequence)) {
             return;
@@ -72,6 +72,25 @@ void Decoder::Impl::admit() {
         start(stream, *sequence);
         i = 0;              // who was preempted may stand before i now
     }
+}
+
+// A sequence for a stream that names none: what a stream before it left, a copy of what a conversation has, or new.
+Sequence & Decoder::Impl::begin(Stream & stream) {
+    Request & r = stream.request;
+    if (config.spares && r.kind == Kind::generate && r.causal) {
+        const int32_t grid = config.packing == Packing::single ? config.prefill_chunk : 0;
+        const auto [source, n] = slots.find_alike(stream.work->tokens, stream.work->n_end - 1, r.set, grid);
+        if (source) {
+            r.cached = n;
+            if (source->spare) {
+                return slots.adopt(*source, stream.id);
+            }
+            Sequence & own = slots.make(stream.id, false);
+            slots.fork(*source, own, n);
+            return own;
+        }
+    }
+    return slots.make(stream.id, false);
 }
 
 void Decoder::Impl::start(const StreamPtr & stream, Sequence & sequence) {
@@ -192,14 +211,30 @@ void Decoder::Impl::end(const StreamPtr & stream, Finish how) {
 void Decoder::Impl::settle(Stream & stream, Work & w, Finish how) {
     Sequence & sequence = *w.sequence;
     sequence.busy = false;
-    if (!stream.request.sequence) {
-        slots.drop(sequence.id);
+    const Request & r = stream.request;
+    if (!r.sequence) {
+        const bool of_use = config.spares && r.kind == Kind::generate && r.causal && how != Finish::error && stream.shifts.empty();
+        if (of_use && sequence.slot >= 0) {
+            slots.trim(sequence, w.n_decoded);
+        }
+        if (of_use && sequence.slot >= 0 && sequence.n >= WORTH_SHARING) {
+            slots.remember(sequence, w.tokens, w.n_prompt);
+            slots.touch(sequence);
+            sequence.spare = true;
+        } else {
+            slots.drop(sequence.id);
+        }
     } else {
-        const bool back = how == Finish::error || (how == Finish::cancelled && !stream.request.keep_on_cancel);
-        const int32_t n = back ? std::min(w.n_decoded, stream.request.commit) : w.n_decoded;
+        const bool back = how == Finish::error || (how == Finish::cancelled && !r.keep_on_cancel);
+        const int32_t n = back ? std::min(w.n_decoded, r.commit) : w.n_decoded;
         slots.trim(sequence, n);
         slots.touch(sequence);
         stream.position = sequence.n;
+        if (stream.shifts.empty() && r.causal) {
+            slots.remember(sequence, w.tokens, r.commit == 0 ? w.n_prompt : std::min(sequence.on_grid, r.commit));
+        } else {
+            sequence.tokens.clear();
+        }
     }
     w.sequence = nullptr;
 }

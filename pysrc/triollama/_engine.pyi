@@ -543,6 +543,7 @@ class Decoder(Owner):
         prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
         prefill_chunk: int = 32,
+        spares: bool = False,
         max_queue: int = 0,
         host_bytes: int = 0,
         disk_fd: int = -1,

@@ -335,6 +335,7 @@ async def load(
                 decoder = Decoder(
                     context,
                     deterministic=deterministic,
+                    spares=True,
                     max_queue=max_queue,
                     prompt_budget=prompt_budget,
                     prompt_tokens=prompt_tokens,

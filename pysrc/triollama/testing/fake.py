@@ -460,7 +460,12 @@ class FakeEngine(FakeMemory):
                 stream.cached = self.begin(turn.sequence, stream.tokens, turn.cached, turn.adapters)
                 grid = range(turn.commit, stream.n_prompt, self.layout.n_ubatch)
                 stream.starts = [at for at in (*turn.cuts, *grid) if at >= stream.cached]
-                self._count["cached_tokens"] += stream.cached
+            elif stream.kind == "generate" and stream.params.causal_attention:
+                places = self.max_streams - len(self._active)
+                stream.cached = self.begin_alike(
+                    stream.tokens, turn.adapters, self.layout.n_ubatch, places
+                )
+            self._count["cached_tokens"] += stream.cached
             n_new = stream.n_prompt - stream.cached
             self._schedule(stream, n_new * self._prompt_token_seconds)
 
@@ -584,18 +589,23 @@ class FakeEngine(FakeMemory):
             self._admit()
 
     def _settle(self, stream: FakeStream, reason: str) -> None:
-        """What stays of a turn in its sequence: as the native engine leaves it."""
+        """What stays in a sequence: as the native engine leaves it."""
         turn = stream.turn
-        if not turn.sequence or stream in self._queue:
+        if stream in self._queue or stream.kind != "generate":
             return
         said = [ord(character) for character in stream.reply.text[: stream.n_sent]]
         # The last token that was said is computed only if something comes after it.
         n_said = stream.n_sent if reason == "eos" else max(0, stream.n_sent - 1)
         n = stream.n_prompt + n_said if stream.started else stream.cached
+        if not turn.sequence:
+            if reason != "error" and stream.params.causal_attention:
+                self.leave([*stream.tokens, *said][:n], stream.n_prompt, turn.adapters)
+            return
         if reason == "error" or (reason == "cancelled" and not turn.keep_on_cancel):
             n = min(n, turn.commit)
         stream.position = n
-        self.end(turn.sequence, [*stream.tokens, *said][:n])
+        held = [*stream.tokens, *said][:n]
+        self.end(turn.sequence, held, turn.commit, stream.n_prompt)
 
     def _values(self, kind: str, tokens: Sequence[int]) -> list[float]:
         if kind == "score":

@@ -178,6 +178,7 @@ private:
     void * data = nullptr;
 };
 
+static long total_alike = 0;            // streams that began with what another left
 static Statistics total;                // over all rounds: what was never reached was never tested
 
 // ---------------------------------------------------------------- streams with what they should give
@@ -235,6 +236,7 @@ static void round(unsigned seed) {
     config.can_roll_back = below(4) > 0;
     config.can_shift = false;
     config.max_queue = 40;
+    config.spares = below(2);
     config.prefill_chunk = 1 + below(12);
     config.prompt_tokens = below(3) ? 1 + below(12) : 0;
     config.host_bytes = below(2) ? 64 + below(4096) : 0;
@@ -271,6 +273,11 @@ static void round(unsigned seed) {
         kept[decoder.make_sequence()];
     }
 
+    std::vector<llama_token> beginning;             // of many prompts
+    for (int i = 0; i < 40; i++) {
+        beginning.push_back(1 + below(N_VOCAB - 1));
+    }
+
     int to_start = 10 + below(40);
     while (to_start > 0 || !streams.empty()) {
         if (to_start > 0 && (streams.empty() || below(2))) {
@@ -289,6 +296,9 @@ static void round(unsigned seed) {
                     r.cached = it->second.position;
                     r.commit = it->second.position;
                 }
+            }
+            if (!sequence && below(2)) {
+                history.assign(beginning.begin(), beginning.begin() + 10 + below(31));
             }
             for (int i = 1 + below(30); i > 0; i--) {
                 history.push_back(1 + below(N_VOCAB - 1));
@@ -352,6 +362,10 @@ static void round(unsigned seed) {
             asked.max_tokens = max_tokens[it->first];
             check_end(e, asked);
             auto used = using_sequence.find(it->first);
+            if (used == using_sequence.end() && e.stream->usage().cached > 0) {
+                check(config.spares, "a stream found what nobody left");
+                total_alike++;
+            }
             if (used != using_sequence.end()) {
                 Kept & k = kept[used->second];
                 check(e.stream->position <= (int32_t) e.history.size(), "more in the cache than there is");
@@ -557,9 +571,9 @@ int main(int argc, char ** argv) {
         round(seed + i);
     }
     std::printf("finished %ld cancelled %ld failed %ld generated %ld cached %ld aborts %ld evictions %ld restores %ld "
-                "preemptions %ld beside %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
+                "preemptions %ld beside %ld alike %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
                 (long) total.generated_tokens, (long) total.cached_tokens, (long) total.aborts, (long) total.evictions,
-                (long) total.restores, (long) total.preemptions, (long) total.slow_samples);
+                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike);
     std::printf("ok\n");
     return 0;
 }
