@@ -35,9 +35,14 @@ cdef class Owner:
     cdef unsigned int forks     # forks of this process before the object was made
 
     cdef int begin(self) except -1
+    cdef void opened(self) noexcept
+    cdef void ended(self) noexcept
+    cdef void interrupt(self) noexcept
     cdef int alive(self) except -1
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
+    cdef int hold(self) except -1
+    cdef void release(self) noexcept
     cdef int check_childless(self) except -1
 
 
@@ -52,7 +57,9 @@ cdef class Model(Owner):
     cdef bytes fingerprint_
     cdef dict overrides         # kv_overrides, as metadata has them
     cdef int drivers            # open Decoders that drive a context of it
+    cdef int computing          # contexts of it that compute now
 
+    cdef int check_tables(self) except -1
     cdef void free(self) noexcept nogil
 
 
@@ -64,6 +71,9 @@ cdef class Vocab:
     cdef bint eog_known
 
     cdef int alive(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
+    cdef llama_token token_id(self, object token) except -1
     cdef int check_token(self, llama_token token) except -1
     cdef const vector[llama_token] * find_eog(self) except NULL
 
@@ -101,6 +111,7 @@ cdef class Context(Owner):
     cdef vector[llama_token] held       # what sequence 0 holds, while only Generations come in
     cdef bint holds                     # and it does; whoever else enters may change anything
 
+    cdef int enter_to_read(self) except -1
     cdef int compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1
@@ -115,7 +126,7 @@ cdef class Context(Owner):
 cdef class Memory:
     cdef Context context
 
-    cdef int enter(self, object seq_id, bint any_allowed) except -1
+    cdef llama_seq_id enter(self, object seq_id, bint any_allowed) except? -2
 
 
 cdef class Batch:
@@ -149,7 +160,7 @@ cdef class Adapter(Owner):
     cdef readonly str path
     cdef dict metadata_
 
-    cdef void opened(self) noexcept
+    cdef int check_model(self, Model model) except -1
     cdef llama_adapter_lora * let_go(self) noexcept
 
 
@@ -158,12 +169,14 @@ cdef class Sampler:
     cdef unique_ptr[NativeSampler] native
     cdef object params_
     cdef int n_ctx
+    cdef bint begun                     # __init__ was called
     cdef bint busy                      # a thread is inside
     cdef tuple trigger_patterns
     cdef tuple trigger_tokens
 
     cdef int fill(self, NativeSamplingParams & native, object params) except -1
     cdef int enter(self) except -1
+    cdef void leave(self) noexcept
 
 
 cdef class UpstreamSampler:
@@ -171,8 +184,10 @@ cdef class UpstreamSampler:
     cdef llama_sampler * chain
     cdef unique_ptr[NativeGrammar] grammar
     cdef vector[llama_token_data] tokens
+    cdef bint busy                      # a thread is inside
 
-    cdef int alive(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
     cdef void add(self, llama_sampler * sampler) noexcept
     cdef int add_bans(self, NativeSamplingParams & p) except -1
     cdef int choose(self, const float[::1] logits, cpp_bool masked, llama_token * token) except -1
@@ -206,6 +221,7 @@ cdef class Generation:
     cdef bint reuse             # what sequence 0 holds of the prompt
     cdef int n_cached           # tokens of the prompt that were there
     cdef bint tracks            # nobody else was inside the context since it began
+    cdef bint begun             # __init__ was called
     cdef bint busy              # a thread is inside; guarded by the GIL
     cdef bint prefilled         # the whole prompt is in memory
     cdef bint undecoded         # the last token is not in memory yet
@@ -231,7 +247,7 @@ cdef class Generation:
 
 
 cdef class Decoder(Owner):
-    cdef NativeDecoder * impl
+    cdef shared_ptr[NativeDecoder] impl
     cdef readonly Context context
     cdef readonly bint deterministic
     cdef readonly bint can_shift

@@ -9,6 +9,19 @@
 
 namespace triollama {
 
+namespace {
+
+// A call whose failed assertion leaves the context in an unknown state.
+template <class Call> auto or_broken(Call && call) {
+    try {
+        return guarded(call);
+    } catch (const native_abort & e) {
+        throw broken_context(e.what());
+    }
+}
+
+}  // namespace
+
 LlamaBackend::LlamaBackend(llama_context * ctx)
     : ctx(ctx),
       memory(llama_get_memory(ctx)),
@@ -35,7 +48,7 @@ int32_t LlamaBackend::decode(const Batch & batch) {
     view.n_seq_id = ones.data();
     view.seq_id   = slot_pointers.data();
     view.logits   = const_cast<int8_t *>(batch.output.data());
-    LogQueue::instance().forget_problem();
+    LogQueue::forget_problem();
     int32_t code;
     try {
         code = guarded_decode(ctx, view);
@@ -45,36 +58,40 @@ int32_t LlamaBackend::decode(const Batch & batch) {
     }
     LogQueue::muted() = false;
     if (code == 0) {
-        llama_synchronize(ctx);     // so that a step's measured cost is its own, on GPUs too
+        or_broken([this] { llama_synchronize(ctx); });     // so that a step's measured cost is its own, on GPUs too
     }
     return code;
 }
 
-std::string LlamaBackend::problem() { return LogQueue::instance().problem(); }
+std::string LlamaBackend::problem() { return LogQueue::problem(); }
 
 float * LlamaBackend::logits(int32_t i) { return llama_get_logits_ith(ctx, i); }
 const float * LlamaBackend::embeddings(int32_t i) { return llama_get_embeddings_ith(ctx, i); }
 
 bool LlamaBackend::seq_rm(llama_seq_id slot, llama_pos p0, llama_pos p1) {
-    return llama_memory_seq_rm(memory, slot, p0, p1);
+    return or_broken([=] { return llama_memory_seq_rm(memory, slot, p0, p1); });
 }
-void LlamaBackend::seq_cp(llama_seq_id from, llama_seq_id to) { llama_memory_seq_cp(memory, from, to, -1, -1); }
+void LlamaBackend::seq_cp(llama_seq_id from, llama_seq_id to) {
+    or_broken([=] { llama_memory_seq_cp(memory, from, to, -1, -1); });
+}
 void LlamaBackend::seq_add(llama_seq_id slot, llama_pos p0, llama_pos p1, llama_pos delta) {
-    llama_memory_seq_add(memory, slot, p0, p1, delta);
+    or_broken([=] { llama_memory_seq_add(memory, slot, p0, p1, delta); });
     settle(ctx, asked_to_abort, this);
 }
 llama_pos LlamaBackend::seq_pos_min(llama_seq_id slot) { return llama_memory_seq_pos_min(memory, slot); }
 llama_pos LlamaBackend::seq_pos_max(llama_seq_id slot) { return llama_memory_seq_pos_max(memory, slot); }
 
 std::string LlamaBackend::state_get(llama_seq_id slot) {
-    std::string bytes(llama_state_seq_get_size(ctx, slot), '\0');
-    const size_t n = llama_state_seq_get_data(ctx, (uint8_t *) bytes.data(), bytes.size(), slot);
-    bytes.resize(n <= bytes.size() ? n : 0);
-    return bytes;
+    return or_broken([=] {
+        std::string bytes(llama_state_seq_get_size(ctx, slot), '\0');
+        const size_t n = llama_state_seq_get_data(ctx, (uint8_t *) bytes.data(), bytes.size(), slot);
+        bytes.resize(n <= bytes.size() ? n : 0);
+        return bytes;
+    });
 }
 
 bool LlamaBackend::state_set(llama_seq_id slot, const uint8_t * data, size_t size) {
-    return llama_state_seq_set_data(ctx, data, size, slot) == size;
+    return or_broken([=] { return llama_state_seq_set_data(ctx, data, size, slot) == size; });
 }
 
 void LlamaBackend::apply(const ContextSet & set) {

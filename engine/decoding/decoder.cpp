@@ -92,7 +92,7 @@ Decoder::Decoder(std::unique_ptr<Backend> backend, DecoderConfig config) {
     config.n_outputs     = std::min(config.n_outputs, config.n_ubatch);
     impl = std::make_unique<Impl>(std::move(backend), config);
     impl->publish();
-    impl->thread = std::thread([this] { impl->run(); });
+    impl->thread = Thread("triollama-steps", [this] { impl->run(); });
 }
 
 Decoder::~Decoder() { close(); }

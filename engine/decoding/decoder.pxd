@@ -212,12 +212,13 @@ cdef extern from "decoding/raise.hpp" namespace "triollama" nogil:
         shared_ptr[Reply] drop_set(uint64_t set) except +raise_decoder_error
         shared_ptr[Reply] step(int32_t n) except +raise_decoder_error
         NativeStatistics statistics() except +raise_decoder_error
-        void close() except +raise_decoder_error
+        void close()
         cpp_bool closed()
         string cause_of_death() except +raise_decoder_error
 
-    NativeDecoder * open_decoder(
+    shared_ptr[NativeDecoder] open_decoder(
         llama_context * ctx, const DecoderConfig & config) except +raise_decoder_error
+    void leak_decoder(shared_ptr[NativeDecoder] & decoder)
     void update_stream(NativeDecoder & decoder, const shared_ptr[Stream] & stream, int32_t max_tokens,
                        const NativeSamplingParams * sampling) except +raise_decoder_error
 

@@ -17,6 +17,7 @@ from decoder cimport (
     Reply,
     Request,
     Usage,
+    leak_decoder,
     open_decoder,
     update_stream,
     free_adapter_between_steps,
@@ -54,9 +55,7 @@ cdef object stream_error(Failure failure, str message):
 
 cdef void release_set(Decoder decoder, object number) noexcept:
     """The set's adapters may be closed as far as this set goes."""
-    cdef Adapter adapter
-    for adapter in decoder.sets.pop(number, ()):
-        adapter.children -= 1
+    use_adapters(decoder.sets.pop(number, ()), -1)
 
 
 cdef uint64_t sequence_number(str name, object value) except? 0:
@@ -112,35 +111,11 @@ cdef class Decoder(Owner):
         slow_sampler: float = 0.001,
         stepwise: bool = False,
     ):
-        if self.impl != NULL:
-            raise BusyError("this Decoder is already open")
+        self.begin()
         cdef Model model = context.model
         cdef DecoderConfig config
-        context.alive()
-        if not model.has_decoder or model.has_encoder or not context.causal_:
-            raise UnsupportedError("the decoder drives causal decoder-only models; use encode for others")
-        if model.vocab.type == "none":
-            raise UnsupportedError("the model has no vocabulary")
-        if deterministic and (context.kv_unified or context.flash_attn != "off"):
-            raise ParameterError(
-                "deterministic=True needs a context with kv_unified=False and flash_attn='off'",
-                parameter="deterministic", value=True)
-        recurrent = model.is_recurrent or model.is_hybrid
-        config.packing = (
-            Packing.single if deterministic
-            else Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
-        config.n_slots = context.n_seq_max
-        config.n_ubatch = min(context.n_ubatch, context.n_batch)
-        config.n_outputs = context.n_outputs_max
-        config.n_ctx = context.n_ctx
-        config.n_swa = model.n_swa
-        config.unified = context.kv_unified
-        config.can_shift = not recurrent and not context.no_shift
-        config.can_roll_back = not recurrent
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
-        # Only the CPU is asked whether to stop in the middle of a ubatch.
-        config.check_span = 0 if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
         config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
         config.spares = spares
         config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
@@ -150,23 +125,48 @@ cdef class Decoder(Owner):
         config.restore_byte_s = check_float("restore_cost", restore_cost, 0.0, 1e6)
         config.prompt_token_s = check_float("prompt_cost", prompt_cost, 0.0, 1e6)
         config.slow_sampler_s = check_float("slow_sampler", slow_sampler, 0.0, 1e6)
-        # Together with the decoder's own no more than compute a step, and no more than there are streams.
-        config.n_helpers = min(context.n_threads, context.n_seq_max, 8) - 1
         config.stepwise = stepwise
-        context.check_no_views()
-        if context.adapters_ or context.steered:
-            raise ParameterError(
-                "the context has adapters or a control vector, which streams of the bare model would run"
-                " under: remove them (set_adapters, set_control_vector) and name them by define_adapters",
-                parameter="context", value=context)
-        context.enter()                 # stays inside until close
+        self.deterministic = deterministic
+        Owner.enter(context)            # stays inside until close
+        context.holds = False
         try:
+            context.check_no_views()
+            if context.adapters_ or context.steered:
+                raise ParameterError(
+                    "the context has adapters or a control vector, which streams of the bare model would run"
+                    " under: remove them (set_adapters, set_control_vector) and name them by define_adapters",
+                    parameter="context", value=context)
+            if not model.has_decoder or model.has_encoder or not context.causal_:
+                raise UnsupportedError(
+                    "the decoder drives causal decoder-only models; use encode for others")
+            if model.vocab.type == "none":
+                raise UnsupportedError("the model has no vocabulary")
+            if self.deterministic and (context.kv_unified or context.flash_attn != "off"):
+                raise ParameterError(
+                    "deterministic=True needs a context with kv_unified=False and flash_attn='off'",
+                    parameter="deterministic", value=True)
+            recurrent = model.is_recurrent or model.is_hybrid
+            config.packing = (
+                Packing.single if self.deterministic
+                else Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
+            config.n_slots = context.n_seq_max
+            config.n_ubatch = min(context.n_ubatch, context.n_batch)
+            config.n_outputs = context.n_outputs_max
+            config.n_ctx = context.n_ctx
+            config.n_swa = model.n_swa
+            config.unified = context.kv_unified
+            config.can_shift = not recurrent and not context.no_shift
+            config.can_roll_back = not recurrent
+            # Only the CPU is asked whether to stop in the middle of a ubatch.
+            config.check_span = 0 if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
+            # Together with the decoder's own no more than compute a step, and no more than there are streams.
+            config.n_helpers = min(context.n_threads, context.n_seq_max, 8) - 1
             llama_memory_clear(context.mem, False)      # streams begin with nothing
             context.output_rows.clear()
             llama_set_embeddings(context.ptr, False)    # as the streams need them
             self.impl = open_decoder(context.ptr, config)
         except BaseException:
-            context.leave()
+            Owner.leave(context)
             raise
         self.context = context
         self.sets = {}
@@ -174,25 +174,29 @@ cdef class Decoder(Owner):
         self.held = {}
         context.children += 1
         model.drivers += 1
-        self.deterministic = deterministic
         self.can_shift = config.can_shift
-        self.closed = False
-        count_live("Decoder", 1)
+        self.opened()
 
     def __dealloc__(self):
-        # After a fork the thread does not exist here, and joining it would never end: leak instead.
-        if not self.closed and self.forks == fork_count:
+        if self.forks != fork_count:
+            leak_decoder(self.impl)
+        elif not self.closed:
+            self.stop()
+
+    cdef void interrupt(self) noexcept:
+        if not self.closed:
             self.stop()
 
     cdef void stop(self) noexcept:
-        cdef NativeDecoder * impl = self.impl
-        self.closed = True
+        cdef shared_ptr[NativeDecoder] impl
+        impl.swap(self.impl)
+        self.ended()
+        begin_free()
         with nogil:
-            impl.close()
-        cause = impl.cause_of_death().decode("utf-8", "replace")
-        self.impl = NULL
+            impl.get().close()
+        cause = impl.get().cause_of_death().decode("utf-8", "replace")
         with nogil:
-            del impl
+            impl.reset()
         self.held.clear()
         self.context.broken = cause or None
         if not cause:
@@ -201,10 +205,10 @@ cdef class Decoder(Owner):
         llama_set_abort_callback(self.context.ptr, AbortFlag.ask, &self.context.abort_flag)
         for number in list(self.sets):
             release_set(self, number)
-        self.context.leave()
+        Owner.leave(self.context)
         self.context.children -= 1
         self.context.model.drivers -= 1
-        count_live("Decoder", -1)
+        end_call()
 
     def close(self) -> None:
         """End every stream as cancelled, and wait for the thread: milliseconds on CPU and Metal,
@@ -223,19 +227,19 @@ cdef class Decoder(Owner):
     def fileno(self) -> int:
         """Readable when ``poll`` has news."""
         self.alive()
-        return self.impl.fd()
+        return self.impl.get().fd()
 
     def poll(self) -> list[int]:
         """Ids of streams and replies with news since the last call: pieces where there were none, an
         end, an answer. Silences the bell."""
-        self.alive()
         cdef vector[uint64_t] ids
-        flush_log()         # first: what an application's log filter raises must not take the news along
-        self.impl.poll(ids)
-        if self.held:
-            for id in ids:
-                self.held.pop(id, None)
-        return ids
+        flush_log()         # first: a filter of the application may raise, and the news must not be lost
+        self.alive()
+        self.impl.get().poll(ids)
+        found = list(ids)
+        for id in found if self.held else ():
+            self.held.pop(id, None)
+        return found
 
     def submit(
         self,
@@ -283,9 +287,10 @@ cdef class Decoder(Owner):
 
         Raises QueueFullError, ContextFullError, ClosedError, ParameterError, TokenError, EngineError.
         """
-        self.alive()
         cdef Request request
         cdef DecoderStream stream = DecoderStream.__new__(DecoderStream, maker)
+        cdef shared_ptr[NativeDecoder] impl
+        self.alive()
         cdef int n_vocab = len(self.context.model.vocab)
         request.kind = <Kind><int>check_choice("kind", kind, _KINDS)
         if request.kind == Kind.generate and sampler is None:
@@ -306,7 +311,6 @@ cdef class Decoder(Owner):
                 needed=request.tokens.size(), n_ctx=self.context.n_ctx)
         request.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
         request.stops = _utf8_list("stop", stop)
-        request.stop_tokens = named_tokens(vocab_of(self.context.model).ptr, request.stops)
         for number in end_tokens:
             request.end_tokens.push_back(end_token(n_vocab, number))
         request.max_tokens = -1 if max_tokens is None else check_int(
@@ -330,7 +334,7 @@ cdef class Decoder(Owner):
             "batch_threads", batch_threads, 1, 512)
         request.priority = check_int("priority", priority, -2**31, 2**31 - 1)
         request.capacity = check_int("capacity", capacity, 1, 2**31 - 1)
-        request.sequence = check_int("sequence", sequence, 0, 2**62)
+        request.sequence = sequence_number("sequence", sequence)
         request.cached = check_int("cached", cached, 0, 2**31 - 1)
         request.commit = check_int("commit", commit, 0, 2**31 - 1)
         request.keep_on_cancel = keep_on_cancel
@@ -339,35 +343,54 @@ cdef class Decoder(Owner):
         request.set = check_int("adapters", adapters, 0, 2**62)
         if sampler is not None:
             request.sampler.reset(copy_sampler(sampler))
-        with nogil:
-            stream.ptr = self.impl.submit(move(request))
-        stream.decoder = self
-        stream.sampler = sampler
-        return stream
+        self.hold()             # the copy reads the vocabulary
+        impl = self.impl
+        try:
+            request.stop_tokens = named_tokens(vocab_of(self.context.model).ptr, request.stops)
+            with nogil:
+                stream.ptr = impl.get().submit(move(request))
+            if self.closed:     # by another thread meanwhile: it came too late to be of use
+                raise ClosedError("this Decoder is closed")
+            stream.decoder = self
+            stream.sampler = sampler
+            return stream
+        finally:
+            self.release()
+
+    cdef int hold(self) except -1:
+        """Keeps the model open, not the decoder: whoever closes that need not wait."""
+        self.alive()
+        return self.context.model.hold()
+
+    cdef void release(self) noexcept:
+        self.context.model.release()
 
     def make_sequence(self) -> int:
         """A sequence that outlives streams: its KV serves the next one. Holds nothing yet."""
         self.alive()
-        return self.impl.make_sequence()
+        return self.impl.get().make_sequence()
 
     def drop_sequence(self, sequence: int) -> None:
         """Forget a sequence. A stream that uses it is cancelled."""
+        cdef uint64_t id = sequence_number("sequence", sequence)
         self.alive()
-        self.impl.drop_sequence(sequence_number("sequence", sequence))
+        self.impl.get().drop_sequence(id)
 
     def fork_sequence(self, source: int, target: int, n: int) -> DecoderReply:
         """Give ``target`` the first ``n`` positions of ``source``, as far as the cache allows. The
         reply's value is how many it has now."""
-        self.alive()
+        cdef uint64_t a = sequence_number("source", source)
+        cdef uint64_t b = sequence_number("target", target)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
-        return wrap_reply(self, self.impl.fork_sequence(
-            sequence_number("source", source), sequence_number("target", target), count))
+        self.alive()
+        return wrap_reply(self, self.impl.get().fork_sequence(a, b, count))
 
     def save_sequence(self, sequence: int) -> DecoderReply:
         """The KV of an idle sequence. The reply's ``data`` is as ``triollama._engine.save_sequence``
         gives it (empty if it holds nothing), its value the number of positions."""
+        cdef uint64_t id = sequence_number("sequence", sequence)
         self.alive()
-        return wrap_reply(self, self.impl.save_sequence(sequence_number("sequence", sequence)))
+        return wrap_reply(self, self.impl.get().save_sequence(id))
 
     def load_sequence(self, sequence: int, data, n: int, adapters: int = 0) -> DecoderReply:
         """Restore what ``save_sequence`` gave, ``n`` positions, computed with this set of adapters.
@@ -376,21 +399,17 @@ cdef class Decoder(Owner):
         Raises StateError if the bytes are damaged, or of another model or kind of context; the
         reply does, and the sequence is then empty, if they are not n positions or find no room.
         """
-        self.alive()
-        try:
-            if not memoryview(data).readonly:
-                data = bytes(data)      # what was checked is what the thread will read
-        except TypeError:
-            pass                        # no buffer at all: the check says so
-        check_state(self.context, data, _KIND_SEQUENCE)
-        cdef uint64_t number = sequence_number("sequence", sequence)
+        cdef uint64_t id = sequence_number("sequence", sequence)
+        cdef uint64_t set_id = check_int("adapters", adapters, 0, 2**62)
         cdef int count = check_int("n", n, 0, 2**31 - 1)
-        cdef const uint8_t[::1] view = memoryview(data)
+        cdef const uint8_t[::1] view = state_bytes(data)
         cdef int header = _HEADER.size
+        check_state(self.context, view, _KIND_SEQUENCE)
         if view.shape[0] == header:
             raise StateError("the state holds nothing")
-        cdef DecoderReply reply = wrap_reply(self, self.impl.load_sequence(
-            number, &view[0] + header, view.shape[0] - header, count, adapters))
+        self.alive()
+        cdef DecoderReply reply = wrap_reply(self, self.impl.get().load_sequence(
+            id, &view[0] + header, view.shape[0] - header, count, set_id))
         # The thread reads these very bytes: they stay until it has answered.
         self.held[reply.ptr.get().id] = view
         return reply
@@ -399,16 +418,17 @@ cdef class Decoder(Owner):
         """Forget the positions from ``keep`` to ``keep + drop`` of an idle sequence, and move down what
         follows; where others share its cells they keep theirs. The reply's value is how many it has
         then; StateError, and nothing has changed or the sequence is empty, where that cannot be."""
-        self.alive()
+        cdef uint64_t id = sequence_number("sequence", sequence)
         cdef int kept = check_int("keep", keep, 0, 2**30)
         cdef int dropped = check_int("drop", drop, 1, 2**30)
-        return wrap_reply(self, self.impl.shift_sequence(
-            sequence_number("sequence", sequence), kept, dropped))
+        self.alive()
+        return wrap_reply(self, self.impl.get().shift_sequence(id, kept, dropped))
 
     def query_sequence(self, sequence: int) -> DecoderReply:
         """The reply's value is the number of positions a sequence holds."""
+        cdef uint64_t id = sequence_number("sequence", sequence)
         self.alive()
-        return wrap_reply(self, self.impl.query_sequence(sequence_number("sequence", sequence)))
+        return wrap_reply(self, self.impl.get().query_sequence(id))
 
     def load_adapter(self, path) -> DecoderReply:
         """Load a LoRA adapter between two steps, which wait for it: milliseconds, if the file was
@@ -419,26 +439,25 @@ cdef class Decoder(Owner):
         """
         self.alive()
         cdef Model model = self.context.model
+        cdef str name = check_adapter_file(model, path)
+        cdef string raw_path = os.fsencode(name)
+        begin_log()
+        self.alive()                    # the GIL was free meanwhile
         if model.drivers > 1:
             raise BusyError("several Decoders drive contexts of this model; close all but one")
-        cdef str name = check_adapter_file(model, path)
-        self.alive()                    # the GIL was free meanwhile
-        begin_log()
         cdef DecoderReply reply = wrap_reply(
-            self, open_adapter_between_steps(self.impl[0], model.ptr, os.fsencode(name)))
+            self, open_adapter_between_steps(self.impl.get()[0], model.ptr, raw_path))
         reply.path = name
         return reply
 
     def free_adapter(self, Adapter adapter not None) -> DecoderReply:
         """Close an adapter between two steps. BusyError while a set names it."""
         self.alive()
-        adapter.alive()
-        if adapter.model is not self.context.model:
-            raise AdapterError(f"{adapter.path} was loaded for another model", path=adapter.path)
+        adapter.check_model(self.context.model)
         if adapter.model.drivers > 1:
             raise BusyError("several Decoders drive contexts of this model; close all but one")
         adapter.check_childless()
-        return wrap_reply(self, free_adapter_between_steps(self.impl[0], adapter.let_go()))
+        return wrap_reply(self, free_adapter_between_steps(self.impl.get()[0], adapter.let_go()))
 
     def define_adapters(self, set_id: int, adapters=(), control=None) -> DecoderReply:
         """Name a set of (Adapter, scale) pairs by a number of your own, at least 1, for ``submit``. Sets
@@ -447,38 +466,37 @@ cdef class Decoder(Owner):
         control: a control vector beside them, float32 [n_layer - 1, n_embd]: row l - 1 is added to
         the hidden state after layer l.
         """
-        self.alive()
         cdef ContextSet native
         cdef Adapter adapter
         cdef const float[:, ::1] rows
-        held = []
-        for adapter, scale in adapters:
-            adapter.alive()
-            if adapter.model is not self.context.model:
-                raise AdapterError(f"{adapter.path} was loaded for another model", path=adapter.path)
-            native.adapters.push_back(adapter.ptr)
-            native.scales.push_back(check_float("scale", scale, -1e6, 1e6))
-            held.append(adapter)
+        self.alive()
+        number = check_int("set_id", set_id, 1, 2**62)
+        cdef uint64_t native_id = number
+        chosen = chosen_adapters(adapters)
         if control is not None:
             rows = control_rows(self.context.model, control)
             if rows.shape[0]:           # a model of one layer has none to add to
                 native.control.assign(&rows[0, 0], &rows[0, 0] + rows.shape[0] * rows.shape[1])
             native.control_first = 1
             native.control_last = rows.shape[0]
-        number = check_int("set_id", set_id, 1, 2**62)
+        self.alive()
         if number in self.sets:
             raise ParameterError(f"set {number} is defined already", parameter="set_id", value=number)
-        self.sets[number] = held
-        for adapter in held:
-            adapter.children += 1
-        return wrap_reply(self, self.impl.define_set(number, native))
+        for adapter, scale in chosen:
+            adapter.check_model(self.context.model)
+            native.adapters.push_back(adapter.ptr)
+            native.scales.push_back(scale)
+        use_adapters(chosen, 1)
+        self.sets[number] = chosen
+        return wrap_reply(self, self.impl.get().define_set(native_id, native))
 
     def drop_adapters(self, set_id: int) -> DecoderReply:
         """Forget a set. The reply raises StateError if a stream still uses it; else its adapters may be
         closed once it is done and ``release_adapters`` was called."""
-        self.alive()
         number = check_int("set_id", set_id, 1, 2**62)
-        reply = wrap_reply(self, self.impl.drop_set(number))
+        cdef uint64_t native_id = number
+        self.alive()
+        reply = wrap_reply(self, self.impl.get().drop_set(native_id))
         if number in self.sets:
             self.dropping[number] = reply
         return reply
@@ -499,20 +517,22 @@ cdef class Decoder(Owner):
 
     def step(self, n: int = 1) -> DecoderReply:
         """Stepwise: do n steps. The reply's value is how many had something to do."""
+        cdef int32_t count = check_int("n", n, 1, 2**30)
         self.alive()
-        return wrap_reply(self, self.impl.step(check_int("n", n, 1, 2**30)))
+        return wrap_reply(self, self.impl.get().step(count))
 
     def fail_at(self, node: int) -> None:
         """For tests: die, as of a failed assertion, when llama.cpp has computed so many nodes of graphs
         from now on (CPU and Metal, one thread)."""
+        cdef int64_t n = check_int("node", node, 1, 2**62)
         self.alive()
-        self.impl.fail_at(check_int("node", node, 1, 2**62))
+        self.impl.get().fail_at(n)
 
     def statistics(self) -> dict[str, object]:
         """Counts as of the end of the last step. ``first_token_s``: seconds from submission to the
         first token, of the last 256 streams."""
         self.alive()
-        cdef NativeStatistics s = self.impl.statistics()
+        cdef NativeStatistics s = self.impl.get().statistics()
         return {
             "running": s.running,
             "prefilling": s.prefilling,
@@ -546,7 +566,7 @@ cdef class Decoder(Owner):
     def cause_of_death(self) -> str:
         """Why the thread ended by itself; empty while it lives. Every stream then failed with it."""
         self.alive()
-        return self.impl.cause_of_death().decode("utf-8", "replace")
+        return self.impl.get().cause_of_death().decode("utf-8", "replace")
 
 
 @cython.no_gc_clear
@@ -559,7 +579,7 @@ cdef class DecoderStream:
     def __dealloc__(self):
         # An abandoned stream would go on until it is full, and hold its sequence.
         if self.decoder is not None and not self.decoder.closed and self.decoder.forks == fork_count:
-            self.decoder.impl.cancel(self.ptr.get()[0])
+            self.decoder.impl.get().cancel(self.ptr.get()[0])
 
     @property
     def id(self) -> int:
@@ -572,7 +592,7 @@ cdef class DecoderStream:
         cdef Piece piece
         cdef cpp_bool found
         self.decoder.alive()
-        found = self.decoder.impl.take(self.ptr.get()[0], piece)
+        found = self.decoder.impl.get().take(self.ptr.get()[0], piece)
         if not found:
             return None
         scores = None
@@ -586,29 +606,33 @@ cdef class DecoderStream:
         """Stop it, now: also inside a decode on CPU and Metal. From here on it does not count
         against admission. Idempotent."""
         if not self.decoder.is_closed:
-            self.decoder.impl.cancel(self.ptr.get()[0])
+            self.decoder.impl.get().cancel(self.ptr.get()[0])
 
     def cancel_at(self, node: int) -> None:
         """For tests: cancel it when llama.cpp has computed so many nodes of graphs from now on (CPU and
         Metal)."""
+        cdef int64_t n = check_int("node", node, 1, 2**62)
         self.decoder.alive()
-        self.decoder.impl.cancel_at(self.ptr, check_int("node", node, 1, 2**62))
+        self.decoder.impl.get().cancel_at(self.ptr, n)
 
     def set_priority(self, priority: int) -> None:
         """Higher goes first: in the queue, and among prompts."""
+        cdef int32_t value = check_int("priority", priority, -2**31, 2**31 - 1)
         self.decoder.alive()
-        self.decoder.impl.set_priority(self.ptr, check_int("priority", priority, -2**31, 2**31 - 1))
+        self.decoder.impl.get().set_priority(self.ptr, value)
 
     def update(self, params) -> None:
         """Sample by these parameters, and stop at their ``max_tokens``, from the next token on. The
         seed, and everything that is not about sampling or length, stays as it was."""
         cdef NativeSamplingParams native
+        cdef int32_t most
         self.decoder.alive()
         if self.sampler is None:
             raise ParameterError("this stream does not sample", parameter="params")
         self.sampler.fill(native, params)
-        max_tokens = -1 if params.max_tokens is None else params.max_tokens
-        update_stream(self.decoder.impl[0], self.ptr, max_tokens, &native)
+        most = -1 if params.max_tokens is None else params.max_tokens
+        self.decoder.alive()
+        update_stream(self.decoder.impl.get()[0], self.ptr, most, &native)
 
     def sampler_state(self) -> bytes:
         """What ``Sampler.save_state`` gives, after the last token; BusyError while it runs."""

@@ -45,9 +45,9 @@ cdef class Generation:
     def __init__(
         self, Context context not None, Sampler sampler not None, prompt, params, *, reuse: bool = False
     ):
-        if self.batch is not None:
+        if self.begun:
             raise BusyError("this Generation was begun already; make a new one")
-        context.alive()
+        self.begun = True
         check_params(params)
         self.context = context
         self.sampler = sampler
@@ -62,8 +62,9 @@ cdef class Generation:
         self.reuse = reuse
         for token in params.stop_tokens:
             self.end_tokens.push_back(end_token(len(context.model.vocab), token))
-        self.vocab = vocab_of(context.model)
         cdef vector[string] stops = _utf8_list("stop", params.stop)
+        context.alive()
+        self.vocab = vocab_of(context.model)
         self.text.reset(new NativeTextStream(stops))
         self.stop_tokens = named_tokens(self.vocab.ptr, stops)
         self.stop_index = -1
@@ -120,7 +121,7 @@ cdef class Generation:
 
     cdef void leave(self) noexcept:
         self.busy = False
-        self.sampler.busy = False
+        self.sampler.leave()
 
     cdef int prefill(self) except -1:
         """Computes one ubatch more of the prompt, so that Ctrl-C gets a word in between."""

@@ -6,6 +6,7 @@
 #include "decoding/slots.hpp"
 #include "text/text.hpp"
 #include "threads/helpers.hpp"
+#include "threads/thread.hpp"
 #include "threads/worker.hpp"
 
 #include <atomic>
@@ -15,7 +16,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
@@ -126,7 +126,7 @@ struct Decoder::Impl {
     Statistics published;
 
     std::mutex close_mutex;
-    std::thread thread;
+    Thread thread;
 
     // ------------------------------------------------------------------ the decoder's thread alone
     Slots slots;

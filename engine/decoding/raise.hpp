@@ -1,8 +1,11 @@
-// The decoder's exceptions as Python's, and the two calls that Cython cannot spell.
+// The decoder's exceptions as Python's, and the calls that Cython cannot spell.
 #pragma once
 
 #include "decoding/decoder.hpp"
 #include "guards/raise.hpp"
+
+#include <memory>
+#include <utility>
 
 namespace triollama {
 
@@ -24,9 +27,13 @@ inline int raise_decoder_error() {
     return -1;
 }
 
-inline Decoder * open_decoder(llama_context * ctx, const DecoderConfig & config) {
-    return new Decoder(std::make_unique<LlamaBackend>(ctx), config);
+// Shared with the calls that do without the GIL, so that another thread may close it meanwhile.
+inline std::shared_ptr<Decoder> open_decoder(llama_context * ctx, const DecoderConfig & config) {
+    return std::make_shared<Decoder>(std::make_unique<LlamaBackend>(ctx), config);
 }
+
+// After a fork its thread does not exist, and joining it would never end.
+inline void leak_decoder(std::shared_ptr<Decoder> & decoder) { new std::shared_ptr<Decoder>(std::move(decoder)); }
 
 // max_tokens -2 and sampling null: leave as it is.
 inline void update_stream(Decoder & decoder, const StreamPtr & stream, int32_t max_tokens, const SamplingParams * sampling) {

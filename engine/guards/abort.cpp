@@ -4,12 +4,13 @@
 #include "threads/openmp.hpp"
 
 #include <cstdio>
+#include <utility>
 
 namespace triollama {
 
 namespace {
 
-int32_t guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context * ctx, const llama_batch & batch) {
+int32_t compute_guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context * ctx, const llama_batch & batch) {
     AbortScope scope;
     if (in_parallel() >= 0) {
         scope.enter();
@@ -21,11 +22,22 @@ int32_t guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context 
 
 }  // namespace
 
-int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) { return guarded(llama_decode, ctx, batch); }
-int32_t guarded_encode(llama_context * ctx, const llama_batch & batch) { return guarded(llama_encode, ctx, batch); }
+int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) { return compute_guarded(llama_decode, ctx, batch); }
+int32_t guarded_encode(llama_context * ctx, const llama_batch & batch) { return compute_guarded(llama_encode, ctx, batch); }
+
+void AbortScope::begin() {
+    depth += in_parallel() >= 0;
+    thrown.clear();
+}
+
+std::string AbortScope::end() {
+    depth -= in_parallel() >= 0;
+    return std::exchange(thrown, {});
+}
 
 void AbortScope::on_abort(const char * message) {
     if (depth > 0 && in_parallel() <= 0) {
+        thrown = message;
         throw native_abort(message);
     }
     // The end of the process: what went wrong must not get lost with the log queue.

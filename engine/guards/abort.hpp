@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 namespace triollama {
 
@@ -31,14 +32,27 @@ public:
         ++entered;
     }
 
+    // Both on one thread, for an owner of a native object that is entered and left by its callers. end() gives what was
+    // thrown in between, "" if nothing.
+    static void begin();
+    static std::string end();
+
     static void install() { ggml_set_abort_callback(on_abort); }
 
 private:
     static void on_abort(const char * message);
 
     static inline thread_local int depth = 0;
+    static inline thread_local std::string thrown;
     int entered = 0;
 };
+
+// A call inside an AbortScope that computes nothing in parallel.
+template <class Call> auto guarded(Call && call) {
+    AbortScope scope;
+    scope.enter();
+    return call();
+}
 
 // llama_decode and llama_encode inside an AbortScope. After a native_abort the context can only be freed, and after
 // model_changed the model: see model_files.hpp.

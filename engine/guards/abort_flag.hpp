@@ -21,8 +21,14 @@ public:
         left  = n;
     }
 
+    // Of all contexts, and for good: the process ends.
+    static void raise_all() { all = true; }
+
     // The callback. One thread asks at a time.
     static bool ask(void * flag) {
+        if (all) {
+            return true;
+        }
         AbortFlag & self = *static_cast<AbortFlag *>(flag);
         if (self.left > 0 && --self.left == 0) {
             if (self.fails) {
@@ -34,6 +40,7 @@ public:
     }
 
 private:
+    static inline std::atomic<bool> all{false};
     std::atomic<bool> on{false};
     std::atomic<bool> fails{false};
     std::atomic<int64_t> left{-1};

@@ -8,6 +8,10 @@ from triollama.errors import (
     ParameterError, StateError, TokenError, TriollamaError, UnsupportedError, ViewError,  # no-cython-lint
 )
 
+from operator import index
+
+from libc.math cimport NAN
+
 from llama cimport raise_native_error
 
 cdef extern from "guards/abort.hpp" namespace "triollama" nogil:
@@ -16,6 +20,12 @@ cdef extern from "guards/abort.hpp" namespace "triollama" nogil:
         # instead of ending the process.
         AbortScope() noexcept
         void enter() noexcept
+
+        @staticmethod
+        void begin() noexcept
+
+        @staticmethod
+        string end() noexcept
 
         @staticmethod
         void install() noexcept
@@ -65,11 +75,12 @@ cdef int check_magic(str path, str what, object wrong) except -1:
 
 
 cdef object check_int(str name, object value, long long low, long long high):
-    """``value`` as an int within bounds; ParameterError otherwise."""
+    """``value`` as an int within bounds; ParameterError otherwise. Use what this gives, never
+    ``value`` again: its ``__index__`` may answer differently."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ParameterError(
             f"{name} must be an integer, not {value!r}", parameter=name, value=value)
-    number = value.__index__()
+    number = int.__index__(index(value))    # a subclass could compare as it likes
     if not low <= number <= high:
         raise ParameterError(
             f"{name} must be from {low} to {high}, not {number}", parameter=name, value=value)
@@ -78,11 +89,17 @@ cdef object check_int(str name, object value, long long low, long long high):
 
 cdef double check_float(str name, object value, double low, double high) except? -1.0:
     """``value`` as a finite number within bounds; ParameterError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    cdef double number = NAN
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = value
+        except OverflowError:
+            pass
+    if not low <= number <= high:
         raise ParameterError(
             f"{name} must be a number from {low:g} to {high:g}, not {value!r}",
             parameter=name, value=value)
-    return value
+    return number
 
 
 cdef object check_choice(str name, object value, dict choices):

@@ -8,20 +8,31 @@
 #include <mutex>
 #include <string>
 #include <utility>
-#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 namespace triollama {
 
 class LogQueue {
 public:
     static LogQueue & instance() {
-        static LogQueue * queue = new LogQueue;   // never destroyed: threads may log while the process exits
+        static LogQueue * const queue = [] {        // never destroyed: threads may log while the process exits
+            LogQueue * made = new LogQueue;
+#if !defined(_WIN32)
+            // Another thread may be writing while this one forks, and would hold the child's lock for ever.
+            pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
+                           [] { instance().mutex.unlock(); });
+#endif
+            return made;
+        }();
         return *queue;
     }
 
-    // The callback for llama_log_set. Pieces without a newline are joined into lines.
+    // The callback for llama_log_set. Pieces without a newline are joined into lines, each thread's for themselves.
     static void write(ggml_log_level level, const char * text, void *) {
-        if (!muted()) {
+        if (!muted() && !Own::gone()) {
             instance().append(level, text ? text : "");
         }
     }
@@ -32,47 +43,31 @@ public:
         return value;
     }
 
-    void append(ggml_log_level level, const char * text) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (level == GGML_LOG_LEVEL_CONT) {
-            level = partial_level;
-        }
-        partial_level = level;
-        for (const char * c = text; *c; ++c) {
-            if (*c != '\n') {
-                partial += *c;
-                continue;
-            }
-            if (!partial.empty()) {
-                push(level, std::move(partial));
-            }
-            partial.clear();
-        }
-    }
-
     // Lines below this level are dropped at once, since nobody would read them.
     void set_threshold(ggml_log_level level) { threshold = level; }
 
     bool has_lines() const { return count != 0; }
 
-    std::vector<std::pair<int, std::string>> drain() {
+    // The oldest line that waits; false if none does.
+    bool take(int & level, std::string & line) {
         const std::lock_guard<std::mutex> lock(mutex);
-        std::vector<std::pair<int, std::string>> out(lines.begin(), lines.end());
-        lines.clear();
-        count = 0;
-        return out;
+        if (lines.empty()) {
+            return false;
+        }
+        level = lines.front().first;
+        line  = std::move(lines.front().second);
+        lines.pop_front();
+        count = lines.size();
+        return true;
     }
 
-    // The first error (llama.cpp goes from cause to consequence), else the latest warning, since forget_problem().
-    std::string problem() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        return first_error.empty() ? last_warning : first_error;
-    }
+    // Of the calling thread, so that calls at the same time do not take each other's: the first error (llama.cpp goes
+    // from cause to consequence), else the latest warning, since forget_problem().
+    static std::string problem() { return own().first_error.empty() ? own().last_warning : own().first_error; }
 
-    void forget_problem() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        first_error.clear();
-        last_warning.clear();
+    static void forget_problem() {
+        own().first_error.clear();
+        own().last_warning.clear();
     }
 
 private:
@@ -84,20 +79,56 @@ private:
                line.find("model default pooling_type is") != std::string::npos;
     }
 
-    void push(ggml_log_level level, std::string line) {
+    // What a thread has to itself.
+    struct Own {
+        std::string partial;
+        ggml_log_level partial_level = GGML_LOG_LEVEL_INFO;
+        std::string first_error;
+        std::string last_warning;
+
+        ~Own() { gone() = true; }
+        // Destructors that run after this one may still log.
+        static bool & gone() {
+            static thread_local bool value = false;
+            return value;
+        }
+    };
+    static Own & own() {
+        static thread_local Own value;
+        return value;
+    }
+
+    void append(ggml_log_level level, const char * text) {
+        Own & mine = own();
+        if (level == GGML_LOG_LEVEL_CONT) {
+            level = mine.partial_level;
+        }
+        mine.partial_level = level;
+        for (const char * c = text; *c; ++c) {
+            if (*c != '\n') {
+                mine.partial += *c;
+                continue;
+            }
+            if (!mine.partial.empty()) {
+                push(mine, level, std::move(mine.partial));
+            }
+            mine.partial.clear();
+        }
+    }
+
+    void push(Own & mine, ggml_log_level level, std::string line) {
         if (level == GGML_LOG_LEVEL_INFO || (level == GGML_LOG_LEVEL_WARN && ours(line))) {
             level = GGML_LOG_LEVEL_DEBUG;   // what llama.cpp tells of itself is detail here
         }
-        if (level == GGML_LOG_LEVEL_ERROR) {
-            if (first_error.empty()) {
-                first_error = line;
-            }
+        if (level == GGML_LOG_LEVEL_ERROR && mine.first_error.empty()) {
+            mine.first_error = line;
         } else if (level == GGML_LOG_LEVEL_WARN) {
-            last_warning = line;
+            mine.last_warning = line;
         }
         if (level < threshold) {
             return;
         }
+        const std::lock_guard<std::mutex> lock(mutex);
         if (lines.size() == capacity) {
             lines.pop_front();
         }
@@ -105,12 +136,8 @@ private:
         count = lines.size();
     }
 
-    std::mutex mutex;
+    std::mutex mutex;               // guards `lines`
     std::deque<std::pair<int, std::string>> lines;
-    std::string partial;
-    std::string first_error;
-    std::string last_warning;
-    ggml_log_level partial_level = GGML_LOG_LEVEL_INFO;
     std::atomic<ggml_log_level> threshold{GGML_LOG_LEVEL_WARN};
     std::atomic<size_t> count{0};
 };

@@ -1,8 +1,6 @@
 """llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp"): its INFO is DEBUG there."""
 import sys
 
-from libcpp.pair cimport pair
-
 from ggml cimport (
     GGML_LOG_LEVEL_DEBUG,
     GGML_LOG_LEVEL_ERROR,
@@ -20,8 +18,11 @@ cdef extern from "guards/log.hpp" namespace "triollama" nogil:
         void write(ggml_log_level level, const char * text, void * user_data) noexcept
         void set_threshold(ggml_log_level level) noexcept
         cpp_bool has_lines() noexcept
-        vector[pair[int, string]] drain() except +
+        cpp_bool take(int & level, string & line) except +
+
+        @staticmethod
         string problem() except +
+        @staticmethod
         void forget_problem() noexcept
 
 # logging's own numbers, so that a script which logs nothing need not import it.
@@ -52,7 +53,7 @@ cdef object get_logger():
 
 
 cdef int begin_log() except -1:
-    """Before a call that may fail: what is logged from here on belongs to it."""
+    """Before a call that may fail: what this thread logs from here on belongs to it."""
     cdef ggml_log_level threshold = GGML_LOG_LEVEL_ERROR
     logger = get_logger()
     if logger is not None:
@@ -61,7 +62,7 @@ cdef int begin_log() except -1:
         elif logger.isEnabledFor(_WARNING):
             threshold = GGML_LOG_LEVEL_WARN
     LogQueue.instance().set_threshold(threshold)
-    LogQueue.instance().forget_problem()
+    LogQueue.forget_problem()
     return 0
 
 
@@ -69,17 +70,20 @@ cdef int flush_log() except -1:
     """Hands waiting lines to logging. Cheap when there are none."""
     if not LogQueue.instance().has_lines():
         return 0
+    cdef int level = 0
+    cdef string line
     logger = get_logger()
-    for line in LogQueue.instance().drain():
+    # One by one: logging may raise what a filter raises, and the other lines wait for the next call.
+    while LogQueue.instance().take(level, line):
         if logger is not None:
-            level = _PYTHON_LEVELS.get(line.first, _DEBUG)
-            logger.log(level, "%s", line.second.decode("utf-8", "replace").rstrip())
+            logger.log(
+                _PYTHON_LEVELS.get(level, _DEBUG), "%s", line.decode("utf-8", "replace").rstrip())
     return 0
 
 
 cdef str native_problem():
-    """The first error (or else the last warning) llama.cpp logged since begin_log()."""
-    return LogQueue.instance().problem().decode("utf-8", "replace").strip()
+    """The first error (or else the last warning) llama.cpp logged on this thread since begin_log()."""
+    return LogQueue.problem().decode("utf-8", "replace").strip()
 
 
 def flush_native_log() -> None:

@@ -80,7 +80,7 @@ void update(llama_context * ctx) {
     ctx->memory_update(false);
     // It only logs a failure. What is still to be done tells.
     if (ctx->get_memory()->init_update(ctx, false)->get_status() != LLAMA_MEMORY_STATUS_NO_UPDATE) {
-        const std::string problem = LogQueue::instance().problem();
+        const std::string problem = LogQueue::problem();
         throw broken_context("llama.cpp could not move positions" + (problem.empty() ? "" : ": " + problem));
     }
 }
@@ -132,7 +132,7 @@ std::string why_no_cache(const llama_model * model, ggml_type type_k, ggml_type 
 }
 
 void settle(llama_context * ctx, ggml_abort_callback callback, void * data) {
-    LogQueue::instance().forget_problem();
+    LogQueue::forget_problem();
     llama_set_abort_callback(ctx, nullptr, nullptr);
     try {
         update(ctx);

@@ -14,6 +14,9 @@ cdef extern from "guards/abort_flag.hpp" namespace "triollama" nogil:
         void raise_at(int64_t n, cpp_bool fail)
 
         @staticmethod
+        void raise_all() noexcept
+
+        @staticmethod
         cpp_bool ask(void * flag) noexcept
 
 

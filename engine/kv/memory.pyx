@@ -26,28 +26,30 @@ cdef class Memory:
     def __cinit__(self, given=None):
         require_maker(given, "Context.memory")
 
-    cdef int enter(self, object seq_id, bint any_allowed) except -1:
+    cdef llama_seq_id enter(self, object seq_id, bint any_allowed) except? -2:
+        """Enters the context; gives the sequence, which exists (or is -1, for all, if allowed)."""
+        cdef llama_seq_id s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
         self.context.enter()
         try:
-            self.context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), any_allowed)
+            self.context.check_seq(s, any_allowed)
         except BaseException:
             self.context.leave()
             raise
-        return 0
+        return s
 
     def seq_pos_min(self, seq_id: int) -> int:
         """Smallest position held, -1 if none. Above 0 where a sliding window dropped the rest."""
-        self.enter(seq_id, False)
+        cdef llama_seq_id s = self.enter(seq_id, False)
         try:
-            return llama_memory_seq_pos_min(self.context.mem, seq_id)
+            return llama_memory_seq_pos_min(self.context.mem, s)
         finally:
             self.context.leave()
 
     def seq_pos_max(self, seq_id: int) -> int:
         """Largest position held, -1 if none."""
-        self.enter(seq_id, False)
+        cdef llama_seq_id s = self.enter(seq_id, False)
         try:
-            return llama_memory_seq_pos_max(self.context.mem, seq_id)
+            return llama_memory_seq_pos_max(self.context.mem, s)
         finally:
             self.context.leave()
 
@@ -57,8 +59,7 @@ cdef class Memory:
         cdef cpp_bool done
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
-        self.enter(seq_id, True)
-        cdef llama_seq_id s = seq_id
+        cdef llama_seq_id s = self.enter(seq_id, True)
         try:
             with nogil:
                 done = llama_memory_seq_rm(self.context.mem, s, a, b)
@@ -73,10 +74,10 @@ cdef class Memory:
         cdef llama_pos low
         cdef llama_pos high
         cdef llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
-        self.enter(seq_id, False)
+        cdef llama_seq_id s = self.enter(seq_id, False)
         try:
-            low = llama_memory_seq_pos_min(self.context.mem, seq_id)
-            high = llama_memory_seq_pos_max(self.context.mem, seq_id)
+            low = llama_memory_seq_pos_min(self.context.mem, s)
+            high = llama_memory_seq_pos_max(self.context.mem, s)
         finally:
             self.context.leave()
         if p == 0:
@@ -91,14 +92,12 @@ cdef class Memory:
     def seq_cp(self, source: int, target: int, p0: int | None = None, p1: int | None = None) -> None:
         """Let ``target`` share [p0, p1) of ``source``. In a unified cache this costs nothing; with
         separate caches the whole sequence is copied at once, and a part raises UnsupportedError."""
-        cdef llama_seq_id t
+        cdef llama_seq_id t = check_int("target", target, -2**31, 2**31 - 1)
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
-        self.enter(source, False)
-        cdef llama_seq_id s = source
+        cdef llama_seq_id s = self.enter(source, False)
         try:
-            self.context.check_seq(check_int("target", target, -2**31, 2**31 - 1), False)
-            t = target
+            self.context.check_seq(t, False)
             if not self.context.kv_unified and s != t:
                 # llama.cpp aborts the process on a partial copy between separate streams.
                 high = llama_memory_seq_pos_max(self.context.mem, s)
@@ -117,8 +116,7 @@ cdef class Memory:
 
     def seq_keep(self, seq_id: int) -> None:
         """Forget all sequences but this one."""
-        self.enter(seq_id, False)
-        cdef llama_seq_id s = seq_id
+        cdef llama_seq_id s = self.enter(seq_id, False)
         cdef int other
         try:
             if self.context.kv_unified:
@@ -139,12 +137,10 @@ cdef class Memory:
         a position would be n_ctx or more."""
         cdef llama_pos a = bound("p0", p0)
         cdef llama_pos b = bound("p1", p1)
-        self.enter(seq_id, False)
-        cdef llama_seq_id s = seq_id
-        cdef llama_pos d
+        cdef llama_pos d = check_int("delta", delta, -2**30, 2**30)
+        cdef llama_seq_id s = self.enter(seq_id, False)
         cdef llama_pos high
         try:
-            d = check_int("delta", delta, -2**30, 2**30)
             check_can_shift(self.context)
             high = llama_memory_seq_pos_max(self.context.mem, s)
             if b > 0:

@@ -96,15 +96,19 @@ cdef bytes seal_state(Context context, int kind, const string & payload):
     return blob
 
 
-cdef int check_state(Context context, object blob, int kind) except -1:
-    """StateError unless the bytes are whole, and of this model and this kind of context."""
-    cdef const uint8_t[::1] view
-    cdef int header = _HEADER.size
+cdef const uint8_t[::1] state_bytes(object blob):
+    """``blob`` as bytes that stay as they are: what was checked is what is read."""
     try:
         view = memoryview(blob)
+        return view if view.readonly else memoryview(bytes(view))
     except (TypeError, ValueError, BufferError):
         raise ParameterError(
             f"a state is bytes, not {type(blob).__name__}", parameter="blob", value=None) from None
+
+
+cdef int check_state(Context context, const uint8_t[::1] view, int kind) except -1:
+    """StateError unless the bytes are whole, and of this model and this kind of context."""
+    cdef int header = _HEADER.size
     if view.shape[0] < header:
         raise StateError(f"the state has {view.shape[0]} bytes, fewer than its header")
     magic, version, found_kind, key, size, checksum = _HEADER.unpack_from(view)
@@ -126,7 +130,7 @@ cdef int check_state(Context context, object blob, int kind) except -1:
     cdef size_t length = view.shape[0] - header
     cdef uint32_t found
     if version == _CRC32_VERSION:
-        found = zlib.crc32(memoryview(blob)[header:])
+        found = zlib.crc32(view[header:])
     else:
         with nogil:
             found = state_checksum(&view[0] + header, length)
@@ -136,15 +140,14 @@ cdef int check_state(Context context, object blob, int kind) except -1:
 
 
 cdef int unpack_state(Context context, object blob, int kind, int seq_id) except -1:
-    cdef const uint8_t[::1] view
+    cdef const uint8_t[::1] view = state_bytes(blob)
     cdef size_t read = 0
     cdef size_t length
     cdef const uint8_t * data
     context.enter()
     try:
         context.check_no_views()
-        check_state(context, blob, kind)
-        view = memoryview(blob)
+        check_state(context, view, kind)
         context.output_rows.clear()
         begin_log()
         data = &view[0] + <int>_HEADER.size
@@ -169,9 +172,9 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
 
 def save_sequence(Context context not None, seq_id: int) -> bytes:
     """One sequence's memory as bytes, for ``load_sequence``. Releases the GIL."""
-    context.alive()
-    context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
-    return pack_state(context, _KIND_SEQUENCE, seq_id)
+    cdef int s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
+    context.check_seq(s, False)
+    return pack_state(context, _KIND_SEQUENCE, s)
 
 
 def load_sequence(Context context not None, blob, seq_id: int) -> None:
@@ -180,18 +183,16 @@ def load_sequence(Context context not None, blob, seq_id: int) -> None:
     Raises StateError, before anything is changed, if the bytes are damaged or belong elsewhere;
     NoSlotError if the cache has no room (the sequence is then empty).
     """
-    context.alive()
-    context.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
-    unpack_state(context, blob, _KIND_SEQUENCE, seq_id)
+    cdef int s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
+    context.check_seq(s, False)
+    unpack_state(context, blob, _KIND_SEQUENCE, s)
 
 
 def save_context(Context context not None) -> bytes:
     """All sequences' memory as bytes, for ``load_context``. Releases the GIL."""
-    context.alive()
     return pack_state(context, _KIND_CONTEXT, 0)
 
 
 def load_context(Context context not None, blob) -> None:
     """Replace all memory by a saved one; the context must be of the same shape. Raises StateError."""
-    context.alive()
     unpack_state(context, blob, _KIND_CONTEXT, 0)

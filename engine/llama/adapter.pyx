@@ -65,43 +65,49 @@ cdef class Adapter(Owner):
     def __init__(self, Model model not None, path):
         self.begin()
         self.path = check_adapter_file(model, path)
-        check_undriven(model, "load it with Decoder.load_adapter")
         cdef string name = os.fsencode(self.path)
         self.model = model
         begin_log()
         model.enter()
         try:
+            check_undriven(model, "load it with Decoder.load_adapter")
             with nogil:
                 self.ptr = open_adapter(model.ptr, name)
-        except OutOfMemoryError:
+        except (BusyError, OutOfMemoryError):
             raise
         except TriollamaError as error:
             raise AdapterError(
                 f"llama.cpp cannot load the adapter {self.path}: {error}", path=self.path) from None
         finally:
+            if self.ptr != NULL:
+                self.opened()
             model.leave()
             flush_log()
-        self.opened()
 
     cdef void opened(self) noexcept:
-        self.closed = False
+        Owner.opened(self)
         self.model.children += 1
-        count_live("Adapter", 1)
+
+    cdef int check_model(self, Model model) except -1:
+        """It is open, and of this model."""
+        self.alive()
+        if self.model is not model:
+            raise AdapterError(f"{self.path} was loaded for another model", path=self.path)
+        return 0
 
     cdef llama_adapter_lora * let_go(self) noexcept:
         """Closed from here on; who called frees what this gives."""
         cdef llama_adapter_lora * ptr = self.ptr
-        self.closed = True
+        self.ended()
         self.ptr = NULL
         self.model.children -= 1
-        count_live("Adapter", -1)
         return ptr
 
     def __dealloc__(self):
         if self.closed or self.forks != fork_count:
             return
         cdef llama_adapter_lora * ptr = self.let_go()
-        if self.model.drivers == 0:
+        if self.model.drivers == 0 and self.model.computing == 0:
             free_adapter(ptr)
         # Else a decode may be reading: llama.cpp frees it with the model, which lists it.
 
@@ -131,12 +137,16 @@ cdef class Adapter(Owner):
         if self.metadata_ is None:
             found = {}
             buffer.resize(65536)
-            for i in range(llama_adapter_meta_count(self.ptr)):
-                n = llama_adapter_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
-                key = buffer.data()[:n].decode("utf-8", "replace")
-                n = llama_adapter_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
-                found[key] = buffer.data()[:min(n, <int32_t>buffer.size() - 1)].decode(
-                    "utf-8", "replace")
+            self.readers += 1       # whatever a garbage collection in between may close
+            try:
+                for i in range(llama_adapter_meta_count(self.ptr)):
+                    n = llama_adapter_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    key = buffer.data()[:n].decode("utf-8", "replace")
+                    n = llama_adapter_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    found[key] = buffer.data()[:min(n, <int32_t>buffer.size() - 1)].decode(
+                        "utf-8", "replace")
+            finally:
+                self.readers -= 1
             self.metadata_ = found
         return dict(self.metadata_)
 
@@ -144,6 +154,8 @@ cdef class Adapter(Owner):
 cdef int check_undriven(Model model, str instead) except -1:
     if model.drivers:
         raise BusyError(f"a Decoder drives a context of this adapter's model: {instead}")
+    if model.computing:
+        raise BusyError("a context of this adapter's model is computing in another thread")
     return 0
 
 
@@ -170,32 +182,40 @@ def set_adapters(Context context not None, adapters) -> None:
     cdef int code
     context.enter()
     try:
-        chosen = tuple(adapters)
-        chosen = tuple((item[0], item[1]) for item in chosen)
-        for item in chosen:
-            adapter, scale = item
-            if adapter is None:
-                raise ParameterError("an adapter is None", parameter="adapters", value=chosen)
-            adapter.alive()
-            if adapter.model is not context.model:
-                raise AdapterError(
-                    f"the adapter {adapter.path} was loaded for another model", path=adapter.path)
+        chosen = chosen_adapters(adapters)
+        for adapter, scale in chosen:
+            adapter.check_model(context.model)
             pointers.push_back(adapter.ptr)
-            scales.push_back(check_float("scale", scale, -1e6, 1e6))
-        if len({id(item[0]) for item in chosen}) != len(chosen):
-            raise ParameterError("the same adapter is named twice", parameter="adapters")
+            scales.push_back(scale)
+        use_adapters(chosen, 1)
         with nogil:
             code = llama_set_adapters_lora(
                 context.ptr, pointers.data(), pointers.size(), scales.data())
+        if code == 0:
+            chosen, context.adapters_ = context.adapters_ or (), chosen
+        use_adapters(chosen, -1)
         if code != 0:
             raise EngineError("llama.cpp refused the adapters", log=native_problem())
-        for item in chosen:
-            (<Adapter>item[0]).children += 1
-        for item in context.adapters_:
-            (<Adapter>item[0]).children -= 1
-        context.adapters_ = chosen
     finally:
         context.leave()
+
+
+cdef void use_adapters(tuple chosen, int change) noexcept:
+    """So many more apply each of these pairs' adapters, and it stays open for them."""
+    for item in chosen:
+        (<Adapter>(<tuple>item)[0]).children += change
+
+
+cdef tuple chosen_adapters(object adapters):
+    """Pairs of an Adapter, open or not, and its scale."""
+    chosen = []
+    for adapter, scale in adapters:
+        if not isinstance(adapter, Adapter):
+            raise ParameterError(f"{adapter!r} is no Adapter", parameter="adapters", value=adapter)
+        chosen.append((adapter, check_float("scale", scale, -1e6, 1e6)))
+    if len({id(adapter) for adapter, _ in chosen}) != len(chosen):
+        raise ParameterError("the same adapter is named twice", parameter="adapters")
+    return tuple(chosen)
 
 
 cdef const float[:, ::1] control_rows(Model model, object data):

@@ -13,14 +13,17 @@
 
 namespace triollama {
 
-// Throws format_error if llama.cpp refuses the file, native_abort where it would have ended the process.
+// Throws format_error if llama.cpp refuses the file, or would have ended the process.
 inline llama_adapter_lora * open_adapter(llama_model * model, const std::string & path) {
-    LogQueue::instance().forget_problem();
-    AbortScope scope;
-    scope.enter();
-    llama_adapter_lora * adapter = llama_adapter_lora_init(model, path.c_str());
+    LogQueue::forget_problem();
+    llama_adapter_lora * adapter = nullptr;
+    try {
+        adapter = guarded([&] { return llama_adapter_lora_init(model, path.c_str()); });
+    } catch (const native_abort & e) {
+        throw format_error(e.what());
+    }
     if (!adapter) {
-        throw format_error(LogQueue::instance().problem());
+        throw format_error(LogQueue::problem());
     }
     return adapter;
 }

@@ -9,7 +9,6 @@ cdef class Batch:
     """
 
     def __init__(self, capacity: int, n_seq_max: int = 1):
-        self.check_unused()
         cdef int n = check_int("capacity", capacity, 1, 2**24)
         cdef int each = check_int("n_seq_max", n_seq_max, 1, 256)
         cdef int64_t places = <int64_t>n * each
@@ -18,6 +17,7 @@ cdef class Batch:
             raise ParameterError(
                 f"{capacity} tokens of {n_seq_max} sequences each are more than 2**26 places; a batch of"
                 " fewer tokens does", parameter="capacity", value=capacity)
+        self.check_unused()
         self.c.n_tokens = 0
         self.capacity = 0               # until there is room
         self.token.resize(n)
@@ -70,9 +70,12 @@ cdef class Batch:
 
     def add(self, token: int, pos: int, seq_id: int = 0, output: bool = False) -> int:
         """Append one token; returns its index in the batch."""
+        cdef llama_token t = check_int("token", token, 0, 2**31 - 1)
+        cdef llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
+        cdef llama_seq_id s = check_int("seq_id", seq_id, 0, 255)
+        cdef bint has_output = output
         self.reserve(1)
-        self.put(check_int("token", token, 0, 2**31 - 1), check_int("pos", pos, 0, 2**31 - 1),
-                 check_int("seq_id", seq_id, 0, 255), output)
+        self.put(t, p, s, has_output)
         return self.c.n_tokens - 1
 
     def extend(self, tokens, pos: int, seq_id: int | tuple[int, ...] = 0,
@@ -84,30 +87,30 @@ cdef class Batch:
         Returns the index of the last token.
         """
         cdef vector[llama_token] ids = token_vector(tokens)
-        cdef int first = check_int("pos", pos, 0, 2**31 - 1)
+        cdef int n = <int>ids.size()
+        cdef int first = check_int("pos", pos, 0, 2**31 - 1 - n)
         cdef int i
         cdef int s
         cdef bint all_outputs = output == "all"
+        cdef bint last_output = output == "last"
         if output not in ("last", "all", "none"):
             raise ParameterError(
                 f'output must be "last", "all" or "none", not {output!r}',
                 parameter="output", value=output)
-        self.reserve(ids.size())
-        cdef int n = <int>ids.size()
-        sequences = seq_id if isinstance(seq_id, tuple) else (seq_id,)
-        if not 0 < len(sequences) <= self.n_seq_max:
+        cdef vector[llama_seq_id] seqs
+        for one in (seq_id if isinstance(seq_id, tuple) else (seq_id,)):
+            seqs.push_back(check_int("seq_id", one, 0, 255))
+        if not 0 < <int>seqs.size() <= self.n_seq_max:
             raise ParameterError(
                 f"a token of this batch may belong to 1 to {self.n_seq_max} sequences,"
-                f" not {len(sequences)}", parameter="seq_id", value=seq_id)
-        cdef vector[llama_seq_id] seqs
-        for one in sequences:
-            seqs.push_back(check_int("seq_id", one, 0, 255))
+                f" not {seqs.size()}", parameter="seq_id", value=seq_id)
+        self.reserve(n)
         for i in range(n):
             self.put(ids[i], first + i, seqs[0], all_outputs)
             for s in range(1, <int>seqs.size()):
                 self.seq_id[self.c.n_tokens - 1][s] = seqs[s]
             self.n_seq_id[self.c.n_tokens - 1] = <int>seqs.size()
-        if n and output == "last":
+        if n and last_output:
             self.logits[self.c.n_tokens - 1] = True
         return self.c.n_tokens - 1
 

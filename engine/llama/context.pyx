@@ -211,7 +211,6 @@ cdef class Context(Owner):
         perf: bool = True,
     ):
         self.begin()
-        model.alive()
         if model.vocab_only:
             raise UnsupportedError(
                 "the model was loaded with vocab_only=True: it has no weights to decode with")
@@ -299,15 +298,18 @@ cdef class Context(Owner):
                           params.type_k, params.type_v, model.n_layer)
         begin_log()
         self.model = model
-        model.readers += 1      # until we are one of its children
+        model.hold()            # until we are one of its children
         try:
+            model.check_tables()
             with nogil:
                 self.ptr = make_context(model.ptr, params)
         except ModelFormatError as error:
             raise ModelFormatError(f"{model.path} cannot be computed: {error}",
                                    path=model.path) from None
         finally:
-            model.readers -= 1
+            if self.ptr != NULL:
+                model.children += 1
+            model.release()
             flush_log()
         if self.ptr == NULL:
             problem = native_problem()
@@ -340,26 +342,19 @@ cdef class Context(Owner):
         self.pooling_ = <int>llama_get_pooling_type(self.ptr)
         self.causal_ = llama_get_causal_attn(self.ptr)
         self.last_sequences.resize(self.n_seq_max)
-        self.adapters_ = ()
-        self.closed = False
-        model.children += 1
-        count_live("Context", 1)
+        self.opened()
 
     def __dealloc__(self):
-        if self.forks != fork_count:
-            return
-        if not self.closed:
-            self.let_go()
-        if self.ptr != NULL:
+        if self.forks == fork_count and self.ptr != NULL:
+            self.ended()
             llama_free(self.ptr)
+            self.let_go()
 
     cdef void let_go(self) noexcept:
         """Tells the model and the adapters that this context no longer uses them."""
         self.model.children -= 1
-        for item in self.adapters_:
-            (<Adapter>(<tuple>item)[0]).children -= 1
+        use_adapters(self.adapters_ or (), -1)
         self.adapters_ = ()
-        count_live("Context", -1)
 
     def close(self) -> None:
         """Free the memory. Idempotent. Raises ViewError while views of it are alive."""
@@ -367,11 +362,13 @@ cdef class Context(Owner):
             return
         self.check_childless()
         self.check_no_views()
-        self.closed = True
-        self.let_go()
+        self.ended()
+        begin_free()
         with nogil:
             llama_free(self.ptr)
         self.ptr = NULL
+        self.let_go()
+        end_call()
 
     def __enter__(self) -> Context:
         self.alive()
@@ -434,7 +431,7 @@ cdef class Context(Owner):
 
     def set_threads(self, n_threads: int | None = None, n_threads_batch: int | None = None) -> None:
         """Change the thread counts; None leaves one as it is."""
-        Owner.enter(self)
+        self.enter_to_read()
         try:
             one = llama_n_threads(self.ptr) if n_threads is None else n_threads
             many = llama_n_threads_batch(self.ptr) if n_threads_batch is None else n_threads_batch
@@ -556,15 +553,30 @@ cdef class Context(Owner):
         return 0
 
     cdef int enter(self) except -1:
-        Owner.enter(self)
+        self.enter_to_read()
         self.holds = False
         return 0
+
+    cdef int enter_to_read(self) except -1:
+        """Until ``leave`` an assertion of llama.cpp that fails on this thread raises EngineError, and
+        the context is broken then."""
+        Owner.enter(self)
+        AbortScope.begin()
+        return 0
+
+    cdef void leave(self) noexcept:
+        cdef string thrown = AbortScope.end()
+        if not thrown.empty():
+            self.broken = thrown.decode("utf-8", "replace")
+        Owner.leave(self)
 
     cdef int compute(self, Batch batch, bint encode) except -1:
         """llama_decode or llama_encode, the batch having been checked; outputs are not noted."""
         cdef int code = 0
         self.output_rows.clear()
-        LogQueue.instance().forget_problem()
+        LogQueue.forget_problem()
+        self.model.check_tables()
+        self.model.computing += 1
         try:
             with nogil:
                 if encode:
@@ -575,9 +587,10 @@ cdef class Context(Owner):
             self.broken = str(error)
             raise
         finally:
+            self.model.computing -= 1
             flush_log()
         if code != 0:
-            raise decode_error(code)
+            raise exit_error() if exiting.load() else decode_error(code)
         return 0
 
     cdef int settle_memory(self) except -1:
@@ -679,7 +692,7 @@ cdef class Context(Owner):
         """Logits of index ``i`` of the last batch (-1: its last output), float32 of shape
         [n_vocab]. A read-only view without copying: while it lives, ``decode`` and ``close`` raise
         ViewError; ``copy=True`` gives an array of your own."""
-        Owner.enter(self)
+        self.enter_to_read()
         try:
             return self.view(self.logits_row(check_int("i", i, -2**31, 2**31 - 1)),
                              self.n_vocab, copy)
@@ -690,7 +703,7 @@ cdef class Context(Owner):
         """Final hidden state of index ``i`` of the last batch, float32 of shape [n_embd]. Needs
         ``embeddings`` and pooling "none". A view, as with ``logits``."""
         cdef float * data = NULL
-        Owner.enter(self)
+        self.enter_to_read()
         try:
             if self.pooling_ == <int>LLAMA_POOLING_TYPE_NONE:   # else the buffer is never filled
                 data = llama_get_embeddings_ith(
@@ -707,14 +720,14 @@ cdef class Context(Owner):
         """Pooled embedding of a sequence of the last batch, float32 of shape [n_embd] (pooling
         "rank": [n_cls_out]). A view, as with ``logits``."""
         cdef float * data
-        Owner.enter(self)
+        cdef llama_seq_id s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
+        self.enter_to_read()
         try:
-            self.check_seq(check_int("seq_id", seq_id, -2**31, 2**31 - 1), False)
-            if not self.last_sequences[<int>seq_id]:
+            self.check_seq(s, False)
+            if not self.last_sequences[s]:
                 raise ParameterError(
-                    f"sequence {seq_id} was not in the last batch",
-                    parameter="seq_id", value=seq_id)
-            data = llama_get_embeddings_seq(self.ptr, seq_id)
+                    f"sequence {s} was not in the last batch", parameter="seq_id", value=s)
+            data = llama_get_embeddings_seq(self.ptr, s)
             if data == NULL:
                 raise EngineError(
                     "the last decode put out no pooled embedding; set embeddings=True and a"

@@ -347,9 +347,11 @@ cdef extern from "llama.h" nogil:
         llama_pos p0,
         llama_pos p1,
         llama_pos delta) except +raise_native_error
-    llama_pos llama_memory_seq_pos_min(llama_memory_t mem, llama_seq_id seq_id) noexcept
-    llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq_id) noexcept
-    cpp_bool llama_memory_can_shift(llama_memory_t mem) noexcept
+    llama_pos llama_memory_seq_pos_min(
+        llama_memory_t mem, llama_seq_id seq_id) except +raise_native_error
+    llama_pos llama_memory_seq_pos_max(
+        llama_memory_t mem, llama_seq_id seq_id) except +raise_native_error
+    cpp_bool llama_memory_can_shift(llama_memory_t mem) except +raise_native_error
 
     # state
     size_t llama_state_get_size(llama_context * ctx) except +raise_native_error

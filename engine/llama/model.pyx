@@ -89,8 +89,12 @@ cdef struct LoadProgress:
     bint cancelled
 
 
-cdef cpp_bool on_load_progress(float progress, void * user_data) noexcept with gil:
+cdef cpp_bool on_load_progress(float progress, void * user_data) noexcept nogil:
     """Called by llama.cpp between tensors. Returning false ends the load."""
+    return not exiting.load() and ask_to_go_on(progress, user_data)
+
+
+cdef cpp_bool ask_to_go_on(float progress, void * user_data) noexcept with gil:
     cdef LoadProgress * load = <LoadProgress *>user_data
     try:
         PyErr_CheckSignals()
@@ -334,6 +338,7 @@ cdef class Model(Owner):
 
         cdef string c_path = raw_path
         begin_log()
+        begin_call()
         try:
             with nogil:
                 self.ptr = load_model(dereference(self.files), c_path, params)
@@ -352,21 +357,26 @@ cdef class Model(Owner):
                 f"{self.path} is no model that llama.cpp can load: {error}",
                 path=self.path) from None
         finally:
+            end_call()
+            error = None
+            if load.error != NULL:
+                error = <object>load.error
+                Py_DECREF(error)
             flush_log()
-        if load.error != NULL:
-            error = <object>load.error
-            Py_DECREF(error)
+        if error is not None:
             self.free()
             raise error
+        if exiting.load():
+            self.free()
+            raise exit_error()
         if load.cancelled:
             self.free()
             raise LoadCancelled(f"loading {self.path} was cancelled", path=self.path)
         if self.ptr == NULL:
             raise load_error(self.path, native_problem() or "no reason given")
-        self.closed = False
         if not has_gpu() and (n_gpu_layers > 0 or tensor_split is not None or devices):
             say_no_gpu()
-        count_live("Model", 1)
+        self.opened()
 
     cdef void free(self) noexcept nogil:
         del self.files      # before the model: see there
@@ -379,19 +389,25 @@ cdef class Model(Owner):
     def __dealloc__(self):
         if self.forks != fork_count:
             return
-        if not self.closed:
-            count_live("Model", -1)
+        self.ended()
         self.free()     # with the GIL: a weak reference could still find what is being freed
+
+    cdef int check_tables(self) except -1:
+        """The table of adapters, which every computation reads, is not being changed."""
+        if self.busy:
+            raise BusyError("an adapter of this context's model is being loaded by another thread")
+        return 0
 
     def close(self) -> None:
         """Free the model. Idempotent; raises BusyError while contexts or adapters of it are open."""
         if self.closed or self.forks != fork_count:
             return
         self.check_childless()
-        self.closed = True
-        count_live("Model", -1)
+        self.ended()
+        begin_free()
         with nogil:
             self.free()
+        end_call()
 
     def __enter__(self) -> Model:
         self.alive()
@@ -422,17 +438,21 @@ cdef class Model(Owner):
         if self.metadata_ is None:
             found = {}
             buffer.resize(256)
-            for i in range(llama_model_meta_count(self.ptr)):
-                n = llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
-                if n >= <int32_t>buffer.size():
-                    buffer.resize(n + 1)
-                    llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
-                key = buffer.data()[:n].decode("utf-8", "replace")
-                n = llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
-                if n >= <int32_t>buffer.size():
-                    buffer.resize(n + 1)
-                    llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
-                found[key] = buffer.data()[:n].decode("utf-8", "replace")
+            self.readers += 1       # whatever a garbage collection in between may close
+            try:
+                for i in range(llama_model_meta_count(self.ptr)):
+                    n = llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    if n >= <int32_t>buffer.size():
+                        buffer.resize(n + 1)
+                        llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    key = buffer.data()[:n].decode("utf-8", "replace")
+                    n = llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    if n >= <int32_t>buffer.size():
+                        buffer.resize(n + 1)
+                        llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    found[key] = buffer.data()[:n].decode("utf-8", "replace")
+            finally:
+                self.readers -= 1
             found.update(self.overrides)
             self.metadata_ = found
         return dict(self.metadata_)
@@ -452,8 +472,8 @@ cdef class Model(Owner):
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The Jinja chat template in the file (the default one, or that of this name), or None."""
-        self.alive()
         cdef bytes raw = name.encode() if name is not None else b""
+        self.alive()
         cdef const char * found = llama_model_chat_template(
             self.ptr, <const char *>raw if name is not None else NULL)
         return found.decode("utf-8", "replace") if found != NULL else None

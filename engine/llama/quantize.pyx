@@ -81,6 +81,7 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     cdef string checked = os.fsencode(source_path)
     cdef string written
     begin_log()
+    begin_call()
     try:
         with nogil:
             check_model(checked, True, NULL)
@@ -101,6 +102,7 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
             f"llama.cpp could not quantise {source_path} to {ftype}: {error}",
             log=native_problem()) from None
     finally:
+        end_call()
         flush_log()
 
 

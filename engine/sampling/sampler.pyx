@@ -77,8 +77,9 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingP
     if params.ignore_eos:
         out.banned = vocab.find_eog()[0]
     out.logit_bias.clear()
-    for token, value in params.logit_bias.items():
-        vocab.check_token(check_int("logit_bias's token", token, 0, 2**31 - 1))
+    for item, value in params.logit_bias.items():
+        token = check_int("logit_bias's token", item, 0, 2**31 - 1)
+        vocab.check_token(token)
         if value != -float("inf") and abs(value) > _LARGEST_BIAS:
             raise ParameterError(
                 f"logit_bias[{token}] is {value!r}; beyond the range of float32 only -inf is a bias",
@@ -156,36 +157,41 @@ cdef class Sampler:
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048,
                  trigger_patterns=(), trigger_tokens=()):
-        if self.native.get() != NULL:
+        cdef NativeSamplingParams native
+        if self.begun:
             raise BusyError("this Sampler was made already; make a new one, or see update()")
-        vocab.alive()
+        self.begun = True
         self.vocab = vocab
         self.n_ctx = check_int("n_ctx", n_ctx, 1, 2**31 - 1)
         self.trigger_patterns = _items("trigger_patterns", trigger_patterns)
         self.trigger_tokens = _items("trigger_tokens", trigger_tokens)
         self.params_ = params
-        cdef NativeSamplingParams native
         self.fill(native, params)
+        vocab.alive()
         self.native.reset(new NativeSampler(vocab.ptr, native))
 
     cdef int fill(self, NativeSamplingParams & native, object params) except -1:
         to_native_params(params, self.vocab, self.n_ctx, native)
         native.grammar_lazy = bool(self.trigger_patterns or self.trigger_tokens)
         native.grammar_trigger_patterns = _utf8_list("trigger_patterns", self.trigger_patterns)
-        for token in self.trigger_tokens:
-            self.vocab.check_token(check_int("trigger_tokens", token, 0, 2**31 - 1))
+        for item in self.trigger_tokens:
+            token = check_int("trigger_tokens", item, 0, 2**31 - 1)
+            self.vocab.check_token(token)
             native.grammar_trigger_tokens.push_back(token)
         return 0
 
     cdef int enter(self) except -1:
         if self.native.get() == NULL:
             raise ClosedError("this Sampler was never initialised")
-        # DRY and grammars read the vocabulary, which dies with its model.
-        self.vocab.alive()
         if self.busy:
             raise BusyError("another thread is inside this Sampler; it serves one thread at a time")
+        self.vocab.enter()      # which DRY and grammars read
         self.busy = True
         return 0
+
+    cdef void leave(self) noexcept:
+        self.busy = False
+        self.vocab.leave()
 
     def sample(self, logits) -> int:
         """The token chosen from ``logits``: float32, contiguous, one value for each token.
@@ -203,6 +209,8 @@ cdef class Sampler:
         cdef llama_token token
         try:
             writable = logits
+            if writable.shape[0] != view.shape[0]:
+                raise ParameterError("logits changed its length", parameter="logits")
             data = &writable[0]
         except (TypeError, ValueError, BufferError):
             copy.resize(view.shape[0])
@@ -213,7 +221,7 @@ cdef class Sampler:
             with nogil:
                 token = self.native.get().sample(data)
         finally:
-            self.busy = False
+            self.leave()
         return token
 
     def accept(self, token: int, generated: bool = True) -> None:
@@ -231,7 +239,7 @@ cdef class Sampler:
             with nogil:
                 self.native.get().accept(id, is_generated)
         finally:
-            self.busy = False
+            self.leave()
 
     def candidates(self):
         """What the last ``sample`` chose among: (ids, probabilities), most likely first.
@@ -247,7 +255,7 @@ cdef class Sampler:
             with nogil:
                 self.native.get().candidates(found)
         finally:
-            self.busy = False
+            self.leave()
         ids = numpy.empty(found.size(), dtype=numpy.int32)
         probabilities = numpy.empty(found.size(), dtype=numpy.float32)
         cdef int32_t[::1] id_view = ids
@@ -263,7 +271,7 @@ cdef class Sampler:
         try:
             self.native.get().reset()
         finally:
-            self.busy = False
+            self.leave()
 
     def clone(self) -> Sampler:
         """A sampler in the same state, independent from here on."""
@@ -272,7 +280,8 @@ cdef class Sampler:
         try:
             copy.native.reset(self.native.get().clone().release())
         finally:
-            self.busy = False
+            self.leave()
+        copy.begun = True
         copy.n_ctx = self.n_ctx
         copy.trigger_patterns = self.trigger_patterns
         copy.trigger_tokens = self.trigger_tokens
@@ -287,13 +296,12 @@ cdef class Sampler:
         if it is the same grammar. A new grammar begins here. If it raises, nothing has changed.
         """
         cdef NativeSamplingParams native
-        self.vocab.alive()
         self.fill(native, params)
         self.enter()
         try:
             self.native.get().update(native)
         finally:
-            self.busy = False
+            self.leave()
         self.params_ = params
 
     def save_state(self) -> bytes:
@@ -303,7 +311,7 @@ cdef class Sampler:
         try:
             return self.native.get().save_state()
         finally:
-            self.busy = False
+            self.leave()
 
     def load_state(self, state: bytes) -> None:
         """Continue from ``save_state`` of a sampler with the same vocabulary and grammar.
@@ -316,7 +324,7 @@ cdef class Sampler:
             with nogil:
                 self.native.get().load_state(string_view(data.data(), data.size()))
         finally:
-            self.busy = False
+            self.leave()
 
     def is_grammar_done(self) -> bool:
         """Whether a grammar is set and nothing but the end of generation may follow.
@@ -329,7 +337,7 @@ cdef class Sampler:
             with nogil:
                 done = self.native.get().is_grammar_done()
         finally:
-            self.busy = False
+            self.leave()
         return done
 
     @property
@@ -339,7 +347,7 @@ cdef class Sampler:
         try:
             return self.native.get().seed()
         finally:
-            self.busy = False
+            self.leave()
 
     @property
     def params(self):
@@ -361,7 +369,7 @@ cdef NativeSampler * copy_sampler(Sampler sampler) except NULL:
     try:
         return sampler.native.get().clone().release()
     finally:
-        sampler.busy = False
+        sampler.leave()
 
 
 def logit_logprobs(logits, k: int):

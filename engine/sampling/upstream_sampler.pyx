@@ -44,16 +44,16 @@ cdef class UpstreamSampler:
         self.chain = NULL
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048):
-        vocab.alive()
-        self.vocab = vocab
         cdef NativeSamplingParams p
         cdef NativeGrammarParams grammar
         cdef vector[const char *] breakers
         cdef size_t i
         cdef Stage stage
         to_native_params(params, vocab, check_int("n_ctx", n_ctx, 1, 2**31 - 1), p)
+        vocab.alive()
         if self.chain != NULL:
-            llama_sampler_free(self.chain)
+            raise BusyError("this UpstreamSampler was made already; make a new one")
+        self.vocab = vocab
         self.chain = llama_sampler_chain_init(llama_sampler_chain_default_params())
         self.add_bans(p)
         for i in range(p.dry_breakers.size()):
@@ -161,26 +161,41 @@ cdef class UpstreamSampler:
         token[0] = array.data[array.selected].id
         return 0
 
-    cdef int alive(self) except -1:
+    cdef int enter(self) except -1:
         if self.chain == NULL:
             raise ClosedError("this UpstreamSampler was never initialised")
-        return self.vocab.alive()
+        if self.busy:
+            raise BusyError("another thread is inside this UpstreamSampler")
+        self.vocab.enter()
+        self.busy = True
+        return 0
+
+    cdef void leave(self) noexcept:
+        self.busy = False
+        self.vocab.leave()
 
     def sample(self, logits) -> int:
         """The token chosen from ``logits`` (float32, contiguous), which are left as they are."""
         cdef const float[::1] view = _logits_view(logits, self.vocab.n_tokens)
         cdef llama_token token = 0
-        self.alive()
-        self.choose(view, False, &token)
-        while self.grammar.get() != NULL and not self.grammar.get().allows(token):
-            self.choose(view, True, &token)
+        self.enter()
+        try:
+            self.choose(view, False, &token)
+            while self.grammar.get() != NULL and not self.grammar.get().allows(token):
+                self.choose(view, True, &token)
+        finally:
+            self.leave()
         return token
 
     def accept(self, token: int, generated: bool = True) -> None:
         """Record a token, generated or of the prompt. Raises TokenError and GrammarError."""
         cdef llama_token id = check_int("token", token, -2**31, 2**31 - 1)
-        self.alive()
+        cdef cpp_bool is_generated = generated
         self.vocab.check_token(id)
-        if generated and self.grammar.get() != NULL:
-            self.grammar.get().accept(id)
-        llama_sampler_accept(self.chain, id)
+        self.enter()
+        try:
+            if is_generated and self.grammar.get() != NULL:
+                self.grammar.get().accept(id)
+            llama_sampler_accept(self.chain, id)
+        finally:
+            self.leave()

@@ -1,6 +1,4 @@
 """Text to tokens and back."""
-from operator import index
-
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
 from llama cimport (
@@ -141,6 +139,7 @@ cdef class Vocab:
 
     cdef const vector[llama_token] * find_eog(self) except NULL:
         """Tokens that end generation: looked for once, since a vocabulary has hundreds of thousands."""
+        self.alive()
         cdef int i
         cdef vector[llama_token] found
         if not self.eog_known:
@@ -150,6 +149,21 @@ cdef class Vocab:
             self.eog.swap(found)
             self.eog_known = True
         return &self.eog
+
+    cdef int enter(self) except -1:
+        """A call without the GIL reads the model: until ``leave`` nobody may close it."""
+        self.alive()
+        return self.model.hold()
+
+    cdef void leave(self) noexcept:
+        self.model.release()
+
+    cdef llama_token token_id(self, object token) except -1:
+        """``token`` as a token of this vocabulary, which is alive."""
+        cdef llama_token number = check_int("token", token, -2**31, 2**31 - 1)
+        self.alive()
+        self.check_token(number)
+        return number
 
     cdef int check_token(self, llama_token token) except -1:
         if token < 0 or token >= self.n_tokens:
@@ -178,7 +192,6 @@ cdef class Vocab:
         ``parse_special`` turns the text of special tokens ("<eos>") into these tokens; leave it
         off for text from users. Releases the GIL. Raises ParameterError, OutOfMemoryError.
         """
-        self.alive()
         cdef bytes data
         try:
             # memoryview: bytes(5) would be five zeros.
@@ -198,7 +211,7 @@ cdef class Vocab:
         cdef cpp_bool parse = parse_special
         cdef cpp_bool more = length > 0
         cdef unique_ptr[LongText] rest
-        self.model.readers += 1     # until we are done nobody may close it
+        self.enter()
         try:
             with nogil:
                 if special:
@@ -209,7 +222,7 @@ cdef class Vocab:
                     more = rest.get().next(tokens)
                 PyErr_CheckSignals()
         finally:
-            self.model.readers -= 1
+            self.leave()
         if around.size() > 0:
             first = around.size() != 1 or llama_vocab_get_add_bos(self.ptr)
             ends = around.size() != 1 or not first
@@ -232,11 +245,11 @@ cdef class Vocab:
     def detokenize_bytes(self, tokens, remove_special: bool = False,
                          unparse_special: bool = False) -> bytes:
         """As ``detokenize``, but exactly the bytes."""
-        self.alive()
         cdef vector[llama_token] ids = token_vector(tokens)
         cdef size_t i
         for i in range(ids.size()):
             self.check_token(ids[i])
+        self.alive()
         if ids.size() == 0:
             return b""
         if <Py_ssize_t>ids.size() > _MAX_TEXT // 8:
@@ -246,7 +259,7 @@ cdef class Vocab:
         cdef cpp_bool unparse = unparse_special
         cdef int32_t n
         cdef vector[char] text
-        self.model.readers += 1
+        self.enter()
         try:
             with nogil:
                 text.resize(8 * ids.size() + 16)
@@ -257,55 +270,44 @@ cdef class Vocab:
                     n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
                                          <int32_t>text.size(), remove, unparse)
         finally:
-            self.model.readers -= 1
+            self.leave()
         if n < 0:
             raise EngineError("llama.cpp could not detokenize", log=native_problem())
         return PyBytes_FromStringAndSize(text.data(), n)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes one token stands for; special tokens give text only if ``special``."""
-        self.alive()
-        cdef llama_token id = check_int("token", token, -2**31, 2**31 - 1)
-        self.check_token(id)
+        cdef cpp_bool shown = special
+        cdef llama_token id = self.token_id(token)
         cdef char buffer[256]
         cdef vector[char] text
-        cdef int32_t n = llama_token_to_piece(self.ptr, id, buffer, 256, 0, special)
+        cdef int32_t n = llama_token_to_piece(self.ptr, id, buffer, 256, 0, shown)
         if n >= 0:
             return PyBytes_FromStringAndSize(buffer, n)
         text.resize(-n)
-        n = llama_token_to_piece(self.ptr, id, text.data(), <int32_t>text.size(), 0, special)
+        n = llama_token_to_piece(self.ptr, id, text.data(), <int32_t>text.size(), 0, shown)
         return PyBytes_FromStringAndSize(text.data(), n)
 
     def text(self, token: int) -> bytes:
         """The token as the vocabulary stores it (with its own marks for spaces)."""
-        self.alive()
-        self.check_token(check_int("token", token, -2**31, 2**31 - 1))
-        return llama_vocab_get_text(self.ptr, token)
+        return llama_vocab_get_text(self.ptr, self.token_id(token))
 
     def score(self, token: int) -> float:
         """The token's score, as stored in the model file."""
-        self.alive()
-        self.check_token(check_int("token", token, -2**31, 2**31 - 1))
-        return llama_vocab_get_score(self.ptr, token)
+        return llama_vocab_get_score(self.ptr, self.token_id(token))
 
     def attributes(self, token: int) -> frozenset[str]:
         """What the token is: "normal", "control", "user_defined", "byte", "unknown", ..."""
-        self.alive()
-        self.check_token(check_int("token", token, -2**31, 2**31 - 1))
-        cdef int bits = <int>llama_vocab_get_attr(self.ptr, token)
+        cdef int bits = <int>llama_vocab_get_attr(self.ptr, self.token_id(token))
         return frozenset(name for name, bit in _TOKEN_ATTRIBUTES.items() if bits & bit)
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends generation (end of sequence, end of turn, ...)."""
-        self.alive()
-        self.check_token(check_int("token", token, -2**31, 2**31 - 1))
-        return llama_vocab_is_eog(self.ptr, token)
+        return llama_vocab_is_eog(self.ptr, self.token_id(token))
 
     def is_control(self, token: int) -> bool:
         """Whether the token is a control token, which has no text of its own."""
-        self.alive()
-        self.check_token(check_int("token", token, -2**31, 2**31 - 1))
-        return llama_vocab_is_control(self.ptr, token)
+        return llama_vocab_is_control(self.ptr, self.token_id(token))
 
     @property
     def eog_tokens(self) -> list[int]:

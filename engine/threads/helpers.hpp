@@ -1,12 +1,13 @@
 // A few threads that do the independent parts of one task together with the thread that has it.
 #pragma once
 
+#include "threads/thread.hpp"
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 namespace triollama {
@@ -30,7 +31,7 @@ public:
         {
             std::lock_guard<std::mutex> lock(mutex);
             while ((int32_t) threads.size() < count) {
-                threads.emplace_back([this] { loop(); });
+                threads.emplace_back("triollama-draw", [this] { loop(); });
             }
             task  = &part;
             total = n;
@@ -50,7 +51,7 @@ public:
             stopping = true;
         }
         wake.notify_all();
-        for (std::thread & thread : threads) {
+        for (Thread & thread : threads) {
             thread.join();
         }
         threads.clear();
@@ -94,7 +95,7 @@ private:
     uint64_t round = 0;
     int32_t working = 0;
     bool stopping = false;
-    std::vector<std::thread> threads;
+    std::vector<Thread> threads;
 };
 
 }  // namespace triollama

@@ -1,5 +1,7 @@
 #include "threads/team.hpp"
 
+#include "threads/thread.hpp"
+
 #if defined(TRIOLLAMA_TEAM)
 
 #include <linux/futex.h>
@@ -168,7 +170,7 @@ struct alignas(64) Worker {
 
     unsigned    rank = 0;
     Signal      state;
-    std::thread thread;     // joined before there is another
+    Thread      thread;     // joined before there is another
 };
 
 // Threads that work together: those of one call of run_team after the other. Never destroyed, since a thread that is
@@ -263,7 +265,7 @@ bool Crew::claim(Worker & worker) {
     }
     worker.state.set(Worker::CLAIMED);
     try {
-        worker.thread = std::thread([this, &worker] { serve(worker); });
+        worker.thread = Thread("triollama-cpu", [this, &worker] { serve(worker); });
     } catch (...) {         // no more threads, or no memory
         worker.state.set(Worker::RETIRED);
         return false;
@@ -283,7 +285,6 @@ void Crew::retire() {
 }
 
 void Crew::serve(Worker & worker) {
-    pthread_setname_np(pthread_self(), "triollama-cpu");
     for (uint32_t idle = 0;; idle += Worker::CALL) {
         if (!worker.state.wait(idle, RETIREMENT)) {
             worker.state.exchange(idle, Worker::RETIRED);

@@ -1,11 +1,12 @@
 // One thread for work that must not hold up a step: samplers that take milliseconds.
 #pragma once
 
+#include "threads/thread.hpp"
+
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <mutex>
-#include <thread>
 #include <utility>
 
 namespace triollama {
@@ -22,7 +23,7 @@ public:
         std::lock_guard<std::mutex> lock(mutex);
         jobs.push_back(std::move(job));
         if (!thread.joinable()) {
-            thread = std::thread([this] { loop(); });
+            thread = Thread("triollama-slow", [this] { loop(); });
         }
         changed.notify_one();
     }
@@ -58,7 +59,7 @@ private:
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::function<void()>> jobs;
-    std::thread thread;
+    Thread thread;
     bool stopping = false;
 };
 

@@ -211,8 +211,7 @@ cdef class Trainer(Owner):
                  precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0,
                  kernel: str | None = None):
         cdef TrainerConfig config
-        if self.native != NULL:
-            raise BusyError("this Trainer is already open")
+        self.begin()
         cdef bytes raw_path = path_bytes("path", path)
         self.path = os.fsdecode(raw_path)
         config.model_path = raw_path
@@ -238,13 +237,14 @@ cdef class Trainer(Owner):
                 raise ParameterError("targets is empty", parameter="targets", value=targets)
         check_magic(self.path, "the model ", ModelFormatError)
         begin_log()
+        begin_call()
         try:
             with nogil:
                 self.native = new NativeTrainer(config)
         finally:
+            end_call()
             flush_log()
-        self.closed = False
-        count_live("Trainer", 1)
+        self.opened()
         if config.n_gpu_layers > 0 and not has_gpu():
             say_no_gpu()
         elif config.n_gpu_layers > 0:
@@ -256,9 +256,13 @@ cdef class Trainer(Owner):
                     ", ".join([f"{each.operation} x {each.nodes}" for each in left]))
 
     def __dealloc__(self):
-        if not self.closed and self.forks == fork_count:
-            count_live("Trainer", -1)
+        if self.native != NULL and self.forks == fork_count:
+            self.ended()
             self.free()
+
+    cdef void interrupt(self) noexcept:
+        if not self.closed:
+            self.native.request_abort(True)
 
     cdef void free(self) noexcept nogil:
         del self.native
@@ -270,10 +274,11 @@ cdef class Trainer(Owner):
         if self.closed or self.forks != fork_count:
             return
         self.check_childless()
-        self.closed = True
-        count_live("Trainer", -1)
+        self.ended()
+        begin_free()
         with nogil:
             self.free()
+        end_call()
 
     def __enter__(self) -> Trainer:
         self.alive()
@@ -402,6 +407,10 @@ cdef class Trainer(Owner):
         try:
             with nogil:
                 result = self.native.forward_backward(row)
+        except DecodeAborted:
+            if exiting.load():
+                raise exit_error() from None
+            raise
         finally:
             self.leave()
         return loss_of(result)
@@ -416,6 +425,10 @@ cdef class Trainer(Owner):
         try:
             with nogil:
                 result = self.native.evaluate(row)
+        except DecodeAborted:
+            if exiting.load():
+                raise exit_error() from None
+            raise
         finally:
             self.leave()
         return loss_of(result)
@@ -518,8 +531,9 @@ cdef class Trainer(Owner):
 
         From any thread. An optimiser step is never cut in half.
         """
+        cdef cpp_bool asked = abort
         self.alive()
-        self.native.request_abort(abort)
+        self.native.request_abort(asked)
 
     def set_threads(self, threads: int) -> None:
         cdef int value = check_int("threads", threads, 1, 512)
@@ -544,11 +558,11 @@ cdef class Trainer(Owner):
         return self.native.dropout_counter()
 
     def restore_counters(self, step: int, dropout_counter: int) -> None:
+        cdef int64_t n_steps = check_int("step", step, 0, 2**62)
+        cdef uint64_t n_rows = check_int("dropout_counter", dropout_counter, 0, 2**62)
         self.enter()
         try:
-            self.native.restore_counters(
-                check_int("step", step, 0, 2**62),
-                check_int("dropout_counter", dropout_counter, 0, 2**62))
+            self.native.restore_counters(n_steps, n_rows)
         finally:
             self.leave()
 
