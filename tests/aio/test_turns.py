@@ -511,3 +511,22 @@ def test_turns_that_gave_way_are_turns_after_a_restore(
                 restored.rewind()
 
     run(main)
+
+
+def test_work_beside_the_event_loop_takes_no_simulated_time() -> None:
+    """A clock that jumps does not wait for threads, so the fake has none under one."""
+
+    async def main() -> None:
+        async with open_fake_llama(slow(n_ctx=100_000)) as llama:
+            long = [Message(role="user", content="lorem ipsum " * 9) for _ in range(200)]
+            chat = llama.conversation(messages=long)
+            grammar = 'root ::= "So it is said."'
+            with trio.fail_after(200):
+                for _ in range(3):
+                    await llama.generate("x", grammar=grammar)
+                    start = trio.current_time()
+                    reply = await chat.say("So?", grammar=grammar)
+                    assert reply.usage.first_token_seconds is not None
+                    assert trio.current_time() - start < 14 + 30
+
+    simulated(main)

@@ -161,7 +161,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if self.params.grammar is None:
             sampler = engine.make_sampler(self.params)
         else:  # compiling a grammar may take many steps' time
-            sampler = await trio.to_thread.run_sync(engine.make_sampler, self.params)
+            sampler = await engine.beside(lambda: engine.make_sampler(self.params))
 
         def start() -> EngineStream:
             if self._closed:
