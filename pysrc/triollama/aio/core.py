@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import trio
 
-from ..errors import BusyError, ParameterError, QueueFullError
+from ..errors import BusyError, EngineError, ParameterError, QueueFullError
 from ..params import GenerationParams
 from .engine import Engine, EngineStream, Model, Reply, Vocab
 from .pump import Pump
@@ -104,7 +104,7 @@ class Core:
             raise trio.ClosedResourceError("this Llama was closed")
         cause = self.engine.cause_of_death
         if cause:
-            raise trio.BrokenResourceError(f"the engine died: {cause}")
+            raise trio.BrokenResourceError(f"the engine died: {cause}") from EngineError(cause)
 
     def check_run(self) -> None:
         """Raises BusyError in another ``trio.run`` than the one that opened it, whose tasks cannot
@@ -155,7 +155,11 @@ class Core:
             self._make_room()  # for the next one too, or instead
 
     def _admit(self, start: Callable[[], EngineStream]) -> EngineStream:
-        stream = start()
+        try:
+            stream = start()
+        except EngineError:
+            self.check_open()  # it may have died since
+            raise
         self._admitted[stream.id] = stream
         return stream
 
