@@ -19,25 +19,17 @@ from .params import GenerationParams
 
 if TYPE_CHECKING:
     from . import chat, lowlevel, models, sync, testing, tuning
-    from .aio import (
-        Conversation,
-        Conversations,
-        Llama,
-        LoadedAdapter,
-        MapResult,
-        MapResults,
-        Piece,
-        Stream,
-        StreamInfo,
-        TurnStream,
-        open_llama,
-        run_llama,
-    )
-    from .aio.statistics import Statistics
     from .chat import ChatTemplate
+    from .conversation import Conversation, Conversations, TurnStream
+    from .engine.adapters import LoadedAdapter
+    from .engine.statistics import Statistics
     from .files import Message
+    from .llama import Llama, StreamInfo
     from .lowlevel import quantize
     from .results import Completion, FinishReason, Score, TokenLogprob, Usage
+    from .serving import open_llama, run_llama
+    from .streams.map import MapResult, MapResults
+    from .streams.stream import Piece, Stream
     from .structured import structured
     from .tuning.errors import (
         AdapterApplicationError,
@@ -130,19 +122,19 @@ __version__ = "0.1.0"
 
 # Where the names are that only their users pay for.
 _HOMES = {
-    "Conversation": "aio",
-    "Conversations": "aio",
-    "Llama": "aio",
-    "LoadedAdapter": "aio",
-    "MapResult": "aio",
-    "MapResults": "aio",
-    "Piece": "aio",
-    "Stream": "aio",
-    "StreamInfo": "aio",
-    "TurnStream": "aio",
-    "open_llama": "aio",
-    "run_llama": "aio",
-    "Statistics": "aio.statistics",
+    "Conversation": "conversation",
+    "Conversations": "conversation",
+    "Llama": "llama",
+    "LoadedAdapter": "engine.adapters",
+    "MapResult": "streams.map",
+    "MapResults": "streams.map",
+    "Piece": "streams.stream",
+    "Stream": "streams.stream",
+    "StreamInfo": "llama",
+    "TurnStream": "conversation",
+    "open_llama": "serving",
+    "run_llama": "serving",
+    "Statistics": "engine.statistics",
     "ChatTemplate": "chat",
     "quantize": "lowlevel",
     "Completion": "results",

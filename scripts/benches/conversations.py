@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 import trio
-from triollama import GenerationParams, models
-from triollama.aio import open_llama
+from triollama import GenerationParams, models, open_llama
 from triollama.chat import named
 from triollama.files import (
     Document,

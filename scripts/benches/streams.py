@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 from triollama import GenerationParams, open_llama
-from triollama.aio.native import N_UBATCH
+from triollama.engine.native import N_UBATCH
 from triollama.models import default_model
 
 from ._harness import Figure, Options, interleave, sample_figure

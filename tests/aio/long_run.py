@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy  # noqa: F401  its threads are there from the beginning
 import trio
-from triollama import GenerationParams, open_llama
+from triollama import GenerationParams, Llama, Stream, open_llama
 from triollama import _engine as engine
-from triollama.aio import Llama, Stream
 from triollama.errors import QueueFullError
 
 TASKS = 6

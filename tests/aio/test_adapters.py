@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
-from triollama import GenerationParams
+from triollama import GenerationParams, Llama, LoadedAdapter, open_llama
 from triollama import _engine as engine
-from triollama.aio import Llama, LoadedAdapter, open_llama
 from triollama.errors import AdapterError, BusyError, ParameterError
 
 pytest.importorskip("gguf", reason="adapters are written with the package gguf")

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from triollama.aio import Llama
+from triollama import Llama
 from triollama.errors import (
     ParameterError,
     StateBusyError,

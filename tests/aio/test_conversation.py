@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import Conversation, Llama, open_llama
+from triollama import Conversation, GenerationParams, Llama, open_llama
 from triollama.chat import ChatTemplate
 from triollama.errors import BusyError, ContextFullError, ParameterError, UnsupportedError
 from triollama.files import Message

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import Llama, LoadedAdapter, open_llama
+from triollama import GenerationParams, Llama, LoadedAdapter, open_llama
 from triollama.errors import AdapterError, ParameterError, StateMismatchError
 
 pytest.importorskip("gguf", reason="adapters are written with the package gguf")

@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import open_llama
+from triollama import GenerationParams, open_llama
 from triollama.errors import (
     ParameterError,
     StateDamagedError,

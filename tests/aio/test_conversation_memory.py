@@ -10,10 +10,10 @@ from typing import IO, Any
 
 import pytest
 import trio
-from triollama import GenerationParams
+from triollama import GenerationParams, open_llama
 from triollama._engine import Decoder
-from triollama.aio import native, open_llama
-from triollama.aio.statistics import Statistics
+from triollama.engine import native
+from triollama.engine.statistics import Statistics
 from triollama.errors import ParameterError, StateWriteError
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=5)

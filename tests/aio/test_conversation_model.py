@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import Conversation, Llama, open_llama
+from triollama import Conversation, GenerationParams, Llama, open_llama
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=8)
 TEXT = "The engine thought for a while. It had many words, but never put them together. "

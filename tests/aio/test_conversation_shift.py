@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams
+from triollama import Conversation, GenerationParams, Llama, open_llama
 from triollama._engine import Batch, Context, Model
-from triollama.aio import Conversation, Llama, open_llama
 from triollama.errors import ContextFullError, UnsupportedError
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=6, ignore_eos=True)

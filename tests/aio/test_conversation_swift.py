@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama.aio import open_llama
+from triollama import open_llama
 from triollama.errors import BusyError
 
 TESTS = Path(__file__).parents[1]

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams, open_llama
-from triollama.aio import Llama
+from triollama import GenerationParams, Llama, open_llama
 
 pytestmark = pytest.mark.slow
 

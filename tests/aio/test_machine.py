@@ -11,9 +11,8 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triollama import GenerationParams
+from triollama import GenerationParams, Llama, Stream, open_llama
 from triollama import _engine as engine
-from triollama.aio import Llama, Stream, open_llama
 from triollama.errors import QueueFullError
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock
-from triollama import GenerationParams
+from triollama import GenerationParams, Llama, Stream, open_llama, run_llama
 from triollama import _engine as engine
-from triollama.aio import Llama, Stream, open_llama, run_llama
 from triollama.errors import ModelFormatError, ModelNotFoundError, ParameterError
 from triollama.testing import FakeEngine, Reply, open_fake_llama
 from triollama.testing.fake_memory import FakeReply

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from triollama import GenerationParams
-from triollama.aio import Conversation, Llama, open_llama
+from triollama import Conversation, GenerationParams, Llama, open_llama
 from triollama.chat import BUILTIN, ChatTemplate
 from triollama.errors import AnswerError, BusyError, ParameterError
 from triollama.files import Document, Message, ModelIdentity

@@ -11,8 +11,7 @@ import msgspec
 import pytest
 import trio
 from msgspec import Meta
-from triollama import GenerationParams, sync
-from triollama.aio import open_llama
+from triollama import GenerationParams, open_llama, sync
 from triollama.errors import AnswerError, ParameterError, UnsupportedError
 from triollama.testing import FakeEngine, open_fake_llama
 

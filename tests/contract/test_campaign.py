@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import trio
 from cancelling import cut, interrupt
-from triollama import GenerationParams
-from triollama.aio import Conversation, Llama, open_llama
+from triollama import Conversation, GenerationParams, Llama, open_llama
 
 # No penalties: what they remember of turns before the last one is not in a file.
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)

@@ -17,8 +17,7 @@ import pytest
 import trio
 from cancelling import cut, interrupt
 from test_conversations import GREEDY, SYSTEM, World, world  # noqa: F401
-from triollama import GenerationParams
-from triollama.aio import Conversation, Llama, Stream, TurnStream
+from triollama import Conversation, GenerationParams, Llama, Stream, TurnStream
 from triollama.files import load_document
 
 SHORT = GREEDY.replace(max_tokens=4)

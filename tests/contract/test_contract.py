@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import assert_checkpoints
-from triollama import GenerationParams
-from triollama.aio import Llama, Piece, Stream
+from triollama import GenerationParams, Llama, Piece, Stream
 from triollama.errors import (
     AdapterError,
     BusyError,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock
-from triollama import GenerationParams
-from triollama.aio import open_llama
+from triollama import GenerationParams, open_llama
 from triollama.errors import ContextFullError, ParameterError
 from triollama.files import load_document
 from triollama.testing import FakeEngine, Reply, open_fake_llama

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import Llama
+from triollama import GenerationParams, Llama
 from worlds import World
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, ignore_eos=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import trio
 from trio.testing import MockClock
+from triollama import open_llama
 from triollama._engine import Trainer
-from triollama.aio import open_llama
 from triollama.testing import FakeEngine, make_tiny_model, open_fake_llama
 
 

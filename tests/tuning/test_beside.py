@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from triollama import GenerationParams, _engine
-from triollama.aio import open_llama
+from triollama import GenerationParams, _engine, open_llama
 from triollama.tuning import NoAdapterError, TrainingConfig
 from triollama.tuning.aio import AsyncTuner
 

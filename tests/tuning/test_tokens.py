@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
-from triollama import GenerationParams
-from triollama.aio import Conversation, open_llama
+from triollama import Conversation, GenerationParams, open_llama
 from triollama.tuning import Encoder, Example
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=7)

@@ -20,14 +20,20 @@ LAYERS = (
     ("_engine",),
     ("lowlevel",),
     ("chat", "structured", "models", "files"),
-    ("aio", "sync", "tuning"),
+    ("engine",),
+    ("streams",),
+    ("conversation",),
+    ("llama",),
+    ("serving", "sync", "tuning"),
     ("testing",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# `sync` and `aio` say in one line what an async face is for; the package itself offers both.
-TRIO_ALLOWED = ("aio", "testing", "tuning", "uninterrupted", "files/autosave.py")
+TRIO_ALLOWED = (
+    *("engine", "streams", "conversation", "llama", "serving"),
+    *("testing", "tuning", "uninterrupted", "files/autosave.py"),
+)
 
 
 def modules() -> list[Path]:
@@ -122,7 +128,7 @@ def test_the_walk_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder.mkdir()
     (folder / "x.py").write_text(
         "import trio.abc\nfrom ..sync import Llama\nfrom .. import models\nfrom . import text\n"
-        "from triollama import aio\n"
+        "from triollama import llama\n"
         "if TYPE_CHECKING:\n    import numpy\n"
     )
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
@@ -132,7 +138,7 @@ def test_the_walk_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("triollama.models", False),
         ("triollama.chat.text", False),
         ("triollama", False),
-        ("triollama.aio", False),
+        ("triollama.llama", False),
         ("numpy", True),
     }
 
@@ -173,6 +179,6 @@ def test_nobody_below_the_facade_knows_it() -> None:
     knows = {
         path.relative_to(PACKAGE).as_posix()
         for path in modules()
-        if PACKAGE / "aio" / "llama.py" in neighbours(path) and top(path) != "__init__"
+        if PACKAGE / "llama.py" in neighbours(path) and top(path) != "__init__"
     }
-    assert knows == {"aio/__init__.py", "testing/simulated.py"}
+    assert knows == {"serving.py", "testing/simulated.py"}

@@ -47,7 +47,7 @@ def test_type_checkers_see_what_is_there() -> None:
 
 
 def test_llama_is_trios_and_the_script_s_is_in_sync() -> None:
-    assert triollama.Llama is importlib.import_module("triollama.aio").Llama
+    assert triollama.Llama is importlib.import_module("triollama.llama").Llama
     assert triollama.sync.Llama is not triollama.Llama
     assert triollama.quantize is triollama.lowlevel.quantize
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 from triollama import GenerationParams, files
-from triollama.aio.conversation.history import State, Turn, went_on_from
-from triollama.aio.conversation.saved import from_saved, is_data, to_saved
+from triollama.conversation.history import State, Turn, went_on_from
+from triollama.conversation.saved import from_saved, is_data, to_saved
 from triollama.files import Message, SavedConversation
 
 PARAMS = GenerationParams(seed=1, temperature=0.5)

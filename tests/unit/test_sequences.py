@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from triollama.aio.conversation.history import State
-from triollama.aio.conversation.plan import WORTH_SHARING, Plan
-from triollama.aio.conversation.sequences import Sequence, Sequences
+from triollama.conversation.history import State
+from triollama.conversation.plan import WORTH_SHARING, Plan
+from triollama.conversation.sequences import Sequence, Sequences
 
 
 def made(*, deterministic: bool) -> Sequences:

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 from triollama import GenerationParams
-from triollama.aio.conversation.choices import again, edited, onward, said
-from triollama.aio.conversation.history import Shift, State, Turn, common_length, shifted
-from triollama.aio.conversation.plan import Plan, Planning, Prompts, make_plan
-from triollama.aio.conversation.samplers import turn_params
 from triollama.chat import ChatTemplate, ChatTokenizer, TurnEnd
+from triollama.conversation.choices import again, edited, onward, said
+from triollama.conversation.history import Shift, State, Turn, common_length, shifted
+from triollama.conversation.plan import Plan, Planning, Prompts, make_plan
+from triollama.conversation.samplers import turn_params
 from triollama.errors import ContextFullError, ParameterError, UnsupportedError
 from triollama.files import Message
 from triollama.testing.fake_memory import FakeVocab

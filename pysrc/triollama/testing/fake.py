@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ..aio.engine import Sampler
-from ..aio.statistics import Statistics
+from ..engine.protocol import Sampler
+from ..engine.statistics import Statistics
 from ..errors import (
     BusyError,
     ClosedError,

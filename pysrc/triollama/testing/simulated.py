@@ -6,8 +6,9 @@ from types import TracebackType
 
 import trio
 
-from ..aio.core import WhenFull
-from ..aio.llama import Llama, Serving
+from ..engine.core import WhenFull
+from ..llama import Llama
+from ..serving import Serving
 from .fake import FakeEngine
 
 __all__ = ["open_fake_llama"]

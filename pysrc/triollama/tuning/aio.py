@@ -133,7 +133,7 @@ def train_async(
 
 
 class Serving(Protocol):
-    """What is needed of a running Llama; ``triollama.aio.Llama`` has it."""
+    """What is needed of a running Llama; ``triollama.Llama`` has it."""
 
     @property
     def model(self) -> Any: ...

@@ -10,9 +10,9 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 import trio
 
+from ..engine.core import Core
 from ..errors import ParameterError, TriollamaError
 from ..structured import Structured
-from .core import Core
 from .stream import Stream
 
 __all__ = ["MapResult", "MapResults"]

@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from ...chat import ChatTemplate, ChatTokens, Rendered
-from ...errors import ContextFullError, ParameterError
-from ...files import Message
-from ...params import GenerationParams
+from ..chat import ChatTemplate, ChatTokens, Rendered
+from ..errors import ContextFullError, ParameterError
+from ..files import Message
+from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted
 
 __all__ = ["WORTH_SHARING", "Overflow", "Plan", "Planning", "Prompts", "Wanted", "make_plan"]

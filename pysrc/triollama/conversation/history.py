@@ -6,8 +6,8 @@ import datetime
 
 import msgspec
 
-from ...files import Message
-from ...params import GenerationParams
+from ..files import Message
+from ..params import GenerationParams
 
 __all__ = ["Shift", "State", "Turn", "common_length", "now", "shifted", "went_on_from"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from ...errors import ParameterError
-from ...files import Message
+from ..errors import ParameterError
+from ..files import Message
 from .history import State, now
 
 __all__ = ["Choose", "again", "edited", "onward", "said"]

@@ -12,7 +12,7 @@ import trio
 
 from ..errors import BusyError, EngineError, ParameterError, QueueFullError
 from ..params import GenerationParams
-from .engine import Engine, EngineStream, Model, Reply, Vocab
+from .protocol import Engine, EngineStream, Model, Reply, Vocab
 from .pump import Pump
 
 __all__ = ["Core", "OpenStream", "WhenFull"]

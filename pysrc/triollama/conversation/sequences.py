@@ -10,9 +10,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from ...errors import ClosedError, StateError
-from ..core import Core
-from ..engine import EngineStream
+from ..engine.core import Core
+from ..engine.protocol import EngineStream
+from ..errors import ClosedError, StateError
 from .history import Shift, common_length
 from .plan import WORTH_SHARING, Plan
 

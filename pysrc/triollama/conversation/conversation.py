@@ -7,15 +7,15 @@ from typing import Any, Protocol, TypeVar, overload
 
 import trio
 
-from ... import files
-from ...chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
-from ...errors import ParameterError
-from ...files import MAX_TITLE, Message
-from ...params import GenerationParams, draw_seed
-from ...results import Completion
-from ...structured import Structured, structured
-from ..adapters import Adapters, LoadedAdapter, Scaled
-from ..core import Core
+from .. import files
+from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
+from ..engine.adapters import Adapters, LoadedAdapter, Scaled
+from ..engine.core import Core
+from ..errors import ParameterError
+from ..files import MAX_TITLE, Message
+from ..params import GenerationParams, draw_seed
+from ..results import Completion
+from ..structured import Structured, structured
 from .choices import Choose, again, edited, onward, said
 from .history import State, common_length, now
 from .ledger import Ledger

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ...results import Usage
-from ..adapters import Adapters, Scaled
-from ..core import Core
+from ..engine.adapters import Adapters, Scaled
+from ..engine.core import Core
+from ..results import Usage
 from .history import State
 from .plan import Overflow, Prompts
 from .sequences import Sequence, Sequences

@@ -11,21 +11,21 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from ... import files
-from ...chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
-from ...chat.template import warn_of_default
-from ...errors import (
+from .. import files
+from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
+from ..chat.template import warn_of_default
+from ..engine.adapters import Adapters, LoadedAdapter
+from ..engine.core import Core
+from ..errors import (
     ChatTemplateError,
     ParameterError,
     StateError,
     StateWriteError,
     UnsupportedError,
 )
-from ...files import Message
-from ...files.autosave import Autosave
-from ...params import GenerationParams, draw_seed, make_params
-from ..adapters import Adapters, LoadedAdapter
-from ..core import Core
+from ..files import Message
+from ..files.autosave import Autosave
+from ..params import GenerationParams, draw_seed, make_params
 from .conversation import Conversation
 from .history import State, now
 from .plan import Overflow

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...chat import TurnEnd
-from ...errors import UnsupportedError
-from ...params import GenerationParams, make_params
-from ...structured import Structured
-from ..engine import Engine, Sampler
+from ..chat import TurnEnd
+from ..engine.protocol import Engine, Sampler
+from ..errors import UnsupportedError
+from ..params import GenerationParams, make_params
+from ..structured import Structured
 from .plan import Plan
 
 __all__ = ["make_sampler", "state_of", "turn_params", "with_grammar"]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import trio
 
 from .. import files
+from ..engine.adapters import Scaled
 from ..errors import (
     GrammarError,
     ParameterError,
@@ -23,10 +24,11 @@ from ..files.autosave import Autosave, Sync
 from ..files.owner import Owner
 from ..files.store import real_path
 from ..params import GenerationParams
-from .adapters import Scaled
-from .conversation import Conversation, Conversations, Overflow
-from .conversation.history import now
-from .conversation.saved import from_saved
+from .conversation import Conversation
+from .history import now
+from .plan import Overflow
+from .registry import Conversations
+from .saved import from_saved
 
 __all__ = ["autosave", "restore", "save"]
 

@@ -23,11 +23,11 @@ from .._engine import (
 )
 from ..errors import LoadCancelled, ParameterError, StateWriteError
 from ..params import GenerationParams
-from . import engine
+from . import protocol
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from .engine import Rows
+    from .protocol import Rows
 
 __all__ = ["NativeEngine", "load"]
 
@@ -78,7 +78,7 @@ class NativeEngine:
     def submit(
         self,
         tokens: Sequence[int],
-        sampler: engine.Sampler,
+        sampler: protocol.Sampler,
         params: GenerationParams,
         *,
         priority: int = 0,

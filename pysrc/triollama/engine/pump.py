@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
-from .engine import Engine
+from .protocol import Engine
 
 __all__ = ["Pump"]
 

@@ -14,10 +14,10 @@ from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from ..engine.adapters import Adapters, Scaled
+    from ..engine.core import Core, WhenFull
+    from ..engine.protocol import EngineStream, Taken
     from ..structured import Structured
-    from .adapters import Adapters, Scaled
-    from .core import Core, WhenFull
-    from .engine import EngineStream, Taken
 
 __all__ = ["Piece", "Stream"]
 

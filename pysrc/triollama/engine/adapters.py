@@ -13,7 +13,7 @@ import trio
 from .. import files
 from ..errors import AdapterError, BusyError, ParameterError, StateError
 from .core import Core
-from .engine import Reply
+from .protocol import Reply
 
 if TYPE_CHECKING:
     import numpy as np

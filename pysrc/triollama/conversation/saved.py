@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from ... import files
-from ...files import Message, SavedConversation
-from ...params import GenerationParams
+from .. import files
+from ..files import Message, SavedConversation
+from ..params import GenerationParams
 from .history import State, Turn
 
 __all__ = ["as_given", "from_saved", "is_data", "to_saved"]

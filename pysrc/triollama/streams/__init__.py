@@ -1,0 +1,1 @@
+"""Generations as channels: one, many, and what only reads. They know a Core, and no Llama."""

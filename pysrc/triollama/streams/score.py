@@ -1,0 +1,110 @@
+"""What only reads: how likely texts are, and their embeddings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import trio
+
+from ..engine.adapters import Adapters, Scaled
+from ..engine.core import Core
+from ..engine.protocol import EngineStream
+from ..errors import ParameterError
+from ..results import Score
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["embed", "score"]
+
+
+async def score(
+    core: Core,
+    adapters: Adapters,
+    text: str | Iterable[int],
+    *,
+    given: str | Iterable[int] | None,
+    priority: int,
+    chosen: Scaled,
+) -> Score:
+    """See ``Llama.score``."""
+    import numpy
+
+    before = core.prompt_tokens(given, "given") if given is not None else []
+    if isinstance(text, str):
+        tokens = before + core.engine.tokenize(text, add_special=not before)
+    else:
+        tokens = before + core.prompt_tokens(text, "text")
+    n_given = max(1, len(before))
+    (stream,) = await _run(core, adapters, "score", [tokens], chosen, priority=priority)
+    values = numpy.asarray(stream.values[n_given - 1 :], dtype=numpy.float32)
+    return Score(tokens=tokens[n_given:], logprobs=values)
+
+
+async def embed(
+    core: Core,
+    adapters: Adapters,
+    text: str | Sequence[str],
+    *,
+    pooling: str,
+    normalize: bool,
+    priority: int,
+    chosen: Scaled,
+) -> npt.NDArray[np.float32]:
+    """See ``Llama.embed``."""
+    import numpy
+
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise ParameterError(
+            "text must be a string or a non-empty sequence of strings",
+            parameter="text",
+            value=text,
+        )
+    prompts = [core.prompt_tokens(one, "text") for one in texts]
+    rows = []
+    for first in range(0, len(prompts), core.max_streams):
+        some = prompts[first : first + core.max_streams]
+        streams = await _run(
+            core, adapters, "embed", some, chosen, pooling=pooling, priority=priority
+        )
+        rows += [numpy.asarray(stream.values, dtype=numpy.float32) for stream in streams]
+    result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
+    if normalize:
+        norm = numpy.linalg.norm(result, axis=-1, keepdims=True)
+        result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
+    return result
+
+
+async def _run(
+    core: Core,
+    adapters: Adapters,
+    kind: Literal["score", "embed"],
+    prompts: list[list[int]],
+    chosen: Scaled,
+    **options: Any,
+) -> list[EngineStream]:
+    await core.begin()
+    options["adapters"] = await adapters.number(chosen)
+    streams: list[EngineStream] = []
+    try:
+        for tokens in prompts:
+            start = functools.partial(core.engine.submit_other, kind, tokens, **options)
+            streams.append(await core.submit(start, options["priority"]))
+        for stream in streams:
+            await core.end_of(stream)
+    finally:
+        for stream in streams:
+            stream.cancel()
+    for stream in streams:
+        if stream.finish_reason == "error":
+            if stream.failed_with_engine:
+                raise trio.BrokenResourceError("the engine died") from stream.error
+            assert stream.error is not None
+            raise stream.error
+        if stream.finish_reason == "cancelled":
+            raise trio.ClosedResourceError("this Llama was closed")
+    return streams
