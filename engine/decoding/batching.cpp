@@ -65,14 +65,6 @@ std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready
 
     const int32_t n_running = (int32_t) running.size();
     std::vector<Group> plan;
-    if (config.packing == Packing::single) {
-        for (Entry & e : running) {
-            plan.push_back(Group{std::move(e)});
-        }
-        plan_single_prompts(prompts, n_running, plan);
-        return plan;
-    }
-
     int32_t budget = config.n_ubatch;
     if (n_running > 0) {
         if (config.prompt_tokens > 0) {
@@ -121,35 +113,6 @@ std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready
     return plan;
 }
 
-void Decoder::Impl::plan_single_prompts(const std::vector<StreamPtr> & prompts, int32_t n_running, std::vector<Group> & plan) {
-    if (n_running == 0) {
-        credit = 0.0;
-        for (const StreamPtr & s : prompts) {
-            plan.push_back(Group{Entry{s, chunk(*s, config.n_ubatch)}});
-        }
-        return;
-    }
-    if (prompts.empty()) {
-        credit = 0.0;
-        return;
-    }
-    const bool by_count = config.prompt_tokens > 0;
-    if (!by_count && !cost.knows(n_running)) {
-        return;
-    }
-    const double price = by_count ? 1.0 : cost.prompt_token();
-    credit += by_count ? config.prompt_tokens : config.prompt_budget * cost.ordinary(n_running);
-    for (const StreamPtr & s : prompts) {
-        const int32_t n = chunk(*s, config.n_ubatch);
-        if (credit < n * price) {
-            return;
-        }
-        credit -= n * price;
-        plan.push_back(Group{Entry{s, n}});
-    }
-    credit = std::min(credit, config.prefill_chunk * price);
-}
-
 // Tokens that `stream` may decode next, at most `room`.
 int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
     const Work & w = *stream.work;
@@ -157,26 +120,7 @@ int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
     if (every_output(stream)) {
         n = std::min(n, config.n_outputs);
     }
-    if (config.packing == Packing::single) {
-        n = std::min(n, grid_end(stream, w) - w.n_decoded);
-    }
     return std::min(n, room);
-}
-
-// Single packing: a replay is cut exactly where the first run was. Old turns at their recorded cuts, this turn's
-// prompt on a grid from its start, generated tokens one by one.
-int32_t Decoder::Impl::grid_end(const Stream & stream, const Work & w) const {
-    const int32_t start = std::min(stream.request.commit, w.n_prompt);
-    if (w.n_decoded < start) {
-        const std::vector<int32_t> & cuts = stream.request.cuts;
-        auto next = std::upper_bound(cuts.begin(), cuts.end(), w.n_decoded);
-        return next == cuts.end() ? start : std::min(*next, start);
-    }
-    if (w.n_decoded >= w.n_prompt) {
-        return w.n_decoded + 1;
-    }
-    const int32_t end = w.n_decoded + config.prefill_chunk - (w.n_decoded - start) % config.prefill_chunk;
-    return std::min(end, w.n_prompt);
 }
 
 bool Decoder::Impl::every_output(const Stream & stream) {

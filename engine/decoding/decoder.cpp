@@ -84,12 +84,11 @@ void Decoder::Impl::uncount(Stream & stream) {
 }
 
 Decoder::Decoder(std::unique_ptr<Backend> backend, DecoderConfig config) {
-    if (config.n_slots < 1 || config.n_ubatch < 1 || config.n_outputs < 1 || config.n_ctx < 1 || config.prefill_chunk < 1 ||
+    if (config.n_slots < 1 || config.n_ubatch < 1 || config.n_outputs < 1 || config.n_ctx < 1 ||
         config.max_queue < 0 || config.prompt_tokens < 0 || !(config.prompt_budget > 0.0) || config.set_steps < 1) {
         throw std::invalid_argument("a count of the decoder's configuration is out of range");
     }
-    config.prefill_chunk = std::min(config.prefill_chunk, config.n_ubatch);
-    config.n_outputs     = std::min(config.n_outputs, config.n_ubatch);
+    config.n_outputs = std::min(config.n_outputs, config.n_ubatch);
     impl = std::make_unique<Impl>(std::move(backend), config);
     impl->publish();
     impl->thread = Thread("triollama-steps", [this] { impl->run(); });

@@ -37,7 +37,6 @@ struct prompt_too_long_error : std::runtime_error {
 enum class Packing : int32_t {
     mixed,      // running tokens and prompt tokens in one ubatch: a unified cache and no recurrent state
     equal,      // running tokens together, each prompt alone: upstream would split anything else
-    single,     // every sequence alone, prompts cut at fixed offsets: bit-equal to a lone run
 };
 
 struct DecoderConfig {
@@ -53,7 +52,6 @@ struct DecoderConfig {
     double  prompt_budget = 1.0;        // time for prompts in a step, in ordinary steps
     int32_t prompt_tokens = 0;          // if not 0: this many prompt tokens a step instead
     int32_t check_span = 0;             // position up to which prompts are read in full ubatches; 0: always
-    int32_t prefill_chunk = 32;         // single packing: the grid on which prompts are cut
     bool    spares = false;             // what a stream without a sequence leaves serves those that begin alike
     int32_t max_queue = 0;              // streams that may wait for a slot
     int32_t set_steps = 8;              // steps of one ContextSet while others wait

@@ -75,7 +75,6 @@ cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
         int32_t cached
         int32_t commit
         cpp_bool keep_on_cancel
-        vector[int32_t] cuts
         uint64_t sequence
         unique_ptr[NativeSampler] sampler
         int32_t accept_from
@@ -107,7 +106,6 @@ cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
         int32_t shifted
         vector[int32_t] shifts
         vector[float] values
-        vector[int32_t] starts
         Usage usage()
         size_t waiting()
         NativeSampler * sampler()
@@ -117,7 +115,6 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
     cdef enum class Packing(int32_t):
         mixed
         equal
-        single
 
     cdef cppclass DecoderConfig:
         Packing packing
@@ -132,7 +129,6 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
         double prompt_budget
         int32_t prompt_tokens
         int32_t check_span
-        int32_t prefill_chunk
         cpp_bool spares
         int32_t max_queue
         int32_t set_steps

@@ -72,9 +72,7 @@ cdef class Decoder(Owner):
     Raises ParameterError for a context with adapters or a control vector (``define_adapters`` names
     them for streams), UnsupportedError for models that are not causal decoders.
 
-    deterministic: every sequence is decoded alone, prompts are cut every ``prefill_chunk`` tokens
-        from their turn's start: tokens do not depend on what else runs. Needs kv_unified=False and
-        flash_attn="off".
+    deterministic: tokens do not depend on what else runs. Needs a context with exact=True.
     prompt_budget: time that prompts may take of a step in which streams run, in ordinary steps;
         measured while running. prompt_tokens: if not 0, this many tokens instead.
     spares: what a stream without a sequence of its own leaves stays until its place is wanted, and such
@@ -100,7 +98,6 @@ cdef class Decoder(Owner):
         deterministic: bool = False,
         prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
-        prefill_chunk: int = 32,
         spares: bool = False,
         max_queue: int = 0,
         host_bytes: int = 0,
@@ -116,7 +113,6 @@ cdef class Decoder(Owner):
         cdef DecoderConfig config
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
-        config.prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1, 2**31 - 1)
         config.spares = spares
         config.max_queue = check_int("max_queue", max_queue, 0, 2**30)
         config.host_bytes = check_int("host_bytes", host_bytes, 0, 2**62)
@@ -141,14 +137,13 @@ cdef class Decoder(Owner):
                     "the decoder drives causal decoder-only models; use encode for others")
             if model.vocab.type == "none":
                 raise UnsupportedError("the model has no vocabulary")
-            if self.deterministic and (context.kv_unified or context.flash_attn != "off"):
+            if self.deterministic and not context.exact:
                 raise ParameterError(
-                    "deterministic=True needs a context with kv_unified=False and flash_attn='off'",
+                    "deterministic=True needs a context with exact=True",
                     parameter="deterministic", value=True)
             recurrent = model.is_recurrent or model.is_hybrid
             config.packing = (
-                Packing.single if self.deterministic
-                else Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
+                Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
             config.n_slots = context.n_seq_max
             config.n_ubatch = min(context.n_ubatch, context.n_batch)
             config.n_outputs = context.n_outputs_max
@@ -266,7 +261,6 @@ cdef class Decoder(Owner):
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
-        cuts=(),
         adapters: int = 0,
     ) -> DecoderStream:
         """Start a stream; it runs as soon as a sequence is free.
@@ -280,8 +274,7 @@ cdef class Decoder(Owner):
         capacity: pieces that may wait to be taken before the stream pauses.
         sequence: from ``make_sequence``; the first ``cached`` tokens are taken from its KV if they
             are still there. ``commit`` is where this turn began: a stream that is cancelled goes back
-            to it, unless ``keep_on_cancel``. ``cuts``: in deterministic mode, where each decode before
-            ``commit`` began, to compute them again exactly as they were.
+            to it, unless ``keep_on_cancel``.
         adapters: a set from ``define_adapters``.
         The others are documented in GenerationParams.
 
@@ -338,8 +331,6 @@ cdef class Decoder(Owner):
         request.cached = check_int("cached", cached, 0, 2**31 - 1)
         request.commit = check_int("commit", commit, 0, 2**31 - 1)
         request.keep_on_cancel = keep_on_cancel
-        for position in cuts:
-            request.cuts.push_back(check_int("cuts", position, 0, 2**31 - 1))
         request.set = check_int("adapters", adapters, 0, 2**62)
         if sampler is not None:
             request.sampler.reset(copy_sampler(sampler))
@@ -692,13 +683,6 @@ cdef class DecoderStream:
         if self.ptr.get().finish() == Finish.none:
             return []
         return list(self.ptr.get().shifts)
-
-    @property
-    def starts(self) -> list[int]:
-        """Deterministic mode: where each decode of the prompt began, once finished."""
-        if self.ptr.get().finish() == Finish.none:
-            return []
-        return list(self.ptr.get().starts)
 
     @property
     def values(self) -> list[float]:

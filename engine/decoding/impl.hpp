@@ -142,7 +142,6 @@ struct Decoder::Impl {
     int32_t  threads_now = 0;
     int32_t  threads_batch_now = 0;
     uint64_t turn = 0;                              // rotates who goes first
-    double   credit = 0.0;                          // single packing: time prompts are owed
     bool     hold = false;                          // cells ran out: admit nobody until a stream ends
     uint64_t seen_cancels = 0;
     uint64_t checked_cancels = 0;                   // by the abort callback
@@ -196,9 +195,7 @@ struct Decoder::Impl {
     static Mode mode_of(const Stream & s);
     void choose_mode(const std::vector<StreamPtr> & ready);
     std::vector<Group> make_plan(const std::vector<StreamPtr> & ready);
-    void plan_single_prompts(const std::vector<StreamPtr> & prompts, int32_t n_running, std::vector<Group> & plan);
     int32_t chunk(const Stream & stream, int32_t room) const;
-    int32_t grid_end(const Stream & stream, const Work & w) const;
     static bool every_output(const Stream & stream);
     int32_t outputs(const Stream & stream, int32_t n) const;
 

@@ -241,23 +241,19 @@ bool Slots::evict_idle() {
     return true;
 }
 
-void Slots::remember(Sequence & sequence, std::vector<llama_token> tokens, int32_t on_grid) {
-    sequence.tokens  = std::move(tokens);
-    sequence.on_grid = on_grid;
+void Slots::remember(Sequence & sequence, std::vector<llama_token> tokens) {
+    sequence.tokens = std::move(tokens);
     sequence.tokens.resize(std::min((int32_t) sequence.tokens.size(), sequence.n));
 }
 
-std::pair<Sequence *, int32_t> Slots::find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set, int32_t grid) {
+std::pair<Sequence *, int32_t> Slots::find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set) {
     std::pair<Sequence *, int32_t> best{nullptr, WORTH_SHARING - 1};
     for (Sequence * s : owner) {
         if (!s || s->busy || s->set != set) {
             continue;
         }
         const int32_t known = std::min({(int32_t) s->tokens.size(), (int32_t) tokens.size(), s->n, most});
-        int32_t n = (int32_t) (std::mismatch(tokens.begin(), tokens.begin() + known, s->tokens.begin()).first - tokens.begin());
-        if (grid > 0) {
-            n = std::min(n, s->on_grid) / grid * grid;
-        }
+        const int32_t n = (int32_t) (std::mismatch(tokens.begin(), tokens.begin() + known, s->tokens.begin()).first - tokens.begin());
         if (!rules.can_roll_back && n != s->n) {
             continue;
         }
@@ -290,7 +286,6 @@ void Slots::fork(Sequence & from, Sequence & to, int32_t n) {
     to.tokens.clear();
     if (!from.busy) {
         to.tokens.assign(from.tokens.begin(), from.tokens.begin() + std::min((int32_t) from.tokens.size(), n));
-        to.on_grid = std::min(from.on_grid, n);
     }
     if (n == 0) {
         return;

@@ -34,7 +34,6 @@ struct Sequence {
     bool     kept = false;      // lives on without a stream
     bool     spare = false;     // nobody's any more: serves who begins alike, until its slot is wanted
     std::vector<llama_token> tokens;    // what its positions hold, as far as is known
-    int32_t  on_grid = 0;       // positions that were cut as a prompt from 0 on is
     std::string host;           // upstream's blob, while it has no slot
     bool     on_disk = false;   // or there
     std::vector<Run> runs;      // which cells it holds, as of the last look
@@ -81,10 +80,10 @@ public:
     void touch(Sequence & sequence) { sequence.used = ++clock; }
 
     // Notes what an idle sequence holds.
-    void remember(Sequence & sequence, std::vector<llama_token> tokens, int32_t on_grid);
+    void remember(Sequence & sequence, std::vector<llama_token> tokens);
     // The idle sequence with the longest beginning in common with `tokens`, and how many of them, at most `most`, at
-    // least WORTH_SHARING; with a grid, so that going on from there gives the same bits as beginning at 0. Or none.
-    std::pair<Sequence *, int32_t> find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set, int32_t grid);
+    // least WORTH_SHARING. Or none.
+    std::pair<Sequence *, int32_t> find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set);
     // A spare one as somebody's own.
     Sequence & adopt(Sequence & spare, uint64_t id);
 

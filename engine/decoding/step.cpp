@@ -191,12 +191,7 @@ void Decoder::Impl::blame(Group & group, int32_t code) {
 void Decoder::Impl::advance(Entry & e, std::vector<Sampling> & samplings) {
     const StreamPtr & stream = e.stream;
     Work & w = *stream->work;
-    const bool was_running = w.running();
-    if (!was_running) {
-        const bool first_time = stream->starts.empty() || w.n_decoded > stream->starts.back();
-        if (config.packing == Packing::single && w.n_decoded < w.n_prompt && first_time) {
-            stream->starts.push_back(w.n_decoded);
-        }
+    if (!w.running()) {
         count.prompt_tokens += e.n;
     }
     w.alone = false;

@@ -79,7 +79,6 @@ struct Request {
     int32_t cached = 0;                     // as many may be taken from the sequence's KV, if they are still there
     int32_t commit = 0;                     // where this turn begins: a cancelled one goes back to it
     bool    keep_on_cancel = false;         // a cancelled turn keeps what it decoded
-    std::vector<int32_t> cuts;              // deterministic mode: positions before this turn where a decode began, ascending
     uint64_t sequence = 0;                  // 0: one of its own, gone when the stream ends
 
     std::unique_ptr<Sampler> sampler;
@@ -134,7 +133,6 @@ public:
     int32_t shifted = 0;                        // tokens dropped by context shifts
     std::vector<int32_t> shifts;                // how many each of them dropped, after the first n_keep
     std::vector<float> values;                  // score: log-probabilities; embed: the vector; hidden: the state
-    std::vector<int32_t> starts;                // deterministic mode: where each decode of the prompt began
 
     Usage usage() const {
         std::lock_guard<std::mutex> lock(mutex);

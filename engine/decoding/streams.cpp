@@ -78,8 +78,7 @@ void Decoder::Impl::admit() {
 Sequence & Decoder::Impl::begin(Stream & stream) {
     Request & r = stream.request;
     if (config.spares && r.kind == Kind::generate && r.causal) {
-        const int32_t grid = config.packing == Packing::single ? config.prefill_chunk : 0;
-        const auto [source, n] = slots.find_alike(stream.work->tokens, stream.work->n_end - 1, r.set, grid);
+        const auto [source, n] = slots.find_alike(stream.work->tokens, stream.work->n_end - 1, r.set);
         if (source) {
             r.cached = n;
             if (source->spare) {
@@ -218,7 +217,7 @@ void Decoder::Impl::settle(Stream & stream, Work & w, Finish how) {
             slots.trim(sequence, w.n_decoded);
         }
         if (of_use && sequence.slot >= 0 && sequence.n >= WORTH_SHARING) {
-            slots.remember(sequence, w.tokens, w.n_prompt);
+            slots.remember(sequence, w.tokens);
             slots.touch(sequence);
             sequence.spare = true;
         } else {
@@ -231,7 +230,7 @@ void Decoder::Impl::settle(Stream & stream, Work & w, Finish how) {
         slots.touch(sequence);
         stream.position = sequence.n;
         if (stream.shifts.empty() && r.causal) {
-            slots.remember(sequence, w.tokens, r.commit == 0 ? w.n_prompt : std::min(sequence.on_grid, r.commit));
+            slots.remember(sequence, w.tokens);
         } else {
             sequence.tokens.clear();
         }

@@ -542,7 +542,6 @@ class Decoder(Owner):
         deterministic: bool = False,
         prompt_budget: float = 1.0,
         prompt_tokens: int = 0,
-        prefill_chunk: int = 32,
         spares: bool = False,
         max_queue: int = 0,
         host_bytes: int = 0,
@@ -583,7 +582,6 @@ class Decoder(Owner):
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
-        cuts: Iterable[int] = (),
         adapters: int = 0,
     ) -> DecoderStream: ...
     def make_sequence(self) -> int: ...
@@ -641,8 +639,6 @@ class DecoderStream:
     def shifted(self) -> int: ...
     @property
     def shifts(self) -> list[int]: ...
-    @property
-    def starts(self) -> list[int]: ...
     @property
     def values(self) -> list[float]: ...
     @property

@@ -29,8 +29,8 @@ class open_llama:
     max_queue: streams that may wait beyond those, in the engine.
     when_full: entering a stream beyond these waits until there is room ("wait"), or raises
         QueueFullError at once ("raise"), as a server that answers "too many" wants it.
-    deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it;
-        slower with many streams (docs/kv.md).
+    deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it
+        (docs/kv.md; Linux, on the CPU).
     threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
     type_k, type_v: cache types, see :class:`triollama._engine.Context`.

@@ -34,14 +34,15 @@ class Driver:
             "n_threads": 1,
             "kv_unified": not deterministic,
             "flash_attn": "off",
+            "exact": deterministic,
             **{name: options.pop(name) for name in list(options) if name in context_names},
         }
-        self.model = engine.Model(path)
+        self.model = engine.Model(path, repack=not deterministic)
         self.context = engine.Context(self.model, n_batch=settings["n_ubatch"], **settings)
         self.decoder = engine.Decoder(
             self.context,
             deterministic=deterministic,
-            **{"max_queue": 64, "prefill_chunk": CHUNK, **options},
+            **{"max_queue": 64, **options},
         )
 
     def close(self) -> None:
@@ -167,10 +168,10 @@ def reference(
 ) -> list[int]:
     """Greedy tokens by Context and numpy alone: the prompt in chunks, then one by one."""
     out: list[int] = []
-    with engine.Model(path) as model, ExitStack() as stack:
+    with engine.Model(path, repack=False) as model, ExitStack() as stack:
         context = engine.Context(
             model, n_ctx=256, n_seq_max=1, n_batch=64, n_ubatch=64, n_threads=1,
-            kv_unified=False, flash_attn="off",
+            kv_unified=False, flash_attn="off", exact=True,
         )  # fmt: skip
         if adapter is not None:
             loaded = stack.enter_context(engine.Adapter(model, adapter))

@@ -35,7 +35,7 @@ ROUNDING = 2e-3
 """Cells in another order round sums otherwise. What these walks are for is off by 1 to 10."""
 
 KINDS: dict[str, dict[str, Any]] = {
-    "separate": {"kv_unified": False, "flash_attn": "off"},
+    "separate": {"kv_unified": False, "flash_attn": "off", "exact": True},
     "separate-f32": {
         "kv_unified": False,
         "flash_attn": "off",
@@ -92,7 +92,7 @@ class Walk:
     def __init__(self, path: Any, seed: int) -> None:
         self.path = path
         self.random = random.Random(seed)
-        self.model = engine.Model(path)
+        self.model = engine.Model(path, repack=False)
         self.low, self.high = 300, len(self.model.vocab) - 20
         self.opened: list[Opened] = []
         self.blobs: list[tuple[str, bytes, Held]] = []
@@ -318,7 +318,7 @@ class Walk:
         driver = Driver.__new__(Driver)
         driver.model, driver.context = self.model, place.context
         options = {
-            "deterministic": True, "stepwise": True, "prefill_chunk": 8, "max_queue": 9,
+            "deterministic": True, "stepwise": True, "max_queue": 9,
             "prompt_tokens": 8, "slow_sampler": 1e6, "host_bytes": 1 << 22, "restore_cost": 1e-12,
             "prompt_cost": 1.0,
         }  # fmt: skip

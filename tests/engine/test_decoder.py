@@ -86,7 +86,7 @@ def test_logprobs_are_the_models_own(driver: Driver, path: Path) -> None:
         driver.news()
     _, tokens, scores, _ = piece
     with (
-        engine.Model(path) as model,
+        engine.Model(path, repack=False) as model,
         engine.Context(
             model,
             n_ctx=256,
@@ -95,6 +95,7 @@ def test_logprobs_are_the_models_own(driver: Driver, path: Path) -> None:
             n_threads=1,
             kv_unified=False,
             flash_attn="off",
+            exact=True,
         ) as context,
     ):
         batch = engine.Batch(CHUNK)
@@ -522,9 +523,8 @@ def test_a_second_turn_takes_the_first_from_the_cache(driver: Driver, path: Path
     (second,) = driver.finish(two)
     assert two.usage["cached"] == one.position
     assert two.usage["prompt"] == 62
-    # From nothing, cut as it was cut.
-    cuts = [*one.starts, *range(30, len(history))]
-    fresh = driver.start(history + prompt(2, 20), commit=len(history), cuts=cuts)
+    # From nothing, in other pieces.
+    fresh = driver.start(history + prompt(2, 20), commit=len(history))
     assert driver.finish(fresh) == [second]
     assert fresh.usage["cached"] == 0
 
@@ -627,8 +627,7 @@ def test_forks_go_their_own_ways(path: Path, deterministic: bool) -> None:
         got = dict(zip(streams, driver.finish(*streams.values()), strict=True))
         assert [stream.usage["cached"] for stream in streams.values()] == [n, n]
         for s, tail in tails.items():
-            cuts = [*trunk.starts, *range(30, n)]
-            assert driver.run(history + tail, commit=n, cuts=cuts) == got[s]
+            assert driver.run(history + tail, commit=n) == got[s]
 
 
 @pytest.mark.parametrize(("deterministic", "held"), [(False, 2 * CHUNK), (True, 0)])
@@ -695,13 +694,12 @@ def test_more_sequences_than_places(path: Path, host_bytes: int) -> None:
         cached = 0
         for sequence, history in first.items():
             n = positions[sequence]
-            cuts = [*range(0, 30, CHUNK), *range(30, n)]
             stream = driver.start(
-                history + prompt(99), sequence=sequence, cached=n, commit=n, cuts=cuts
+                history + prompt(99), sequence=sequence, cached=n, commit=n
             )
             (tokens,) = driver.finish(stream)
             cached += stream.usage["cached"]
-            assert driver.run(history + prompt(99), commit=n, cuts=cuts) == tokens
+            assert driver.run(history + prompt(99), commit=n) == tokens
         assert driver.decoder.statistics()["evictions"] > 0
         assert (cached == sum(positions.values())) == bool(host_bytes)
 

@@ -36,7 +36,6 @@ def state(n_turns: int, *, given: int = 1, step: int = 10) -> State:
         messages=tuple(messages),
         tokens=tuple(range(n_turns * step)),
         n_computed=max(0, n_turns * step - 1),
-        cuts=tuple(range(0, max(0, n_turns * step - 1), 4)),
         turns=tuple(turns),
     )
 
@@ -68,7 +67,6 @@ def test_turns_whose_tokens_are_gone_stay_turns() -> None:
     one = msgspec.structs.replace(
         one,
         n_computed=15,
-        cuts=(0, 8),
         turns=(*one.turns[:3], last),
         messages=(*one.messages[:8], message),
         dropped=3,

@@ -65,7 +65,6 @@ def committed(*turns: tuple[str, str], system: str = "") -> State:
             messages=messages,
             tokens=tokens,
             n_computed=len(tokens) - 1,
-            cuts=(0, 10, len(made.tokens)),
             turns=(*state.turns, turn),
         )
     return state
@@ -78,7 +77,6 @@ def test_what_was_committed_is_kept_as_it_is() -> None:
     assert text_of(found.tokens) == "<u>Hello<a> Good day<u>And?<a> Nothing<u>So?<a>"
     assert found.tokens[: len(base.tokens)] == base.tokens
     assert found.commit == base.n_computed
-    assert found.cuts == base.cuts
     on, _ = plan(base)
     assert (on.messages, on.tokens) == ((), base.tokens)
 
@@ -96,7 +94,6 @@ def test_what_the_text_no_longer_goes_on_from_is_not_committed() -> None:
     found, _ = made(asked, make_plan(asked, base, (user("So?"), user("So?")), PARAMS, "raise", 256))
     assert text_of(found.tokens) == "<u>Hello<a>Good day<u>And?<a>Nothing<u>So?<u>So?<a>"
     assert found.commit == base.turns[0].n_computed
-    assert all(cut < found.commit for cut in found.cuts)
 
 
 def test_room_for_an_answer_is_a_quarter_of_the_context_at_most() -> None:

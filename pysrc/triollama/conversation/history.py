@@ -26,7 +26,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """A conversation as of a commit. ``tokens[:n_computed]`` were decoded, cut at ``cuts``.
+    """A conversation as of a commit. ``tokens[:n_computed]`` were decoded.
 
     Whatever is committed is one of these, so going back is keeping the old one.
     """
@@ -34,7 +34,6 @@ class State(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...] = ()
     tokens: tuple[int, ...] = ()
     n_computed: int = 0
-    cuts: tuple[int, ...] = ()
     turns: tuple[Turn, ...] = ()
     dropped: int = 0
 
@@ -63,7 +62,6 @@ class State(msgspec.Struct, frozen=True):
             messages=self.messages[: turn.n_messages],
             tokens=self.tokens[: turn.n_tokens],
             n_computed=turn.n_computed,
-            cuts=tuple(cut for cut in self.cuts if cut < turn.n_computed),
             turns=self.turns[:n_turns],
             # A turn whose tokens stand was said with the same messages left out.
             dropped=self.dropped if turn.n_tokens else 0,

@@ -40,15 +40,14 @@ Overflow = (
 class Plan(msgspec.Struct, frozen=True):
     """A turn that says ``messages`` after ``base``, or none: then it goes on with the last answer.
 
-    ``tokens``: the whole prompt, of which ``commit`` were committed before and computed in pieces
-    that began at ``cuts``. ``shift`` and ``n_keep`` with the policy of that name.
+    ``tokens``: the whole prompt, of which ``commit`` were committed before and computed. ``shift``
+    and ``n_keep`` with the policy of that name.
     """
 
     base: State
     messages: tuple[Message, ...]
     tokens: tuple[int, ...]
     commit: int
-    cuts: tuple[int, ...]
     dropped: int
     shift: Shift | None = None
     n_keep: int = 0
@@ -198,8 +197,7 @@ def make_plan(
         # The text no longer begins with what was computed: go back to a turn that still fits.
         ends = [turn.n_computed for turn in base.turns if turn.n_computed <= commit]
         commit = max(ends, default=0)
-    cuts = tuple(cut for cut in base.cuts if cut < commit)
-    return Plan(base, added, tokens, commit, cuts, dropped, shift, n_keep)
+    return Plan(base, added, tokens, commit, dropped, shift, n_keep)
 
 
 def _shift(

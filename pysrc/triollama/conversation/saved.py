@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import msgspec
@@ -21,11 +20,9 @@ def to_saved(state: State, params: dict[str, Any]) -> dict[str, Any]:
     sampler, sampled_by = state.sampler
     last = params if sampled_by is None else files.saved_params(sampled_by)
     unfinished = state.turns[-1].unfinished if state.turns else None
-    edges = (*state.cuts, state.n_computed)
     return {
         "messages": state.messages,
         "tokens": state.tokens,
-        "batches": tuple(b - a for a, b in itertools.pairwise(edges)) if state.cuts else (),
         "dropped": state.dropped,
         "sampler": sampler,
         "sampler_params": {} if last == params or not sampler else last,
@@ -62,8 +59,7 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
     return State(
         messages=one.messages,
         tokens=one.tokens,
-        n_computed=sum(one.batches) or last.n_computed,
-        cuts=tuple(itertools.accumulate(one.batches, initial=0))[:-1],
+        n_computed=last.n_computed,
         turns=(*turns[:-1], last),
         dropped=one.dropped,
     )

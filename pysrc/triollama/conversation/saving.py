@@ -362,7 +362,6 @@ async def _load_kv(
         _log.info("%s: KV is computed again: %s", chat.id, error)
         return
     sequence.tokens = tokens[:got]
-    sequence.cuts = tuple(cut for cut in chat._ledger.state.cuts if cut < got)
 
 
 async def autosave(

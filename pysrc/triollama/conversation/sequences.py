@@ -23,20 +23,19 @@ _log = logging.getLogger("triollama.conversation")
 CANDIDATES = 64
 """Sequences that are looked at for a common beginning, those used last first."""
 
-Held = Callable[[], tuple[tuple[int, ...], tuple[int, ...]]]
-"""Tokens and cuts that a stream has left in its sequence; called once it has ended."""
+Held = Callable[[], tuple[int, ...]]
+"""Tokens that a stream has left in its sequence; called once it has ended."""
 
 
 class Sequence:
-    """A conversation's place in the model's memory: ``tokens``, decoded in pieces that began at
-    ``cuts``. ``number`` is the decoder's name for it."""
+    """A conversation's place in the model's memory, and the ``tokens`` that it holds. ``number`` is
+    the decoder's name for it."""
 
-    __slots__ = ("cuts", "leaving", "number", "start", "tokens", "used")
+    __slots__ = ("leaving", "number", "start", "tokens", "used")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.tokens: tuple[int, ...] = ()
-        self.cuts: tuple[int, ...] = ()
         self.start: tuple[int, ...] | None = None  # where the index has it
         self.used: tuple[EngineStream, Held] | None = None  # by one not known to have ended
         self.leaving = False  # the stream was told to end
@@ -44,7 +43,6 @@ class Sequence:
     def keep(self, n: int) -> None:
         """No more than this is sure to be there."""
         self.tokens = self.tokens[:n]
-        self.cuts = tuple(cut for cut in self.cuts if cut < n)
 
     def lend(self, stream: EngineStream, cached: int, held: Held) -> None:
         """A stream writes to it now, after the first ``cached`` tokens."""
@@ -58,7 +56,7 @@ class Sequence:
             stream, held = self.used
             if stream.finish_reason is None:
                 return False
-            self.tokens, self.cuts = held()
+            self.tokens = held()
             self.used = None
         return True
 
@@ -69,7 +67,6 @@ class Sequences:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._engine = core.engine
-        self._grid = min(32, core.engine.layout.n_ubatch)
         self._by_start: dict[tuple[int, ...], dict[int, Sequence]] = {}
 
     def make(self) -> Sequence:
@@ -96,26 +93,9 @@ class Sequences:
 
     # What serves a turn
 
-    def required_cuts(self, plan: Plan) -> list[int]:
-        """Deterministic mode: where the decodes of this turn's prompt begin."""
-        return [*plan.cuts, *range(plan.commit, len(plan.tokens), self._grid)]
-
     def reusable(self, sequence: Sequence, plan: Plan) -> int:
         """How much of what a sequence holds serves this turn."""
-        n = min(common_length(sequence.tokens, plan.tokens), len(plan.tokens) - 1)
-        if not self._core.deterministic:
-            return n
-        # Bits depend on the cuts too: as far as they agree, and up to one of them.
-        best = 0
-        for number, cut in enumerate(self.required_cuts(plan)):
-            known = number < len(sequence.cuts)
-            if cut > n:
-                break
-            if cut == (sequence.cuts[number] if known else len(sequence.tokens)):
-                best = cut
-            if not known or sequence.cuts[number] != cut:
-                break
-        return best
+        return min(common_length(sequence.tokens, plan.tokens), len(plan.tokens) - 1)
 
     async def borrow(self, sequence: Sequence, plan: Plan, adapters: int) -> int:
         """How much of a turn's prompt is there: in its own sequence, or else copied from another
@@ -153,14 +133,14 @@ class Sequences:
     async def share(self, source: Sequence, target: Sequence, n: int) -> None:
         """Give ``target`` the first ``n`` positions of ``source``, or what the cache allows."""
         target.keep(0)
-        tokens, cuts = source.tokens, source.cuts
+        tokens = source.tokens
         try:
             reply = self._engine.fork_sequence(source.number, target.number, n)
             got = (await self._core.answer(reply)).value
         except StateError as error:
             _log.debug("a sequence could not be shared: %s", error)
             return
-        target.tokens, target.cuts = tokens, cuts
+        target.tokens = tokens
         target.keep(min(got, n))
 
     async def shift(self, sequence: Sequence, shift: Shift) -> None:

@@ -163,7 +163,6 @@ class TurnStream(Stream):
                 cached=cached,
                 commit=plan.commit,
                 keep_on_cancel=True,
-                cuts=plan.cuts,
                 adapters=adapters,
             )
             sequence.lend(stream, cached, self._held)
@@ -343,25 +342,16 @@ class TurnStream(Stream):
                 del tokens[plan.n_keep : plan.n_keep + done[-1].drop]
         return tuple(tokens), done
 
-    def _held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens and cuts of what the stream has left in its sequence."""
+    def _held(self) -> tuple[int, ...]:
+        """Tokens of what the stream has left in its sequence."""
         assert self._plan is not None
-        plan, stream, sequence = self._plan, self.engine_stream, self._ledger.sequence
+        plan, stream = self._plan, self.engine_stream
         if not stream.usage["admitted_ns"]:  # it never ran
-            return sequence.tokens, sequence.cuts
-        n = stream.position
+            return self._ledger.sequence.tokens
         generated, done = self._after_shifts()
         if len(done) < len(stream.shifts):  # not all of it was received
             generated = generated[: plan.n_keep]
-        tokens = generated[:n]
-        if not self._core.deterministic:
-            return tokens, ()
-        starts = stream.starts
-        first = starts[0] if starts else len(plan.tokens)
-        cuts = [cut for cut in sequence.cuts if cut < first]
-        cuts += starts
-        cuts += range(len(plan.tokens), n)
-        return tokens, tuple(cut for cut in cuts if cut < n)
+        return generated[: stream.position]
 
     def _commit(self) -> None:
         """All that a commit is: nothing in here waits, and until its end nothing has changed."""
@@ -403,7 +393,6 @@ class TurnStream(Stream):
             messages=messages,
             tokens=tokens,
             n_computed=n_computed,
-            cuts=tuple(cut for cut in ledger.sequence.cuts if cut < n_computed),
             turns=(*turns, turn),
             dropped=plan.dropped,
         )

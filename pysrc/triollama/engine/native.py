@@ -88,7 +88,6 @@ class NativeEngine:
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
-        cuts: Sequence[int] = (),
         accept_from: int = 0,
     ) -> DecoderStream:
         assert isinstance(sampler, Sampler)
@@ -119,7 +118,6 @@ class NativeEngine:
             cached=cached,
             commit=commit,
             keep_on_cancel=keep_on_cancel,
-            cuts=cuts,
             accept_from=accept_from,
         )
 
@@ -304,7 +302,7 @@ async def load(
                 models.resolve(path),
                 n_gpu_layers=n_gpu_layers,
                 progress=on_progress,
-                **model_options,
+                **{"repack": not deterministic, **model_options},
             )
         except LoadCancelled:
             if interruption is not None:
@@ -326,6 +324,7 @@ async def load(
                 "type_v": type_v,
                 "kv_unified": not deterministic,
                 "flash_attn": "off" if deterministic else "auto",
+                "exact": deterministic,
                 "pooling": "none",
                 **context_options,
             }

@@ -196,11 +196,6 @@ class EngineStream(Protocol):
         ...
 
     @property
-    def starts(self) -> Sequence[int]:
-        """Deterministic mode: where each decode of the prompt began."""
-        ...
-
-    @property
     def position(self) -> int:
         """Positions of its sequence in the KV."""
         ...
@@ -282,7 +277,6 @@ class Engine(Protocol):
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
-        cuts: Sequence[int] = (),
         accept_from: int = 0,
     ) -> EngineStream:
         """Start a stream; see :meth:`triollama._engine.Decoder.submit`. Raises QueueFullError,

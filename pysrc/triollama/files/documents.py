@@ -167,11 +167,11 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     ``params`` are its generation parameters by name (see ``known_params``). ``template`` is the
     name of a built-in template, Jinja source, or empty for the model's own. ``sampler`` is
     ``Sampler.save_state()``. ``tokens`` are the committed ones, in the cache's order, and
-    ``batches`` ("split" in files) the sizes of those in which the first of them were computed:
-    replaying them gives the same bits in deterministic mode. ``dropped`` messages after the system
-    prompt are no longer shown to the model. ``parent`` is the conversation it was forked from.
-    ``sampler_params`` are those of the last turn, where they differ from ``params``. ``overflow``,
-    ``on_cancel``, ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow
+    ``batches`` ("split" in files), which earlier versions wrote, the sizes of those in which the
+    first of them were computed: nothing depends on them any more. ``dropped`` messages after the
+    system prompt are no longer shown to the model. ``parent`` is the conversation it was forked
+    from. ``sampler_params`` are those of the last turn, where they differ from ``params``.
+    ``overflow``, ``on_cancel``, ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow
     function is saved as "function", and variables that are no plain data are not. ``unfinished``
     and ``unfinished_params``: the sampler and its parameters half way through a grammar, where the
     last answer was cut short.

@@ -60,7 +60,8 @@ def kv_key(
     """32 bytes; KV may be reused where it is the same.
 
     Besides model and adapters it is what decides the layout of llama.cpp's blobs: their types,
-    flash attention, separate or unified cache, and the number of sequences in a separate one.
+    flash attention, separate or unified cache, and the number of sequences in a separate one; and
+    whether the products are exact, on which their bits depend.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=32)
     layout = (
@@ -69,6 +70,7 @@ def kv_key(
         settings.flash_attn,
         settings.kv_unified,
         0 if settings.kv_unified else settings.n_seq_max,
+        *(["exact"] if settings.deterministic else []),
     )
     digest.update(repr(layout).encode())
     digest.update(adapters_key(adapters))

@@ -58,7 +58,6 @@ class Turn(msgspec.Struct, frozen=True):
     cached: int = 0
     commit: int = 0
     keep_on_cancel: bool = False
-    cuts: tuple[int, ...] = ()
     adapters: int = 0
 
 
@@ -80,7 +79,6 @@ class FakeStream:
         self.id = id
         self.turn = turn
         self.cached = 0
-        self.starts: list[int] = []
         self.started = False  # the prompt was read
         self.kind = kind
         self.priority = priority
@@ -250,10 +248,9 @@ class FakeEngine(FakeMemory):
         cached: int = 0,
         commit: int = 0,
         keep_on_cancel: bool = False,
-        cuts: Sequence[int] = (),
         accept_from: int = 0,
     ) -> FakeStream:
-        turn = Turn(sequence, cached, commit, keep_on_cancel, tuple(cuts), adapters)
+        turn = Turn(sequence, cached, commit, keep_on_cancel, adapters)
         return self._submit("generate", tokens, params, priority, capacity, turn)
 
     def submit_other(
@@ -458,13 +455,9 @@ class FakeEngine(FakeMemory):
             turn = stream.turn
             if turn.sequence:
                 stream.cached = self.begin(turn.sequence, stream.tokens, turn.cached, turn.adapters)
-                grid = range(turn.commit, stream.n_prompt, self.layout.n_ubatch)
-                stream.starts = [at for at in (*turn.cuts, *grid) if at >= stream.cached]
             elif stream.kind == "generate" and stream.params.causal_attention:
                 places = self.max_streams - len(self._active)
-                stream.cached = self.begin_alike(
-                    stream.tokens, turn.adapters, self.layout.n_ubatch, places
-                )
+                stream.cached = self.begin_alike(stream.tokens, turn.adapters, places)
             self._count["cached_tokens"] += stream.cached
             n_new = stream.n_prompt - stream.cached
             self._schedule(stream, n_new * self._prompt_token_seconds)
@@ -599,13 +592,13 @@ class FakeEngine(FakeMemory):
         n = stream.n_prompt + n_said if stream.started else stream.cached
         if not turn.sequence:
             if reason != "error" and stream.params.causal_attention:
-                self.leave([*stream.tokens, *said][:n], stream.n_prompt, turn.adapters)
+                self.leave([*stream.tokens, *said][:n], turn.adapters)
             return
         if reason == "error" or (reason == "cancelled" and not turn.keep_on_cancel):
             n = min(n, turn.commit)
         stream.position = n
         held = [*stream.tokens, *said][:n]
-        self.end(turn.sequence, held, turn.commit, stream.n_prompt)
+        self.end(turn.sequence, held)
 
     def _values(self, kind: str, tokens: Sequence[int]) -> list[float]:
         if kind == "score":

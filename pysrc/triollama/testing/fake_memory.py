@@ -205,14 +205,13 @@ class FakeMemory:
         self.model = FakeModel(FakeVocab())
         self.sequences: dict[int, tuple[int, ...]] = {}
         self._set_of: dict[int, int] = {}
-        self._on_grid: dict[int, int] = {}
         self._sets: dict[int, list[FakeAdapter]] = {}
         self._dropped: set[int] = set()
         self._adapters: list[FakeAdapter] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._news: list[int] = []
         self._last_id = 0
-        self._spares: list[tuple[tuple[int, ...], int, int]] = []
+        self._spares: list[tuple[tuple[int, ...], int]] = []
 
     def changed(self) -> None:
         """Called when there is something to do, from any thread."""
@@ -262,7 +261,6 @@ class FakeMemory:
     def _forget(self, sequence: int) -> None:
         self.sequences.pop(sequence, None)
         self._set_of.pop(sequence, None)
-        self._on_grid.pop(sequence, None)
 
     def fork_sequence(self, source: int, target: int, n: int) -> FakeReply:
         def fork(reply: FakeReply) -> None:
@@ -272,7 +270,6 @@ class FakeMemory:
             if not self.uses(target):
                 self.sequences[target] = self.sequences[source][:n]
                 self._set_of[target] = self._set_of.get(source, 0)
-                self._on_grid[target] = min(n, self._on_grid.get(source, 0))
             reply.set(len(self.sequences[target]))
 
         return self._ask(fork)
@@ -301,7 +298,6 @@ class FakeMemory:
             else:
                 self.sequences[sequence] = tokens
                 self._set_of[sequence] = adapters
-                self._on_grid[sequence] = 0
                 reply.set(n)
 
         return self._ask(load)
@@ -322,34 +318,31 @@ class FakeMemory:
         self._set_of[sequence] = adapters
         return n
 
-    def end(self, sequence: int, tokens: Sequence[int], commit: int, n_prompt: int) -> None:
+    def end(self, sequence: int, tokens: Sequence[int]) -> None:
         """A stream ends, and leaves this."""
         if sequence in self.sequences:
             self.sequences[sequence] = tuple(tokens)
-            # As far as it was cut as a prompt from 0 on is.
-            grid = n_prompt if commit == 0 else min(commit, self._on_grid.get(sequence, 0))
-            self._on_grid[sequence] = grid
 
-    # What streams without a sequence leave, until their places are wanted: tokens, how many of them
-    # were a prompt, the set of adapters. Those used last at the end.
+    # What streams without a sequence leave, until their places are wanted: tokens, and the set of
+    # adapters. Those used last at the end.
 
-    def leave(self, tokens: Sequence[int], n_prompt: int, adapters: int) -> None:
+    def leave(self, tokens: Sequence[int], adapters: int) -> None:
         """A stream without a sequence ends."""
         if len(tokens) >= WORTH_SHARING:
-            self._spares.append((tuple(tokens), min(n_prompt, len(tokens)), adapters))
+            self._spares.append((tuple(tokens), adapters))
 
-    def begin_alike(self, tokens: Sequence[int], adapters: int, grid: int, places: int) -> int:
+    def begin_alike(self, tokens: Sequence[int], adapters: int, places: int) -> int:
         """One begins: with how many tokens that are there. ``places``: that spares may have."""
         best, found = WORTH_SHARING - 1, None
         kept = [
-            (held, self._on_grid.get(id, 0), self._set_of.get(id, 0))
+            (held, self._set_of.get(id, 0))
             for id, held in self.sequences.items()
             if not self.uses(id)
         ]
         for one in (*self._spares, *kept):
-            held, n_prompt, computed_with = one
+            held, computed_with = one
             if computed_with == adapters:
-                n = min(common_length(held, tokens), n_prompt, len(tokens) - 1) // grid * grid
+                n = min(common_length(held, tokens), len(tokens) - 1)
                 if n > best:
                     best, found = n, one
         if found in self._spares:
@@ -412,7 +405,7 @@ class FakeMemory:
                 reply.set(error=f"a stream still uses the adapters of set {number}")
             else:
                 self._dropped.add(number)
-                self._spares = [spare for spare in self._spares if spare[2] != number]
+                self._spares = [spare for spare in self._spares if spare[1] != number]
                 reply.set()
 
         return self._ask(drop)

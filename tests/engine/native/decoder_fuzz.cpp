@@ -231,13 +231,12 @@ static void round(unsigned seed) {
     config.n_ctx    = 40 + below(60);
     config.n_ubatch = config.n_slots + below(30);
     config.n_outputs = config.n_ubatch;
-    config.packing  = (Packing) below(3);
+    config.packing  = (Packing) below(2);
     config.unified  = config.packing == Packing::mixed;
     config.can_roll_back = below(4) > 0;
     config.can_shift = false;
     config.max_queue = 40;
     config.spares = below(2);
-    config.prefill_chunk = 1 + below(12);
     config.prompt_tokens = below(3) ? 1 + below(12) : 0;
     config.host_bytes = below(2) ? 64 + below(4096) : 0;
     std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(below(2) ? std::tmpfile() : nullptr, [](std::FILE * f) { return f ? std::fclose(f) : 0; });
