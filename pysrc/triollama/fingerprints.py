@@ -65,12 +65,13 @@ def _digest(file: FileStamp, start: int) -> bytes:
     digest = hashlib.sha256()
     end = min(start + _BLOCK, file.size)
     with contextlib.ExitStack() as stack:
+        source = None
         if file.fd < 0:
             source = stack.enter_context(open(file.path, "rb", buffering=0))
             source.seek(start)
         while start < end:
             n = min(1 << 20, end - start)
-            data = source.read(n) if file.fd < 0 else os.pread(file.fd, n, start)
+            data = os.pread(file.fd, n, start) if source is None else source.read(n)
             if not data:
                 raise OSError(errno.EIO, "it has become shorter", file.path)
             digest.update(data)
