@@ -54,13 +54,17 @@ async def warmed(llama: Any, n: int) -> float:
     return statistics.median([await together(llama, n) for _ in range(ROUNDS)])
 
 
+_fresh = itertools.count(1_000_000)
+
+
 async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
-    """Tokens a second of n streams, prompts included, from the first submission to the last end."""
+    """Tokens a second of n streams, prompts included, from the first submission to the last end.
+    No prompt begins as an earlier one did, which would not be computed again."""
     async with trio.open_nursery() as nursery:
         start = time.perf_counter()
-        for i in range(n):
+        for _ in range(n):
             params = PARAMS.replace(max_tokens=n_gen)
-            nursery.start_soon(llama.generate, prompt(i, N_PROMPT), params)
+            nursery.start_soon(llama.generate, prompt(next(_fresh), N_PROMPT), params)
     return n * (N_PROMPT + n_gen) / (time.perf_counter() - start)
 
 
@@ -97,8 +101,37 @@ def figures(options: Options) -> Iterator[Figure]:
     ):
         if options.wants(*names):
             yield from measure(options)
+    yield from exact_or_not(options)
     yield from in_company(options)
     yield from against_others(options)
+
+
+def exact_or_not(options: Options) -> Iterator[Figure]:
+    """Deterministic mode over the other one: aggregate of streams, and reading a prompt."""
+    actions = {
+        **{f"streams.{n}_exact": functools.partial(warmed, n=n) for n in STREAMS if n != 2},
+        "streams.prefill_exact": reading,
+    }
+    for name, action in actions.items():
+        if options.wants(name):
+            pairs = interleave(
+                functools.partial(in_trio, action, deterministic=True),
+                functools.partial(in_trio, action),
+                options.repeats_or(5),
+            )
+            note = (
+                f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
+            )
+            yield pairs.ratio(name, target=0.8, note=note)
+
+
+async def reading(llama: Any) -> float:
+    """Tokens a second of a long prompt, nobody beside."""
+    speeds = []
+    for _ in range(ROUNDS):
+        done = await llama.generate(prompt(next(_fresh), JOINING), PARAMS, max_tokens=1)
+        speeds.append(JOINING / done.usage.first_token_seconds)
+    return statistics.median(speeds)
 
 
 def against_others(options: Options) -> Iterator[Figure]:
