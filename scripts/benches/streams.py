@@ -108,7 +108,7 @@ def figures(options: Options) -> Iterator[Figure]:
 
 def exact_or_not(options: Options) -> Iterator[Figure]:
     """Deterministic mode over the other one: aggregate of streams, and reading a prompt."""
-    actions = {
+    actions: dict[str, Callable[[Any], Any]] = {
         **{f"streams.{n}_exact": functools.partial(warmed, n=n) for n in STREAMS if n != 2},
         "streams.prefill_exact": reading,
     }
@@ -119,10 +119,8 @@ def exact_or_not(options: Options) -> Iterator[Figure]:
                 functools.partial(in_trio, action),
                 options.repeats_or(5),
             )
-            note = (
-                f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
-            )
-            yield pairs.ratio(name, target=0.8, note=note)
+            ours, other = statistics.median(pairs.a), statistics.median(pairs.b)
+            yield pairs.ratio(name, target=0.8, note=f"{ours:.0f} against {other:.0f} tok/s")
 
 
 async def reading(llama: Any) -> float:
@@ -131,7 +129,7 @@ async def reading(llama: Any) -> float:
     for _ in range(ROUNDS):
         done = await llama.generate(prompt(next(_fresh), JOINING), PARAMS, max_tokens=1)
         speeds.append(JOINING / done.usage.first_token_seconds)
-    return statistics.median(speeds)
+    return float(statistics.median(speeds))
 
 
 def against_others(options: Options) -> Iterator[Figure]:

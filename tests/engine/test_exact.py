@@ -51,7 +51,7 @@ def together(
         places = sorted(rng.sample(range(n_seq_max), len(texts)))
         while any(len(done) < len(text) for done, text in zip(rows, texts, strict=True)):
             batch.clear()
-            owners = []
+            owners: list[int] = []
             chunked = rng.random() < 0.4
             for which in rng.sample(range(len(texts)), rng.randint(1, len(texts))):
                 left = len(texts[which]) - len(rows[which])
