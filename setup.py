@@ -22,6 +22,10 @@ def stop(error: Exception) -> SystemExit:
     return SystemExit(f"\ntriollama cannot be built: {error}\n")
 
 
+if sys.platform == "win32":
+    raise stop(_native.BuildError("Windows is not served; Linux and macOS are (docs/building.md)."))
+
+
 class CMakeBuild(build_ext):
     """Stage 1 (llama.cpp, from the cache if possible), then stage 2 (our engine, incremental)."""
 

@@ -1,32 +1,13 @@
 """How this extension was built, and what it finds on this machine."""
-from ggml cimport (
-    GGML_BACKEND_DEVICE_TYPE_ACCEL,
-    GGML_BACKEND_DEVICE_TYPE_CPU,
-    GGML_BACKEND_DEVICE_TYPE_GPU,
-    GGML_BACKEND_DEVICE_TYPE_IGPU,
-    ggml_backend_dev_count,
-    ggml_backend_dev_description,
-    ggml_backend_dev_get,
-    ggml_backend_dev_get_type,
-    ggml_backend_dev_memory,
-    ggml_backend_dev_name,
-    ggml_backend_dev_t,
-    ggml_backend_reg_count,
-    ggml_backend_reg_get,
-    ggml_backend_reg_name,
-    ggml_commit,
-    ggml_version,
-)
-from llama cimport llama_print_system_info, llama_version
 
 cdef extern from "build_info.h":
     const char * TRIOLLAMA_BUILD_JSON
 
 cdef dict _DEVICE_TYPES = {
-    <int>GGML_BACKEND_DEVICE_TYPE_CPU: "cpu",
-    <int>GGML_BACKEND_DEVICE_TYPE_GPU: "gpu",
-    <int>GGML_BACKEND_DEVICE_TYPE_IGPU: "igpu",
-    <int>GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
+    <int>ggml.GGML_BACKEND_DEVICE_TYPE_CPU: "cpu",
+    <int>ggml.GGML_BACKEND_DEVICE_TYPE_GPU: "gpu",
+    <int>ggml.GGML_BACKEND_DEVICE_TYPE_IGPU: "igpu",
+    <int>ggml.GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
 }
 
 
@@ -59,32 +40,33 @@ def build_info() -> dict:
     Asking a GPU for its memory may start its driver in this process.
     """
     cdef size_t i, free, total
-    cdef ggml_backend_dev_t device
+    cdef ggml.ggml_backend_dev_t device
     import json
 
     info = json.loads(TRIOLLAMA_BUILD_JSON.decode())
     # What the linked libraries say of themselves outranks what the build wrote down.
-    info["llama_version"] = llama_version().decode()
-    info["ggml_version"] = ggml_version().decode()
-    info["commit"] = ggml_commit().decode()
+    info["llama_version"] = llama.llama_version().decode()
+    info["ggml_version"] = ggml.ggml_version().decode()
+    info["commit"] = ggml.ggml_commit().decode()
     info["backends"] = [
-        ggml_backend_reg_name(ggml_backend_reg_get(i)).decode() for i in range(ggml_backend_reg_count())
+        ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i)).decode()
+        for i in range(ggml.ggml_backend_reg_count())
     ]
-    features = _features(llama_print_system_info().decode())
+    features = _features(llama.llama_print_system_info().decode())
     info["features"] = features
     info["cpu_features"] = [name for name, value in features.get("CPU", {}).items() if value != "0"]
     info["threads"] = (
         "triollama" if has_own_threads()
         else "OpenMP" if features.get("CPU", {}).get("OPENMP", "0") != "0" else "ggml")
     devices = []
-    for i in range(ggml_backend_dev_count()):
-        device = ggml_backend_dev_get(i)
+    for i in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(i)
         free = total = 0
-        ggml_backend_dev_memory(device, &free, &total)
+        ggml.ggml_backend_dev_memory(device, &free, &total)
         devices.append({
-            "name": ggml_backend_dev_name(device).decode(),
-            "description": ggml_backend_dev_description(device).decode(errors="replace"),
-            "type": _DEVICE_TYPES.get(<int>ggml_backend_dev_get_type(device), "other"),
+            "name": ggml.ggml_backend_dev_name(device).decode(),
+            "description": ggml.ggml_backend_dev_description(device).decode(errors="replace"),
+            "type": _DEVICE_TYPES.get(<int>ggml.ggml_backend_dev_get_type(device), "other"),
             "memory_free": free,
             "memory_total": total,
         })

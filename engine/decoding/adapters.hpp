@@ -4,7 +4,7 @@
 #include "decoding/decoder.hpp"
 #include "llama/adapter_file.hpp"
 
-namespace triollama {
+namespace triollama::native {
 
 // The reply's value is the pointer.
 inline ReplyPtr open_adapter_between_steps(Decoder & decoder, llama_model * model, const std::string & path) {
@@ -17,4 +17,4 @@ inline ReplyPtr free_adapter_between_steps(Decoder & decoder, llama_adapter_lora
     return decoder.call([adapter](Reply &) { free_adapter(adapter); });
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

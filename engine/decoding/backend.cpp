@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -128,4 +128,4 @@ bool LlamaBackend::asked_to_abort(void * self) {
     return abort;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Settings that belong to the whole context, so that only streams that agree on them share a batch.
 struct ContextSet {
@@ -109,4 +109,4 @@ private:
     std::vector<int32_t>        ones;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 Mode Decoder::Impl::mode_of(const Stream & s) {
     const Request & r = s.request;
@@ -134,4 +134,4 @@ int32_t Decoder::Impl::outputs(const Stream & stream, int32_t n) const {
     return n > 0 && stream.work->n_decoded + n == stream.work->n_end ? 1 : 0;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

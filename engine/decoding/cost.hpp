@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 class StepCost {
 public:
@@ -115,4 +115,4 @@ private:
     bool untouched = true;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

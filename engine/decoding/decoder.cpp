@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-namespace triollama {
+namespace triollama::native {
 
 void Decoder::Impl::announce(uint64_t id) {
     bool first;
@@ -396,4 +396,4 @@ std::string Decoder::cause_of_death() const {
     return impl->cause;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

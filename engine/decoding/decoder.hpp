@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct queue_full_error : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -177,4 +177,4 @@ private:
     std::unique_ptr<Impl> impl;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

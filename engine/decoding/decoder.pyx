@@ -3,52 +3,31 @@ from libc.stdint cimport intptr_t
 from libcpp.memory cimport shared_ptr
 from libcpp.utility cimport move
 
-from decoder cimport (
-    ContextSet,
-    DecoderConfig,
-    Failure,
-    Finish,
-    Kind,
-    NativeDecoder,
-    NativeStatistics,
-    Packing,
-    Piece,
-    Pooling,
-    Reply,
-    Request,
-    Usage,
-    leak_decoder,
-    open_decoder,
-    update_stream,
-    free_adapter_between_steps,
-    open_adapter_between_steps,
-)
-from llama cimport llama_memory_clear, llama_set_abort_callback, llama_set_embeddings
 
 cdef dict _KINDS = {
-    "generate": <int>Kind.generate,
-    "score": <int>Kind.score,
-    "embed": <int>Kind.embed,
+    "generate": <int>decoding.Kind.generate,
+    "score": <int>decoding.Kind.score,
+    "embed": <int>decoding.Kind.embed,
 }
 cdef dict _DECODER_POOLING = {
-    "mean": <int>Pooling.mean,
-    "cls": <int>Pooling.first,
-    "last": <int>Pooling.last,
+    "mean": <int>decoding.Pooling.mean,
+    "cls": <int>decoding.Pooling.first,
+    "last": <int>decoding.Pooling.last,
 }
 cdef tuple _FINISHES = (None, "eos", "stop", "length", "context", "done", "cancelled", "error")
 
 
-cdef object stream_error(Failure failure, str message):
+cdef object stream_error(decoding.Failure failure, str message):
     """The exception for a stream that ended by an error of its own."""
-    if failure == Failure.grammar:
+    if failure == decoding.Failure.grammar:
         return GrammarError(message)
-    if failure == Failure.sampler:
+    if failure == decoding.Failure.sampler:
         return ParameterError(message)
-    if failure == Failure.memory:
+    if failure == decoding.Failure.memory:
         return OutOfMemoryError(message)
-    if failure == Failure.adapter:
+    if failure == decoding.Failure.adapter:
         return AdapterError(message)
-    if failure == Failure.decode:
+    if failure == decoding.Failure.decode:
         return DecodeError(message)
     return EngineError(message)
 
@@ -110,7 +89,7 @@ cdef class Decoder(Owner):
     ):
         self.begin()
         cdef Model model = context.model
-        cdef DecoderConfig config
+        cdef decoding.DecoderConfig config
         config.prompt_budget = check_float("prompt_budget", prompt_budget, 0.01, 1e6)
         config.prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0, 2**31 - 1)
         config.spares = spares
@@ -143,7 +122,7 @@ cdef class Decoder(Owner):
                     parameter="deterministic", value=True)
             recurrent = model.is_recurrent or model.is_hybrid
             config.packing = (
-                Packing.mixed if context.kv_unified and not recurrent else Packing.equal)
+                decoding.Packing.mixed if context.kv_unified and not recurrent else decoding.Packing.equal)
             config.n_slots = context.n_seq_max
             config.n_ubatch = min(context.n_ubatch, context.n_batch)
             config.n_outputs = context.n_outputs_max
@@ -153,13 +132,13 @@ cdef class Decoder(Owner):
             config.can_shift = not recurrent and not context.no_shift
             config.can_roll_back = not recurrent
             # Only the CPU is asked whether to stop in the middle of a ubatch.
-            config.check_span = 0 if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
+            config.check_span = 0 if llama.llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
             # Together with the decoder's own no more than compute a step, and no more than there are streams.
             config.n_helpers = min(context.n_threads, context.n_seq_max, 8) - 1
-            llama_memory_clear(context.mem, False)      # streams begin with nothing
+            llama.llama_memory_clear(context.mem, False)      # streams begin with nothing
             context.output_rows.clear()
-            llama_set_embeddings(context.ptr, False)    # as the streams need them
-            self.impl = open_decoder(context.ptr, config)
+            llama.llama_set_embeddings(context.ptr, False)    # as the streams need them
+            self.impl = decoding.open_decoder(context.ptr, config)
         except BaseException:
             Owner.leave(context)
             raise
@@ -174,7 +153,7 @@ cdef class Decoder(Owner):
 
     def __dealloc__(self):
         if self.forks != fork_count:
-            leak_decoder(self.impl)
+            decoding.leak_decoder(self.impl)
         elif not self.closed:
             self.stop()
 
@@ -183,7 +162,7 @@ cdef class Decoder(Owner):
             self.stop()
 
     cdef void stop(self) noexcept:
-        cdef shared_ptr[NativeDecoder] impl
+        cdef shared_ptr[decoding.Decoder] impl
         impl.swap(self.impl)
         self.ended()
         begin_free()
@@ -195,9 +174,9 @@ cdef class Decoder(Owner):
         self.held.clear()
         self.context.broken = cause or None
         if not cause:
-            llama_memory_clear(self.context.mem, False)
-            llama_set_embeddings(self.context.ptr, self.context.embeddings_)
-        llama_set_abort_callback(self.context.ptr, AbortFlag.ask, &self.context.abort_flag)
+            llama.llama_memory_clear(self.context.mem, False)
+            llama.llama_set_embeddings(self.context.ptr, self.context.embeddings_)
+        llama.llama_set_abort_callback(self.context.ptr, AbortFlag.ask, &self.context.abort_flag)
         for number in list(self.sets):
             release_set(self, number)
         Owner.leave(self.context)
@@ -280,16 +259,16 @@ cdef class Decoder(Owner):
 
         Raises QueueFullError, ContextFullError, ClosedError, ParameterError, TokenError, EngineError.
         """
-        cdef Request request
+        cdef decoding.Request request
         cdef DecoderStream stream = DecoderStream.__new__(DecoderStream, maker)
-        cdef shared_ptr[NativeDecoder] impl
+        cdef shared_ptr[decoding.Decoder] impl
         self.alive()
         cdef int n_vocab = len(self.context.model.vocab)
-        request.kind = <Kind><int>check_choice("kind", kind, _KINDS)
-        if request.kind == Kind.generate and sampler is None:
+        request.kind = <decoding.Kind><int>check_choice("kind", kind, _KINDS)
+        if request.kind == decoding.Kind.generate and sampler is None:
             raise ParameterError("a generation needs a sampler", parameter="sampler")
         request.tokens = token_vector(tokens)
-        cdef llama_token token
+        cdef llama.llama_token token
         for token in request.tokens:
             if not 0 <= token < n_vocab:
                 raise TokenError(
@@ -316,12 +295,13 @@ cdef class Decoder(Owner):
             raise UnsupportedError(f'context_overflow="shift": {why}; use "stop"')
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
-        if (hidden or request.kind == Kind.embed) and self.context.pooling_ != <int>LLAMA_POOLING_TYPE_NONE:
+        pooled = self.context.pooling_ != <int>llama.LLAMA_POOLING_TYPE_NONE
+        if pooled and (hidden or request.kind == decoding.Kind.embed):
             raise UnsupportedError(
                 "the context pools, so tokens have no states of their own; make it with"
                 ' pooling="none"')
         request.causal = causal
-        request.pooling = <Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
+        request.pooling = <decoding.Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
         request.threads = 0 if threads is None else check_int("threads", threads, 1, 512)
         request.threads_batch = 0 if batch_threads is None else check_int(
             "batch_threads", batch_threads, 1, 512)
@@ -437,7 +417,7 @@ cdef class Decoder(Owner):
         if model.drivers > 1:
             raise BusyError("several Decoders drive contexts of this model; close all but one")
         cdef DecoderReply reply = wrap_reply(
-            self, open_adapter_between_steps(self.impl.get()[0], model.ptr, raw_path))
+            self, decoding.open_adapter_between_steps(self.impl.get()[0], model.ptr, raw_path))
         reply.path = name
         return reply
 
@@ -448,7 +428,7 @@ cdef class Decoder(Owner):
         if adapter.model.drivers > 1:
             raise BusyError("several Decoders drive contexts of this model; close all but one")
         adapter.check_childless()
-        return wrap_reply(self, free_adapter_between_steps(self.impl.get()[0], adapter.let_go()))
+        return wrap_reply(self, decoding.free_adapter_between_steps(self.impl.get()[0], adapter.let_go()))
 
     def define_adapters(self, set_id: int, adapters=(), control=None) -> DecoderReply:
         """Name a set of (Adapter, scale) pairs by a number of your own, at least 1, for ``submit``. Sets
@@ -457,7 +437,7 @@ cdef class Decoder(Owner):
         control: a control vector beside them, float32 [n_layer - 1, n_embd]: row l - 1 is added to
         the hidden state after layer l.
         """
-        cdef ContextSet native
+        cdef decoding.ContextSet native
         cdef Adapter adapter
         cdef const float[:, ::1] rows
         self.alive()
@@ -523,7 +503,7 @@ cdef class Decoder(Owner):
         """Counts as of the end of the last step. ``first_token_s``: seconds from submission to the
         first token, of the last 256 streams."""
         self.alive()
-        cdef NativeStatistics s = self.impl.get().statistics()
+        cdef decoding.Statistics s = self.impl.get().statistics()
         return {
             "running": s.running,
             "prefilling": s.prefilling,
@@ -580,7 +560,7 @@ cdef class DecoderStream:
     def take(self) -> tuple | None:
         """The oldest piece, (text, token ids, scores, time in ns on time.monotonic_ns()'s clock), or
         None if none is there now. scores: None, or per token (logprob, ((token, logprob), ...))."""
-        cdef Piece piece
+        cdef decoding.Piece piece
         cdef cpp_bool found
         self.decoder.alive()
         found = self.decoder.impl.get().take(self.ptr.get()[0], piece)
@@ -615,7 +595,7 @@ cdef class DecoderStream:
     def update(self, params) -> None:
         """Sample by these parameters, and stop at their ``max_tokens``, from the next token on. The
         seed, and everything that is not about sampling or length, stays as it was."""
-        cdef NativeSamplingParams native
+        cdef sampling.SamplingParams native
         cdef int32_t most
         self.decoder.alive()
         if self.sampler is None:
@@ -623,11 +603,11 @@ cdef class DecoderStream:
         self.sampler.fill(native, params)
         most = -1 if params.max_tokens is None else params.max_tokens
         self.decoder.alive()
-        update_stream(self.decoder.impl.get()[0], self.ptr, most, &native)
+        decoding.update_stream(self.decoder.impl.get()[0], self.ptr, most, &native)
 
     def sampler_state(self) -> bytes:
         """What ``Sampler.save_state`` gives, after the last token; BusyError while it runs."""
-        if self.ptr.get().finish() == Finish.none:
+        if self.ptr.get().finish() == decoding.Finish.none:
             raise BusyError("the stream is still running")
         if self.ptr.get().sampler() == NULL:
             raise ParameterError("this stream does not sample")
@@ -647,47 +627,48 @@ cdef class DecoderStream:
     @property
     def error(self) -> Exception | None:
         """What ended it, if its finish_reason is "error"."""
-        if self.ptr.get().finish() != Finish.error:
+        if self.ptr.get().finish() != decoding.Finish.error:
             return None
         return stream_error(self.ptr.get().failure, self.ptr.get().message.decode("utf-8", "replace"))
 
     @property
     def failed_with_engine(self) -> bool:
         """Whether it ended because the whole decoder died."""
-        return self.ptr.get().finish() == Finish.error and self.ptr.get().failure == Failure.engine
+        return (self.ptr.get().finish() == decoding.Finish.error
+                and self.ptr.get().failure == decoding.Failure.engine)
 
     @property
     def stop_index(self) -> int | None:
         """Which stop string ended it."""
-        cdef int index = self.ptr.get().stop_index if self.ptr.get().finish() == Finish.stop else -1
+        cdef int index = self.ptr.get().stop_index if self.ptr.get().finish() == decoding.Finish.stop else -1
         return None if index < 0 else index
 
     @property
     def end_token(self) -> int | None:
         """Which token ended it: of end-of-generation, or one of ``end_tokens``."""
-        return self.ptr.get().end_token if self.ptr.get().finish() == Finish.eos else None
+        return self.ptr.get().end_token if self.ptr.get().finish() == decoding.Finish.eos else None
 
     @property
     def position(self) -> int:
         """Positions of its sequence that are in the KV, once finished."""
-        return 0 if self.ptr.get().finish() == Finish.none else self.ptr.get().position
+        return 0 if self.ptr.get().finish() == decoding.Finish.none else self.ptr.get().position
 
     @property
     def shifted(self) -> int:
         """Tokens dropped by context shifts, once finished."""
-        return 0 if self.ptr.get().finish() == Finish.none else self.ptr.get().shifted
+        return 0 if self.ptr.get().finish() == decoding.Finish.none else self.ptr.get().shifted
 
     @property
     def shifts(self) -> list[int]:
         """How many tokens each context shift dropped, after the first ``n_keep``, once finished."""
-        if self.ptr.get().finish() == Finish.none:
+        if self.ptr.get().finish() == decoding.Finish.none:
             return []
         return list(self.ptr.get().shifts)
 
     @property
     def values(self) -> list[float]:
         """Once finished: score's log-probabilities, embed's vector, or with ``hidden`` the state."""
-        if self.ptr.get().finish() == Finish.none:
+        if self.ptr.get().finish() == decoding.Finish.none:
             return []
         return list(self.ptr.get().values)
 
@@ -695,7 +676,7 @@ cdef class DecoderStream:
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt, of those from the cache, generated; and the times, in ns on
         time.monotonic_ns()'s clock, 0 where that has not happened."""
-        cdef Usage u = self.ptr.get().usage()
+        cdef decoding.Usage u = self.ptr.get().usage()
         return {
             "prompt": u.prompt,
             "cached": u.cached,
@@ -708,7 +689,7 @@ cdef class DecoderStream:
         }
 
 
-cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[Reply] ptr):
+cdef DecoderReply wrap_reply(Decoder decoder, shared_ptr[decoding.Reply] ptr):
     cdef DecoderReply reply = DecoderReply.__new__(DecoderReply, maker)
     reply.ptr = ptr
     reply.context = decoder.context
@@ -762,7 +743,7 @@ cdef class DecoderReply:
             self.context.model.alive()
             self.loaded = adopt_adapter(
                 self.context.model, self.path,
-                <llama_adapter_lora *><intptr_t>self.ptr.get().value)
+                <llama.llama_adapter_lora *><intptr_t>self.ptr.get().value)
         return self.loaded
 
     @property

@@ -2,17 +2,9 @@
 
 (The trio layer's is the decoder thread.)
 """
-from llama cimport llama_time_us, llama_vocab_is_eog
-from sampling cimport (
-    NativeTextStream,
-    NativeTokenLogprob,
-    append_piece,
-    log_sum_exp,
-    top_logprobs,
-)
 
 
-cdef inline bint contains(const vector[llama_token] & tokens, llama_token token) noexcept nogil:
+cdef inline bint contains(const vector[llama.llama_token] & tokens, llama.llama_token token) noexcept nogil:
     cdef size_t i
     for i in range(tokens.size()):
         if tokens[i] == token:
@@ -97,7 +89,7 @@ cdef class Generation:
                 f"causal_attention=False computes the prompt at once: its {n} tokens are more than"
                 f" n_ubatch={self.context.n_ubatch}", parameter="causal_attention", value=False)
         if self.embeddings:
-            if self.context.pooling_ != <int>LLAMA_POOLING_TYPE_NONE:
+            if self.context.pooling_ != <int>llama.LLAMA_POOLING_TYPE_NONE:
                 raise UnsupportedError(
                     "embeddings=True gives the last token's hidden state, and this context pools;"
                     ' make it with pooling="none"')
@@ -152,7 +144,7 @@ cdef class Generation:
         cdef size_t n = 0
         cdef size_t i
         cdef size_t most
-        self.t_start = llama_time_us()
+        self.t_start = llama.llama_time_us()
         if self.reuse and self.causal_prompt and context.holds:
             most = min(context.held.size(), self.prompt.size() - 1)
             while n < most and context.held[n] == self.prompt[n]:
@@ -208,7 +200,7 @@ cdef class Generation:
         return out if not out.empty() else None
 
     cdef int next_token(self, string & out) except -1:
-        cdef llama_token token
+        cdef llama.llama_token token
         cdef float * logits
         cdef string piece
         cdef bint ends
@@ -225,7 +217,7 @@ cdef class Generation:
             logits = self.context.logits_row(-1)
             with nogil:
                 token = self.sampler.native.get().sample(logits)
-                ends = llama_vocab_is_eog(self.vocab.ptr, token) or contains(self.end_tokens, token)
+                ends = llama.llama_vocab_is_eog(self.vocab.ptr, token) or contains(self.end_tokens, token)
                 stops = not ends and contains(self.stop_tokens, token)
                 if not ends and not stops:
                     self.sampler.native.get().accept(token, True)
@@ -235,7 +227,7 @@ cdef class Generation:
         finally:
             self.context.leave()
         if self.n_generated == 0:
-            self.t_first = llama_time_us()
+            self.t_first = llama.llama_time_us()
         if ends:
             self.eog_token = token
             return self.end("eos", out)
@@ -274,13 +266,13 @@ cdef class Generation:
         self.n_shifted += n_discard
         return memory.can_continue_at(0, self.n_past)
 
-    cdef int note_logprobs(self, const float * logits, llama_token token) except -1:
-        cdef vector[NativeTokenLogprob] top
+    cdef int note_logprobs(self, const float * logits, llama.llama_token token) except -1:
+        cdef vector[sampling.TokenLogprob] top
         cdef size_t i
-        cdef double log_sum = log_sum_exp(logits, self.vocab.n_tokens)
+        cdef double log_sum = sampling.log_sum_exp(logits, self.vocab.n_tokens)
         alternatives = []
         if self.logprobs > 0:
-            top_logprobs(logits, self.vocab.n_tokens, self.logprobs, top)
+            sampling.top_logprobs(logits, self.vocab.n_tokens, self.logprobs, top)
             alternatives = [(top[i].id, top[i].logprob) for i in range(top.size())]
         self.token_logprobs.append((token, logits[token] - log_sum, alternatives))
         return 0
@@ -294,7 +286,7 @@ cdef class Generation:
     cdef int finish(self, str reason) except -1:
         if self.finish_reason is None:
             self.finish_reason = reason
-            self.t_end = llama_time_us()
+            self.t_end = llama.llama_time_us()
         return 0
 
     def cancel(self) -> None:
@@ -310,7 +302,7 @@ cdef class Generation:
         microseconds, 0 for what has not happened."""
         return (<int>self.prompt.size() if self.prefilled else self.n_past, self.n_cached,
                 self.n_generated, self.n_shifted, self.t_start, self.t_first,
-                self.t_end or llama_time_us())
+                self.t_end or llama.llama_time_us())
 
     @property
     def generated(self) -> list[int]:
@@ -329,7 +321,7 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
     Clears the context. Returns float32 of shape [len(tokens) - n_given]. Natural logarithms, sums
     in double. Raises ParameterError, TokenError, ContextFullError.
     """
-    cdef vector[llama_token] ids = token_vector(tokens)
+    cdef vector[llama.llama_token] ids = token_vector(tokens)
     cdef int n = <int>ids.size()
     cdef int given = check_int("n_given", n_given, 1, 2**31 - 1)
     cdef int start = 0
@@ -372,7 +364,7 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
                     logits = context.logits_row(i)
                     with nogil:
                         out[start + i + 1 - given] = <float>(
-                            logits[ids[start + i + 1]] - log_sum_exp(logits, context.n_vocab))
+                            logits[ids[start + i + 1]] - sampling.log_sum_exp(logits, context.n_vocab))
         finally:
             context.leave()
         start += count
@@ -387,7 +379,7 @@ def embed_tokens(Context context not None, tokens, pooling: str):
     the text must fit into one ubatch. Clears the context, which must have embeddings=True and
     pooling="none".
     """
-    cdef vector[llama_token] ids = token_vector(tokens)
+    cdef vector[llama.llama_token] ids = token_vector(tokens)
     cdef int n = <int>ids.size()
     cdef int start = 0
     cdef int i

@@ -20,7 +20,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 inline int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -222,4 +222,4 @@ struct Decoder::Impl {
     bool shift(Stream & stream);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 #include <memory>
 #include <utility>
 
-namespace triollama {
+namespace triollama::native {
 
 // The handler of `except +raise_decoder_error`. Called with the GIL, inside the catch block.
 inline int raise_decoder_error() {
@@ -47,4 +47,4 @@ inline void update_stream(Decoder & decoder, const StreamPtr & stream, int32_t m
     decoder.update(stream, std::move(update));
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

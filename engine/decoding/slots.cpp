@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-namespace triollama {
+namespace triollama::native {
 
 Sequence * Slots::find(uint64_t id) {
     auto it = sequences.find(id);
@@ -466,4 +466,4 @@ int32_t Slots::kept_count() const {
     return count;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

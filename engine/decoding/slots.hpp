@@ -13,7 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Fewer common tokens than this are computed again.
 constexpr int32_t WORTH_SHARING = 16;
@@ -135,4 +135,4 @@ private:
     size_t   host_total = 0;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

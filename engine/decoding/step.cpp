@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace triollama {
+namespace triollama::native {
 
 // False if there was nothing to do until something changes.
 bool Decoder::Impl::step() {
@@ -266,4 +266,4 @@ void Decoder::Impl::embed(Entry & e) {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct TokenScore {
     float logprob = 0.0f;                   // of the chosen token, before any sampler
@@ -158,4 +158,4 @@ private:
 
 using StreamPtr = std::shared_ptr<Stream>;
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 void Decoder::Impl::enqueue(const StreamPtr & stream) {
     auto before = [](const StreamPtr & a, const StreamPtr & b) {
@@ -260,4 +260,4 @@ void Decoder::Impl::complete(const StreamPtr & stream, Finish how) {
     announce(stream->id);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 void Decoder::Impl::run() {
     backend->set_abort([](void * self) { return static_cast<Impl *>(self)->should_abort(); }, this);
@@ -177,4 +177,4 @@ void Decoder::Impl::publish() {
     published = std::move(s);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

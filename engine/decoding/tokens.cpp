@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -199,4 +199,4 @@ bool Decoder::Impl::shift(Stream & stream) {
     return true;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -125,4 +125,4 @@ uint32_t ByteSets::child(uint32_t node, unsigned char low, unsigned char high) {
     return next;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

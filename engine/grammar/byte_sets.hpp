@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Code points, both ends included; in any order, overlapping or empty ones too.
 using CharRanges = std::vector<std::pair<uint32_t, uint32_t>>;
@@ -28,4 +28,4 @@ private:
     uint32_t child(uint32_t node, unsigned char low, unsigned char high);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <map>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -24,9 +24,9 @@ struct ReadRule {
 
 // A recursive-descent reader with llama.cpp's syntax. Repetitions become rules:
 //   S{m,n}: S m times, then R(n-m) with R(i) = S R(i-1) | nothing;   S{m,}: S m times, then R = S R | nothing.
-class Reader {
+class GrammarReader {
 public:
-    Reader(const llama_vocab * vocab, const std::string & text, std::vector<ByteNode> & nodes)
+    GrammarReader(const llama_vocab * vocab, const std::string & text, std::vector<ByteNode> & nodes)
         : vocab(vocab), text(text), sets(nodes) {}
 
     std::vector<ReadRule> rules;
@@ -488,7 +488,7 @@ std::shared_ptr<const Rules> read_gbnf(const llama_vocab * vocab, const std::str
         throw grammar_error("the grammar holds a NUL character");
     }
     auto rules = std::make_shared<Rules>();
-    Reader reader(vocab, grammar, rules->nodes);
+    GrammarReader reader(vocab, grammar, rules->nodes);
     reader.read();
     std::vector<ReadRule> & read = reader.rules;
     if (read.empty()) {
@@ -523,4 +523,4 @@ std::shared_ptr<const Rules> read_gbnf(const llama_vocab * vocab, const std::str
     return rules;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // A set of characters as an automaton over the bytes of their UTF-8. Node 0 is the end of a character.
 struct ByteRange {
@@ -50,4 +50,4 @@ struct Rules {
 // matches no text or is too large.
 std::shared_ptr<const Rules> read_gbnf(const llama_vocab * vocab, const std::string & grammar, const std::string & root);
 
-}  // namespace triollama
+}  // namespace triollama::native

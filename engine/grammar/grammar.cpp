@@ -8,7 +8,7 @@
 #include <cmath>
 #include <numeric>
 
-namespace triollama {
+namespace triollama::native {
 
 bool GrammarParams::operator==(const GrammarParams & other) const {
     return text == other.text && root == other.root && special == other.special && lazy == other.lazy &&
@@ -225,4 +225,4 @@ bool Grammar::is_done() const {
     return !awaiting && matcher->must_end(state);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

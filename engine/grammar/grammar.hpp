@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct GrammarParams {
     std::string text;                                   // GBNF; empty: no grammar
@@ -79,4 +79,4 @@ private:
     const TokenTexts & token_texts() const;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

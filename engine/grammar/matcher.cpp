@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <map>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -306,4 +306,4 @@ bool Matcher::names_tokens(State state) const {
     });
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Each way of reading a text is a stack: what comes next, below it what comes after that, and so on. All of them together are
 // one set of stacks, kept as a tree from the tops down: entries of (what is on top, the set of the rests). Equal sets are one
@@ -83,4 +83,4 @@ private:
     State normalise(std::vector<Entry> & list);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

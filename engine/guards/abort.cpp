@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <utility>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -45,4 +45,4 @@ void AbortScope::on_abort(const char * message) {
     std::fflush(stderr);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 struct native_abort : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -59,4 +59,4 @@ template <class Call> auto guarded(Call && call) {
 int32_t guarded_decode(llama_context * ctx, const llama_batch & batch);
 int32_t guarded_encode(llama_context * ctx, const llama_batch & batch);
 
-}  // namespace triollama
+}  // namespace triollama::native

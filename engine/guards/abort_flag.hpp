@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-namespace triollama {
+namespace triollama::native {
 
 class AbortFlag {
 public:
@@ -46,4 +46,4 @@ private:
     std::atomic<int64_t> left{-1};
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

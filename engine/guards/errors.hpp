@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // What a Sampler throws when its grammar is at fault: cannot be parsed, or allows no continuation.
 struct grammar_error : std::runtime_error {
@@ -47,4 +47,4 @@ struct broken_context : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -12,9 +12,8 @@ from operator import index
 
 from libc.math cimport NAN
 
-from llama cimport raise_native_error
 
-cdef extern from "guards/abort.hpp" namespace "triollama" nogil:
+cdef extern from "guards/abort.hpp" namespace "triollama::native" nogil:
     cdef cppclass AbortScope:
         # Once entered and as long as it lives, a failed assertion of ggml on this thread throws
         # instead of ending the process.
@@ -31,11 +30,11 @@ cdef extern from "guards/abort.hpp" namespace "triollama" nogil:
         void install() noexcept
 
     int guarded_decode(
-        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
     int guarded_encode(
-        llama_context * ctx, const llama_batch & batch) except +raise_native_error
+        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
 
-cdef extern from "threads/openmp.hpp" namespace "triollama" nogil:
+cdef extern from "threads/openmp.hpp" namespace "triollama::native" nogil:
     bint has_own_threads() noexcept
     void retire_threads() noexcept
 

@@ -12,7 +12,7 @@
 #include <ucontext.h>
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 #if defined(TRIOLLAMA_FAULTS)
 
@@ -125,4 +125,4 @@ FaultScope::~FaultScope() {}
 
 #endif
 
-}  // namespace triollama
+}  // namespace triollama::native

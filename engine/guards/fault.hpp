@@ -2,7 +2,7 @@
 // checks: follow a null pointer to a tensor that is not there, or divide by zero.
 #pragma once
 
-namespace triollama {
+namespace triollama::native {
 
 // While it lives and was entered, both throw native_abort on this thread if they happen in our own code, as they do: in
 // ggml's C, which builds the graph's nodes and has tables to unwind by. (A C++ function of llama.cpp that would clean up
@@ -22,4 +22,4 @@ private:
     bool entered = false;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -9,22 +9,18 @@
 #include <string>
 #include <utility>
 
-#if !defined(_WIN32)
 #include <pthread.h>
-#endif
 
-namespace triollama {
+namespace triollama::native {
 
 class LogQueue {
 public:
     static LogQueue & instance() {
         static LogQueue * const queue = [] {        // never destroyed: threads may log while the process exits
             LogQueue * made = new LogQueue;
-#if !defined(_WIN32)
             // Another thread may be writing while this one forks, and would hold the child's lock for ever.
             pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
                            [] { instance().mutex.unlock(); });
-#endif
             return made;
         }();
         return *queue;
@@ -142,4 +138,4 @@ private:
     std::atomic<size_t> count{0};
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

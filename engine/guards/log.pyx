@@ -1,22 +1,14 @@
 """llama.cpp's log, handed to logging.getLogger("triollama.llama_cpp"): its INFO is DEBUG there."""
 import sys
 
-from ggml cimport (
-    GGML_LOG_LEVEL_DEBUG,
-    GGML_LOG_LEVEL_ERROR,
-    GGML_LOG_LEVEL_NONE,
-    GGML_LOG_LEVEL_WARN,
-    ggml_log_level,
-)
-from llama cimport llama_log_set
 
-cdef extern from "guards/log.hpp" namespace "triollama" nogil:
+cdef extern from "guards/log.hpp" namespace "triollama::native" nogil:
     cdef cppclass LogQueue:
         @staticmethod
         LogQueue & instance() noexcept
         @staticmethod
-        void write(ggml_log_level level, const char * text, void * user_data) noexcept
-        void set_threshold(ggml_log_level level) noexcept
+        void write(ggml.ggml_log_level level, const char * text, void * user_data) noexcept
+        void set_threshold(ggml.ggml_log_level level) noexcept
         cpp_bool has_lines() noexcept
         cpp_bool take(int & level, string & line) except +
 
@@ -31,10 +23,10 @@ cdef int _WARNING = 30
 cdef int _ERROR = 40
 
 cdef dict _PYTHON_LEVELS = {
-    <int>GGML_LOG_LEVEL_NONE: _DEBUG,
-    <int>GGML_LOG_LEVEL_DEBUG: _DEBUG,
-    <int>GGML_LOG_LEVEL_WARN: _WARNING,
-    <int>GGML_LOG_LEVEL_ERROR: _ERROR,
+    <int>ggml.GGML_LOG_LEVEL_NONE: _DEBUG,
+    <int>ggml.GGML_LOG_LEVEL_DEBUG: _DEBUG,
+    <int>ggml.GGML_LOG_LEVEL_WARN: _WARNING,
+    <int>ggml.GGML_LOG_LEVEL_ERROR: _ERROR,
 }
 
 cdef object _logger = None
@@ -54,13 +46,13 @@ cdef object get_logger():
 
 cdef int begin_log() except -1:
     """Before a call that may fail: what this thread logs from here on belongs to it."""
-    cdef ggml_log_level threshold = GGML_LOG_LEVEL_ERROR
+    cdef ggml.ggml_log_level threshold = ggml.GGML_LOG_LEVEL_ERROR
     logger = get_logger()
     if logger is not None:
         if logger.isEnabledFor(_DEBUG):
-            threshold = GGML_LOG_LEVEL_DEBUG
+            threshold = ggml.GGML_LOG_LEVEL_DEBUG
         elif logger.isEnabledFor(_WARNING):
-            threshold = GGML_LOG_LEVEL_WARN
+            threshold = ggml.GGML_LOG_LEVEL_WARN
     LogQueue.instance().set_threshold(threshold)
     LogQueue.forget_problem()
     return 0
@@ -95,4 +87,4 @@ def flush_native_log() -> None:
     flush_log()
 
 
-llama_log_set(LogQueue.write, NULL)
+llama.llama_log_set(LogQueue.write, NULL)

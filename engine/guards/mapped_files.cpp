@@ -20,7 +20,7 @@ int __wrap_munmap(void * at, size_t size);
 }
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -158,19 +158,19 @@ MappingScope::MappingScope(std::shared_ptr<MappedState> state) { current = std::
 
 MappingScope::~MappingScope() { current.reset(); }
 
-}  // namespace triollama
+}  // namespace triollama::native
 
 #if defined(TRIOLLAMA_WRAPS_MMAP)
 void * __wrap_mmap(void * at, size_t size, int protection, int flags, int fd, off_t offset) {
     void * begin = __real_mmap(at, size, protection, flags, fd, offset);
-    if (begin != MAP_FAILED && fd >= 0 && triollama::current) {
-        triollama::on_map(begin, size);
+    if (begin != MAP_FAILED && fd >= 0 && triollama::native::current) {
+        triollama::native::on_map(begin, size);
     }
     return begin;
 }
 
 int __wrap_munmap(void * at, size_t size) {
-    triollama::on_unmap(at, size);
+    triollama::native::on_unmap(at, size);
     return __real_munmap(at, size);
 }
 #endif

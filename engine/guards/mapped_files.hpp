@@ -9,7 +9,7 @@
 #include <atomic>
 #include <memory>
 
-namespace triollama {
+namespace triollama::native {
 
 // What becomes of one model's mappings.
 struct MappedState {
@@ -26,4 +26,4 @@ public:
     MappingScope & operator=(const MappingScope &) = delete;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -6,11 +6,9 @@
 #include <mutex>
 #include <sys/stat.h>
 #include <unordered_map>
-#if !defined(_WIN32)
 #include <unistd.h>
-#endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -24,10 +22,7 @@ FileMark mark_of(const struct stat & status) {
     mark.device = uint64_t(status.st_dev);
     mark.inode  = uint64_t(status.st_ino);
     mark.size   = int64_t(status.st_size);
-#if defined(_WIN32)
-    mark.modified = int64_t(status.st_mtime) * 1000000000;
-    mark.changed  = mark.modified;
-#elif defined(__APPLE__)
+#if   defined(__APPLE__)
     mark.modified = nanoseconds(status.st_mtimespec);
     mark.changed  = nanoseconds(status.st_ctimespec);
 #else
@@ -44,21 +39,13 @@ ModelFiles::~ModelFiles() {
         const std::lock_guard<std::mutex> lock(mutex);
         known.erase(model);
     }
-#if !defined(_WIN32)
     for (const FileMark & file : files) {
         close(file.fd);
     }
-#endif
 }
 
 void ModelFiles::open(const std::string & path) {
     struct stat status;
-#if defined(_WIN32)
-    if (stat(path.c_str(), &status) != 0) {
-        throw file_error(path);
-    }
-    files.push_back(mark_of(status));
-#else
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         throw file_error(path);
@@ -70,7 +57,6 @@ void ModelFiles::open(const std::string & path) {
     }
     files.push_back(mark_of(status));
     files.back().fd = fd;
-#endif
     files.back().path = path;
 }
 
@@ -94,15 +80,9 @@ void ModelFiles::check() const {
     }
     for (const FileMark & file : files) {
         struct stat status;
-#if defined(_WIN32)
-        if (stat(file.path.c_str(), &status) != 0) {
-            continue;
-        }
-#else
         if (fstat(file.fd, &status) != 0) {
             throw file_error(file.path);
         }
-#endif
         const FileMark now = mark_of(status);
         if (now.size != file.size || now.modified != file.modified) {
             throw model_changed(file.path + " was written to while it was in use");
@@ -118,4 +98,4 @@ void ModelFiles::check(const llama_model * model) {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct FileMark {
     std::string path;
@@ -48,4 +48,4 @@ private:
     const llama_model * model = nullptr;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -3,9 +3,9 @@ from libc.stdint cimport int64_t, uint64_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from llama cimport raise_native_error
+from guards cimport raise_native_error
 
-cdef extern from "guards/model_files.hpp" namespace "triollama" nogil:
+cdef extern from "guards/model_files.hpp" namespace "triollama::native" nogil:
     cdef cppclass FileMark:
         string path
         int fd

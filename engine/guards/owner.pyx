@@ -9,7 +9,6 @@ import cython
 from cpython.pythread cimport PyThread_get_thread_ident
 from libcpp.atomic cimport atomic
 
-from llama cimport llama_backend_init
 
 cdef unsigned int fork_count = 0
 cdef dict owners = {}               # weak references to the objects that are open, by id
@@ -49,7 +48,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)
 
-llama_backend_init()
+llama.llama_backend_init()
 
 
 cdef object exit_error():

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 inline void raise_typed(const char * class_name, const char * message) {
     PyObject * module = PyImport_ImportModule("triollama.errors");
@@ -67,4 +67,4 @@ inline void raise_native_error() {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -1,19 +1,14 @@
 #include "kv/disk.hpp"
 
-#include "kv/checksum.hpp"
+#include "guards/checksum.hpp"
 
 #include <algorithm>
 #include <cerrno>
 #include <utility>
 
-#if defined(_WIN32)
-#include <io.h>
-#include <stdio.h>
-#else
 #include <unistd.h>
-#endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -21,21 +16,8 @@ namespace {
 constexpr size_t MOST_WAITING = size_t(256) << 20;
 constexpr size_t PIECE = size_t(1) << 30;       // as much as one call takes on every system
 
-#if defined(_WIN32)
-std::mutex place;                               // of the file's position: there is no pwrite
-
-int64_t write_some(int fd, const char * data, size_t size, size_t offset) {
-    std::lock_guard<std::mutex> lock(place);
-    return _lseeki64(fd, (int64_t) offset, SEEK_SET) < 0 ? -1 : _write(fd, data, (unsigned) size);
-}
-int64_t read_some(int fd, char * data, size_t size, size_t offset) {
-    std::lock_guard<std::mutex> lock(place);
-    return _lseeki64(fd, (int64_t) offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) size);
-}
-#else
 int64_t write_some(int fd, const char * data, size_t size, size_t offset) { return pwrite(fd, data, size, (off_t) offset); }
 int64_t read_some(int fd, char * data, size_t size, size_t offset) { return pread(fd, data, size, (off_t) offset); }
-#endif
 
 template <class Call> bool all(Call call, size_t size) {
     for (size_t done = 0; done < size;) {
@@ -183,4 +165,4 @@ int64_t DiskStore::failures() const {
     return failed;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -15,7 +15,7 @@
 
 #include "threads/worker.hpp"
 
-namespace triollama {
+namespace triollama::native {
 
 class DiskStore {
 public:
@@ -61,4 +61,4 @@ private:
     Worker worker;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -15,7 +15,7 @@
 #include <cmath>
 #include <exception>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -144,4 +144,4 @@ void settle(llama_context * ctx, ggml_abort_callback callback, void * data) {
     llama_set_abort_callback(ctx, callback, data);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // Why this context's positions cannot be moved; empty if they can. Where llama.cpp says that they can, it may still assert,
 // crash or rotate wrongly: it looks at neither the type of the keys nor at how they are scaled.
@@ -23,4 +23,4 @@ std::string why_no_cache(const llama_model * model, ggml_type type_k, ggml_type 
 // context's abort callback is off meanwhile; `callback` is set afterwards. Throws broken_context.
 void settle(llama_context * ctx, ggml_abort_callback callback, void * data);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -13,14 +13,6 @@ import struct
 import zlib
 
 from checksum cimport state_checksum
-from llama cimport (
-    llama_state_get_data,
-    llama_state_get_size,
-    llama_state_seq_get_data,
-    llama_state_seq_get_size,
-    llama_state_seq_set_data,
-    llama_state_set_data,
-)
 
 _HEADER = struct.Struct("<4sII32sQI")
 _MAGIC = b"TLKV"
@@ -55,16 +47,16 @@ cdef bytes pack_state(Context context, int kind, int seq_id):
         key = state_key(context, kind)
         with nogil:
             if kind == _KIND_SEQUENCE:
-                size = llama_state_seq_get_size(context.ptr, seq_id)
+                size = llama.llama_state_seq_get_size(context.ptr, seq_id)
             else:
-                size = llama_state_get_size(context.ptr)
+                size = llama.llama_state_get_size(context.ptr)
         blob = PyBytes_FromStringAndSize(NULL, header + size)
         data = <uint8_t *>PyBytes_AS_STRING(blob)
         with nogil:
             if kind == _KIND_SEQUENCE:
-                written = llama_state_seq_get_data(context.ptr, data + header, size, seq_id)
+                written = llama.llama_state_seq_get_data(context.ptr, data + header, size, seq_id)
             else:
-                written = llama_state_get_data(context.ptr, data + header, size)
+                written = llama.llama_state_get_data(context.ptr, data + header, size)
         if written == 0 or written > size:
             raise EngineError("llama.cpp could not save the state", log=native_problem())
         # The bytes object is not shared with anyone yet, so it may still be written.
@@ -154,14 +146,14 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
         length = view.shape[0] - <int>_HEADER.size
         with nogil:
             if kind == _KIND_SEQUENCE:
-                read = llama_state_seq_set_data(context.ptr, data, length, seq_id)
+                read = llama.llama_state_seq_set_data(context.ptr, data, length, seq_id)
             else:
-                read = llama_state_set_data(context.ptr, data, length)
+                read = llama.llama_state_set_data(context.ptr, data, length)
         flush_log()
         if read == 0:
             if kind == _KIND_SEQUENCE:
                 # With a sliding window llama.cpp empties only one of the two caches.
-                llama_memory_seq_rm(context.mem, seq_id, -1, -1)
+                llama.llama_memory_seq_rm(context.mem, seq_id, -1, -1)
             raise NoSlotError(
                 "the state could not be restored: the cache has too few free cells, and the"
                 " sequence is empty now", code=1, log=native_problem())

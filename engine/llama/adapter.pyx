@@ -1,29 +1,9 @@
 """LoRA adapters and control vectors."""
-from gguf cimport (
-    gguf_context,
-    gguf_free,
-    gguf_get_data_offset,
-    gguf_get_n_tensors,
-    gguf_get_tensor_name,
-    gguf_get_tensor_offset,
-    gguf_get_tensor_size,
-    gguf_get_tensor_type,
-    gguf_init_from_file,
-    gguf_init_params,
-)
-from ggml cimport GGML_TYPE_F32
-from llama cimport (
-    llama_adapter_meta_count,
-    llama_adapter_meta_key_by_index,
-    llama_adapter_meta_val_str_by_index,
-    llama_set_adapter_cvec,
-    llama_set_adapters_lora,
-)
 
-cdef extern from "llama/adapter_file.hpp" namespace "triollama" nogil:
-    llama_adapter_lora * open_adapter(
-        llama_model * model, const string & path) except +raise_native_error
-    void free_adapter(llama_adapter_lora * adapter) noexcept
+cdef extern from "llama/adapter_file.hpp" namespace "triollama::native" nogil:
+    llama.llama_adapter_lora * open_adapter(
+        llama.llama_model * model, const string & path) except +raise_native_error
+    void free_adapter(llama.llama_adapter_lora * adapter) noexcept
 
 
 cdef str check_adapter_file(Model model, object path):
@@ -95,9 +75,9 @@ cdef class Adapter(Owner):
             raise AdapterError(f"{self.path} was loaded for another model", path=self.path)
         return 0
 
-    cdef llama_adapter_lora * let_go(self) noexcept:
+    cdef llama.llama_adapter_lora * let_go(self) noexcept:
         """Closed from here on; who called frees what this gives."""
-        cdef llama_adapter_lora * ptr = self.ptr
+        cdef llama.llama_adapter_lora * ptr = self.ptr
         self.ended()
         self.ptr = NULL
         self.model.children -= 1
@@ -106,7 +86,7 @@ cdef class Adapter(Owner):
     def __dealloc__(self):
         if self.closed or self.forks != fork_count:
             return
-        cdef llama_adapter_lora * ptr = self.let_go()
+        cdef llama.llama_adapter_lora * ptr = self.let_go()
         if self.model.drivers == 0 and self.model.computing == 0:
             free_adapter(ptr)
         # Else a decode may be reading: llama.cpp frees it with the model, which lists it.
@@ -139,10 +119,10 @@ cdef class Adapter(Owner):
             buffer.resize(65536)
             self.readers += 1       # whatever a garbage collection in between may close
             try:
-                for i in range(llama_adapter_meta_count(self.ptr)):
-                    n = llama_adapter_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                for i in range(llama.llama_adapter_meta_count(self.ptr)):
+                    n = llama.llama_adapter_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
                     key = buffer.data()[:n].decode("utf-8", "replace")
-                    n = llama_adapter_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    n = llama.llama_adapter_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
                     found[key] = buffer.data()[:min(n, <int32_t>buffer.size() - 1)].decode(
                         "utf-8", "replace")
             finally:
@@ -159,7 +139,7 @@ cdef int check_undriven(Model model, str instead) except -1:
     return 0
 
 
-cdef Adapter adopt_adapter(Model model, str path, llama_adapter_lora * ptr):
+cdef Adapter adopt_adapter(Model model, str path, llama.llama_adapter_lora * ptr):
     """An Adapter of what is loaded already."""
     cdef Adapter adapter = Adapter.__new__(Adapter)
     adapter.begin()
@@ -176,7 +156,7 @@ def set_adapters(Context context not None, adapters) -> None:
     A change costs some milliseconds at the next decode. What is in memory was computed under the
     old set: clear it, or continue knowingly.
     """
-    cdef vector[llama_adapter_lora *] pointers
+    cdef vector[llama.llama_adapter_lora *] pointers
     cdef vector[float] scales
     cdef Adapter adapter
     cdef int code
@@ -189,7 +169,7 @@ def set_adapters(Context context not None, adapters) -> None:
             scales.push_back(scale)
         use_adapters(chosen, 1)
         with nogil:
-            code = llama_set_adapters_lora(
+            code = llama.llama_set_adapters_lora(
                 context.ptr, pointers.data(), pointers.size(), scales.data())
         if code == 0:
             chosen, context.adapters_ = context.adapters_ or (), chosen
@@ -244,25 +224,25 @@ def read_control_vector(Model model not None, path):
     cdef str name = check_adapter_file(model, path)
     cdef bytes raw_path = os.fsencode(name)
     cdef const char * c_path = raw_path
-    cdef gguf_init_params params
-    cdef gguf_context * gguf
+    cdef gguf.gguf_init_params params
+    cdef gguf.gguf_context * header
     cdef int64_t i
     params.no_alloc = True
     params.ctx = NULL
     with nogil:
-        gguf = gguf_init_from_file(c_path, params)
-    if gguf == NULL:
+        header = gguf.gguf_init_from_file(c_path, params)
+    if header == NULL:
         raise AdapterError(f"{name} is no GGUF file", path=name)
     found = []
     try:
-        for i in range(gguf_get_n_tensors(gguf)):
+        for i in range(gguf.gguf_get_n_tensors(header)):
             found.append((
-                gguf_get_tensor_name(gguf, i).decode("utf-8", "replace"),
-                gguf_get_tensor_type(gguf, i) == GGML_TYPE_F32,
-                gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i),
-                gguf_get_tensor_size(gguf, i)))
+                gguf.gguf_get_tensor_name(header, i).decode("utf-8", "replace"),
+                gguf.gguf_get_tensor_type(header, i) == ggml.GGML_TYPE_F32,
+                gguf.gguf_get_data_offset(header) + gguf.gguf_get_tensor_offset(header, i),
+                gguf.gguf_get_tensor_size(header, i)))
     finally:
-        gguf_free(gguf)
+        gguf.gguf_free(header)
     rows = numpy.zeros((model.n_layer - 1, model.n_embd), dtype=numpy.float32)
     with open(name, "rb") as file:
         for tensor, is_f32, offset, size in found:
@@ -300,7 +280,7 @@ def set_control_vector(Context context not None, data, layer_start: int = 1,
         n_embd = context.model.n_embd
         if data is None:
             with nogil:
-                code = llama_set_adapter_cvec(context.ptr, NULL, 0, n_embd, -1, -1)
+                code = llama.llama_set_adapter_cvec(context.ptr, NULL, 0, n_embd, -1, -1)
         else:
             n_layer = context.model.n_layer
             view = control_rows(context.model, data)
@@ -309,7 +289,7 @@ def set_control_vector(Context context not None, data, layer_start: int = 1,
                             start, n_layer)
             n_values = view.shape[0] * view.shape[1]
             with nogil:
-                code = llama_set_adapter_cvec(
+                code = llama.llama_set_adapter_cvec(
                     context.ptr, &view[0, 0], n_values, n_embd, start, end)
         if code != 0:
             raise EngineError("llama.cpp refused the control vector", log=native_problem())

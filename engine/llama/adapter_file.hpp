@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // Throws format_error if llama.cpp refuses the file, or would have ended the process.
 inline llama_adapter_lora * open_adapter(llama_model * model, const std::string & path) {
@@ -30,4 +30,4 @@ inline llama_adapter_lora * open_adapter(llama_model * model, const std::string 
 
 inline void free_adapter(llama_adapter_lora * adapter) { llama_adapter_lora_free(adapter); }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -50,7 +50,7 @@ cdef class Batch:
                 parameter="tokens", value=n)
         return 0
 
-    cdef void put(self, llama_token token, llama_pos pos, llama_seq_id seq_id,
+    cdef void put(self, llama.llama_token token, llama.llama_pos pos, llama.llama_seq_id seq_id,
                   bint output) noexcept nogil:
         cdef int i = self.c.n_tokens
         self.token[i] = token
@@ -70,9 +70,9 @@ cdef class Batch:
 
     def add(self, token: int, pos: int, seq_id: int = 0, output: bool = False) -> int:
         """Append one token; returns its index in the batch."""
-        cdef llama_token t = check_int("token", token, 0, 2**31 - 1)
-        cdef llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
-        cdef llama_seq_id s = check_int("seq_id", seq_id, 0, 255)
+        cdef llama.llama_token t = check_int("token", token, 0, 2**31 - 1)
+        cdef llama.llama_pos p = check_int("pos", pos, 0, 2**31 - 1)
+        cdef llama.llama_seq_id s = check_int("seq_id", seq_id, 0, 255)
         cdef bint has_output = output
         self.reserve(1)
         self.put(t, p, s, has_output)
@@ -86,7 +86,7 @@ cdef class Batch:
         ``output`` is "last", "all" or "none": which tokens have logits afterwards.
         Returns the index of the last token.
         """
-        cdef vector[llama_token] ids = token_vector(tokens)
+        cdef vector[llama.llama_token] ids = token_vector(tokens)
         cdef int n = <int>ids.size()
         cdef int first = check_int("pos", pos, 0, 2**31 - 1 - n)
         cdef int i
@@ -97,7 +97,7 @@ cdef class Batch:
             raise ParameterError(
                 f'output must be "last", "all" or "none", not {output!r}',
                 parameter="output", value=output)
-        cdef vector[llama_seq_id] seqs
+        cdef vector[llama.llama_seq_id] seqs
         for one in (seq_id if isinstance(seq_id, tuple) else (seq_id,)):
             seqs.push_back(check_int("seq_id", one, 0, 255))
         if not 0 < <int>seqs.size() <= self.n_seq_max:

@@ -1,102 +1,42 @@
 """The context: a model's working memory, and the calls that compute."""
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
-from ggml cimport (
-    GGML_TYPE_BF16,
-    GGML_TYPE_F16,
-    GGML_TYPE_F32,
-    GGML_TYPE_IQ4_NL,
-    GGML_TYPE_Q4_0,
-    GGML_TYPE_Q4_1,
-    GGML_TYPE_Q5_0,
-    GGML_TYPE_Q5_1,
-    GGML_TYPE_Q8_0,
-    ggml_blck_size,
-    ggml_type,
-    ggml_type_size,
-)
-from llama cimport (
-    LLAMA_ATTENTION_TYPE_CAUSAL,
-    LLAMA_ATTENTION_TYPE_NON_CAUSAL,
-    LLAMA_ATTENTION_TYPE_UNSPECIFIED,
-    LLAMA_FLASH_ATTN_TYPE_AUTO,
-    LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    LLAMA_FLASH_ATTN_TYPE_ENABLED,
-    LLAMA_POOLING_TYPE_CLS,
-    LLAMA_POOLING_TYPE_LAST,
-    LLAMA_POOLING_TYPE_MEAN,
-    LLAMA_POOLING_TYPE_NONE,
-    LLAMA_POOLING_TYPE_RANK,
-    LLAMA_POOLING_TYPE_UNSPECIFIED,
-    LLAMA_ROPE_SCALING_TYPE_LINEAR,
-    LLAMA_ROPE_SCALING_TYPE_LONGROPE,
-    LLAMA_ROPE_SCALING_TYPE_NONE,
-    LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
-    LLAMA_ROPE_SCALING_TYPE_YARN,
-    llama_context_default_params,
-    llama_context_params,
-    llama_flash_attn_type,
-    llama_free,
-    llama_get_causal_attn,
-    llama_get_embeddings_ith,
-    llama_get_embeddings_seq,
-    llama_get_logits_ith,
-    llama_get_memory,
-    llama_get_pooling_type,
-    llama_max_parallel_sequences,
-    llama_n_batch,
-    llama_n_ctx,
-    llama_n_ctx_seq,
-    llama_n_threads,
-    llama_n_threads_batch,
-    llama_n_ubatch,
-    llama_perf_context,
-    llama_perf_context_data,
-    llama_perf_context_reset,
-    llama_pooling_type,
-    llama_rope_scaling_type,
-    llama_set_causal_attn,
-    llama_set_embeddings,
-    llama_set_n_threads,
-    llama_supports_gpu_offload,
-    llama_synchronize,
-)
 from insides cimport AbortFlag, make_exact, settle, why_no_cache, why_no_shift
 
-cdef extern from "llama/load.hpp" namespace "triollama" nogil:
-    llama_context * make_context(
-        llama_model * model, const llama_context_params & params) except +raise_native_error
+cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
+    llama.llama_context * make_context(
+        llama.llama_model * model, const llama.llama_context_params & params) except +raise_native_error
 
 cdef dict _KV_TYPES = {
-    "f32": <int>GGML_TYPE_F32,
-    "f16": <int>GGML_TYPE_F16,
-    "bf16": <int>GGML_TYPE_BF16,
-    "q8_0": <int>GGML_TYPE_Q8_0,
-    "q5_1": <int>GGML_TYPE_Q5_1,
-    "q5_0": <int>GGML_TYPE_Q5_0,
-    "q4_1": <int>GGML_TYPE_Q4_1,
-    "q4_0": <int>GGML_TYPE_Q4_0,
-    "iq4_nl": <int>GGML_TYPE_IQ4_NL,
+    "f32": <int>ggml.GGML_TYPE_F32,
+    "f16": <int>ggml.GGML_TYPE_F16,
+    "bf16": <int>ggml.GGML_TYPE_BF16,
+    "q8_0": <int>ggml.GGML_TYPE_Q8_0,
+    "q5_1": <int>ggml.GGML_TYPE_Q5_1,
+    "q5_0": <int>ggml.GGML_TYPE_Q5_0,
+    "q4_1": <int>ggml.GGML_TYPE_Q4_1,
+    "q4_0": <int>ggml.GGML_TYPE_Q4_0,
+    "iq4_nl": <int>ggml.GGML_TYPE_IQ4_NL,
 }
 cdef dict _FLASH_ATTN = {
-    "auto": <int>LLAMA_FLASH_ATTN_TYPE_AUTO,
-    "off": <int>LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    "on": <int>LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "auto": <int>llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "off": <int>llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    "on": <int>llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
 }
 cdef dict _POOLING = {
-    "model": <int>LLAMA_POOLING_TYPE_UNSPECIFIED,
-    "none": <int>LLAMA_POOLING_TYPE_NONE,
-    "mean": <int>LLAMA_POOLING_TYPE_MEAN,
-    "cls": <int>LLAMA_POOLING_TYPE_CLS,
-    "last": <int>LLAMA_POOLING_TYPE_LAST,
-    "rank": <int>LLAMA_POOLING_TYPE_RANK,
+    "model": <int>llama.LLAMA_POOLING_TYPE_UNSPECIFIED,
+    "none": <int>llama.LLAMA_POOLING_TYPE_NONE,
+    "mean": <int>llama.LLAMA_POOLING_TYPE_MEAN,
+    "cls": <int>llama.LLAMA_POOLING_TYPE_CLS,
+    "last": <int>llama.LLAMA_POOLING_TYPE_LAST,
+    "rank": <int>llama.LLAMA_POOLING_TYPE_RANK,
 }
 cdef dict _ROPE_SCALING = {
-    "model": <int>LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
-    "none": <int>LLAMA_ROPE_SCALING_TYPE_NONE,
-    "linear": <int>LLAMA_ROPE_SCALING_TYPE_LINEAR,
-    "yarn": <int>LLAMA_ROPE_SCALING_TYPE_YARN,
-    "longrope": <int>LLAMA_ROPE_SCALING_TYPE_LONGROPE,
+    "model": <int>llama.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED,
+    "none": <int>llama.LLAMA_ROPE_SCALING_TYPE_NONE,
+    "linear": <int>llama.LLAMA_ROPE_SCALING_TYPE_LINEAR,
+    "yarn": <int>llama.LLAMA_ROPE_SCALING_TYPE_YARN,
+    "longrope": <int>llama.LLAMA_ROPE_SCALING_TYPE_LONGROPE,
 }
 
 # Beyond this no machine has memory, and sums of sizes could overflow.
@@ -113,9 +53,9 @@ def default_threads() -> int:
 
 
 cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outputs,
-                           ggml_type type_k, ggml_type type_v, int n_layer) except -1:
+                           ggml.ggml_type type_k, ggml.ggml_type type_v, int n_layer) except -1:
     """Refuses what this machine could never hold, before Linux kills the process for trying."""
-    if llama_supports_gpu_offload() and model.n_gpu_layers_ != 0:
+    if llama.llama_supports_gpu_offload() and model.n_gpu_layers_ != 0:
         return 0        # the cache lives elsewhere, and a failed allocation is reported
     cdef long long n_head = max(1, model.n_head)
     metadata = model.metadata
@@ -126,8 +66,8 @@ cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outpu
         return int(text) if text.isdigit() else model.n_embd // n_head
 
     per_cell = n_layer * model.n_head_kv * (
-        head_width("key_length") * ggml_type_size(type_k) / ggml_blck_size(type_k)
-        + head_width("value_length") * ggml_type_size(type_v) / ggml_blck_size(type_v))
+        head_width("key_length") * ggml.ggml_type_size(type_k) / ggml.ggml_blck_size(type_k)
+        + head_width("value_length") * ggml.ggml_type_size(type_v) / ggml.ggml_blck_size(type_v))
     needed = cells * per_cell + 4 * cells * n_ubatch + 8 * outputs * len(model.vocab)
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -214,8 +154,8 @@ cdef class Context(Owner):
         if model.vocab_only:
             raise UnsupportedError(
                 "the model was loaded with vocab_only=True: it has no weights to decode with")
-        cdef llama_context_params params = llama_context_default_params()
-        cdef int max_seq = <int>llama_max_parallel_sequences()
+        cdef llama.llama_context_params params = llama.llama_context_default_params()
+        cdef int max_seq = <int>llama.llama_max_parallel_sequences()
         self.n_ctx = check_int("n_ctx", n_ctx, 1, _MAX_CTX)
         if self.n_ctx > model.n_ctx_train and has_learned_positions(model):
             raise ParameterError(
@@ -248,11 +188,11 @@ cdef class Context(Owner):
         params.n_threads = check_int("n_threads", threads, 1, 512)
         batch_threads = threads if n_threads_batch is None else n_threads_batch
         params.n_threads_batch = check_int("n_threads_batch", batch_threads, 1, 512)
-        params.type_k = <ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
-        params.type_v = <ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
-        params.flash_attn_type = <llama_flash_attn_type><int>check_choice(
+        params.type_k = <ggml.ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
+        params.type_v = <ggml.ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
+        params.flash_attn_type = <llama.llama_flash_attn_type><int>check_choice(
             "flash_attn", flash_attn, _FLASH_ATTN)
-        if ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
+        if ggml.ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
             raise ParameterError(
                 f"type_v={type_v!r} is quantised, which needs flash attention",
                 parameter="type_v", value=type_v)
@@ -265,15 +205,15 @@ cdef class Context(Owner):
                 "exact=True needs kv_unified=False, flash_attn='off' and a Model with repack=False",
                 parameter="exact", value=True)
         params.embeddings = embeddings
-        params.pooling_type = <llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
+        params.pooling_type = <llama.llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
         params.attention_type = (
-            LLAMA_ATTENTION_TYPE_UNSPECIFIED if causal is None
-            else LLAMA_ATTENTION_TYPE_CAUSAL if causal else LLAMA_ATTENTION_TYPE_NON_CAUSAL)
+            llama.LLAMA_ATTENTION_TYPE_UNSPECIFIED if causal is None
+            else llama.LLAMA_ATTENTION_TYPE_CAUSAL if causal else llama.LLAMA_ATTENTION_TYPE_NON_CAUSAL)
         params.swa_full = swa_full
         params.kv_unified = kv_unified
         params.offload_kqv = offload_kqv
         params.op_offload = op_offload
-        params.rope_scaling_type = <llama_rope_scaling_type><int>check_choice(
+        params.rope_scaling_type = <llama.llama_rope_scaling_type><int>check_choice(
             "rope_scaling", rope_scaling, _ROPE_SCALING)
         params.rope_freq_base = check_float("rope_freq_base", rope_freq_base, 0.0, 1e12)
         params.rope_freq_scale = check_float("rope_freq_scale", rope_freq_scale, 0.0, 1e6)
@@ -320,13 +260,13 @@ cdef class Context(Owner):
             inexact = make_exact(self.ptr).decode()
             if inexact:
                 with nogil:
-                    llama_free(self.ptr)
+                    llama.llama_free(self.ptr)
                 self.ptr = NULL
                 raise UnsupportedError(f"exact=True: {inexact}")
         self.exact = exact
-        self.mem = llama_get_memory(self.ptr)
-        self.n_batch = llama_n_batch(self.ptr)
-        self.n_ubatch = llama_n_ubatch(self.ptr)
+        self.mem = llama.llama_get_memory(self.ptr)
+        self.n_batch = llama.llama_n_batch(self.ptr)
+        self.n_ubatch = llama.llama_n_ubatch(self.ptr)
         self.n_outputs_max = (
             self.n_batch if not params.n_outputs_max or model.has_encoder
             else <int>params.n_outputs_max)
@@ -339,15 +279,15 @@ cdef class Context(Owner):
         self.n_vocab = len(model.vocab) if model.vocab.type != "none" else 0
         self.n_embd = model.n_embd_out
         self.embeddings_ = embeddings
-        self.pooling_ = <int>llama_get_pooling_type(self.ptr)
-        self.causal_ = llama_get_causal_attn(self.ptr)
+        self.pooling_ = <int>llama.llama_get_pooling_type(self.ptr)
+        self.causal_ = llama.llama_get_causal_attn(self.ptr)
         self.last_sequences.resize(self.n_seq_max)
         self.opened()
 
     def __dealloc__(self):
         if self.forks == fork_count and self.ptr != NULL:
             self.ended()
-            llama_free(self.ptr)
+            llama.llama_free(self.ptr)
             self.let_go()
 
     cdef void let_go(self) noexcept:
@@ -365,7 +305,7 @@ cdef class Context(Owner):
         self.ended()
         begin_free()
         with nogil:
-            llama_free(self.ptr)
+            llama.llama_free(self.ptr)
         self.ptr = NULL
         self.let_go()
         end_call()
@@ -389,13 +329,13 @@ cdef class Context(Owner):
     def n_ctx_total(self) -> int:
         """Cells of the cache, all sequences together, as llama.cpp rounded them."""
         self.alive()
-        return llama_n_ctx(self.ptr)
+        return llama.llama_n_ctx(self.ptr)
 
     @property
     def n_ctx_seq(self) -> int:
         """Cells one sequence can reach, as llama.cpp rounded them; ``n_ctx`` is what was asked."""
         self.alive()
-        return llama_n_ctx_seq(self.ptr)
+        return llama.llama_n_ctx_seq(self.ptr)
 
     @property
     def has_memory(self) -> bool:
@@ -421,22 +361,22 @@ cdef class Context(Owner):
     def n_threads(self) -> int:
         """Threads that compute one token."""
         self.alive()
-        return llama_n_threads(self.ptr)
+        return llama.llama_n_threads(self.ptr)
 
     @property
     def n_threads_batch(self) -> int:
         """Threads that compute more than one token."""
         self.alive()
-        return llama_n_threads_batch(self.ptr)
+        return llama.llama_n_threads_batch(self.ptr)
 
     def set_threads(self, n_threads: int | None = None, n_threads_batch: int | None = None) -> None:
         """Change the thread counts; None leaves one as it is."""
         self.enter_to_read()
         try:
-            one = llama_n_threads(self.ptr) if n_threads is None else n_threads
-            many = llama_n_threads_batch(self.ptr) if n_threads_batch is None else n_threads_batch
-            llama_set_n_threads(self.ptr, check_int("n_threads", one, 1, 512),
-                                check_int("n_threads_batch", many, 1, 512))
+            one = llama.llama_n_threads(self.ptr) if n_threads is None else n_threads
+            many = llama.llama_n_threads_batch(self.ptr) if n_threads_batch is None else n_threads_batch
+            llama.llama_set_n_threads(self.ptr, check_int("n_threads", one, 1, 512),
+                                      check_int("n_threads_batch", many, 1, 512))
         finally:
             self.leave()
 
@@ -449,7 +389,7 @@ cdef class Context(Owner):
     def embeddings(self, value: bool) -> None:
         self.enter()
         try:
-            llama_set_embeddings(self.ptr, value)
+            llama.llama_set_embeddings(self.ptr, value)
             self.embeddings_ = value
         finally:
             self.leave()
@@ -463,7 +403,7 @@ cdef class Context(Owner):
     def causal(self, value: bool) -> None:
         self.enter()
         try:
-            llama_set_causal_attn(self.ptr, value)
+            llama.llama_set_causal_attn(self.ptr, value)
             self.causal_ = value
         finally:
             self.leave()
@@ -505,7 +445,7 @@ cdef class Context(Owner):
         cdef int s
         cdef int n = batch.c.n_tokens
         cdef int n_outputs = 0
-        cdef bint pools = self.embeddings_ and self.pooling_ != <int>LLAMA_POOLING_TYPE_NONE
+        cdef bint pools = self.embeddings_ and self.pooling_ != <int>llama.LLAMA_POOLING_TYPE_NONE
         if n == 0:
             raise ParameterError("the batch is empty", parameter="batch", value=0)
         if n > self.n_batch:
@@ -673,7 +613,7 @@ cdef class Context(Owner):
             parameter="i", value=i)
 
     cdef float * logits_row(self, int i) except NULL:
-        cdef float * data = llama_get_logits_ith(self.ptr, self.row(i))
+        cdef float * data = llama.llama_get_logits_ith(self.ptr, self.row(i))
         if data == NULL:
             raise EngineError("the last decode put out no logits")
         return data
@@ -705,8 +645,8 @@ cdef class Context(Owner):
         cdef float * data = NULL
         self.enter_to_read()
         try:
-            if self.pooling_ == <int>LLAMA_POOLING_TYPE_NONE:   # else the buffer is never filled
-                data = llama_get_embeddings_ith(
+            if self.pooling_ == <int>llama.LLAMA_POOLING_TYPE_NONE:   # else the buffer is never filled
+                data = llama.llama_get_embeddings_ith(
                     self.ptr, self.row(check_int("i", i, -2**31, 2**31 - 1)))
             if data == NULL:
                 raise EngineError(
@@ -720,14 +660,14 @@ cdef class Context(Owner):
         """Pooled embedding of a sequence of the last batch, float32 of shape [n_embd] (pooling
         "rank": [n_cls_out]). A view, as with ``logits``."""
         cdef float * data
-        cdef llama_seq_id s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
+        cdef llama.llama_seq_id s = check_int("seq_id", seq_id, -2**31, 2**31 - 1)
         self.enter_to_read()
         try:
             self.check_seq(s, False)
             if not self.last_sequences[s]:
                 raise ParameterError(
                     f"sequence {s} was not in the last batch", parameter="seq_id", value=s)
-            data = llama_get_embeddings_seq(self.ptr, s)
+            data = llama.llama_get_embeddings_seq(self.ptr, s)
             if data == NULL:
                 raise EngineError(
                     "the last decode put out no pooled embedding; set embeddings=True and a"
@@ -742,7 +682,7 @@ cdef class Context(Owner):
         self.enter()
         try:
             with nogil:
-                llama_synchronize(self.ptr)
+                llama.llama_synchronize(self.ptr)
         finally:
             self.leave()
 
@@ -750,7 +690,7 @@ cdef class Context(Owner):
         """llama.cpp's counters since the last reset: "t_p_eval_ms" and "n_p_eval" of batches of
         more than one token, "t_eval_ms" and "n_eval" of single tokens, "n_reused" graphs."""
         self.alive()
-        cdef llama_perf_context_data data = llama_perf_context(self.ptr)
+        cdef llama.llama_perf_context_data data = llama.llama_perf_context(self.ptr)
         return {
             "t_load_ms": data.t_load_ms,
             "t_p_eval_ms": data.t_p_eval_ms,
@@ -763,7 +703,7 @@ cdef class Context(Owner):
     def reset_perf_counters(self) -> None:
         """Set the counters to zero."""
         self.alive()
-        llama_perf_context_reset(self.ptr)
+        llama.llama_perf_context_reset(self.ptr)
 
 
 @cython.no_gc_clear

@@ -34,7 +34,7 @@ bool __wrap_ggml_compute_forward_mul_mat_id_tiled(const ggml_compute_params * pa
 }
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 std::string make_exact(llama_context * ctx) {
 #ifdef TRIOLLAMA_WRAPS_PRODUCTS
@@ -56,4 +56,4 @@ std::string make_exact(llama_context * ctx) {
 #endif
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

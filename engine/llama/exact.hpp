@@ -10,9 +10,9 @@
 
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // Why this context cannot compute so; empty if it does from now on.
 std::string make_exact(llama_context * ctx);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -1,7 +1,7 @@
 """gguf, as far as triollama uses it."""
 from libc.stdint cimport int64_t
 
-from ggml cimport ggml_type
+cimport ggml
 
 cdef extern from "gguf.h" nogil:
     ctypedef struct gguf_context:
@@ -18,5 +18,5 @@ cdef extern from "gguf.h" nogil:
     int64_t gguf_get_n_tensors(const gguf_context * ctx) noexcept
     const char * gguf_get_tensor_name(const gguf_context * ctx, int64_t tensor_id) noexcept
     size_t gguf_get_tensor_offset(const gguf_context * ctx, int64_t tensor_id) noexcept
-    ggml_type gguf_get_tensor_type(const gguf_context * ctx, int64_t tensor_id) noexcept
+    ggml.ggml_type gguf_get_tensor_type(const gguf_context * ctx, int64_t tensor_id) noexcept
     size_t gguf_get_tensor_size(const gguf_context * ctx, int64_t tensor_id) noexcept

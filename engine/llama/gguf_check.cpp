@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -25,9 +25,9 @@ constexpr uint64_t max_items  = uint64_t(1) << 31;
 constexpr double   max_window = 1 << 28;
 
 // Buffered forward reading that can skip. Every failure says where it happened.
-class Reader {
+class GgufReader {
 public:
-    explicit Reader(const std::string & path)
+    explicit GgufReader(const std::string & path)
         : path(path), file(std::fopen(path.c_str(), "rb"), &std::fclose), buffer(1 << 18) {
         if (!file) {
             throw file_error(path);
@@ -36,11 +36,7 @@ public:
         if (std::fseek(file.get(), 0, SEEK_END) != 0) {
             throw file_error(path);
         }
-#if defined(_WIN32)
-        const int64_t end = _ftelli64(file.get());
-#else
         const int64_t end = ftello(file.get());
-#endif
         if (end < 0) {
             throw file_error(path);
         }
@@ -95,11 +91,7 @@ public:
 
 private:
     void seek(uint64_t position) {
-#if defined(_WIN32)
-        const int failed = _fseeki64(file.get(), int64_t(position), SEEK_SET);
-#else
         const int failed = fseeko(file.get(), off_t(position), SEEK_SET);
-#endif
         if (failed) {
             throw file_error(path);
         }
@@ -178,7 +170,7 @@ size_t scalar_size(uint32_t type) {
     }
 }
 
-double get_number(Reader & in, uint32_t type) {
+double get_number(GgufReader & in, uint32_t type) {
     switch (type) {
         case GGUF_TYPE_UINT8: case GGUF_TYPE_BOOL: return in.get<uint8_t>();
         case GGUF_TYPE_INT8:                       return in.get<int8_t>();
@@ -193,7 +185,7 @@ double get_number(Reader & in, uint32_t type) {
     }
 }
 
-void read_array(Reader & in, const std::string & key, Metadata & meta) {
+void read_array(GgufReader & in, const std::string & key, Metadata & meta) {
     const uint32_t type = in.get<uint32_t>();
     const uint64_t n    = in.get<uint64_t>();
     if (n > max_items) {
@@ -222,7 +214,7 @@ void read_array(Reader & in, const std::string & key, Metadata & meta) {
     in.skip((n - 1) * size);
 }
 
-Metadata read_metadata(Reader & in, uint64_t n_keys) {
+Metadata read_metadata(GgufReader & in, uint64_t n_keys) {
     Metadata meta;
     for (uint64_t i = 0; i < n_keys; ++i) {
         const std::string key = in.get_string(65535);
@@ -296,7 +288,7 @@ void override(Metadata & meta, const llama_model_kv_override & given) {
     }
 }
 
-void read_tensors(Reader & in, uint64_t n_tensors, const Metadata & meta, bool model) {
+void read_tensors(GgufReader & in, uint64_t n_tensors, const Metadata & meta, bool model) {
     uint64_t expected = 0;      // offset of the next tensor
     uint64_t end = 0;
     std::string name;
@@ -399,7 +391,7 @@ void check_values(const Metadata & meta) {
 }
 
 Metadata read_gguf(const std::string & path, bool model, const llama_model_kv_override * overrides) {
-    Reader in(path);
+    GgufReader in(path);
     if (in.size() == 0) {
         throw format_error("the file is empty");
     }
@@ -467,4 +459,4 @@ std::vector<std::string> check_model(const std::string & path, bool weights, con
     return parts;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

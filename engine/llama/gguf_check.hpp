@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Throws format_error if the file is no well-formed GGUF file: cut short, counts, types or sizes that cannot be, tensors
 // outside the file. Throws file_error if it cannot be read. Reads the metadata only.
@@ -18,4 +18,4 @@ void check_gguf(const std::string & path);
 // file's values; throws invalid_argument for one that llama.cpp would ignore, because its type is another.
 std::vector<std::string> check_model(const std::string & path, bool weights, const llama_model_kv_override * overrides);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -1,11 +1,11 @@
 #include "llama/gguf_file.hpp"
 
-#include "kv/checksum.hpp"
+#include "guards/checksum.hpp"
 #include "guards/errors.hpp"
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -77,4 +77,4 @@ void GgufFile::finish() {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

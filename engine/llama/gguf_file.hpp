@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 class GgufFile {
 public:
@@ -36,4 +36,4 @@ private:
     std::vector<uint32_t> sums;      // of each block that was
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -3,7 +3,7 @@
 #include "guards/errors.hpp"
 #include "llama/gguf_check.hpp"
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -95,4 +95,4 @@ std::vector<GgufTensor> GgufMeta::tensors() const {
     return all;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct GgufTensor {
     std::string name;
@@ -34,4 +34,4 @@ private:
     gguf_context_ptr gguf;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -6,16 +6,9 @@ all others cannot throw.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 
-from ggml cimport (
-    ggml_abort_callback,
-    ggml_backend_buffer_type_t,
-    ggml_backend_dev_t,
-    ggml_log_callback,
-    ggml_type,
-)
+from guards cimport raise_native_error
+cimport ggml
 
-cdef extern from "guards/raise.hpp" namespace "triollama" nogil:
-    void raise_native_error() noexcept
 
 cdef extern from "llama.h" nogil:
     const uint32_t LLAMA_DEFAULT_SEED
@@ -147,10 +140,10 @@ cdef extern from "llama.h" nogil:
 
     struct llama_model_tensor_buft_override:
         const char * pattern
-        ggml_backend_buffer_type_t buft
+        ggml.ggml_backend_buffer_type_t buft
 
     struct llama_model_params:
-        ggml_backend_dev_t * devices
+        ggml.ggml_backend_dev_t * devices
         const llama_model_tensor_buft_override * tensor_buft_overrides
         int32_t n_gpu_layers
         llama_split_mode split_mode
@@ -183,9 +176,9 @@ cdef extern from "llama.h" nogil:
         float yarn_beta_fast
         float yarn_beta_slow
         uint32_t yarn_orig_ctx
-        ggml_type type_k
-        ggml_type type_v
-        ggml_abort_callback abort_callback
+        ggml.ggml_type type_k
+        ggml.ggml_type type_v
+        ggml.ggml_abort_callback abort_callback
         void * abort_callback_data
         cpp_bool embeddings
         cpp_bool offload_kqv
@@ -197,8 +190,8 @@ cdef extern from "llama.h" nogil:
     struct llama_model_quantize_params:
         int32_t nthread
         llama_ftype ftype
-        ggml_type output_tensor_type
-        ggml_type token_embedding_type
+        ggml.ggml_type output_tensor_type
+        ggml.ggml_type token_embedding_type
         cpp_bool allow_requantize
         cpp_bool quantize_output_tensor
         cpp_bool only_copy
@@ -244,7 +237,7 @@ cdef extern from "llama.h" nogil:
     cpp_bool llama_supports_mmap() noexcept
     cpp_bool llama_supports_mlock() noexcept
     const char * llama_print_system_info() noexcept
-    void llama_log_set(ggml_log_callback log_callback, void * user_data) noexcept
+    void llama_log_set(ggml.ggml_log_callback log_callback, void * user_data) noexcept
 
     # model
     llama_model_params llama_model_default_params() noexcept
@@ -322,7 +315,7 @@ cdef extern from "llama.h" nogil:
     void llama_set_causal_attn(llama_context * ctx, cpp_bool causal_attn) noexcept
     cpp_bool llama_get_causal_attn(const llama_context * ctx) noexcept
     void llama_set_abort_callback(
-        llama_context * ctx, ggml_abort_callback abort_callback, void * abort_callback_data) noexcept
+        llama_context * ctx, ggml.ggml_abort_callback abort_callback, void * abort_callback_data) noexcept
     void llama_synchronize(llama_context * ctx) except +raise_native_error
     float * llama_get_logits_ith(llama_context * ctx, int32_t i) noexcept
     float * llama_get_embeddings_ith(llama_context * ctx, int32_t i) noexcept

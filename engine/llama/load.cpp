@@ -18,7 +18,7 @@
 #include <cstring>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -117,4 +117,4 @@ llama_context * make_context(llama_model * model, const llama_context_params & p
     return context.release();
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // Checks each part of the model, opens it in `files`, and loads it. nullptr: see llama.cpp's log. Throws format_error,
 // file_error, invalid_argument for an override of another type, model_changed.
@@ -17,4 +17,4 @@ llama_model * load_model(ModelFiles & files, const std::string & path, const lla
 // file, or could not be computed.
 llama_context * make_context(llama_model * model, const llama_context_params & params);
 
-}  // namespace triollama
+}  // namespace triollama::native

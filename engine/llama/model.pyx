@@ -6,80 +6,24 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from cython.operator cimport dereference
 from libc.string cimport memcpy
 
-from ggml cimport (
-    GGML_BACKEND_DEVICE_TYPE_GPU,
-    GGML_BACKEND_DEVICE_TYPE_IGPU,
-    ggml_backend_buffer_type_t,
-    ggml_backend_buft_name,
-    ggml_backend_dev_buffer_type,
-    ggml_backend_dev_count,
-    ggml_backend_dev_get,
-    ggml_backend_dev_get_type,
-    ggml_backend_dev_name,
-    ggml_backend_dev_t,
-)
 from model_files cimport FileMark, ModelFiles
-from llama cimport (
-    LLAMA_KV_OVERRIDE_TYPE_BOOL,
-    LLAMA_KV_OVERRIDE_TYPE_FLOAT,
-    LLAMA_KV_OVERRIDE_TYPE_INT,
-    LLAMA_KV_OVERRIDE_TYPE_STR,
-    LLAMA_LOAD_MODE_DIRECT_IO,
-    LLAMA_LOAD_MODE_MLOCK,
-    LLAMA_LOAD_MODE_MMAP,
-    LLAMA_LOAD_MODE_MMAP_MLOCK,
-    LLAMA_LOAD_MODE_NONE,
-    LLAMA_SPLIT_MODE_LAYER,
-    LLAMA_SPLIT_MODE_NONE,
-    LLAMA_SPLIT_MODE_ROW,
-    LLAMA_SPLIT_MODE_TENSOR,
-    llama_load_mode,
-    llama_max_devices,
-    llama_model_chat_template,
-    llama_model_decoder_start_token,
-    llama_model_default_params,
-    llama_model_desc,
-    llama_model_free,
-    llama_model_has_decoder,
-    llama_model_has_encoder,
-    llama_model_is_diffusion,
-    llama_model_is_hybrid,
-    llama_model_is_recurrent,
-    llama_model_kv_override,
-    llama_model_meta_count,
-    llama_model_meta_key_by_index,
-    llama_model_meta_val_str_by_index,
-    llama_model_n_cls_out,
-    llama_model_n_ctx_train,
-    llama_model_n_embd,
-    llama_model_n_embd_out,
-    llama_model_n_head,
-    llama_model_n_head_kv,
-    llama_model_n_layer,
-    llama_model_n_params,
-    llama_model_n_swa,
-    llama_model_params,
-    llama_model_size,
-    llama_model_tensor_buft_override,
-    llama_split_mode,
-)
 
-cdef extern from "llama/gguf_check.hpp" namespace "triollama" nogil:
+cdef extern from "llama/gguf_check.hpp" namespace "triollama::native" nogil:
     void check_gguf(const string & path) except +raise_native_error
     vector[string] check_model(
-        const string & path, cpp_bool weights, const llama_model_kv_override * overrides
+        const string & path, cpp_bool weights, const llama.llama_model_kv_override * overrides
     ) except +raise_native_error
 
-cdef extern from "llama/load.hpp" namespace "triollama" nogil:
-    llama_model * load_model(
-        ModelFiles & files, const string & path, const llama_model_params & params
+cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
+    llama.llama_model * load_model(
+        ModelFiles & files, const string & path, const llama.llama_model_params & params
     ) except +raise_native_error
 
 cdef dict _SPLIT_MODES = {
-    "none": <int>LLAMA_SPLIT_MODE_NONE,
-    "layer": <int>LLAMA_SPLIT_MODE_LAYER,
-    "row": <int>LLAMA_SPLIT_MODE_ROW,
-    "tensor": <int>LLAMA_SPLIT_MODE_TENSOR,
+    "none": <int>llama.LLAMA_SPLIT_MODE_NONE,
+    "layer": <int>llama.LLAMA_SPLIT_MODE_LAYER,
+    "row": <int>llama.LLAMA_SPLIT_MODE_ROW,
+    "tensor": <int>llama.LLAMA_SPLIT_MODE_TENSOR,
 }
 
 
@@ -135,32 +79,32 @@ cdef bytes encoded(str name, object text):
 def list_devices() -> list[str]:
     """Names of the devices a model can be placed on ("CPU", "CUDA0", ...)."""
     cdef size_t i
-    return [ggml_backend_dev_name(ggml_backend_dev_get(i)).decode()
-            for i in range(ggml_backend_dev_count())]
+    return [ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)).decode()
+            for i in range(ggml.ggml_backend_dev_count())]
 
 
-cdef ggml_backend_dev_t find_device(str name) except *:
+cdef ggml.ggml_backend_dev_t find_device(str name) except *:
     cdef size_t i
-    cdef ggml_backend_dev_t device
-    for i in range(ggml_backend_dev_count()):
-        device = ggml_backend_dev_get(i)
-        if ggml_backend_dev_name(device).decode() == name:
+    cdef ggml.ggml_backend_dev_t device
+    for i in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(i)
+        if ggml.ggml_backend_dev_name(device).decode() == name:
             return device
     raise ParameterError(
         f"no device is named {name!r}; this build and machine have {', '.join(list_devices())}",
         parameter="devices", value=name)
 
 
-cdef ggml_backend_buffer_type_t find_buffer_type(str name) except *:
+cdef ggml.ggml_backend_buffer_type_t find_buffer_type(str name) except *:
     cdef size_t i
-    cdef ggml_backend_dev_t device
-    cdef ggml_backend_buffer_type_t buft
+    cdef ggml.ggml_backend_dev_t device
+    cdef ggml.ggml_backend_buffer_type_t buft
     known = []
-    for i in range(ggml_backend_dev_count()):
-        device = ggml_backend_dev_get(i)
-        buft = ggml_backend_dev_buffer_type(device)
-        buft_name = ggml_backend_buft_name(buft).decode()
-        if name in (buft_name, ggml_backend_dev_name(device).decode()):
+    for i in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(i)
+        buft = ggml.ggml_backend_dev_buffer_type(device)
+        buft_name = ggml.ggml_backend_buft_name(buft).decode()
+        if name in (buft_name, ggml.ggml_backend_dev_name(device).decode()):
             return buft
         known.append(buft_name)
     raise ParameterError(
@@ -168,7 +112,7 @@ cdef ggml_backend_buffer_type_t find_buffer_type(str name) except *:
         parameter="tensor_overrides", value=name)
 
 
-cdef int fill_override(llama_model_kv_override * out, object key, object value) except -1:
+cdef int fill_override(llama.llama_model_kv_override * out, object key, object value) except -1:
     cdef bytes raw_key = encoded("kv_overrides", key)
     cdef bytes raw
     if not 0 < len(raw_key) < 128 or b"\0" in raw_key:
@@ -177,13 +121,13 @@ cdef int fill_override(llama_model_kv_override * out, object key, object value) 
             parameter="kv_overrides", value=key)
     memcpy(out.key, <const char *>raw_key, len(raw_key) + 1)
     if isinstance(value, bool):
-        out.tag = LLAMA_KV_OVERRIDE_TYPE_BOOL
+        out.tag = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL
         out.val_bool = value
     elif isinstance(value, int):
-        out.tag = LLAMA_KV_OVERRIDE_TYPE_INT
+        out.tag = llama.LLAMA_KV_OVERRIDE_TYPE_INT
         out.val_i64 = check_int(f"kv_overrides[{key!r}]", value, -2**63, 2**63 - 1)
     elif isinstance(value, float):
-        out.tag = LLAMA_KV_OVERRIDE_TYPE_FLOAT
+        out.tag = llama.LLAMA_KV_OVERRIDE_TYPE_FLOAT
         out.val_f64 = value
     elif isinstance(value, str):
         raw = encoded("kv_overrides", value)
@@ -191,7 +135,7 @@ cdef int fill_override(llama_model_kv_override * out, object key, object value) 
             raise ParameterError(
                 f"kv_overrides[{key!r}] is longer than 127 bytes or holds NUL",
                 parameter="kv_overrides", value=value)
-        out.tag = LLAMA_KV_OVERRIDE_TYPE_STR
+        out.tag = llama.LLAMA_KV_OVERRIDE_TYPE_STR
         memcpy(out.val_str, <const char *>raw, len(raw) + 1)
     else:
         raise ParameterError(
@@ -200,15 +144,15 @@ cdef int fill_override(llama_model_kv_override * out, object key, object value) 
     return 0
 
 
-cdef llama_load_mode load_mode(bint use_mmap, bint use_mlock, bint direct_io) except *:
+cdef llama.llama_load_mode load_mode(bint use_mmap, bint use_mlock, bint direct_io) except *:
     if direct_io:
         if use_mlock:
             raise ParameterError("direct_io cannot be combined with use_mlock",
                                  parameter="direct_io", value=True)
-        return LLAMA_LOAD_MODE_DIRECT_IO
+        return llama.LLAMA_LOAD_MODE_DIRECT_IO
     if use_mmap:
-        return LLAMA_LOAD_MODE_MMAP_MLOCK if use_mlock else LLAMA_LOAD_MODE_MMAP
-    return LLAMA_LOAD_MODE_MLOCK if use_mlock else LLAMA_LOAD_MODE_NONE
+        return llama.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mlock else llama.LLAMA_LOAD_MODE_MMAP
+    return llama.LLAMA_LOAD_MODE_MLOCK if use_mlock else llama.LLAMA_LOAD_MODE_NONE
 
 
 @cython.no_gc_clear
@@ -260,10 +204,10 @@ cdef class Model(Owner):
         self.repacked = repack
         self.overrides = {}
 
-        cdef llama_model_params params = llama_model_default_params()
+        cdef llama.llama_model_params params = llama.llama_model_default_params()
         params.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
         self.n_gpu_layers_ = params.n_gpu_layers
-        params.split_mode = <llama_split_mode><int>check_choice(
+        params.split_mode = <llama.llama_split_mode><int>check_choice(
             "split_mode", split_mode, _SPLIT_MODES)
         params.main_gpu = check_int("main_gpu", main_gpu, 0, 1023)
         params.load_mode = load_mode(use_mmap and not direct_io, use_mlock, direct_io)
@@ -271,7 +215,7 @@ cdef class Model(Owner):
         params.check_tensors = check_tensors
         params.use_extra_bufts = repack
 
-        cdef vector[ggml_backend_dev_t] device_list
+        cdef vector[ggml.ggml_backend_dev_t] device_list
         if devices is not None:
             for name in devices:
                 device_list.push_back(find_device(name))
@@ -280,7 +224,7 @@ cdef class Model(Owner):
 
         cdef vector[float] split
         if tensor_split is not None:
-            split.resize(llama_max_devices(), 0.0)
+            split.resize(llama.llama_max_devices(), 0.0)
             if len(tensor_split) > <Py_ssize_t>split.size():
                 raise ParameterError(
                     f"tensor_split has {len(tensor_split)} numbers; at most {split.size()} devices",
@@ -289,7 +233,7 @@ cdef class Model(Owner):
                 split[<size_t>i] = check_float("tensor_split", share, 0.0, 1e9)
             params.tensor_split = split.data()
 
-        cdef vector[llama_model_tensor_buft_override] buft_overrides
+        cdef vector[llama.llama_model_tensor_buft_override] buft_overrides
         patterns = []       # keeps the bytes alive while llama.cpp reads them
         if tensor_overrides:
             buft_overrides.resize(len(tensor_overrides) + 1)
@@ -314,7 +258,7 @@ cdef class Model(Owner):
             buft_overrides.back().buft = NULL
             params.tensor_buft_overrides = buft_overrides.data()
 
-        cdef vector[llama_model_kv_override] overrides
+        cdef vector[llama.llama_model_kv_override] overrides
         if kv_overrides:
             overrides.resize(len(kv_overrides) + 1)
             for i, (key, value) in enumerate(kv_overrides.items()):
@@ -343,7 +287,7 @@ cdef class Model(Owner):
             with nogil:
                 self.ptr = load_model(dereference(self.files), c_path, params)
                 if self.ptr != NULL:
-                    check_vocab(llama_model_get_vocab(self.ptr))
+                    check_vocab(llama.llama_model_get_vocab(self.ptr))
         except (OutOfMemoryError, ParameterError):
             raise
         except OSError as error:        # ModelChangedError is one, too
@@ -382,7 +326,7 @@ cdef class Model(Owner):
         del self.files      # before the model: see there
         self.files = NULL
         if self.ptr != NULL:
-            llama_model_free(self.ptr)
+            llama.llama_model_free(self.ptr)
             retire_threads()
             self.ptr = NULL
 
@@ -440,16 +384,16 @@ cdef class Model(Owner):
             buffer.resize(256)
             self.readers += 1       # whatever a garbage collection in between may close
             try:
-                for i in range(llama_model_meta_count(self.ptr)):
-                    n = llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                for i in range(llama.llama_model_meta_count(self.ptr)):
+                    n = llama.llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
                     if n >= <int32_t>buffer.size():
                         buffer.resize(n + 1)
-                        llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
+                        llama.llama_model_meta_key_by_index(self.ptr, i, buffer.data(), buffer.size())
                     key = buffer.data()[:n].decode("utf-8", "replace")
-                    n = llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                    n = llama.llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
                     if n >= <int32_t>buffer.size():
                         buffer.resize(n + 1)
-                        llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
+                        llama.llama_model_meta_val_str_by_index(self.ptr, i, buffer.data(), buffer.size())
                     found[key] = buffer.data()[:n].decode("utf-8", "replace")
             finally:
                 self.readers -= 1
@@ -467,14 +411,14 @@ cdef class Model(Owner):
         """llama.cpp's short description: architecture, size, quantisation."""
         self.alive()
         cdef char buffer[256]
-        llama_model_desc(self.ptr, buffer, 256)
+        llama.llama_model_desc(self.ptr, buffer, 256)
         return (<bytes>buffer).decode("utf-8", "replace")
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The Jinja chat template in the file (the default one, or that of this name), or None."""
         cdef bytes raw = name.encode() if name is not None else b""
         self.alive()
-        cdef const char * found = llama_model_chat_template(
+        cdef const char * found = llama.llama_model_chat_template(
             self.ptr, <const char *>raw if name is not None else NULL)
         return found.decode("utf-8", "replace") if found != NULL else None
 
@@ -496,98 +440,98 @@ cdef class Model(Owner):
     def size(self) -> int:
         """Bytes of all tensors together."""
         self.alive()
-        return llama_model_size(self.ptr)
+        return llama.llama_model_size(self.ptr)
 
     @property
     def n_params(self) -> int:
         """Number of weights."""
         self.alive()
-        return llama_model_n_params(self.ptr)
+        return llama.llama_model_n_params(self.ptr)
 
     @property
     def n_ctx_train(self) -> int:
         """Context length the model was trained with, in tokens."""
         self.alive()
-        return llama_model_n_ctx_train(self.ptr)
+        return llama.llama_model_n_ctx_train(self.ptr)
 
     @property
     def n_embd(self) -> int:
         """Width of the hidden state."""
         self.alive()
-        return llama_model_n_embd(self.ptr)
+        return llama.llama_model_n_embd(self.ptr)
 
     @property
     def n_embd_out(self) -> int:
         """Width of an embedding that the model puts out."""
         self.alive()
-        return llama_model_n_embd_out(self.ptr)
+        return llama.llama_model_n_embd_out(self.ptr)
 
     @property
     def n_layer(self) -> int:
         """Number of layers."""
         self.alive()
-        return llama_model_n_layer(self.ptr)
+        return llama.llama_model_n_layer(self.ptr)
 
     @property
     def n_head(self) -> int:
         """Attention heads of the first layer."""
         self.alive()
-        return llama_model_n_head(self.ptr)
+        return llama.llama_model_n_head(self.ptr)
 
     @property
     def n_head_kv(self) -> int:
         """Key and value heads of the first layer."""
         self.alive()
-        return llama_model_n_head_kv(self.ptr)
+        return llama.llama_model_n_head_kv(self.ptr)
 
     @property
     def n_swa(self) -> int:
         """Sliding window in tokens; 0 where there is none."""
         self.alive()
-        return llama_model_n_swa(self.ptr)
+        return llama.llama_model_n_swa(self.ptr)
 
     @property
     def n_cls_out(self) -> int:
         """Outputs of a classifier or reranker head."""
         self.alive()
-        return llama_model_n_cls_out(self.ptr)
+        return llama.llama_model_n_cls_out(self.ptr)
 
     @property
     def has_encoder(self) -> bool:
         """Whether prompts go through ``Context.encode`` first."""
         self.alive()
-        return llama_model_has_encoder(self.ptr)
+        return llama.llama_model_has_encoder(self.ptr)
 
     @property
     def has_decoder(self) -> bool:
         """Whether the model can decode at all."""
         self.alive()
-        return llama_model_has_decoder(self.ptr)
+        return llama.llama_model_has_decoder(self.ptr)
 
     @property
     def decoder_start_token(self) -> int | None:
         """For encoder-decoder models, the token that begins decoding."""
         self.alive()
-        token = llama_model_decoder_start_token(self.ptr)
+        token = llama.llama_model_decoder_start_token(self.ptr)
         return token if token >= 0 else None
 
     @property
     def is_recurrent(self) -> bool:
         """Whether the memory is a recurrent state (Mamba, RWKV): it cannot be rolled back."""
         self.alive()
-        return llama_model_is_recurrent(self.ptr)
+        return llama.llama_model_is_recurrent(self.ptr)
 
     @property
     def is_hybrid(self) -> bool:
         """Whether some layers are recurrent and others attend."""
         self.alive()
-        return llama_model_is_hybrid(self.ptr)
+        return llama.llama_model_is_hybrid(self.ptr)
 
     @property
     def is_diffusion(self) -> bool:
         """Whether the model generates by diffusion, not token by token."""
         self.alive()
-        return llama_model_is_diffusion(self.ptr)
+        return llama.llama_model_is_diffusion(self.ptr)
 
 
 cdef bytes fingerprint_of(const ModelFiles * files, dict overrides):
@@ -622,9 +566,9 @@ cdef object load_error(str path, str problem):
 
 cdef bint has_gpu() noexcept:
     cdef size_t i
-    for i in range(ggml_backend_dev_count()):
-        if ggml_backend_dev_get_type(ggml_backend_dev_get(i)) in (
-                GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU):
+    for i in range(ggml.ggml_backend_dev_count()):
+        if ggml.ggml_backend_dev_get_type(ggml.ggml_backend_dev_get(i)) in (
+                ggml.GGML_BACKEND_DEVICE_TYPE_GPU, ggml.GGML_BACKEND_DEVICE_TYPE_IGPU):
             return True
     return False
 

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 // `source` has gone through check_model. Throws native_abort where llama.cpp would have ended the process,
 // runtime_error where it says that it failed, and where its file is none.
@@ -38,4 +38,4 @@ inline void guarded_quantize(const std::string & source, const std::string & tar
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -1,56 +1,31 @@
 """Requantising a model file."""
-from llama cimport (
-    LLAMA_FTYPE_ALL_F32,
-    LLAMA_FTYPE_MOSTLY_BF16,
-    LLAMA_FTYPE_MOSTLY_F16,
-    LLAMA_FTYPE_MOSTLY_IQ4_NL,
-    LLAMA_FTYPE_MOSTLY_IQ4_XS,
-    LLAMA_FTYPE_MOSTLY_Q2_K,
-    LLAMA_FTYPE_MOSTLY_Q2_K_S,
-    LLAMA_FTYPE_MOSTLY_Q3_K_L,
-    LLAMA_FTYPE_MOSTLY_Q3_K_M,
-    LLAMA_FTYPE_MOSTLY_Q3_K_S,
-    LLAMA_FTYPE_MOSTLY_Q4_0,
-    LLAMA_FTYPE_MOSTLY_Q4_1,
-    LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    LLAMA_FTYPE_MOSTLY_Q4_K_S,
-    LLAMA_FTYPE_MOSTLY_Q5_0,
-    LLAMA_FTYPE_MOSTLY_Q5_1,
-    LLAMA_FTYPE_MOSTLY_Q5_K_M,
-    LLAMA_FTYPE_MOSTLY_Q5_K_S,
-    LLAMA_FTYPE_MOSTLY_Q6_K,
-    LLAMA_FTYPE_MOSTLY_Q8_0,
-    llama_ftype,
-    llama_model_quantize_default_params,
-    llama_model_quantize_params,
-)
 
-cdef extern from "llama/quantize.hpp" namespace "triollama" nogil:
+cdef extern from "llama/quantize.hpp" namespace "triollama::native" nogil:
     void guarded_quantize(
         const string & source, const string & target,
-        const llama_model_quantize_params & params) except +raise_native_error
+        const llama.llama_model_quantize_params & params) except +raise_native_error
 
 cdef dict _FTYPES = {
-    "f32": <int>LLAMA_FTYPE_ALL_F32,
-    "f16": <int>LLAMA_FTYPE_MOSTLY_F16,
-    "bf16": <int>LLAMA_FTYPE_MOSTLY_BF16,
-    "q8_0": <int>LLAMA_FTYPE_MOSTLY_Q8_0,
-    "q6_k": <int>LLAMA_FTYPE_MOSTLY_Q6_K,
-    "q5_k_m": <int>LLAMA_FTYPE_MOSTLY_Q5_K_M,
-    "q5_k_s": <int>LLAMA_FTYPE_MOSTLY_Q5_K_S,
-    "q5_1": <int>LLAMA_FTYPE_MOSTLY_Q5_1,
-    "q5_0": <int>LLAMA_FTYPE_MOSTLY_Q5_0,
-    "q4_k_m": <int>LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    "q4_k_s": <int>LLAMA_FTYPE_MOSTLY_Q4_K_S,
-    "q4_1": <int>LLAMA_FTYPE_MOSTLY_Q4_1,
-    "q4_0": <int>LLAMA_FTYPE_MOSTLY_Q4_0,
-    "iq4_nl": <int>LLAMA_FTYPE_MOSTLY_IQ4_NL,
-    "iq4_xs": <int>LLAMA_FTYPE_MOSTLY_IQ4_XS,
-    "q3_k_l": <int>LLAMA_FTYPE_MOSTLY_Q3_K_L,
-    "q3_k_m": <int>LLAMA_FTYPE_MOSTLY_Q3_K_M,
-    "q3_k_s": <int>LLAMA_FTYPE_MOSTLY_Q3_K_S,
-    "q2_k": <int>LLAMA_FTYPE_MOSTLY_Q2_K,
-    "q2_k_s": <int>LLAMA_FTYPE_MOSTLY_Q2_K_S,
+    "f32": <int>llama.LLAMA_FTYPE_ALL_F32,
+    "f16": <int>llama.LLAMA_FTYPE_MOSTLY_F16,
+    "bf16": <int>llama.LLAMA_FTYPE_MOSTLY_BF16,
+    "q8_0": <int>llama.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q6_k": <int>llama.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "q5_k_m": <int>llama.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "q5_k_s": <int>llama.LLAMA_FTYPE_MOSTLY_Q5_K_S,
+    "q5_1": <int>llama.LLAMA_FTYPE_MOSTLY_Q5_1,
+    "q5_0": <int>llama.LLAMA_FTYPE_MOSTLY_Q5_0,
+    "q4_k_m": <int>llama.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q4_k_s": <int>llama.LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    "q4_1": <int>llama.LLAMA_FTYPE_MOSTLY_Q4_1,
+    "q4_0": <int>llama.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "iq4_nl": <int>llama.LLAMA_FTYPE_MOSTLY_IQ4_NL,
+    "iq4_xs": <int>llama.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "q3_k_l": <int>llama.LLAMA_FTYPE_MOSTLY_Q3_K_L,
+    "q3_k_m": <int>llama.LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "q3_k_s": <int>llama.LLAMA_FTYPE_MOSTLY_Q3_K_S,
+    "q2_k": <int>llama.LLAMA_FTYPE_MOSTLY_Q2_K,
+    "q2_k_s": <int>llama.LLAMA_FTYPE_MOSTLY_Q2_K_S,
 }
 
 
@@ -66,8 +41,8 @@ def quantize(source, target, ftype: str = "q4_k_m", *, threads: int | None = Non
     ParameterError, ModelNotFoundError, ModelFormatError, OSError where it cannot be written,
     OutOfMemoryError, EngineError. Releases the GIL.
     """
-    cdef llama_model_quantize_params params = llama_model_quantize_default_params()
-    params.ftype = <llama_ftype><int>check_choice("ftype", ftype, _FTYPES)
+    cdef llama.llama_model_quantize_params params = llama.llama_model_quantize_default_params()
+    params.ftype = <llama.llama_ftype><int>check_choice("ftype", ftype, _FTYPES)
     params.nthread = check_int("threads", default_threads() if threads is None else threads, 1, 512)
     params.allow_requantize = allow_requantize
     params.quantize_output_tensor = quantize_output

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 double Sampler::Impl::draw_uniform() {
     std::uniform_real_distribution<double> uniform(0.0, 1.0);
@@ -235,4 +235,4 @@ llama_token Sampler::Impl::choose_adaptively_from_row() {
     return pick;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
@@ -206,4 +206,4 @@ struct Sampler::Impl {
     void load(std::string_view bytes);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <unordered_map>
 
-namespace triollama {
+namespace triollama::native {
 
 void Sampler::Impl::apply(llama_sampler * sampler) {
     llama_token_data_array array = { list.data(), list.size(), -1, list_sorted };
@@ -120,4 +120,4 @@ size_t Sampler::Impl::draw_discrete() {
     return (size_t) distribution(state.rng);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

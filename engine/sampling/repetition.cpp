@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 void History::configure(size_t new_capacity, size_t new_window) {
     capacity = std::max(capacity, std::max(new_capacity, new_window));
@@ -183,4 +183,4 @@ bool Dry::penalties(const llama_vocab * vocab, const DryParams & params, const H
     return true;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // The last tokens of a sequence, and how often each occurs within a window that ends at the newest.
 class History {
@@ -82,4 +82,4 @@ private:
                                                         llama_token token);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

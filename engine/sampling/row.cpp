@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -377,4 +377,4 @@ bool Sampler::Impl::heat_row() {
     return false;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

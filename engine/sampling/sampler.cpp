@@ -4,7 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -370,4 +370,4 @@ void top_logprobs(const float * logits, int32_t n, int32_t k, std::vector<TokenL
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

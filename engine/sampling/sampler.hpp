@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // The stages of a chain, in the order of upstream's default (common.h: common_params_sampling::samplers).
 enum class Stage : int32_t {
@@ -127,4 +127,4 @@ double      log_sum_exp(const float * logits, int32_t n);     // natural log of 
 // Fills `out` with the k most likely tokens, most likely first.
 void        top_logprobs(const float * logits, int32_t n, int32_t k, std::vector<TokenLogprob> & out);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -5,27 +5,18 @@ from libc.stdint cimport int32_t
 from libc.string cimport memcpy
 from libcpp.string_view cimport string_view
 
-from llama cimport llama_logit_bias, llama_token_data
-from sampling cimport (
-    NativeSampler,
-    NativeSamplingParams,
-    NativeTokenLogprob,
-    Stage,
-    log_sum_exp,  # no-cython-lint: other rooms use it
-    top_logprobs,
-)
 
 cdef dict _STAGES = {
-    "logit_bias": <int>Stage.logit_bias,
-    "penalties": <int>Stage.penalties,
-    "dry": <int>Stage.dry,
-    "top_n_sigma": <int>Stage.top_n_sigma,
-    "top_k": <int>Stage.top_k,
-    "typical_p": <int>Stage.typical_p,
-    "top_p": <int>Stage.top_p,
-    "min_p": <int>Stage.min_p,
-    "xtc": <int>Stage.xtc,
-    "temperature": <int>Stage.temperature,
+    "logit_bias": <int>sampling.Stage.logit_bias,
+    "penalties": <int>sampling.Stage.penalties,
+    "dry": <int>sampling.Stage.dry,
+    "top_n_sigma": <int>sampling.Stage.top_n_sigma,
+    "top_k": <int>sampling.Stage.top_k,
+    "typical_p": <int>sampling.Stage.typical_p,
+    "top_p": <int>sampling.Stage.top_p,
+    "min_p": <int>sampling.Stage.min_p,
+    "xtc": <int>sampling.Stage.xtc,
+    "temperature": <int>sampling.Stage.temperature,
 }
 
 # The largest finite float32: what a logit can be moved by.
@@ -39,15 +30,15 @@ cdef int check_params(object params) except -1:
     return 0
 
 
-cdef int to_native_params(object params, Vocab vocab, int n_ctx, NativeSamplingParams & out) except -1:
+cdef int to_native_params(object params, Vocab vocab, int n_ctx, sampling.SamplingParams & out) except -1:
     """A GenerationParams as the native chain takes it. -1 as a lookback becomes n_ctx; a seed of
     None is drawn here."""
-    cdef llama_logit_bias bias
+    cdef llama.llama_logit_bias bias
     check_params(params)
     out.seed = draw_seed() if params.seed is None else params.seed
     out.stages.clear()
     for name in params.samplers:
-        out.stages.push_back(<Stage><int>_STAGES[name])
+        out.stages.push_back(<sampling.Stage><int>_STAGES[name])
     out.min_keep = params.min_keep
     out.temperature = params.temperature
     out.dynatemp_range = params.dynatemp_range
@@ -157,7 +148,7 @@ cdef class Sampler:
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048,
                  trigger_patterns=(), trigger_tokens=()):
-        cdef NativeSamplingParams native
+        cdef sampling.SamplingParams native
         if self.begun:
             raise BusyError("this Sampler was made already; make a new one, or see update()")
         self.begun = True
@@ -168,9 +159,9 @@ cdef class Sampler:
         self.params_ = params
         self.fill(native, params)
         vocab.alive()
-        self.native.reset(new NativeSampler(vocab.ptr, native))
+        self.native.reset(new sampling.Sampler(vocab.ptr, native))
 
-    cdef int fill(self, NativeSamplingParams & native, object params) except -1:
+    cdef int fill(self, sampling.SamplingParams & native, object params) except -1:
         to_native_params(params, self.vocab, self.n_ctx, native)
         native.grammar_lazy = bool(self.trigger_patterns or self.trigger_tokens)
         native.grammar_trigger_patterns = _utf8_list("trigger_patterns", self.trigger_patterns)
@@ -206,7 +197,7 @@ cdef class Sampler:
         cdef float[::1] writable
         cdef vector[float] copy
         cdef float * data
-        cdef llama_token token
+        cdef llama.llama_token token
         try:
             writable = logits
             if writable.shape[0] != view.shape[0]:
@@ -231,7 +222,7 @@ cdef class Sampler:
         the grammar counts generated ones only. Raises TokenError, and GrammarError if the token
         may not follow; nothing is recorded then.
         """
-        cdef llama_token id = check_int("token", token, -2**31, 2**31 - 1)
+        cdef llama.llama_token id = check_int("token", token, -2**31, 2**31 - 1)
         cdef cpp_bool is_generated = generated
         self.vocab.check_token(id)
         self.enter()
@@ -248,7 +239,7 @@ cdef class Sampler:
         are those of the draw, after all stages, and sum to 1. Empty before the first ``sample``.
         """
         import numpy
-        cdef vector[llama_token_data] found
+        cdef vector[llama.llama_token_data] found
         cdef size_t i
         self.enter()
         try:
@@ -295,7 +286,7 @@ cdef class Sampler:
         mirostat and adaptive-p if the new parameters use them too, and the place in the grammar
         if it is the same grammar. A new grammar begins here. If it raises, nothing has changed.
         """
-        cdef NativeSamplingParams native
+        cdef sampling.SamplingParams native
         self.fill(native, params)
         self.enter()
         try:
@@ -363,7 +354,7 @@ cdef class Sampler:
         return f"<Sampler over {self.vocab.n_tokens} tokens>"
 
 
-cdef NativeSampler * copy_sampler(Sampler sampler) except NULL:
+cdef sampling.Sampler * copy_sampler(Sampler sampler) except NULL:
     """A native sampler in the same state, for a thread that needs no GIL. The caller owns it."""
     sampler.enter()
     try:
@@ -381,7 +372,7 @@ def logit_logprobs(logits, k: int):
     """
     import numpy
     cdef const float[::1] view
-    cdef vector[NativeTokenLogprob] found
+    cdef vector[sampling.TokenLogprob] found
     cdef int32_t count = check_int("k", k, 0, 2**31 - 1)
     cdef size_t i
     try:
@@ -393,7 +384,7 @@ def logit_logprobs(logits, k: int):
         raise ParameterError(f"logits has {view.shape[0]} values", parameter="logits")
     cdef int32_t n = <int32_t>view.shape[0]
     with nogil:
-        top_logprobs(&view[0], n, count, found)
+        sampling.top_logprobs(&view[0], n, count, found)
     ids = numpy.empty(found.size(), dtype=numpy.int32)
     logprobs = numpy.empty(found.size(), dtype=numpy.float32)
     cdef int32_t[::1] id_view = ids

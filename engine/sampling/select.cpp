@@ -24,7 +24,7 @@
 #  pragma GCC diagnostic ignored "-Wpsabi"      // no vector crosses a function that is not inlined
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -436,4 +436,4 @@ void sort_by_logit(std::vector<llama_token_data> & tokens) {
     });
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Logits are summarised by blocks; a selection then reads only the blocks that matter.
 constexpr int32_t block_size = 256;
@@ -81,4 +81,4 @@ struct Rings {
 // Most likely first; equal logits in order of id.
 void sort_by_logit(std::vector<llama_token_data> & tokens);
 
-}  // namespace triollama
+}  // namespace triollama::native

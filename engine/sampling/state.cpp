@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -179,4 +179,4 @@ void Sampler::Impl::load(std::string_view bytes) {
     chosen  = Chosen::nothing;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

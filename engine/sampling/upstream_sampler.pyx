@@ -1,34 +1,6 @@
 """llama.cpp's own sampler chain, built from the same parameters: the measure of ours."""
 from libc.math cimport INFINITY
 
-from llama cimport (
-    llama_sampler,
-    llama_sampler_accept,
-    llama_sampler_apply,
-    llama_sampler_chain_add,
-    llama_sampler_chain_default_params,
-    llama_sampler_chain_init,
-    llama_sampler_free,
-    llama_sampler_init_adaptive_p,
-    llama_sampler_init_dist,
-    llama_sampler_init_dry,
-    llama_sampler_init_logit_bias,
-    llama_sampler_init_min_p,
-    llama_sampler_init_mirostat,
-    llama_sampler_init_mirostat_v2,
-    llama_sampler_init_penalties,
-    llama_sampler_init_temp,
-    llama_sampler_init_temp_ext,
-    llama_sampler_init_top_k,
-    llama_sampler_init_top_n_sigma,
-    llama_sampler_init_top_p,
-    llama_sampler_init_typical,
-    llama_sampler_init_xtc,
-    llama_token_data_array,
-    llama_vocab_get_suppress_tokens,
-)
-from sampling cimport NativeGrammar, NativeGrammarParams
-
 
 @cython.no_gc_clear
 cdef class UpstreamSampler:
@@ -44,63 +16,63 @@ cdef class UpstreamSampler:
         self.chain = NULL
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048):
-        cdef NativeSamplingParams p
+        cdef sampling.SamplingParams p
         cdef NativeGrammarParams grammar
         cdef vector[const char *] breakers
         cdef size_t i
-        cdef Stage stage
+        cdef sampling.Stage stage
         to_native_params(params, vocab, check_int("n_ctx", n_ctx, 1, 2**31 - 1), p)
         vocab.alive()
         if self.chain != NULL:
             raise BusyError("this UpstreamSampler was made already; make a new one")
         self.vocab = vocab
-        self.chain = llama_sampler_chain_init(llama_sampler_chain_default_params())
+        self.chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self.add_bans(p)
         for i in range(p.dry_breakers.size()):
             breakers.push_back(p.dry_breakers[i].c_str())
         for i in range(p.stages.size()):
             stage = p.stages[i]
-            if stage == Stage.logit_bias:
-                self.add(llama_sampler_init_logit_bias(
+            if stage == sampling.Stage.logit_bias:
+                self.add(llama.llama_sampler_init_logit_bias(
                     vocab.n_tokens, <int32_t>p.logit_bias.size(), p.logit_bias.data()))
-            elif stage == Stage.penalties:
-                self.add(llama_sampler_init_penalties(
+            elif stage == sampling.Stage.penalties:
+                self.add(llama.llama_sampler_init_penalties(
                     vocab.n_tokens, p.penalty_last_n, p.repeat_penalty, p.frequency_penalty,
                     p.presence_penalty))
-            elif stage == Stage.dry:
-                self.add(llama_sampler_init_dry(
+            elif stage == sampling.Stage.dry:
+                self.add(llama.llama_sampler_init_dry(
                     vocab.ptr, p.dry_multiplier, p.dry_base, p.dry_allowed_length, p.dry_last_n,
                     breakers.data(), breakers.size()))
-            elif stage == Stage.temperature:
+            elif stage == sampling.Stage.temperature:
                 if p.mirostat:
-                    self.add(llama_sampler_init_temp(p.temperature))
+                    self.add(llama.llama_sampler_init_temp(p.temperature))
                 else:
-                    self.add(llama_sampler_init_temp_ext(
+                    self.add(llama.llama_sampler_init_temp_ext(
                         p.temperature, p.dynatemp_range, p.dynatemp_exponent))
             elif p.mirostat:
                 continue
-            elif stage == Stage.top_n_sigma:
-                self.add(llama_sampler_init_top_n_sigma(p.top_n_sigma))
-            elif stage == Stage.top_k:
-                self.add(llama_sampler_init_top_k(p.top_k))
-            elif stage == Stage.typical_p:
-                self.add(llama_sampler_init_typical(p.typical_p, p.min_keep))
-            elif stage == Stage.top_p:
-                self.add(llama_sampler_init_top_p(p.top_p, p.min_keep))
-            elif stage == Stage.min_p:
-                self.add(llama_sampler_init_min_p(p.min_p, p.min_keep))
+            elif stage == sampling.Stage.top_n_sigma:
+                self.add(llama.llama_sampler_init_top_n_sigma(p.top_n_sigma))
+            elif stage == sampling.Stage.top_k:
+                self.add(llama.llama_sampler_init_top_k(p.top_k))
+            elif stage == sampling.Stage.typical_p:
+                self.add(llama.llama_sampler_init_typical(p.typical_p, p.min_keep))
+            elif stage == sampling.Stage.top_p:
+                self.add(llama.llama_sampler_init_top_p(p.top_p, p.min_keep))
+            elif stage == sampling.Stage.min_p:
+                self.add(llama.llama_sampler_init_min_p(p.min_p, p.min_keep))
             else:
-                self.add(llama_sampler_init_xtc(
+                self.add(llama.llama_sampler_init_xtc(
                     p.xtc_probability, p.xtc_threshold, p.min_keep, p.seed))
         if p.mirostat == 1:
-            self.add(llama_sampler_init_mirostat(
+            self.add(llama.llama_sampler_init_mirostat(
                 vocab.n_tokens, p.seed, p.mirostat_tau, p.mirostat_eta, p.mirostat_m))
         elif p.mirostat == 2:
-            self.add(llama_sampler_init_mirostat_v2(p.seed, p.mirostat_tau, p.mirostat_eta))
+            self.add(llama.llama_sampler_init_mirostat_v2(p.seed, p.mirostat_tau, p.mirostat_eta))
         elif p.adaptive_target >= 0:
-            self.add(llama_sampler_init_adaptive_p(p.adaptive_target, p.adaptive_decay, p.seed))
+            self.add(llama.llama_sampler_init_adaptive_p(p.adaptive_target, p.adaptive_decay, p.seed))
         else:
-            self.add(llama_sampler_init_dist(p.seed))
+            self.add(llama.llama_sampler_init_dist(p.seed))
         self.grammar.reset()
         if not p.grammar.empty():
             grammar.text = p.grammar
@@ -110,16 +82,16 @@ cdef class UpstreamSampler:
 
     def __dealloc__(self):
         if self.chain != NULL:
-            llama_sampler_free(self.chain)
+            llama.llama_sampler_free(self.chain)
 
-    cdef void add(self, llama_sampler * sampler) noexcept:
-        llama_sampler_chain_add(self.chain, sampler)
+    cdef void add(self, llama.llama_sampler * sampler) noexcept:
+        llama.llama_sampler_chain_add(self.chain, sampler)
 
-    cdef int add_bans(self, NativeSamplingParams & p) except -1:
-        cdef vector[llama_logit_bias] bans
-        cdef llama_logit_bias ban
+    cdef int add_bans(self, sampling.SamplingParams & p) except -1:
+        cdef vector[llama.llama_logit_bias] bans
+        cdef llama.llama_logit_bias ban
         cdef int32_t n = 0
-        cdef const llama_token * suppressed = llama_vocab_get_suppress_tokens(self.vocab.ptr, &n)
+        cdef const llama.llama_token * suppressed = llama.llama_vocab_get_suppress_tokens(self.vocab.ptr, &n)
         cdef int32_t i
         ban.bias = -INFINITY
         for i in range(n):
@@ -128,12 +100,12 @@ cdef class UpstreamSampler:
         for i in p.banned:
             ban.token = i
             bans.push_back(ban)
-        self.add(llama_sampler_init_logit_bias(self.vocab.n_tokens, <int32_t>bans.size(), bans.data()))
+        self.add(llama.llama_sampler_init_logit_bias(self.vocab.n_tokens, <int32_t>bans.size(), bans.data()))
         return 0
 
-    cdef int choose(self, const float[::1] logits, cpp_bool masked, llama_token * token) except -1:
-        cdef llama_token_data_array array
-        cdef llama_token i
+    cdef int choose(self, const float[::1] logits, cpp_bool masked, llama.llama_token * token) except -1:
+        cdef llama.llama_token_data_array array
+        cdef llama.llama_token i
         cdef Py_ssize_t left = 0
         self.tokens.resize(logits.shape[0])
         for i in range(<int>logits.shape[0]):
@@ -155,7 +127,7 @@ cdef class UpstreamSampler:
         array.selected = -1
         array.sorted = False
         with nogil:
-            llama_sampler_apply(self.chain, &array)
+            llama.llama_sampler_apply(self.chain, &array)
         if array.selected < 0:
             raise EngineError("llama.cpp's chain chose no token")
         token[0] = array.data[array.selected].id
@@ -177,7 +149,7 @@ cdef class UpstreamSampler:
     def sample(self, logits) -> int:
         """The token chosen from ``logits`` (float32, contiguous), which are left as they are."""
         cdef const float[::1] view = _logits_view(logits, self.vocab.n_tokens)
-        cdef llama_token token = 0
+        cdef llama.llama_token token = 0
         self.enter()
         try:
             self.choose(view, False, &token)
@@ -189,13 +161,13 @@ cdef class UpstreamSampler:
 
     def accept(self, token: int, generated: bool = True) -> None:
         """Record a token, generated or of the prompt. Raises TokenError and GrammarError."""
-        cdef llama_token id = check_int("token", token, -2**31, 2**31 - 1)
+        cdef llama.llama_token id = check_int("token", token, -2**31, 2**31 - 1)
         cdef cpp_bool is_generated = generated
         self.vocab.check_token(id)
         self.enter()
         try:
             if is_generated and self.grammar.get() != NULL:
                 self.grammar.get().accept(id)
-            llama_sampler_accept(self.chain, id)
+            llama.llama_sampler_accept(self.chain, id)
         finally:
             self.leave()

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -158,4 +158,4 @@ void TextStream::pass(const char * text, size_t n, std::string & out) {
     held.erase(0, held.size() - keep);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

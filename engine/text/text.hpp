@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Appends the bytes of one token. Special tokens give text only if `special`.
 void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out);
@@ -48,4 +48,4 @@ private:
     void pass(const char * text, size_t n, std::string & out);
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

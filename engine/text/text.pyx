@@ -1,8 +1,6 @@
 """From token bytes to text that may be shown."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
-from sampling cimport NativeTextStream, append_piece  # no-cython-lint: other rooms use both
-
 
 cdef class TextStream:
     """Turns bytes, in pieces, into text: never half a character, and nothing of a stop string.

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace triollama {
+namespace triollama::native {
 
 TokenTexts::TokenTexts(const llama_vocab * vocab, bool special) {
     struct Keyed {
@@ -51,4 +51,4 @@ TokenTexts::TokenTexts(const llama_vocab * vocab, bool special) {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Tokens that end a generation, and those without text, are left out. In this order those that begin alike stand together: what
 // a beginning leads to is found once, and what it rejects is passed over.
@@ -46,4 +46,4 @@ private:
     std::vector<Text> texts;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -10,13 +10,11 @@
 #include <stdexcept>
 #include <string>
 
-#if !defined(_WIN32)
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -53,14 +51,6 @@ std::array<uint8_t, 256> make_classes() {
     }
     return classes;
 }
-
-#if defined(_WIN32)
-
-template <typename Work> void with_stack(size_t, Work &&) {
-    throw std::length_error("a run of characters without a break is too long to be tokenized on this system");
-}
-
-#else
 
 // Pages that nobody has touched cost nothing.
 class Stack {
@@ -113,14 +103,8 @@ template <typename Work> void with_stack(size_t n_bytes, Work && work) {
     }
 }
 
-#endif
-
 size_t half_of_memory() {
-#if defined(_WIN32)
-    return SIZE_MAX;
-#else
     return size_t(sysconf(_SC_PHYS_PAGES)) / 2 * size_t(sysconf(_SC_PAGESIZE));
-#endif
 }
 
 }  // namespace
@@ -357,4 +341,4 @@ void with_stack_for(size_t n, const std::function<void()> & work) {
     with_stack((n * stack_reserved + (size_t(1) << 20)) >> 16 << 16, work);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

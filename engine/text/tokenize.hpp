@@ -10,7 +10,7 @@
 #include <unordered_set>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // The most bytes that one match of a pre-tokenizer's regular expression can span, from above: three times the longest run
 // of characters that are all white space, all letters, all digits or all others. Non-ASCII may be any but ASCII white space.
@@ -65,4 +65,4 @@ void check_vocab(const llama_vocab * vocab);
 // Runs what recurses once for each of `n` bytes as std::regex does, with a stack that is large enough.
 void with_stack_for(size_t n, const std::function<void()> & work);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -1,84 +1,42 @@
 """Text to tokens and back."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from llama cimport (
-    LLAMA_TOKEN_ATTR_BYTE,
-    LLAMA_TOKEN_ATTR_CONTROL,
-    LLAMA_TOKEN_ATTR_LSTRIP,
-    LLAMA_TOKEN_ATTR_NORMAL,
-    LLAMA_TOKEN_ATTR_NORMALIZED,
-    LLAMA_TOKEN_ATTR_RSTRIP,
-    LLAMA_TOKEN_ATTR_SINGLE_WORD,
-    LLAMA_TOKEN_ATTR_UNKNOWN,
-    LLAMA_TOKEN_ATTR_UNUSED,
-    LLAMA_TOKEN_ATTR_USER_DEFINED,
-    LLAMA_VOCAB_TYPE_BPE,
-    LLAMA_VOCAB_TYPE_NONE,
-    LLAMA_VOCAB_TYPE_PLAMO2,
-    LLAMA_VOCAB_TYPE_RWKV,
-    LLAMA_VOCAB_TYPE_SPM,
-    LLAMA_VOCAB_TYPE_TEST,
-    LLAMA_VOCAB_TYPE_UGM,
-    LLAMA_VOCAB_TYPE_WPM,
-    llama_detokenize,
-    llama_get_vocab_type,
-    llama_model_get_vocab,
-    llama_token_to_piece,
-    llama_vocab_bos,
-    llama_vocab_eos,
-    llama_vocab_eot,
-    llama_vocab_fim_mid,
-    llama_vocab_fim_pre,
-    llama_vocab_fim_suf,
-    llama_vocab_get_add_bos,
-    llama_vocab_get_add_eos,
-    llama_vocab_get_attr,
-    llama_vocab_get_score,
-    llama_vocab_get_text,
-    llama_vocab_is_control,
-    llama_vocab_is_eog,
-    llama_vocab_mask,
-    llama_vocab_n_tokens,
-    llama_vocab_nl,
-    llama_vocab_pad,
-    llama_vocab_sep,
-)
 
-cdef extern from "text/tokenize.hpp" namespace "triollama" nogil:
-    vector[llama_token] tokenize(
-        const llama_vocab * vocab, const char * text, int32_t n, cpp_bool add_special,
+cdef extern from "text/tokenize.hpp" namespace "triollama::native" nogil:
+    vector[llama.llama_token] tokenize(
+        const llama.llama_vocab * vocab, const char * text, int32_t n, cpp_bool add_special,
         cpp_bool parse_special) except +raise_native_error
-    vector[llama_token] named_tokens(
-        const llama_vocab * vocab, const vector[string] & texts) except +raise_native_error
+    vector[llama.llama_token] named_tokens(
+        const llama.llama_vocab * vocab, const vector[string] & texts) except +raise_native_error
     cdef cppclass LongText:
-        LongText(const llama_vocab * vocab, const char * text, size_t n,
+        LongText(const llama.llama_vocab * vocab, const char * text, size_t n,
                  cpp_bool parse_special) except +raise_native_error
-        cpp_bool next(vector[llama_token] & out) except +raise_native_error
+        cpp_bool next(vector[llama.llama_token] & out) except +raise_native_error
 
-    void check_vocab(const llama_vocab * vocab) except +raise_native_error
+    void check_vocab(const llama.llama_vocab * vocab) except +raise_native_error
 
 cdef dict _VOCAB_TYPES = {
-    <int>LLAMA_VOCAB_TYPE_NONE: "none",
-    <int>LLAMA_VOCAB_TYPE_SPM: "spm",
-    <int>LLAMA_VOCAB_TYPE_BPE: "bpe",
-    <int>LLAMA_VOCAB_TYPE_WPM: "wpm",
-    <int>LLAMA_VOCAB_TYPE_UGM: "ugm",
-    <int>LLAMA_VOCAB_TYPE_RWKV: "rwkv",
-    <int>LLAMA_VOCAB_TYPE_PLAMO2: "plamo2",
-    <int>LLAMA_VOCAB_TYPE_TEST: "test",
+    <int>llama.LLAMA_VOCAB_TYPE_NONE: "none",
+    <int>llama.LLAMA_VOCAB_TYPE_SPM: "spm",
+    <int>llama.LLAMA_VOCAB_TYPE_BPE: "bpe",
+    <int>llama.LLAMA_VOCAB_TYPE_WPM: "wpm",
+    <int>llama.LLAMA_VOCAB_TYPE_UGM: "ugm",
+    <int>llama.LLAMA_VOCAB_TYPE_RWKV: "rwkv",
+    <int>llama.LLAMA_VOCAB_TYPE_PLAMO2: "plamo2",
+    <int>llama.LLAMA_VOCAB_TYPE_TEST: "test",
 }
 
 cdef dict _TOKEN_ATTRIBUTES = {
-    "unknown": <int>LLAMA_TOKEN_ATTR_UNKNOWN,
-    "unused": <int>LLAMA_TOKEN_ATTR_UNUSED,
-    "normal": <int>LLAMA_TOKEN_ATTR_NORMAL,
-    "control": <int>LLAMA_TOKEN_ATTR_CONTROL,
-    "user_defined": <int>LLAMA_TOKEN_ATTR_USER_DEFINED,
-    "byte": <int>LLAMA_TOKEN_ATTR_BYTE,
-    "normalized": <int>LLAMA_TOKEN_ATTR_NORMALIZED,
-    "lstrip": <int>LLAMA_TOKEN_ATTR_LSTRIP,
-    "rstrip": <int>LLAMA_TOKEN_ATTR_RSTRIP,
-    "single_word": <int>LLAMA_TOKEN_ATTR_SINGLE_WORD,
+    "unknown": <int>llama.LLAMA_TOKEN_ATTR_UNKNOWN,
+    "unused": <int>llama.LLAMA_TOKEN_ATTR_UNUSED,
+    "normal": <int>llama.LLAMA_TOKEN_ATTR_NORMAL,
+    "control": <int>llama.LLAMA_TOKEN_ATTR_CONTROL,
+    "user_defined": <int>llama.LLAMA_TOKEN_ATTR_USER_DEFINED,
+    "byte": <int>llama.LLAMA_TOKEN_ATTR_BYTE,
+    "normalized": <int>llama.LLAMA_TOKEN_ATTR_NORMALIZED,
+    "lstrip": <int>llama.LLAMA_TOKEN_ATTR_LSTRIP,
+    "rstrip": <int>llama.LLAMA_TOKEN_ATTR_RSTRIP,
+    "single_word": <int>llama.LLAMA_TOKEN_ATTR_SINGLE_WORD,
 }
 
 cdef bytes _bytes(str name, object data):
@@ -94,9 +52,9 @@ cdef bytes _bytes(str name, object data):
 cdef Py_ssize_t _MAX_TEXT = 2**30
 
 
-cdef vector[llama_token] token_vector(object tokens) except *:
+cdef vector[llama.llama_token] token_vector(object tokens) except *:
     """``tokens`` (a buffer of int32, or any iterable of ints) as a vector; ids are not checked here."""
-    cdef vector[llama_token] out
+    cdef vector[llama.llama_token] out
     cdef const int32_t[::1] view
     cdef Py_ssize_t i
     if tokens is None or isinstance(tokens, (str, bytes, bytearray)):
@@ -133,18 +91,18 @@ cdef class Vocab:
     cdef int alive(self) except -1:
         self.model.alive()
         # llama.cpp aborts the process when asked for the tokens of a model without a vocabulary.
-        if llama_get_vocab_type(self.ptr) == LLAMA_VOCAB_TYPE_NONE:
+        if llama.llama_get_vocab_type(self.ptr) == llama.LLAMA_VOCAB_TYPE_NONE:
             raise UnsupportedError("this model has no vocabulary")
         return 0
 
-    cdef const vector[llama_token] * find_eog(self) except NULL:
+    cdef const vector[llama.llama_token] * find_eog(self) except NULL:
         """Tokens that end generation: looked for once, since a vocabulary has hundreds of thousands."""
         self.alive()
         cdef int i
-        cdef vector[llama_token] found
+        cdef vector[llama.llama_token] found
         if not self.eog_known:
             for i in range(self.n_tokens):
-                if llama_vocab_is_eog(self.ptr, i):
+                if llama.llama_vocab_is_eog(self.ptr, i):
                     found.push_back(i)
             self.eog.swap(found)
             self.eog_known = True
@@ -158,14 +116,14 @@ cdef class Vocab:
     cdef void leave(self) noexcept:
         self.model.release()
 
-    cdef llama_token token_id(self, object token) except -1:
+    cdef llama.llama_token token_id(self, object token) except -1:
         """``token`` as a token of this vocabulary, which is alive."""
-        cdef llama_token number = check_int("token", token, -2**31, 2**31 - 1)
+        cdef llama.llama_token number = check_int("token", token, -2**31, 2**31 - 1)
         self.alive()
         self.check_token(number)
         return number
 
-    cdef int check_token(self, llama_token token) except -1:
+    cdef int check_token(self, llama.llama_token token) except -1:
         if token < 0 or token >= self.n_tokens:
             raise TokenError(
                 f"token {token} is outside the vocabulary of {self.n_tokens} tokens",
@@ -182,7 +140,7 @@ cdef class Vocab:
     def type(self) -> str:
         """The tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2", "test" or "none"."""
         self.model.alive()
-        return _VOCAB_TYPES.get(<int>llama_get_vocab_type(self.ptr), "unknown")
+        return _VOCAB_TYPES.get(<int>llama.llama_get_vocab_type(self.ptr), "unknown")
 
     def tokenize(self, text: str | bytes, add_special: bool = True,
                  parse_special: bool = False) -> list[int]:
@@ -205,8 +163,8 @@ cdef class Vocab:
                 f"text has {length} bytes; at most {_MAX_TEXT} can be tokenized at once",
                 parameter="text")
         cdef const char * chars = PyBytes_AS_STRING(data)
-        cdef vector[llama_token] tokens
-        cdef vector[llama_token] around
+        cdef vector[llama.llama_token] tokens
+        cdef vector[llama.llama_token] around
         cdef cpp_bool special = add_special
         cdef cpp_bool parse = parse_special
         cdef cpp_bool more = length > 0
@@ -224,7 +182,7 @@ cdef class Vocab:
         finally:
             self.leave()
         if around.size() > 0:
-            first = around.size() != 1 or llama_vocab_get_add_bos(self.ptr)
+            first = around.size() != 1 or llama.llama_vocab_get_add_bos(self.ptr)
             ends = around.size() != 1 or not first
             if first:
                 tokens.insert(tokens.begin(), around[0])
@@ -245,7 +203,7 @@ cdef class Vocab:
     def detokenize_bytes(self, tokens, remove_special: bool = False,
                          unparse_special: bool = False) -> bytes:
         """As ``detokenize``, but exactly the bytes."""
-        cdef vector[llama_token] ids = token_vector(tokens)
+        cdef vector[llama.llama_token] ids = token_vector(tokens)
         cdef size_t i
         for i in range(ids.size()):
             self.check_token(ids[i])
@@ -263,12 +221,12 @@ cdef class Vocab:
         try:
             with nogil:
                 text.resize(8 * ids.size() + 16)
-                n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
-                                     <int32_t>text.size(), remove, unparse)
+                n = llama.llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
+                                           <int32_t>text.size(), remove, unparse)
                 if n < 0:
                     text.resize(-n)
-                    n = llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
-                                         <int32_t>text.size(), remove, unparse)
+                    n = llama.llama_detokenize(self.ptr, ids.data(), <int32_t>ids.size(), text.data(),
+                                               <int32_t>text.size(), remove, unparse)
         finally:
             self.leave()
         if n < 0:
@@ -278,36 +236,36 @@ cdef class Vocab:
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes one token stands for; special tokens give text only if ``special``."""
         cdef cpp_bool shown = special
-        cdef llama_token id = self.token_id(token)
+        cdef llama.llama_token id = self.token_id(token)
         cdef char buffer[256]
         cdef vector[char] text
-        cdef int32_t n = llama_token_to_piece(self.ptr, id, buffer, 256, 0, shown)
+        cdef int32_t n = llama.llama_token_to_piece(self.ptr, id, buffer, 256, 0, shown)
         if n >= 0:
             return PyBytes_FromStringAndSize(buffer, n)
         text.resize(-n)
-        n = llama_token_to_piece(self.ptr, id, text.data(), <int32_t>text.size(), 0, shown)
+        n = llama.llama_token_to_piece(self.ptr, id, text.data(), <int32_t>text.size(), 0, shown)
         return PyBytes_FromStringAndSize(text.data(), n)
 
     def text(self, token: int) -> bytes:
         """The token as the vocabulary stores it (with its own marks for spaces)."""
-        return llama_vocab_get_text(self.ptr, self.token_id(token))
+        return llama.llama_vocab_get_text(self.ptr, self.token_id(token))
 
     def score(self, token: int) -> float:
         """The token's score, as stored in the model file."""
-        return llama_vocab_get_score(self.ptr, self.token_id(token))
+        return llama.llama_vocab_get_score(self.ptr, self.token_id(token))
 
     def attributes(self, token: int) -> frozenset[str]:
         """What the token is: "normal", "control", "user_defined", "byte", "unknown", ..."""
-        cdef int bits = <int>llama_vocab_get_attr(self.ptr, self.token_id(token))
+        cdef int bits = <int>llama.llama_vocab_get_attr(self.ptr, self.token_id(token))
         return frozenset(name for name, bit in _TOKEN_ATTRIBUTES.items() if bits & bit)
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends generation (end of sequence, end of turn, ...)."""
-        return llama_vocab_is_eog(self.ptr, self.token_id(token))
+        return llama.llama_vocab_is_eog(self.ptr, self.token_id(token))
 
     def is_control(self, token: int) -> bool:
         """Whether the token is a control token, which has no text of its own."""
-        return llama_vocab_is_control(self.ptr, self.token_id(token))
+        return llama.llama_vocab_is_control(self.ptr, self.token_id(token))
 
     @property
     def eog_tokens(self) -> list[int]:
@@ -321,16 +279,16 @@ cdef class Vocab:
         "fim_pre", "fim_suf", "fim_mid"; those it lacks are absent."""
         self.alive()
         found = {
-            "bos": llama_vocab_bos(self.ptr),
-            "eos": llama_vocab_eos(self.ptr),
-            "eot": llama_vocab_eot(self.ptr),
-            "sep": llama_vocab_sep(self.ptr),
-            "nl": llama_vocab_nl(self.ptr),
-            "pad": llama_vocab_pad(self.ptr),
-            "mask": llama_vocab_mask(self.ptr),
-            "fim_pre": llama_vocab_fim_pre(self.ptr),
-            "fim_suf": llama_vocab_fim_suf(self.ptr),
-            "fim_mid": llama_vocab_fim_mid(self.ptr),
+            "bos": llama.llama_vocab_bos(self.ptr),
+            "eos": llama.llama_vocab_eos(self.ptr),
+            "eot": llama.llama_vocab_eot(self.ptr),
+            "sep": llama.llama_vocab_sep(self.ptr),
+            "nl": llama.llama_vocab_nl(self.ptr),
+            "pad": llama.llama_vocab_pad(self.ptr),
+            "mask": llama.llama_vocab_mask(self.ptr),
+            "fim_pre": llama.llama_vocab_fim_pre(self.ptr),
+            "fim_suf": llama.llama_vocab_fim_suf(self.ptr),
+            "fim_mid": llama.llama_vocab_fim_mid(self.ptr),
         }
         return {name: token for name, token in found.items() if token >= 0}
 
@@ -338,38 +296,38 @@ cdef class Vocab:
     def bos(self) -> int | None:
         """The beginning-of-sequence token, if there is one."""
         self.alive()
-        token = llama_vocab_bos(self.ptr)
+        token = llama.llama_vocab_bos(self.ptr)
         return token if token >= 0 else None
 
     @property
     def eos(self) -> int | None:
         """The end-of-sequence token, if there is one."""
         self.alive()
-        token = llama_vocab_eos(self.ptr)
+        token = llama.llama_vocab_eos(self.ptr)
         return token if token >= 0 else None
 
     @property
     def adds_bos(self) -> bool:
         """Whether ``tokenize`` begins with the beginning-of-sequence token."""
         self.alive()
-        return llama_vocab_get_add_bos(self.ptr)
+        return llama.llama_vocab_get_add_bos(self.ptr)
 
     @property
     def adds_eos(self) -> bool:
         """Whether ``tokenize`` ends with the end-of-sequence token."""
         self.alive()
-        return llama_vocab_get_add_eos(self.ptr)
+        return llama.llama_vocab_get_add_eos(self.ptr)
 
 
 cdef Vocab vocab_of(Model model):
     cdef Vocab vocab = Vocab.__new__(Vocab, maker)
     vocab.model = model
-    vocab.ptr = llama_model_get_vocab(model.ptr)
-    vocab.n_tokens = llama_vocab_n_tokens(vocab.ptr)
+    vocab.ptr = llama.llama_model_get_vocab(model.ptr)
+    vocab.n_tokens = llama.llama_vocab_n_tokens(vocab.ptr)
     return vocab
 
 
-cdef llama_token end_token(int n_vocab, object token) except -1:
+cdef llama.llama_token end_token(int n_vocab, object token) except -1:
     """A token that is to end a generation; TokenError if the vocabulary has none such."""
     number = check_int("stop_tokens", token, -2**31, 2**31 - 1)
     if not 0 <= number < n_vocab:
@@ -387,7 +345,7 @@ def upstream_tokenize(Vocab vocab not None, text: bytes, parse_special: bool = F
     cdef const char * chars = PyBytes_AS_STRING(data)
     cdef int32_t n = check_int("the length of text", len(data), 0, _MAX_TEXT)
     cdef cpp_bool parse = parse_special
-    cdef vector[llama_token] tokens
+    cdef vector[llama.llama_token] tokens
     vocab.model.readers += 1
     try:
         with nogil:

@@ -12,7 +12,7 @@
 #include <sys/eventfd.h>
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 class Doorbell {
 public:
@@ -70,4 +70,4 @@ private:
     int write_end;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

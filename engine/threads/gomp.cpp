@@ -12,7 +12,7 @@ namespace {
 
 std::mutex atomics;
 
-bool give(bool found, const triollama::Chunk & chunk, long * first, long * last) {
+bool give(bool found, const triollama::native::Chunk & chunk, long * first, long * last) {
     *first = chunk.first;
     *last  = chunk.last;
     return found;
@@ -22,24 +22,24 @@ bool give(bool found, const triollama::Chunk & chunk, long * first, long * last)
 
 extern "C" {
 
-void GOMP_parallel(void (*work)(void *), void * data, unsigned n, unsigned) { triollama::run_team(n, work, data); }
-void GOMP_barrier() { triollama::team_barrier(); }
-bool GOMP_single_start() { return triollama::team_single(); }
+void GOMP_parallel(void (*work)(void *), void * data, unsigned n, unsigned) { triollama::native::run_team(n, work, data); }
+void GOMP_barrier() { triollama::native::team_barrier(); }
+bool GOMP_single_start() { return triollama::native::team_single(); }
 void GOMP_atomic_start() { atomics.lock(); }
 void GOMP_atomic_end() { atomics.unlock(); }
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long * first, long * last) {
-    triollama::Chunk mine;
-    return give(triollama::team_loop_next(mine), mine, first, last);
+    triollama::native::Chunk mine;
+    return give(triollama::native::team_loop_next(mine), mine, first, last);
 }
 bool GOMP_loop_nonmonotonic_dynamic_start(long first, long last, long step, long chunk, long * mine_first, long * mine_last) {
-    triollama::Chunk mine;
-    return give(triollama::team_loop_begin(first, last, step, chunk, mine), mine, mine_first, mine_last);
+    triollama::native::Chunk mine;
+    return give(triollama::native::team_loop_begin(first, last, step, chunk, mine), mine, mine_first, mine_last);
 }
-void GOMP_loop_end() { triollama::team_barrier(); }
+void GOMP_loop_end() { triollama::native::team_barrier(); }
 
-int omp_get_num_threads() { return (int) triollama::team_size(); }
-int omp_get_thread_num() { return (int) triollama::team_rank(); }
+int omp_get_num_threads() { return (int) triollama::native::team_size(); }
+int omp_get_thread_num() { return (int) triollama::native::team_rank(); }
 
 }  // extern "C"
 

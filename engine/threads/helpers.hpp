@@ -10,7 +10,7 @@
 #include <mutex>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 class Helpers {
 public:
@@ -98,4 +98,4 @@ private:
     std::vector<Thread> threads;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

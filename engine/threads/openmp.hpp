@@ -8,7 +8,7 @@
 extern "C" int omp_in_parallel(void) __attribute__((weak, visibility("default")));
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 // 1: the calling thread is in a parallel computation, 0: it is not, -1: there is no OpenMP that could tell.
 inline int in_parallel() {
@@ -36,4 +36,4 @@ inline void retire_threads() {
 #endif
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

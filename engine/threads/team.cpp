@@ -27,7 +27,7 @@
 #include <thread>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -448,6 +448,6 @@ bool team_loop_begin(long first, long last, long step, long chunk, Chunk & mine)
 
 bool team_loop_next(Chunk & mine) { return member.crew && member.crew->loop_next(mine); }
 
-}  // namespace triollama
+}  // namespace triollama::native
 
 #endif

@@ -9,7 +9,7 @@
 // gomp.cpp calls it for ggml, openmp.hpp for the rest of the engine. Functions that ask are of the calling thread.
 #pragma once
 
-namespace triollama {
+namespace triollama::native {
 
 // Runs work(data) on n threads, the caller among them, and returns when all are done. 0: one for each core that the
 // process may use, or OMP_NUM_THREADS. Within a team the caller works alone. They run where the caller may.
@@ -33,4 +33,4 @@ struct Chunk {
 bool team_loop_begin(long first, long last, long step, long chunk, Chunk & mine);   // false: nothing is left
 bool team_loop_next(Chunk & mine);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,31 +7,12 @@
 #include <system_error>
 #include <utility>
 
-#if defined(_WIN32)
-#include <thread>
-#else
 #include <memory>
 
 #include <pthread.h>
 #include <signal.h>
-#endif
 
-namespace triollama {
-
-#if defined(_WIN32)
-
-class Thread {
-public:
-    Thread() = default;
-    Thread(const char *, std::function<void()> work) : thread(std::move(work)) {}
-    bool joinable() const { return thread.joinable(); }
-    void join() { thread.join(); }
-
-private:
-    std::thread thread;
-};
-
-#else
+namespace triollama::native {
 
 class Thread {
 public:
@@ -95,6 +76,4 @@ private:
     bool running = false;
 };
 
-#endif
-
-}  // namespace triollama
+}  // namespace triollama::native

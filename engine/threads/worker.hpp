@@ -9,7 +9,7 @@
 #include <mutex>
 #include <utility>
 
-namespace triollama {
+namespace triollama::native {
 
 class Worker {
 public:
@@ -63,4 +63,4 @@ private:
     bool stopping = false;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstring>
 
-namespace triollama {
+namespace triollama::native {
 
 float AdapterConfig::scale() const {
     return rslora ? alpha / std::sqrt(static_cast<float>(rank)) : alpha / static_cast<float>(rank);
@@ -240,4 +240,4 @@ void AdapterSet::load(const std::string & path, const std::string & architecture
     set(PART_WEIGHTS, weights.data(), weights.size());
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct AdapterConfig {
     int   rank  = 8;
@@ -71,4 +71,4 @@ private:
     size_t n_values = 0;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

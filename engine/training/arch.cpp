@@ -5,7 +5,7 @@
 #include <cmath>
 #include <set>
 
-namespace triollama {
+namespace triollama::native {
 
 const std::vector<Architecture> & trainable_architectures() {
     static const std::vector<Architecture> table = {
@@ -287,4 +287,4 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
     return model;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 enum class Activation { silu, gelu_tanh };
 
@@ -73,4 +73,4 @@ struct ModelGraphInfo {
 // naming what is missing, if the architecture is not in the table or uses a tensor this graph would ignore.
 ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string, ggml_tensor *> & weights);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -11,7 +11,7 @@
 #include <new>
 #include <unordered_set>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -459,4 +459,4 @@ size_t Executor::arena_bytes() const {
     return bytes;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

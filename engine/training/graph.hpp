@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 // Thrown out of a run that the abort flag stopped. What the graph was to write is then undefined.
 struct training_aborted : std::runtime_error {
@@ -134,4 +134,4 @@ private:
     int                           n_splits = 0;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -13,11 +13,11 @@ constexpr int64_t blocks_per_graph = 16;
 constexpr size_t  nodes_per_block  = 48;
 
 // State of one group of positions while the vocabulary is walked.
-struct Group {
+struct LabelGroup {
     TensorStore store{ 8 };
     ggml_tensor * labels, * weights, * log_sum, * d, * best, * best_index, * label_logit;
 
-    Group(int64_t n, int64_t n_embd, int64_t n_blocks, ggml_backend_buffer_type_t type) {
+    LabelGroup(int64_t n, int64_t n_embd, int64_t n_blocks, ggml_backend_buffer_type_t type) {
         labels      = store.add(GGML_TYPE_I32, n);
         weights     = store.add(GGML_TYPE_F32, 1, n);
         log_sum     = store.add(GGML_TYPE_F32, 1, n);
@@ -52,7 +52,7 @@ HeadResult Head::run(Executor & executor, const GraphOptions & options, ggml_ten
 
     for (int64_t first = 0; first < h->ne[1]; first += max_positions) {
         const int64_t n = std::min(max_positions, h->ne[1] - first);
-        Group group(n, m.n_embd, n_blocks, executor.buffer_type());
+        LabelGroup group(n, m.n_embd, n_blocks, executor.buffer_type());
         ggml_backend_tensor_set(group.labels, labels.data() + first, 0, ggml_nbytes(group.labels));
         ggml_backend_tensor_set(group.weights, weights.data() + first, 0, ggml_nbytes(group.weights));
 
@@ -148,4 +148,4 @@ HeadResult Head::run(Executor & executor, const GraphOptions & options, ggml_ten
     return result;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct HeadResult {
     std::vector<float>   nll;         // -log p[label], natural logarithm, one for each position
@@ -32,4 +32,4 @@ private:
     const FrozenModel & model;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 ggml_tensor * differentiable_tanh(ggml_context * context, ggml_tensor * x) {
     ggml_tensor * sigmoid =
@@ -134,4 +134,4 @@ ggml_tensor * LayerBuilder::layer(Graph & graph, int index, ggml_tensor * h, con
     return ggml_add(c, transformed, h);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -7,7 +7,7 @@
 
 #include <unordered_map>
 
-namespace triollama {
+namespace triollama::native {
 
 // What a layer reads besides its input. The tensors outlive the graph.
 struct LayerInputs {
@@ -40,4 +40,4 @@ private:
 // tanh, by operations with bounded derivatives: tanh(x) = 2 sigmoid(2x) - 1 and sigmoid(u) = exp(-softplus(-u)).
 ggml_tensor * differentiable_tanh(ggml_context * context, ggml_tensor * x);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -10,18 +10,14 @@
 #include <memory>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
 using File = std::unique_ptr<FILE, int (*)(FILE *)>;
 
 bool seek(FILE * file, uint64_t offset) {
-#ifdef _WIN32
-    return _fseeki64(file, static_cast<int64_t>(offset), SEEK_SET) == 0;
-#else
     return fseeko(file, static_cast<off_t>(offset), SEEK_SET) == 0;
-#endif
 }
 
 void require_writable(const std::string & name, ggml_type type) {
@@ -134,4 +130,4 @@ void merge_adapter(const std::string & base, const AdapterSet & adapters, const 
     out.finish();
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

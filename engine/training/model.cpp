@@ -6,7 +6,7 @@
 
 #include "ggml-backend.h"
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -96,4 +96,4 @@ std::vector<std::string> FrozenModel::linear_targets() const {
     return names;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -9,7 +9,7 @@
 #include <atomic>
 #include <string>
 
-namespace triollama {
+namespace triollama::native {
 
 class FrozenModel {
 public:
@@ -38,4 +38,4 @@ private:
     size_t n_bytes = 0;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

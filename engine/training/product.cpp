@@ -21,7 +21,7 @@
 #define TRIOLLAMA_VECTORS 1
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -657,4 +657,4 @@ bool ProductRewriter::rewrite(ggml_tensor * node) {
 #endif
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

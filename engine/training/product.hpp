@@ -8,7 +8,7 @@
 #include <string>
 #include <unordered_map>
 
-namespace triollama {
+namespace triollama::native {
 
 enum class ProductKernel {
     portable, // ggml's, in the form that GPU backends want: dequantised by row lookup, contiguous, no custom operation
@@ -50,4 +50,4 @@ private:
 // The matrix behind a cast or a row lookup that only dequantises it, else `tensor`.
 ggml_tensor * undequantized(ggml_tensor * tensor);
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -4,7 +4,7 @@
 #include "guards/raise.hpp"
 #include "training/graph.hpp"
 
-namespace triollama {
+namespace triollama::native {
 
 inline void raise_trainer_error() {
     try {
@@ -16,4 +16,4 @@ inline void raise_trainer_error() {
     }
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace triollama {
+namespace triollama::native {
 
 // The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection in which every input bit reaches every output bit.
 inline uint64_t mix64(uint64_t x) {
@@ -30,4 +30,4 @@ private:
     uint64_t key;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -395,4 +395,4 @@ TrainerMemory Trainer::memory() const {
     return memory;
 }
 
-}  // namespace triollama
+}  // namespace triollama::native

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace triollama {
+namespace triollama::native {
 
 struct TrainerConfig {
     std::string   model_path;
@@ -123,4 +123,4 @@ private:
     uint64_t                      n_rows = 0;
 };
 
-}  // namespace triollama
+}  // namespace triollama::native

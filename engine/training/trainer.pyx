@@ -7,48 +7,24 @@ from libcpp.optional cimport optional
 from libcpp.set cimport set as cpp_set
 from libcpp.utility cimport pair
 
-from ggml cimport GGML_TYPE_COUNT, GGML_TYPE_F16, GGML_TYPE_F32, ggml_type
-from trainer cimport (
-    PART_FIRST_MOMENTS,
-    PART_GRADIENTS,
-    PART_SECOND_MOMENTS,
-    PART_WEIGHTS,
-    AdamW,
-    AdapterPart,
-    Architecture,
-    Audited,
-    GgufMeta,
-    GgufTensor,
-    LoraPair,
-    NativeTrainer,
-    ProductKernel,
-    RowResult,
-    Timing,
-    TrainerConfig,
-    TrainerMemory,
-    TrainingRow,
-    has_product_kernel,
-    product_kernel_name,
-    trainable_architectures,
-)
 
 cdef dict _PARTS = {
-    "weights": <int>PART_WEIGHTS,
-    "gradients": <int>PART_GRADIENTS,
-    "first_moments": <int>PART_FIRST_MOMENTS,
-    "second_moments": <int>PART_SECOND_MOMENTS,
+    "weights": <int>training.PART_WEIGHTS,
+    "gradients": <int>training.PART_GRADIENTS,
+    "first_moments": <int>training.PART_FIRST_MOMENTS,
+    "second_moments": <int>training.PART_SECOND_MOMENTS,
 }
 cdef dict _MERGED_TYPES = {
-    None: <int>GGML_TYPE_COUNT,
-    "f16": <int>GGML_TYPE_F16,
-    "f32": <int>GGML_TYPE_F32,
+    None: <int>ggml.GGML_TYPE_COUNT,
+    "f16": <int>ggml.GGML_TYPE_F16,
+    "f32": <int>ggml.GGML_TYPE_F32,
 }
 cdef dict _PRECISIONS = {"exact": True, "fast": False}
 cdef dict _KERNELS = {
-    "portable": <int>ProductKernel.portable,
-    "ggml": <int>ProductKernel.ggml,
-    "vector": <int>ProductKernel.vector,
-    "tiles": <int>ProductKernel.tiles,
+    "portable": <int>training.ProductKernel.portable,
+    "ggml": <int>training.ProductKernel.ggml,
+    "vector": <int>training.ProductKernel.vector,
+    "tiles": <int>training.ProductKernel.tiles,
 }
 
 
@@ -80,8 +56,8 @@ class AuditedOperation(NamedTuple):
 
 def training_architectures() -> dict[str, str]:
     """The architectures that can be trained, each with what is particular about it."""
-    cdef vector[Architecture] rows = trainable_architectures()
-    cdef Architecture row
+    cdef vector[training.Architecture] rows = training.trainable_architectures()
+    cdef training.Architecture row
     return {row.name.decode(): row.notes.decode() for row in rows}
 
 
@@ -94,7 +70,7 @@ def training_kernels() -> tuple[str, ...]:
     (Intel AMX).
     """
     return tuple([name for name, kernel in _KERNELS.items()
-                  if has_product_kernel(<ProductKernel><int>kernel)])
+                  if training.has_product_kernel(<training.ProductKernel><int>kernel)])
 
 
 def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[int, ...]]]]:
@@ -105,13 +81,13 @@ def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[
     cdef string raw_path = path_bytes("path", path)
     name = os.fsdecode(<bytes>raw_path)
     check_magic(name, "", ModelFormatError)
-    cdef GgufMeta * meta = new GgufMeta(raw_path)
+    cdef training.GgufMeta * meta = new training.GgufMeta(raw_path)
     cdef optional[string] text
     cdef optional[double] number
     cdef vector[string] keys
-    cdef vector[GgufTensor] tensors
+    cdef vector[training.GgufTensor] tensors
     cdef string key
-    cdef GgufTensor tensor
+    cdef training.GgufTensor tensor
     found = {}
     try:
         keys = meta.keys()
@@ -168,7 +144,7 @@ cdef int copy_float32(str name, object values, vector[float] & out, Py_ssize_t n
     return 0
 
 
-cdef object loss_of(RowResult & result):
+cdef object loss_of(training.RowResult & result):
     import numpy
     cdef Py_ssize_t i
     cdef Py_ssize_t n = result.nll.size()
@@ -202,7 +178,7 @@ cdef class Trainer(Owner):
     release the GIL; one thread at a time, except for ``request_abort``.
     """
 
-    cdef NativeTrainer * native
+    cdef training.Trainer * native
     cdef readonly str path
     cdef readonly double dropout
 
@@ -210,7 +186,7 @@ cdef class Trainer(Owner):
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
                  precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0,
                  kernel: str | None = None):
-        cdef TrainerConfig config
+        cdef training.TrainerConfig config
         self.begin()
         cdef bytes raw_path = path_bytes("path", path)
         self.path = os.fsdecode(raw_path)
@@ -225,7 +201,7 @@ cdef class Trainer(Owner):
             "threads", default_threads() if threads is None else threads, 1, 512)
         config.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
         if kernel is not None:
-            config.kernel = <ProductKernel><int>check_choice("kernel", kernel, _KERNELS)
+            config.kernel = <training.ProductKernel><int>check_choice("kernel", kernel, _KERNELS)
         if targets != "all-linear":
             if isinstance(targets, str):
                 raise ParameterError(
@@ -240,7 +216,7 @@ cdef class Trainer(Owner):
         begin_call()
         try:
             with nogil:
-                self.native = new NativeTrainer(config)
+                self.native = new training.Trainer(config)
         finally:
             end_call()
             flush_log()
@@ -305,7 +281,7 @@ cdef class Trainer(Owner):
     def kernel(self) -> str:
         """How matrix products are computed: see ``training_kernels``."""
         self.alive()
-        return product_kernel_name(self.native.kernel()).decode()
+        return training.product_kernel_name(self.native.kernel()).decode()
 
     @property
     def n_vocab(self) -> int:
@@ -352,8 +328,8 @@ cdef class Trainer(Owner):
         """For each pair, in the order of the flat vectors: the base weight's name, then the shapes
         of A (rank, n_in) and B (n_out, rank), in rows and columns as numpy and PEFT see them."""
         self.alive()
-        cdef vector[LoraPair] pairs = self.native.adapter().pairs()
-        cdef LoraPair item
+        cdef vector[training.LoraPair] pairs = self.native.adapter().pairs()
+        cdef training.LoraPair item
         return [
             (item.name.decode(), (item.a.ne[1], item.a.ne[0]), (item.b.ne[1], item.b.ne[0]))
             for item in pairs
@@ -364,13 +340,13 @@ cdef class Trainer(Owner):
         """Bytes: ``weights`` (the mapping, shared), ``adapter`` (with gradients and moments),
         ``activations`` and ``arena`` (the most so far)."""
         self.alive()
-        cdef TrainerMemory memory = self.native.memory()
+        cdef training.TrainerMemory memory = self.native.memory()
         return {"weights": memory.weights, "adapter": memory.adapter,
                 "activations": memory.activations, "arena": memory.arena}
 
     # ---- steps
 
-    cdef int fill(self, TrainingRow & row, object tokens, object labels, object positions,
+    cdef int fill(self, training.TrainingRow & row, object tokens, object labels, object positions,
                   object segments, object weights) except -1:
         import numpy
         copy_int32("tokens", tokens, row.tokens, -1)
@@ -400,8 +376,8 @@ cdef class Trainer(Owner):
         Raises ParameterError, OutOfMemoryError, and DecodeAborted after ``request_abort``. When it
         ends in the middle, all gradients are cleared: some layers would have had theirs, others not.
         """
-        cdef TrainingRow row
-        cdef RowResult result
+        cdef training.TrainingRow row
+        cdef training.RowResult result
         self.fill(row, tokens, labels, positions, segments, weights)
         self.enter()
         try:
@@ -418,8 +394,8 @@ cdef class Trainer(Owner):
     def evaluate(self, tokens, labels, *, positions=None, segments=None,
                  weights=None) -> TrainingLoss:
         """The loss as ``forward_backward`` gives it, without gradients and without dropout."""
-        cdef TrainingRow row
-        cdef RowResult result
+        cdef training.TrainingRow row
+        cdef training.RowResult result
         self.fill(row, tokens, labels, positions, segments, weights)
         self.enter()
         try:
@@ -439,8 +415,8 @@ cdef class Trainer(Owner):
         Returns seconds and number of nodes by operation, products by type and shape too: rows and
         columns of the matrix, then how many columns it is multiplied with.
         """
-        cdef TrainingRow row
-        cdef map[string, Timing] timings
+        cdef training.TrainingRow row
+        cdef map[string, training.Timing] timings
         self.fill(row, tokens, labels, None, None, None)
         self.enter()
         try:
@@ -449,7 +425,7 @@ cdef class Trainer(Owner):
         finally:
             self.leave()
         found = {}
-        cdef map[string, Timing].iterator at = timings.begin()
+        cdef map[string, training.Timing].iterator at = timings.begin()
         while at != timings.end():
             found[dereference(at).first.decode()] = (
                 dereference(at).second.seconds, dereference(at).second.calls)
@@ -464,7 +440,7 @@ cdef class Trainer(Owner):
         """
         cdef int n = check_int("n_tokens", n_tokens, 1, 2**20)
         cdef cpp_set[string] absent
-        cdef map[string, Audited] found
+        cdef map[string, training.Audited] found
         for name in missing:
             absent.insert(str(name).encode())
         self.enter()
@@ -474,7 +450,7 @@ cdef class Trainer(Owner):
         finally:
             self.leave()
         operations = []
-        cdef map[string, Audited].iterator at = found.begin()
+        cdef map[string, training.Audited].iterator at = found.begin()
         while at != found.end():
             operations.append(AuditedOperation(
                 dereference(at).first.decode(), dereference(at).second.count,
@@ -513,7 +489,7 @@ cdef class Trainer(Owner):
     def adamw_step(self, learning_rate: float, *, beta1: float = 0.9, beta2: float = 0.999,
                    epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
         """One step of AdamW (Loshchilov and Hutter, 2019) with the gradients, which it clears."""
-        cdef AdamW optimiser
+        cdef training.AdamW optimiser
         optimiser.learning_rate = check_float("learning_rate", learning_rate, 0.0, 1e3)
         optimiser.beta1 = check_float("beta1", beta1, 0.0, 0.9999999)
         optimiser.beta2 = check_float("beta2", beta2, 0.0, 0.9999999)
@@ -576,7 +552,7 @@ cdef class Trainer(Owner):
         self.enter()
         try:
             with nogil:
-                self.native.adapter().get(<AdapterPart>chosen, &view[0], view.shape[0])
+                self.native.adapter().get(<training.AdapterPart>chosen, &view[0], view.shape[0])
         finally:
             self.leave()
         return out
@@ -589,7 +565,7 @@ cdef class Trainer(Owner):
         self.enter()
         try:
             with nogil:
-                self.native.adapter().set(<AdapterPart>chosen, data.data(), data.size())
+                self.native.adapter().set(<training.AdapterPart>chosen, data.data(), data.size())
         finally:
             self.leave()
 
@@ -633,7 +609,7 @@ cdef class Trainer(Owner):
             try:
                 with nogil:
                     if merged:
-                        self.native.save_merged(raw_partial, <ggml_type>ftype)
+                        self.native.save_merged(raw_partial, <ggml.ggml_type>ftype)
                     else:
                         self.native.save_adapter(raw_partial, metadata)
             finally:

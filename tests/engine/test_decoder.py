@@ -694,9 +694,7 @@ def test_more_sequences_than_places(path: Path, host_bytes: int) -> None:
         cached = 0
         for sequence, history in first.items():
             n = positions[sequence]
-            stream = driver.start(
-                history + prompt(99), sequence=sequence, cached=n, commit=n
-            )
+            stream = driver.start(history + prompt(99), sequence=sequence, cached=n, commit=n)
             (tokens,) = driver.finish(stream)
             cached += stream.usage["cached"]
             assert driver.run(history + prompt(99), commit=n) == tokens

@@ -39,7 +39,7 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
         "-I", str(SOURCE / "ggml" / "include"),
         *(str(p) for p in (ROOT / "engine/decoding").glob("*.cpp") if p.stem != "backend"),
-        *(str(ROOT / "engine/kv" / name) for name in ("disk.cpp", "checksum.cpp")),
+        *(str(ROOT / "engine" / name) for name in ("kv/disk.cpp", "guards/checksum.cpp")),
         str(ROOT / "tests" / "engine" / "native" / "decoder_fuzz.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -107,7 +107,7 @@ def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:
         subprocess.run(
             [
                 str(COMPILER), "-std=c++17", "-O2", *options, "-I", str(ROOT / "engine"),
-                str(ROOT / "engine" / "kv" / "checksum.cpp"),
+                str(ROOT / "engine" / "guards" / "checksum.cpp"),
                 str(ROOT / "tests" / "engine" / "native" / "checksum_test.cpp"), "-o", str(program),
             ],
             check=True,

@@ -113,7 +113,7 @@ def is_setter(function: ast.FunctionDef) -> bool:
 
 def readonly_fields() -> Iterator[tuple[str, str, str]]:
     """(class, field, Python type) of each ``cdef readonly`` or ``cdef public``."""
-    for path in [ENGINE / "_engine.pxd", *included_rooms()]:
+    for path in [*ENGINE.glob("*/owners.pxd"), *included_rooms()]:
         owner = ""
         for line in path.read_text().splitlines():
             if started := re.match(r"cdef class (\w+)", line):

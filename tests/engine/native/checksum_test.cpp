@@ -1,5 +1,5 @@
 // The checksum by the CPU's instruction and without it: this program prints it for data of many lengths.
-#include "kv/checksum.hpp"
+#include "guards/checksum.hpp"
 
 #include <cstdio>
 #include <random>
@@ -12,6 +12,6 @@ int main() {
         byte = (uint8_t) rng();
     }
     for (size_t size = 0; size < data.size(); size += size < 100 ? 1 : 97) {
-        std::printf("%08x\n", (unsigned) triollama::state_checksum(data.data() + size % 7, size - size % 7));
+        std::printf("%08x\n", (unsigned) triollama::native::state_checksum(data.data() + size % 7, size - size % 7));
     }
 }

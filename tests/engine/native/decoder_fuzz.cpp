@@ -16,7 +16,7 @@
 #include <random>
 #include <thread>
 
-using namespace triollama;
+using namespace triollama::native;
 
 static const int32_t N_VOCAB = 64;
 static const llama_token END = 0;
@@ -33,7 +33,7 @@ static void check(bool good, const std::string & why) {
 }
 
 // ---------------------------------------------------------------- what the decoder would link otherwise
-namespace triollama {
+namespace triollama::native {
 
 struct Sampler::Impl {
     SamplingParams params;
@@ -61,7 +61,7 @@ bool TextStream::feed(const char * bytes, size_t n, std::string & out) {
 }
 void TextStream::flush(std::string &) {}
 
-}  // namespace triollama
+}  // namespace triollama::native
 
 bool llama_vocab_is_eog(const llama_vocab *, llama_token token) { return token == END; }
 

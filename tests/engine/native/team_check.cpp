@@ -96,21 +96,21 @@ static void singles(int n) {
 
 static void nested() {
     std::atomic<int> inner{0};
-    check(!triollama::in_team(), "outside");
+    check(!triollama::native::in_team(), "outside");
     #pragma omp parallel num_threads(3)
     {
-        check(triollama::in_team(), "inside");
+        check(triollama::native::in_team(), "inside");
         #pragma omp parallel num_threads(4)
         {
             check(omp_get_num_threads() == 1 && omp_get_thread_num() == 0, "nested teams have one thread");
-            check(triollama::in_team(), "inside, though alone");
+            check(triollama::native::in_team(), "inside, though alone");
             #pragma omp parallel num_threads(2)
             check(omp_get_num_threads() == 1, "nested twice");
             inner++;
         }
         check(omp_get_num_threads() == 3, "back from a nested team");
     }
-    check(inner == 3 && !triollama::in_team(), "nested");
+    check(inner == 3 && !triollama::native::in_team(), "nested");
 }
 
 static void orphaned() {
@@ -153,11 +153,11 @@ static void pinned() {
 static void thrown() {
     bool caught = false;
     try {
-        triollama::run_team(1, [](void *) { throw 1; }, nullptr);
+        triollama::native::run_team(1, [](void *) { throw 1; }, nullptr);
     } catch (int) {
         caught = true;
     }
-    check(caught && !triollama::in_team() && omp_get_num_threads() == 1, "an exception leaves a team of one");
+    check(caught && !triollama::native::in_team() && omp_get_num_threads() == 1, "an exception leaves a team of one");
 }
 
 int main(int argc, char ** argv) {
@@ -179,9 +179,9 @@ int main(int argc, char ** argv) {
     orphaned();
     pinned();
     thrown();
-    triollama::retire_team();
+    triollama::native::retire_team();
     check(threads_of_process() == before, "nobody is left of the retired");
-    triollama::retire_team();
+    triollama::native::retire_team();
     steps(4, rounds / 10);
     check(threads_of_process() == before + 3, "they come again");
 
@@ -199,7 +199,7 @@ int main(int argc, char ** argv) {
             for (int k = 0; k < 20; k++) {
                 steps(1 + (i + k) % 4, rounds / 100);
                 if (k % 7 == i) {
-                    triollama::retire_team();
+                    triollama::native::retire_team();
                 }
             }
         });

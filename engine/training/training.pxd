@@ -8,13 +8,13 @@ from libcpp.string cimport string
 from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
-from ggml cimport ggml_type
+cimport ggml
 from model_files cimport ModelFiles
 
-cdef extern from "training/raise.hpp" namespace "triollama" nogil:
+cdef extern from "training/raise.hpp" namespace "triollama::native" nogil:
     void raise_trainer_error() noexcept
 
-cdef extern from "training/arch.hpp" namespace "triollama" nogil:
+cdef extern from "training/arch.hpp" namespace "triollama::native" nogil:
     cdef cppclass Architecture:
         const char * name
         const char * notes
@@ -28,7 +28,7 @@ cdef extern from "training/arch.hpp" namespace "triollama" nogil:
 
     const vector[Architecture] & trainable_architectures() except +raise_trainer_error
 
-cdef extern from "llama/gguf_meta.hpp" namespace "triollama" nogil:
+cdef extern from "llama/gguf_meta.hpp" namespace "triollama::native" nogil:
     cdef cppclass GgufTensor:
         string name
         string type
@@ -45,7 +45,7 @@ cdef extern from "ggml.h" nogil:
     ctypedef struct ggml_tensor:
         int64_t ne[4]
 
-cdef extern from "training/adapter.hpp" namespace "triollama" nogil:
+cdef extern from "training/adapter.hpp" namespace "triollama::native" nogil:
     cdef cppclass AdapterConfig:
         int rank
         float alpha
@@ -74,7 +74,7 @@ cdef extern from "training/adapter.hpp" namespace "triollama" nogil:
         void scale_gradients(float factor) except +raise_trainer_error
         void clear_gradients() except +raise_trainer_error
 
-cdef extern from "training/product.hpp" namespace "triollama" nogil:
+cdef extern from "training/product.hpp" namespace "triollama::native" nogil:
     enum class ProductKernel:
         portable
         ggml
@@ -84,7 +84,7 @@ cdef extern from "training/product.hpp" namespace "triollama" nogil:
     cpp_bool has_product_kernel(ProductKernel kernel)
     const char * product_kernel_name(ProductKernel kernel)
 
-cdef extern from "training/trainer.hpp" namespace "triollama" nogil:
+cdef extern from "training/trainer.hpp" namespace "triollama::native" nogil:
     cdef cppclass TrainerConfig:
         string model_path
         AdapterConfig adapter
@@ -119,17 +119,17 @@ cdef extern from "training/trainer.hpp" namespace "triollama" nogil:
         size_t activations
         size_t arena
 
-    cdef cppclass Audited "triollama::Executor::Audited":
+    cdef cppclass Audited "triollama::native::Executor::Audited":
         int64_t count
         cpp_bool supported
         cpp_bool contiguous
 
-    cdef cppclass Timing "triollama::Executor::Timing":
+    cdef cppclass Timing "triollama::native::Executor::Timing":
         double seconds
         int64_t calls
 
-    cdef cppclass NativeTrainer "triollama::Trainer":
-        NativeTrainer(const TrainerConfig & config) except +raise_trainer_error
+    cdef cppclass Trainer:
+        Trainer(const TrainerConfig & config) except +raise_trainer_error
         RowResult forward_backward(const TrainingRow & row) except +raise_trainer_error
         RowResult evaluate(const TrainingRow & row) except +raise_trainer_error
         map[string, Timing] profile(const TrainingRow & row) except +raise_trainer_error
@@ -144,7 +144,7 @@ cdef extern from "training/trainer.hpp" namespace "triollama" nogil:
             const string & path,
             const vector[pair[string, string]] & metadata) except +raise_trainer_error
         void load_adapter(const string & path) except +raise_trainer_error
-        void save_merged(const string & path, ggml_type type) except +raise_trainer_error
+        void save_merged(const string & path, ggml.ggml_type type) except +raise_trainer_error
         int64_t step()
         uint64_t dropout_counter()
         void restore_counters(int64_t step, uint64_t dropout_counter) except +raise_trainer_error

@@ -5,27 +5,27 @@ from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from llama cimport llama_adapter_lora, llama_context, llama_model, llama_token
-from sampling cimport NativeSampler, NativeSamplingParams, NativeTokenLogprob
+cimport llama
+cimport sampling
 
 
-cdef extern from "decoding/backend.hpp" namespace "triollama" nogil:
+cdef extern from "decoding/backend.hpp" namespace "triollama::native" nogil:
     cdef cppclass ContextSet:
-        vector[llama_adapter_lora *] adapters
+        vector[llama.llama_adapter_lora *] adapters
         vector[float] scales
         vector[float] control
         int32_t control_first
         int32_t control_last
 
 
-cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
+cdef extern from "decoding/stream.hpp" namespace "triollama::native" nogil:
     cdef cppclass TokenScore:
         float logprob
-        vector[NativeTokenLogprob] top
+        vector[sampling.TokenLogprob] top
 
     cdef cppclass Piece:
         string text
-        vector[llama_token] tokens
+        vector[llama.llama_token] tokens
         vector[TokenScore] scores
         int64_t time_ns
 
@@ -71,16 +71,16 @@ cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
 
     cdef cppclass Request:
         Kind kind
-        vector[llama_token] tokens
+        vector[llama.llama_token] tokens
         int32_t cached
         int32_t commit
         cpp_bool keep_on_cancel
         uint64_t sequence
-        unique_ptr[NativeSampler] sampler
+        unique_ptr[sampling.Sampler] sampler
         int32_t accept_from
         vector[string] stops
-        vector[llama_token] end_tokens
-        vector[llama_token] stop_tokens
+        vector[llama.llama_token] end_tokens
+        vector[llama.llama_token] stop_tokens
         int32_t max_tokens
         int32_t logprobs
         cpp_bool special
@@ -101,17 +101,17 @@ cdef extern from "decoding/stream.hpp" namespace "triollama" nogil:
         Failure failure
         string message
         int32_t stop_index
-        llama_token end_token
+        llama.llama_token end_token
         int32_t position
         int32_t shifted
         vector[int32_t] shifts
         vector[float] values
         Usage usage()
         size_t waiting()
-        NativeSampler * sampler()
+        sampling.Sampler * sampler()
 
 
-cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
+cdef extern from "decoding/decoder.hpp" namespace "triollama::native" nogil:
     cdef enum class Packing(int32_t):
         mixed
         equal
@@ -141,7 +141,7 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
         double slow_sampler_s
         int32_t n_helpers
 
-    cdef cppclass NativeStatistics "triollama::Statistics":
+    cdef cppclass Statistics:
         int32_t running
         int32_t prefilling
         int32_t parked
@@ -180,12 +180,12 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama" nogil:
 
 
 # Its exceptions become Python's in raise.hpp.
-cdef extern from "decoding/raise.hpp" namespace "triollama":
+cdef extern from "decoding/raise.hpp" namespace "triollama::native":
     int raise_decoder_error() except *
 
 
-cdef extern from "decoding/raise.hpp" namespace "triollama" nogil:
-    cdef cppclass NativeDecoder "triollama::Decoder":
+cdef extern from "decoding/raise.hpp" namespace "triollama::native" nogil:
+    cdef cppclass Decoder:
         int fd()
         void poll(vector[uint64_t] & ids) except +raise_decoder_error
         shared_ptr[Stream] submit(Request request) except +raise_decoder_error
@@ -207,20 +207,20 @@ cdef extern from "decoding/raise.hpp" namespace "triollama" nogil:
         shared_ptr[Reply] define_set(uint64_t set, ContextSet context_set) except +raise_decoder_error
         shared_ptr[Reply] drop_set(uint64_t set) except +raise_decoder_error
         shared_ptr[Reply] step(int32_t n) except +raise_decoder_error
-        NativeStatistics statistics() except +raise_decoder_error
+        Statistics statistics() except +raise_decoder_error
         void close()
         cpp_bool closed()
         string cause_of_death() except +raise_decoder_error
 
-    shared_ptr[NativeDecoder] open_decoder(
-        llama_context * ctx, const DecoderConfig & config) except +raise_decoder_error
-    void leak_decoder(shared_ptr[NativeDecoder] & decoder)
-    void update_stream(NativeDecoder & decoder, const shared_ptr[Stream] & stream, int32_t max_tokens,
-                       const NativeSamplingParams * sampling) except +raise_decoder_error
+    shared_ptr[Decoder] open_decoder(
+        llama.llama_context * ctx, const DecoderConfig & config) except +raise_decoder_error
+    void leak_decoder(shared_ptr[Decoder] & decoder)
+    void update_stream(Decoder & decoder, const shared_ptr[Stream] & stream, int32_t max_tokens,
+                       const sampling.SamplingParams * sampling) except +raise_decoder_error
 
 
-cdef extern from "decoding/adapters.hpp" namespace "triollama" nogil:
+cdef extern from "decoding/adapters.hpp" namespace "triollama::native" nogil:
     shared_ptr[Reply] open_adapter_between_steps(
-        NativeDecoder & decoder, llama_model * model, const string & path) except +raise_decoder_error
+        Decoder & decoder, llama.llama_model * model, const string & path) except +raise_decoder_error
     shared_ptr[Reply] free_adapter_between_steps(
-        NativeDecoder & decoder, llama_adapter_lora * adapter) except +raise_decoder_error
+        Decoder & decoder, llama.llama_adapter_lora * adapter) except +raise_decoder_error

@@ -1,4 +1,4 @@
-#include "kv/checksum.hpp"
+#include "guards/checksum.hpp"
 
 #include <array>
 #include <cstring>
@@ -11,7 +11,7 @@
 #include <arm_acle.h>
 #endif
 
-namespace triollama {
+namespace triollama::native {
 
 namespace {
 
@@ -130,4 +130,4 @@ uint32_t state_checksum(const uint8_t * data, size_t size) {
     return ~portable(0xFFFFFFFFu, sums, sizeof sums);
 }
 
-}  // namespace triollama
+}  // namespace triollama::native
