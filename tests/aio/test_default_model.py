@@ -39,18 +39,22 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 def test_cancelled_in_its_prompt_and_at_each_token_it_disturbs_nobody(
     default_model_path: Path, n_others: int
 ) -> None:
-    victim, others = words(1, 160), [words(10 + i, 20) for i in range(n_others)]
+    others = [words(10 + i, 20) for i in range(n_others)]
+    # After so many prompt tokens in all, or after so many tokens of its own. Each time another
+    # prompt, of which nothing is there yet.
+    rounds = [(1, 0), (3, 0), (5, 1), (5, 3), (5, 6)]
+    victims = [words(20 + i, 160) for i in range(len(rounds))]
 
     async def main() -> None:
         async with open_llama(default_model_path, deterministic=True, **OPTIONS) as llama:
             alone = [(await llama.generate(p, GREEDY)).tokens for p in others]
-            whole = (await llama.generate(victim, GREEDY)).tokens
+            wholes = [(await llama.generate(p, GREEDY)).tokens for p in victims]
+        async with open_llama(default_model_path, deterministic=True, **OPTIONS) as llama:
 
             async def survive(llama: Llama, i: int) -> None:
                 assert (await llama.generate(others[i], GREEDY)).tokens == alone[i]
 
-            # After so many prompt tokens in all, or after so many tokens of its own.
-            for chunks, tokens in ((1, 0), (3, 0), (5, 1), (5, 3), (5, 6)):
+            for (chunks, tokens), victim, whole in zip(rounds, victims, wholes, strict=True):
                 async with trio.open_nursery() as nursery:
                     for i in range(n_others):
                         nursery.start_soon(survive, llama, i)
