@@ -171,10 +171,10 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     first of them were computed: nothing depends on them any more. ``dropped`` messages after the
     system prompt are no longer shown to the model. ``parent`` is the conversation it was forked
     from. ``sampler_params`` are those of the last turn, where they differ from ``params``.
-    ``overflow``, ``on_cancel``, ``tools`` and ``variables`` are as for ``Llama.conversation``; an overflow
-    function is saved as "function", and variables that are no plain data are not. ``unfinished``
-    and ``unfinished_params``: the sampler and its parameters half way through a grammar, where the
-    last answer was cut short.
+    ``overflow``, ``on_cancel``, ``tools`` and ``variables`` are as for ``Llama.conversation``; an
+    overflow function is saved as "function", and variables that are no plain data are not.
+    ``unfinished`` and ``unfinished_params``: the sampler and its parameters half way through a
+    grammar, where the last answer was cut short.
     """
 
     texts = (
