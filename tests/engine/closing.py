@@ -196,7 +196,6 @@ DRIVEN: dict[str, Attack] = {
         [5], sampler=r.sampler, end_tokens=[converted(r, 5)]
     ),
     "submit special": lambda r: r.decoder.submit([5], sampler=r.sampler, special=converted(r, 1)),
-    "submit cuts": lambda r: r.decoder.submit([5], sampler=r.sampler, cuts=items(r, 1, 2)),
     "submit adapters": lambda r: r.decoder.submit([5], sampler=r.sampler, adapters=converted(r, 0)),
     "submit keep": lambda r: r.decoder.submit(
         [5], sampler=r.sampler, keep_on_cancel=converted(r, 0)
