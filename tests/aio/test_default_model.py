@@ -89,7 +89,7 @@ def test_64_streams_on_16_places_finish_beside_one_that_nobody_reads(
                 lengths.append(len((await llama.generate(words(i, 12), GREEDY)).tokens))
 
             async with llama.stream(words(99, 12), GREEDY, max_tokens=200, capacity=2) as lazy:
-                await wait_until(lambda: lazy._open.waiting == 2)
+                await wait_until(lambda: lazy.engine_stream.waiting == 2)
                 peak = 0
                 for _ in range(2):
                     async with trio.open_nursery() as nursery:
@@ -100,7 +100,7 @@ def test_64_streams_on_16_places_finish_beside_one_that_nobody_reads(
                     assert peak == 0 or after < 1.02 * peak
                     peak = after
                 assert lazy.finish_reason is None
-                assert lazy._open.waiting == 2
+                assert lazy.engine_stream.waiting == 2
             assert lengths == [8] * 128
 
     run(main)
