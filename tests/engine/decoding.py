@@ -15,7 +15,7 @@ from triollama import _engine as engine
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12)
 CHUNK = 8
-"""Grid on which deterministic prompts are cut here."""
+"""Tokens of which prompts here are multiples, and in which references read them."""
 
 
 class Driver:

@@ -256,7 +256,7 @@ async def _revive_all(
             fits = same and adapters is not None
             made.append(_revive(chats, one, fits, n_vocab, place, adapters or (), options))
             if fits and path is not None and one.kv is not None:
-                await _load_kv(chats, made[-1], one, path, document, on_mismatch)
+                await _load_kv(chats, made[-1], one, path, on_mismatch)
     except BaseException:
         _drop(chats, made)
         raise
@@ -333,13 +333,10 @@ async def _load_kv(
     chat: Conversation,
     one: files.SavedConversation,
     path: Any,
-    document: files.Document,
     on_mismatch: str,
 ) -> None:
     assert one.kv is not None
     tokens = one.tokens[: one.kv.n_tokens]
-    if chats.core.deterministic and not document.context.deterministic:
-        return  # computed beside others: not the bits that replaying gives
     file, key = one.kv, kv_key(chats, chat)
     engine, sequence = chats.core.engine, chat._ledger.sequence
     adapters = await chats.adapters.number(chat.adapters)
