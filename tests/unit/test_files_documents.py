@@ -192,6 +192,7 @@ def test_keys_tell_apart_what_may_not_be_shared() -> None:
         kv_key(bytes(32), other(settings, type_k="q8_0")),
         kv_key(bytes(32), other(settings, type_v="q8_0")),
         kv_key(bytes(32), other(settings, flash_attn="off")),
+        kv_key(bytes(32), other(settings, deterministic=True)),
         kv_key(bytes(32), other(settings, kv_unified=False)),
         kv_key(bytes(32), other(settings, kv_unified=False, n_seq_max=2)),
         kv_key(bytes(32), settings, [one]),
