@@ -52,15 +52,36 @@ bool is_in_our_code(void * context) {
     return at >= code_begin && at < code_end;
 }
 
+#if defined(__x86_64__)
+// Entered as if the instruction that faulted had called it, with the stack at any alignment.
+[[noreturn, gnu::force_align_arg_pointer]] void throw_fault() { throw native_abort(last_fault); }
+
+// A handler runs with the processor's extended state cleared, and one that throws never gives it back: the thread would
+// go on without its rounding mode and without the tiles (Intel AMX) that ggml configures once for each thread, and die
+// of SIGILL at the next product. So the handler returns, to throw_fault. It overwrites what a function that calls
+// nothing may keep below its stack pointer: nobody reads that again.
+void leave_by_throwing(void * context) {
+    auto & registers = static_cast<ucontext_t *>(context)->uc_mcontext.gregs;
+    registers[REG_RSP] -= sizeof(greg_t);
+    // Unwinding looks at the instruction that ends before the address of return.
+    *reinterpret_cast<greg_t *>(registers[REG_RSP]) = registers[REG_RIP] + 1;
+    registers[REG_RIP] = reinterpret_cast<greg_t>(&throw_fault);
+}
+#else
+void leave_by_throwing(void *) { throw native_abort(last_fault); }
+#endif
+
 void on_fault(int number, siginfo_t * info, void * context) {
     if (depth > 0 && in_parallel() <= 0 && info->si_code > 0 && is_in_our_code(context)) {
         if (number == SIGFPE) {
             last_fault = "llama.cpp divided by zero: a number in the file's metadata is 0 or missing";
-            throw native_abort(last_fault);
+            leave_by_throwing(context);
+            return;
         }
         if (reinterpret_cast<uintptr_t>(info->si_addr) < null_page) {
             last_fault = "the file lacks a tensor that llama.cpp needs for this architecture";
-            throw native_abort(last_fault);
+            leave_by_throwing(context);
+            return;
         }
     }
     const struct sigaction & before = previous[number == SIGFPE];

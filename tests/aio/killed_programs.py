@@ -339,7 +339,8 @@ def campaign(folder: Path, kills: int, seed: int) -> str:
             os.waitpid(pid, 0)
     names = os.listdir(folder)
     assert not [name for name in names if ".found-" in name], names  # nobody lost a path it kept
-    assert files.counts["done"] > kills and files.counts["void"] and files.counts["ready"] > 1
+    assert files.counts["done"] > kills and files.counts["ready"] > 1
+    assert files.counts["void"] or kills < 100  # a few kills may leave no conflict
     told = ", ".join(f"{count} {phase}" for phase, count in sorted(files.counts.items()))
     return f"{kills} kills; told: {told}"
 

@@ -303,6 +303,34 @@ def test_a_tensor_that_the_graph_needs(tiny: Any, tmp_path: Path) -> None:
     assert caught.value.path == str(path)
 
 
+def test_a_thread_goes_on_after_a_fault(
+    tiny: Any, default_model_path: Path, tmp_path: Path, run_isolated: Any
+) -> None:
+    """Where the CPU has tiles (AMX), the handler of the signal must not lose what they are set to."""
+    bad = rewritten(tiny("phi3"), tmp_path / "bad.gguf", without=["blk.0.attn_qkv.weight"])
+    code = """
+        import sys
+        from triollama._engine import Batch, Context, Model
+        from triollama.errors import ModelFormatError
+
+        def compute():
+            with Context(model, n_ctx=64, n_batch=40, n_ubatch=40) as context:
+                batch = Batch(40)
+                batch.extend(range(5, 45), 0)
+                context.decode(batch)
+                return context.logits(copy=True).tobytes()
+
+        with Model(sys.argv[1]) as model, Model(sys.argv[2]) as bad:
+            before = compute()
+            try:
+                Context(bad, n_ctx=64)
+            except ModelFormatError:
+                assert compute() == before
+                print("refused")
+    """
+    assert run_isolated(code, default_model_path, bad).stdout == "refused\n"
+
+
 def test_rotary_dimensions_that_come_from_the_head(tiny: Any, tmp_path: Path) -> None:
     """No key says how many there are; the width of a head does, which is odd."""
 
