@@ -1,41 +1,30 @@
-"""The scripting API: one model, one thread, the least between you and the tokens.
-
-    from triollama.sync import Llama
-
-    with Llama("model.gguf") as llama:
-        for piece in llama.stream("Once upon a time", max_tokens=200):
-            print(piece, end="", flush=True)
-
-Never imports trio. For many generations at once see :func:`triollama.open_llama`.
-"""
+"""A model and one context, for scripts."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from . import models
-from ._engine import Batch, Context, Generation, Model, Sampler, embed_tokens, score_tokens
-from .errors import BusyError, ContextFullError, ParameterError, UnsupportedError
-from .params import GenerationParams, draw_seed, make_params, make_raw_params
-from .results import Completion, FinishReason, Score, TokenLogprob, Usage
+from .. import models
+from .._engine import Batch, Context, Model, score_tokens
+from ..errors import BusyError, ParameterError
+from ..params import GenerationParams, make_params, make_raw_params
+from ..results import Completion, Score
+from .embedding import Embedder, own_pooling
+from .stream import Stream
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .structured import Structured
-
-__all__ = ["Completion", "GenerationParams", "Llama", "Score", "Stream", "TokenLogprob", "Usage"]
+    from ..structured import Structured
 
 T = TypeVar("T")
 
 # Outputs one decode of ``score`` may have; each needs memory for a row of logits.
 _SCORE_OUTPUTS = 32
-# In llama.cpp's order.
-_POOLINGS = ("none", "mean", "cls", "last", "rank")
 
 
 class Llama:
@@ -78,7 +67,6 @@ class Llama:
         context_options: dict[str, Any] | None = None,
     ) -> None:
         self._stream: weakref.ref[Stream] | None = None
-        self._embedder: Context | None = None
         self.reuse = reuse
         self._owns_model = not isinstance(path, Model)
         if isinstance(path, Model):
@@ -108,7 +96,7 @@ class Llama:
             "flash_attn": flash_attn,
             "n_outputs_max": _SCORE_OUTPUTS,
             # Named only where the model has another: llama.cpp warns of a difference.
-            "pooling": "model" if _own_pooling(self.model) == "none" else "none",
+            "pooling": "model" if own_pooling(self.model) == "none" else "none",
             **(context_options or {}),
         }
         try:
@@ -118,11 +106,11 @@ class Llama:
                 self.model.close()
             raise
         self.vocab = self.model.vocab
+        self._embedder = Embedder(self.model, self.context)
 
     def close(self) -> None:
         """Free everything. A stream still open ends with a ClosedError at its next piece."""
-        if self._embedder is not None:
-            self._embedder.close()
+        self._embedder.close()
         self.context.close()
         if self._owns_model:
             self.model.close()
@@ -195,11 +183,23 @@ class Llama:
         ContextFullError before anything is computed.
         """
         if into is None:
-            return Stream(self, prompt, make_raw_params(params, changes))
-        from .structured import structured
+            return self._begin(prompt, make_raw_params(params, changes))
+        from ..structured import structured
 
         kind = structured(into)
-        return Stream(self, prompt, kind.constrain(make_params(params, changes)), kind)
+        return self._begin(prompt, kind.constrain(make_params(params, changes)), kind)
+
+    def _begin(
+        self,
+        prompt: str | Iterable[int],
+        params: GenerationParams,
+        kind: Structured[Any] | None = None,
+    ) -> Stream:
+        self._check_no_stream()
+        tokens = self._tokens("prompt", prompt)
+        stream = Stream(self.context, tokens, params, kind, reuse=self.reuse)
+        self._stream = weakref.ref(stream)
+        return stream
 
     @overload
     def generate(
@@ -301,236 +301,18 @@ class Llama:
             raise ParameterError(
                 "text must be a string or a non-empty list of strings", parameter="text", value=text
             )
-        pooling, in_pieces = self._choose_pooling(pooling)
+        pooling, in_pieces = self._embedder.choose(pooling)
         if pooling == "none" and not isinstance(text, str):
             raise ParameterError(
                 'pooling="none" gives one row a token, so it takes one text at a time',
                 parameter="pooling",
                 value=pooling,
             )
-        rows = [self._embed_one(one, pooling, in_pieces) for one in texts]
+        rows = [
+            self._embedder.embed(self._tokens("text", one), pooling, in_pieces) for one in texts
+        ]
         result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
         if normalize and pooling != "rank":
             norm = numpy.linalg.norm(result, axis=-1, keepdims=True)
             result = (result / numpy.maximum(norm, 1e-12)).astype(numpy.float32)
         return result
-
-    def _choose_pooling(self, pooling: str | None) -> tuple[str, bool]:
-        """The pooling in effect, and whether we pool, from token embeddings computed in pieces."""
-        model = self.model
-        own = _own_pooling(model)
-        # Decoders attend backwards only, so their token embeddings can be computed in pieces and
-        # pooled by us; encoders see a text whole, and llama.cpp pools.
-        decodes = model.has_decoder and not model.has_encoder and self.context.causal
-        if pooling is None:
-            pooling = "mean" if own == "none" else own
-        choices = [name for name in _POOLINGS if name != "rank" or own == "rank" or not decodes]
-        if pooling not in choices:
-            raise ParameterError(
-                f"pooling must be one of {', '.join(choices)} for this model, not {pooling!r}",
-                parameter="pooling",
-                value=pooling,
-            )
-        return pooling, decodes and pooling != "rank"
-
-    def _embed_one(self, text: str, pooling: str, in_pieces: bool) -> npt.NDArray[np.float32]:
-        tokens = self._tokens("text", text)
-        if len(tokens) > self.n_ctx:
-            raise ContextFullError(
-                f"the text has {len(tokens)} tokens and the context n_ctx={self.n_ctx}",
-                needed=len(tokens),
-                n_ctx=self.n_ctx,
-            )
-        context = self._embedding_context("none" if in_pieces else pooling, in_pieces)
-        if in_pieces or pooling == "none":
-            return embed_tokens(context, tokens, pooling)
-        batch = Batch(max(1, len(tokens)))
-        batch.extend(tokens, 0, 0, "all")
-        if context.has_memory:
-            context.memory.clear()
-            context.decode(batch)
-        else:
-            context.encode(batch)
-        return context.sequence_embedding(0, copy=True)
-
-    def _embedding_context(self, pooling: str, in_pieces: bool) -> Context:
-        if self._embedder is not None and self._embedder.pooling != pooling:
-            embedder, self._embedder = self._embedder, None
-            embedder.close()
-        if self._embedder is None:
-            n_ubatch = 64 if in_pieces else self.context.n_ctx
-            self._embedder = Context(
-                self.model,
-                n_ctx=self.context.n_ctx,
-                n_batch=n_ubatch,
-                n_ubatch=n_ubatch,
-                n_threads=self.context.n_threads,
-                n_threads_batch=self.context.n_threads_batch,
-                embeddings=True,
-                pooling="model" if pooling == _own_pooling(self.model) else pooling,
-            )
-        return self._embedder
-
-
-def _own_pooling(model: Model) -> str:
-    """The pooling a model's metadata names (``llama_pooling_type``), or "none"."""
-    value = model.metadata.get(f"{model.architecture}.pooling_type", "")
-    return dict(enumerate(_POOLINGS)).get(int(value) if value.isdecimal() else 0, "none")
-
-
-class Stream:
-    """A generation in progress: an iterator over pieces of text. Made by :meth:`Llama.stream`.
-
-    Pieces are whole characters and never part of a stop string. ``text`` and ``tokens`` are what
-    came so far; ``finish_reason`` is None until the end. ``value``: with ``into``, what the text
-    decodes to; None before the end.
-    """
-
-    finish_reason: FinishReason | None = "cancelled"  # until there is something to close
-
-    def __init__(
-        self,
-        llama: Llama,
-        prompt: str | Iterable[int],
-        params: GenerationParams,
-        into: Structured[Any] | None = None,
-    ) -> None:
-        llama._check_no_stream()
-        model, context = llama.model, llama.context
-        if not context.has_memory or model.has_encoder or model.is_diffusion:
-            raise UnsupportedError(
-                f"a model of architecture {model.architecture!r} does not generate token by token"
-            )
-        tokens = llama._tokens("prompt", prompt)
-        seed = draw_seed() if params.seed is None else params.seed
-        self.seed = seed
-        self.params = params.replace(seed=seed) if params.seed is None else params
-        sampler = Sampler(llama.vocab, self.params, n_ctx=context.n_ctx)
-        self._generation = Generation(context, sampler, tokens, self.params, reuse=llama.reuse)
-        self._context = context
-        self._into = into
-        self.value: Any = None
-        self._pieces: list[str] = []
-        self._embedding: npt.NDArray[np.float32] | None = None
-        self._threads = (context.n_threads, context.n_threads_batch)
-        if params.threads is not None or params.batch_threads is not None:
-            context.set_threads(params.threads, params.batch_threads)
-        self.finish_reason = None
-        llama._stream = weakref.ref(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if self.finish_reason is not None:
-            self._end()
-        generation = self._generation
-        try:
-            piece = generation.step()
-        except BaseException as error:
-            # Another thread was inside, and nothing has happened: the stream goes on.
-            if not isinstance(error, BusyError) or generation.finish_reason is not None:
-                self._finish("error")
-            raise
-        if generation.finish_reason is not None:
-            self._finish(generation.finish_reason)
-        if piece is None:
-            self._end()
-        text = piece.decode()
-        self._pieces.append(text)
-        return text
-
-    def _end(self) -> NoReturn:
-        if self._into is not None and self.finish_reason not in (None, "cancelled", "error"):
-            self.value = self._into.parse(self.text, self.finish_reason or "")
-        raise StopIteration
-
-    def _finish(self, reason: FinishReason) -> None:
-        if self.finish_reason is not None:
-            return
-        context = self._context
-        if not context.is_closed:
-            has_output = reason == "length" or self._generation.usage()[2] > 0
-            if self.params.embeddings and reason != "error" and has_output:
-                self._embedding = self._generation.embedding()
-            if self.params.threads is not None or self.params.batch_threads is not None:
-                context.set_threads(*self._threads)
-        self._generation.cancel()
-        self.finish_reason = reason
-
-    def close(self) -> None:
-        """End the generation where it is. Idempotent."""
-        self._finish("cancelled")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a stream is one generation: it can be neither copied nor pickled")
-
-    def __del__(self) -> None:
-        self.close()
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The generated tokens so far."""
-        return self._generation.generated
-
-    @property
-    def stop(self) -> str | None:
-        """The stop string that ended the text."""
-        index = self._generation.matched_stop
-        return self.params.stop[index] if index >= 0 else None
-
-    @property
-    def end_token(self) -> int | None:
-        """The token that ended it, if ``finish_reason`` is "eos"."""
-        token = self._generation.eog_token
-        return token if token >= 0 else None
-
-    @property
-    def logprobs(self) -> list[TokenLogprob] | None:
-        """One for each token so far, if ``params.logprobs`` asked for them."""
-        if self.params.logprobs is None:
-            return None
-        return [
-            TokenLogprob(token, logprob, tuple(top))
-            for token, logprob, top in self._generation.token_logprobs
-        ]
-
-    @property
-    def usage(self) -> Usage:
-        """Counts and times so far."""
-        n_prompt, n_cached, n_generated, n_shifted, start, first, end = self._generation.usage()
-        return Usage(
-            prompt_tokens=n_prompt - n_cached,
-            cached_tokens=n_cached,
-            generated_tokens=n_generated,
-            shifted_tokens=n_shifted,
-            first_token_seconds=(first - start) / 1e6 if first else None,
-            seconds=(end - start) / 1e6 if start else 0.0,
-        )
-
-    def completion(self) -> Completion:
-        """What came of it; while it runs, BusyError."""
-        if self.finish_reason is None:
-            raise BusyError("the generation is still running: iterate to the end, or close it")
-        return Completion(
-            text=self.text,
-            tokens=self.tokens,
-            finish_reason=self.finish_reason,
-            usage=self.usage,
-            seed=self.seed,
-            stop=self.stop,
-            end_token=self.end_token,
-            logprobs=self.logprobs,
-            embedding=self._embedding,
-        )
