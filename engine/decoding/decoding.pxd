@@ -18,6 +18,10 @@ cdef extern from "decoding/backend.hpp" namespace "triollama::native" nogil:
         int32_t control_last
 
 
+cdef extern from "decoding/slots.hpp" namespace "triollama::native" nogil:
+    const int32_t WORTH_SHARING
+
+
 cdef extern from "decoding/stream.hpp" namespace "triollama::native" nogil:
     cdef cppclass TokenScore:
         float logprob

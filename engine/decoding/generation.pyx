@@ -3,6 +3,9 @@
 (The trio layer's is the decoder thread.)
 """
 
+# A common beginning of fewer tokens is computed again.
+WORTH_SHARING = decoding.WORTH_SHARING
+
 
 cdef inline bint contains(const vector[llama.llama_token] & tokens, llama.llama_token token) noexcept nogil:
     cdef size_t i
@@ -17,9 +20,9 @@ cdef class Generation:
     """Decodes a prompt and then a token at a time.
 
     context: the generation has it to itself until it is closed, and uses sequence 0.
-    reuse: begin with what sequence 0 still holds of the prompt from the Generation before, if nobody
-        else was inside the context since; False: clear the context. What follows is then cut elsewhere
-        than in one piece, so the result is the same up to rounding.
+    reuse: begin with what sequence 0 still holds of the prompt from the Generation before, WORTH_SHARING
+        tokens or more, if nobody else was inside the context since; False: clear the context. What
+        follows is then cut elsewhere than in one piece, so the result is the same up to rounding.
     sampler: fresh, or carrying what it should remember.
     prompt: tokens; params: a GenerationParams.
 
@@ -150,7 +153,9 @@ cdef class Generation:
             while n < most and context.held[n] == self.prompt[n]:
                 n += 1
         memory = context.memory
-        if n > 0 and not (memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)):
+        if n < <size_t>decoding.WORTH_SHARING or not (
+            memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)
+        ):
             n = 0
         if n == 0:
             memory.clear()

@@ -188,10 +188,14 @@ void Decoder::Impl::deliver(Stream & stream, Piece piece) {
 
 // Frees the slot, then lets the owner know.
 void Decoder::Impl::end(const StreamPtr & stream, Finish how) {
-    if (stream->finish() != Finish::none || !stream->work || stream->work->ending) {
+    if (stream->finish() != Finish::none || !stream->work) {
         return;
     }
     Work & w = *stream->work;
+    if (w.ending) {
+        w.ending_as = how;          // it came to an end of its own, in the token that was sampled meanwhile
+        return;
+    }
     if (w.sequence && !dead) {
         settle(*stream, w, how);
     }

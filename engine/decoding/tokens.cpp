@@ -87,10 +87,14 @@ void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits
         post([this, stream, result] {
             Work & w = *stream->work;
             w.sampling = false;
+            // A token that the sampler has taken is said, also of a stream that was cancelled meanwhile: else its sampler
+            // would have seen more than its text has.
+            const bool said = !w.ending || (w.ending_as == Finish::cancelled && result->failure == Failure::none);
+            if (said && !dead) {
+                emit(stream, std::move(*result));
+            }
             if (w.ending) {
                 complete(stream, w.ending_as);
-            } else if (!dead) {
-                emit(stream, std::move(*result));
             }
         });
     });
@@ -145,7 +149,7 @@ void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {
         end(stream, Finish::stop);
         return;
     }
-    if (!apply_updates(stream)) {
+    if (w.ending || !apply_updates(stream)) {
         return;
     }
     if (w.max_tokens >= 0 && w.generated >= w.max_tokens) {

@@ -382,6 +382,8 @@ class TextStream:
     def pending(self) -> int: ...
 
 # --- decoding/generation.pyx
+WORTH_SHARING: int
+
 @disjoint_base
 class Generation:
     @property

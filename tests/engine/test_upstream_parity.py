@@ -78,7 +78,6 @@ def llama(default_model_path: Path) -> Llama:
         n_ubatch=N_UBATCH,
         threads=THREADS,
         batch_threads=THREADS,
-        reuse=False,  # upstream computes each prompt whole
     )
 
 

@@ -910,6 +910,14 @@ def test_where_nothing_can_be_taken_back_everything_is_computed(tiny):
     assert reused[1].tokens == fresh[1].tokens
 
 
+@pytest.mark.parametrize(("n", "reused"), [(WORTH_SHARING - 1, 0), (WORTH_SHARING, WORTH_SHARING)])
+def test_a_few_tokens_are_not_worth_it(tiny, n, reused):
+    """A shared beginning-of-sequence token does not move the cuts of everything that follows."""
+    prompts = [[*range(5, 5 + n), *end, *range(60, 80)] for end in ([7, 8], [11, 12])]
+    found = with_and_without(tiny("llama"), prompts, max_tokens=4, ignore_eos=True)[0]
+    assert found[1].usage.cached_tokens == reused
+
+
 def test_the_sampler_sees_what_is_there(tiny):
     """Penalties count the whole prompt."""
     prompts = [list(range(5, 45))] * 2

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from triollama.conversation.history import State
-from triollama.conversation.plan import WORTH_SHARING, Plan
-from triollama.conversation.sequences import Sequence, Sequences
+from triollama._engine import WORTH_SHARING
+from triollama.conversation.plan import Plan
+from triollama.conversation.sequences import Sequence, Sequences, reusable
 
 
 def made() -> Sequences:
@@ -31,11 +32,10 @@ def holding(n: int) -> Sequence:
 
 
 def test_what_begins_alike_serves() -> None:
-    sequences = made()
-    assert sequences.reusable(holding(50), plan(80)) == 50
-    assert sequences.reusable(holding(50), plan(80, other_from=30)) == 30
-    assert sequences.reusable(holding(50), plan(50)) == 49  # the last token is always computed
-    assert sequences.reusable(holding(0), plan(80)) == 0
+    assert reusable(holding(50), plan(80)) == 50
+    assert reusable(holding(50), plan(80, other_from=30)) == 30
+    assert reusable(holding(50), plan(50)) == 49  # the last token is always computed
+    assert reusable(holding(0), plan(80)) == 0
 
 
 def test_a_stream_that_uses_a_sequence_leaves_at_least_what_it_found() -> None:

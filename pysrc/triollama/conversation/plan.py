@@ -12,18 +12,16 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
+from .._engine import WORTH_SHARING
 from ..chat import ChatTemplate, ChatTokens, Rendered
 from ..errors import ContextFullError, ParameterError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted
 
-__all__ = ["WORTH_SHARING", "Overflow", "Plan", "Planning", "Prompts", "Wanted", "make_plan"]
+__all__ = ["Overflow", "Plan", "Planning", "Prompts", "Wanted", "make_plan"]
 
 T = TypeVar("T")
-
-WORTH_SHARING = 16
-"""Fewer common tokens than this are computed again rather than copied from another sequence."""
 
 COST_OF_MESSAGE = 500
 """Rendering a message takes as long as this many characters."""

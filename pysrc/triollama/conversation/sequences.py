@@ -10,11 +10,12 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from .._engine import WORTH_SHARING
 from ..engine.core import Core
 from ..engine.protocol import EngineStream
 from ..errors import ClosedError, StateError
 from .history import Shift, common_length
-from .plan import WORTH_SHARING, Plan
+from .plan import Plan
 
 __all__ = ["Held", "Sequence", "Sequences"]
 
@@ -61,6 +62,11 @@ class Sequence:
         return True
 
 
+def reusable(sequence: Sequence, plan: Plan) -> int:
+    """How much of what a sequence holds serves this turn."""
+    return min(common_length(sequence.tokens, plan.tokens), len(plan.tokens) - 1)
+
+
 class Sequences:
     """All sequences of conversations, and which of them begin alike."""
 
@@ -93,28 +99,24 @@ class Sequences:
 
     # What serves a turn
 
-    def reusable(self, sequence: Sequence, plan: Plan) -> int:
-        """How much of what a sequence holds serves this turn."""
-        return min(common_length(sequence.tokens, plan.tokens), len(plan.tokens) - 1)
-
     async def borrow(self, sequence: Sequence, plan: Plan, adapters: int) -> int:
         """How much of a turn's prompt is there: in its own sequence, or else copied from another
         one with the longest beginning in common. Memory belongs to the adapters that computed it.
         """
-        cached = self.reusable(sequence, plan)
+        cached = reusable(sequence, plan)
         if cached >= WORTH_SHARING or len(plan.tokens) < WORTH_SHARING:
             return cached
         start = (adapters, *plan.tokens[:WORTH_SHARING])
         best, source = max(cached, WORTH_SHARING - 1), None
         for other in list(self._by_start.get(start, {}).values())[-CANDIDATES:]:
             if other is not sequence and other.settle():
-                n = self.reusable(other, plan)
+                n = reusable(other, plan)
                 if n > best:
                     best, source = n, other
         self._place(sequence, start)
         if source is not None:
             await self.share(source, sequence, best)
-        return self.reusable(sequence, plan)
+        return reusable(sequence, plan)
 
     def _place(self, sequence: Sequence, start: tuple[int, ...] | None) -> None:
         """Where to look for sequences that begin alike, those used last at the end."""

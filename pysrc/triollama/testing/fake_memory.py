@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._engine import Model, Sampler, read_gguf
+from .._engine import WORTH_SHARING, Model, Sampler, read_gguf
 from ..errors import AdapterError, BusyError, ModelError, ParameterError, StateError
 from ..params import GenerationParams
 from .tiny import make_tiny_model
@@ -36,8 +36,6 @@ END = 0
 """The fake's end-of-generation token. Every other token is a character's code point."""
 
 N_VOCAB = 0x110000
-
-WORTH_SHARING = 16
 
 _STATE = b"fake-sampler"
 
