@@ -6,6 +6,8 @@ never half of it, and never both. Native engine and fake one alike.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import shutil
 from collections.abc import Awaitable, Callable
@@ -17,7 +19,8 @@ import pytest
 import trio
 from cancelling import cut, interrupt
 from test_conversations import GREEDY, SYSTEM, World, world  # noqa: F401
-from triollama import Conversation, GenerationParams, Llama, Stream, TurnStream
+from triollama import Conversation, GenerationParams, Llama, StateError, Stream, TurnStream
+from triollama._engine import live_objects
 from triollama.files import load_document
 
 SHORT = GREEDY.replace(max_tokens=4)
@@ -350,6 +353,142 @@ def test_an_autosave(world: World, tmp_path: Path) -> None:  # noqa: F811
     world.run(main, threads=True)
 
 
+@pytest.mark.promise("S27")
+def test_an_autosave_at_its_own_checkpoints(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Cut while others change what it keeps: what ``flush`` acknowledged is in the file, and the
+    next autosave can have it."""
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with world.open() as llama:
+            chat = llama.conversation("a", params=SHORT)
+            acknowledged = 0
+
+            async def change() -> None:
+                nonlocal acknowledged
+                with contextlib.suppress(StateError):  # until no autosave runs any more
+                    for number in range(acknowledged + 1, 10_000):
+                        chat.title = str(number)
+                        await llama.flush()
+                        acknowledged = number
+
+            async def save(nursery: trio.Nursery) -> None:
+                class Status:
+                    def started(self, value: object = None) -> None:
+                        nursery.start_soon(change)
+
+                await llama.autosave(path, every=1000.0, task_status=Status())  # type: ignore[arg-type]
+
+            for n in range(1, 40):
+                before = acknowledged
+                async with trio.open_nursery() as nursery:
+                    found = await cut(lambda: save(nursery), n)  # noqa: B023
+                assert found.cancelled
+                if acknowledged > before:
+                    (saved,) = load_document(path).conversations
+                    assert int(saved.title) >= acknowledged
+            assert acknowledged > 10
+
+    world.run(main, threads=True)
+
+
+@pytest.mark.promise("S27")
+def test_a_flush(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """It returns, and everything is in the file; cancelled, nothing is lost for the next one."""
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with world.open() as llama, trio.open_nursery() as nursery:
+            chat = llama.conversation("a", params=SHORT)
+            await nursery.start(functools.partial(llama.autosave, path, every=1000.0))
+            for n in range(1, 50):
+                chat.title = f"title {n}"
+                found = await cut(llama.flush, n)
+                if found.cancelled:
+                    await llama.flush()
+                (saved,) = load_document(path).conversations
+                assert saved.title == chat.title
+                if not found.reached:
+                    break
+            else:
+                pytest.fail("it never came to its end")
+            assert n > 1
+            nursery.cancel_scope.cancel()
+
+    world.run(main, threads=True)
+
+
+@pytest.mark.promise("S8", "S9")
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_map(world: World, ordered: bool) -> None:  # noqa: F811
+    """Each ``receive`` is cut at each of its checkpoints before it may go on: no result is lost,
+    none comes twice. Left anywhere, nothing runs on."""
+    prompts = [f"Tell me of {what}" for what in ("the sea", "a cat", "", "snow", "an island")]
+
+    def mapped(llama: Llama) -> Any:
+        return llama.map(prompts, SHORT, ordered=ordered, at_once=2)
+
+    async def received(results: Any) -> dict[int, str]:
+        found = {}
+        while True:
+            for n in range(1, 100):
+                try:
+                    one = await cut(results.receive, n)
+                except trio.EndOfChannel:
+                    return found
+                if not one.cancelled:
+                    assert one.result.index not in found
+                    found[one.result.index] = one.result.result and one.result.result.text
+                    break
+
+    async def whole(llama: Llama) -> dict[int, str]:
+        async with mapped(llama) as results:
+            return {one.index: one.result and one.result.text async for one in results}
+
+    async def main() -> None:
+        async with world.open() as llama:
+            expected = await whole(llama)
+            assert len(expected) == len(prompts)
+            assert expected[2] is None  # it failed alone
+            async with mapped(llama) as results:
+                assert await received(results) == expected
+            for n in range(1, 500):
+                found = await cut(lambda: whole(llama), n)
+                assert found.cancelled or found.result == expected
+                assert llama.active() == []
+                if not found.reached:
+                    break
+            else:
+                pytest.fail("it never came to its end")
+            assert n > len(prompts)
+            while llama.statistics().slots_free < llama.max_streams:
+                await trio.sleep(0.001)
+
+    world.run(main)
+
+
+@pytest.mark.promise("S23")
+def test_loading_an_adapter(world: World, tmp_path: Path) -> None:  # noqa: F811
+    path = world.write_adapter(tmp_path / "adapter.gguf")
+
+    async def main() -> None:
+        async with world.open() as llama:
+            for n in range(1, 100):
+                found = await cut(lambda: llama.load_adapter(path), n)
+                assert len(llama.adapters) == (0 if found.cancelled else 1)
+                for adapter in llama.adapters:
+                    await llama.generate("Once", SHORT, adapters=[(adapter, 0.5)])
+                    await llama.unload_adapter(adapter)
+                assert live_objects().get("Adapter", 0) == 0
+                if not found.reached:
+                    break
+            else:
+                pytest.fail("it never came to its end")
+            assert n > 2
+
+    world.run(main, threads=True)
+
+
 @pytest.mark.promise("S23")
 def test_adapters(world: World) -> None:  # noqa: F811
     async def main() -> None:
@@ -461,3 +600,17 @@ def test_every_async_method_of_a_conversation_is_here() -> None:
         if inspect.iscoroutinefunction(inspect.unwrap(value)) and not name.startswith("_")
     }
     assert methods <= {*TURNS, "idle"}
+
+
+def test_every_async_method_of_a_llama_is_here() -> None:
+    methods = {
+        name
+        for name, value in inspect.getmembers(Llama, inspect.isfunction)
+        if inspect.iscoroutinefunction(inspect.unwrap(value)) and not name.startswith("_")
+    }
+    assert methods == {
+        *("generate", "score", "embed", "warm_up"),  # test_streams
+        *("save", "restore"),  # test_files
+        *("autosave", "flush"),
+        *("load_adapter", "load_control_vector", "unload_adapter"),
+    }

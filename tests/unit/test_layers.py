@@ -25,14 +25,14 @@ LAYERS = (
     ("conversation",),
     ("llama",),
     ("serving", "sync", "tuning"),
-    ("testing",),
+    ("compat", "testing"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TRIO_ALLOWED = (
     *("engine", "streams", "conversation", "llama", "serving"),
-    *("testing", "tuning", "uninterrupted", "files/autosave.py"),
+    *("testing", "tuning", "uninterrupted", "compat", "files/autosave.py"),
 )
 
 
@@ -181,4 +181,4 @@ def test_nobody_below_the_facade_knows_it() -> None:
         for path in modules()
         if PACKAGE / "llama.py" in neighbours(path) and top(path) != "__init__"
     }
-    assert knows == {"serving.py", "testing/simulated.py"}
+    assert knows == {"serving.py", "testing/simulated.py", "compat/swift.py"}
