@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from triollama.testing import make_tiny_model
-from triollama.testing.tiny import ARCHITECTURES, _quantize_q4_k
+from triollama.testing.tiny import ARCHITECTURES
+from triollama.testing.tiny_tensors import _quantize_q4_k
 from triollama.testing.tiny_vocab import STYLES, make_vocab
 
 gguf = pytest.importorskip("gguf")

@@ -9,152 +9,30 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
-
-import msgspec
 
 from ..engine.protocol import Sampler
 from ..engine.statistics import Statistics
 from ..errors import (
-    BusyError,
     ClosedError,
     ContextFullError,
     EngineError,
-    GrammarError,
     ParameterError,
     QueueFullError,
     TokenError,
 )
 from ..params import GenerationParams
 from .fake_memory import END, N_VOCAB, FakeLayout, FakeMemory, FakeSampler
+from .fake_stream import FakeStream, Reply, Turn
 
 T = TypeVar("T")
 
 __all__ = ["FakeEngine", "Reply"]
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """What the fake answers: ``text``, one token a character, then the end.
-
-    ``error``: raised to the reader after the text instead of ending. ``token_seconds``: time a
-    token takes, None for the engine's own.
-    """
-
-    text: str
-    error: Exception | None = None
-    token_seconds: float | None = None
-
-
 def _echo(prompt: str) -> str:
     return f" and so on, after {prompt!r}." * 200
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """What a stream has to do with a sequence: see ``Decoder.submit``."""
-
-    sequence: int = 0
-    cached: int = 0
-    commit: int = 0
-    keep_on_cancel: bool = False
-    adapters: int = 0
-
-
-class FakeStream:
-    """A stream of the fake: same members as the native ``DecoderStream``."""
-
-    def __init__(
-        self,
-        engine: FakeEngine,
-        id: int,
-        tokens: list[int],
-        params: GenerationParams,
-        reply: Reply,
-        kind: str,
-        priority: int,
-        capacity: int,
-        turn: Turn,
-    ) -> None:
-        self.id = id
-        self.turn = turn
-        self.cached = 0
-        self.started = False  # the prompt was read
-        self.kind = kind
-        self.priority = priority
-        self.capacity = capacity
-        self.finish_reason: str | None = None
-        self.error: Exception | None = None
-        self.failed_with_engine = False
-        self.stop_index: int | None = None
-        self.end_token: int | None = None
-        self.shifted = 0
-        self.shifts: tuple[int, ...] = ()  # it ends where the context does
-        self.position = 0
-        self.values: list[float] = []
-        self.params = params
-        self.reply = reply
-        self.n_prompt = len(tokens)
-        self.tokens = tokens
-        self.n_sent = 0
-        self.held: str = ""
-        self.held_tokens: list[int] = []
-        self.held_scores: list[Any] = []
-        self.ring: deque[tuple[str, tuple[int, ...], Any, int]] = deque()
-        self.parked = False
-        self.cancelled = False
-        self.version = 0
-        self.times = {"submitted_ns": 0, "admitted_ns": 0, "first_ns": 0, "last_ns": 0}
-        self.times["finished_ns"] = 0
-        self._engine = engine
-
-    @property
-    def waiting(self) -> int:
-        return len(self.ring)
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt": self.n_prompt,
-            "cached": self.cached,
-            "generated": self.n_sent,
-            **self.times,
-        }
-
-    def take(self) -> tuple[str, tuple[int, ...], Any, int] | None:
-        if self._engine.closed:
-            raise ClosedError("the engine is closed")
-        if not self.ring:
-            return None
-        piece = self.ring.popleft()
-        if self.parked and len(self.ring) <= self.capacity // 2:
-            self._engine._unpark(self)
-        return piece
-
-    def cancel(self) -> None:
-        if not self._engine.closed and self.finish_reason is None and not self.cancelled:
-            self.cancelled = True
-            self._engine._cancel(self)
-
-    def update(self, params: GenerationParams) -> None:
-        def change() -> None:
-            try:
-                FakeSampler(params)
-            except GrammarError as error:
-                self.error = error
-                self._engine._end(self, "error")
-            self.params = params
-            self._engine._check_length(self)
-
-        self._engine._post(change)
-
-    def set_priority(self, priority: int) -> None:
-        self.priority = priority
-
-    def sampler_state(self) -> bytes:
-        if self.finish_reason is None:
-            raise BusyError("the stream is still running")
-        return FakeSampler(self.params.replace(grammar=None)).save_state()
 
 
 class FakeEngine(FakeMemory):
@@ -350,13 +228,13 @@ class FakeEngine(FakeMemory):
         for stream in [*self._active, *self._queue]:
             stream.failed_with_engine = True
             stream.error = EngineError(cause)
-            self._end(stream, "error")
+            self.end_stream(stream, "error")
 
     def close(self) -> None:
         """End every stream as cancelled."""
         self.do_commands()
         for stream in [*self._active, *self._queue]:
-            self._end(stream, "cancelled")
+            self.end_stream(stream, "cancelled")
         self.closed = True
 
     # In trio
@@ -462,7 +340,7 @@ class FakeEngine(FakeMemory):
             n_new = stream.n_prompt - stream.cached
             self._schedule(stream, n_new * self._prompt_token_seconds)
 
-    def _unpark(self, stream: FakeStream) -> None:
+    def unpark(self, stream: FakeStream) -> None:
         stream.parked = False
         if not stream.cancelled:
             self._schedule(stream, self._seconds(stream))
@@ -471,43 +349,43 @@ class FakeEngine(FakeMemory):
         own = stream.reply.token_seconds
         return self._token_seconds if own is None else own
 
-    def _cancel(self, stream: FakeStream) -> None:
+    def cancel_stream(self, stream: FakeStream) -> None:
         self._counted -= 1
         if stream in self._queue or not self._cancel_seconds:  # as soon as the engine looks
-            self._post(lambda: self._end(stream, "cancelled"))
+            self.post(lambda: self.end_stream(stream, "cancelled"))
         else:
             self._schedule(stream, self._cancel_seconds)
 
     def _step(self, stream: FakeStream) -> None:
         self._count["steps"] += 1
         if stream.cancelled:
-            self._end(stream, "cancelled")
+            self.end_stream(stream, "cancelled")
             return
         if stream.kind != "generate":
             self._count["prompt_tokens"] += stream.n_prompt
             stream.values = self._values(stream.kind, stream.tokens)
-            self._end(stream, "done")
+            self.end_stream(stream, "done")
             return
         if not stream.started:
             stream.started = True
             self._count["prompt_tokens"] += stream.n_prompt - stream.cached
-        if not self._check_length(stream):
+        if not self.check_length(stream):
             return
         if stream.n_sent == len(stream.reply.text):
             if stream.reply.error is not None:
                 stream.error = stream.reply.error
-                self._end(stream, "error")
+                self.end_stream(stream, "error")
             else:
                 stream.end_token = END
-                self._end(stream, "eos")
+                self.end_stream(stream, "eos")
             return
         character = stream.reply.text[stream.n_sent]
         if ord(character) in stream.params.stop_tokens:
             stream.end_token = ord(character)
-            self._end(stream, "eos")
+            self.end_stream(stream, "eos")
             return
         self._emit(stream, character)
-        if stream.finish_reason is None and self._check_length(stream):
+        if stream.finish_reason is None and self.check_length(stream):
             if len(stream.ring) >= stream.capacity:
                 stream.parked = True
             else:
@@ -529,7 +407,7 @@ class FakeEngine(FakeMemory):
             if stop in stream.held:
                 stream.held = stream.held[: stream.held.index(stop)]
                 stream.stop_index = index
-                self._end(stream, "stop")
+                self.end_stream(stream, "stop")
                 return
         keep = max((_overlap(stream.held, stop) for stop in stream.params.stop), default=0)
         shown = stream.held[: len(stream.held) - keep]
@@ -545,20 +423,20 @@ class FakeEngine(FakeMemory):
         stream.held_tokens = []
         stream.held_scores = []
 
-    def _check_length(self, stream: FakeStream) -> bool:
+    def check_length(self, stream: FakeStream) -> bool:
         """False if the stream has come to its end."""
         if stream.finish_reason is not None or stream not in self._active:
             return False
         most = stream.params.max_tokens
         if most is not None and stream.n_sent >= most:
-            self._end(stream, "length")
+            self.end_stream(stream, "length")
             return False
         if stream.n_prompt + stream.n_sent > self.n_ctx:
-            self._end(stream, "context")
+            self.end_stream(stream, "context")
             return False
         return True
 
-    def _end(self, stream: FakeStream, reason: str) -> None:
+    def end_stream(self, stream: FakeStream, reason: str) -> None:
         if stream.finish_reason is not None:
             return
         if stream.held or stream.held_tokens:

@@ -226,7 +226,7 @@ class FakeMemory:
         self._last_id += 1
         return self._last_id
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
         self.changed()
 
@@ -237,7 +237,7 @@ class FakeMemory:
             command(reply)
             self._news.append(reply.id)
 
-        self._post(carry_out)
+        self.post(carry_out)
         return reply
 
     def do_commands(self) -> None:
@@ -254,7 +254,7 @@ class FakeMemory:
 
     def drop_sequence(self, sequence: int) -> None:
         self.cancel_of(sequence)
-        self._post(lambda: self._forget(sequence))
+        self.post(lambda: self._forget(sequence))
 
     def _forget(self, sequence: int) -> None:
         self.sequences.pop(sequence, None)
