@@ -259,3 +259,25 @@ def test_what_a_log_filter_raises_loses_no_news(path: Path) -> None:
     finally:
         logger.removeFilter(refuse)
         logger.setLevel(level)
+
+
+def test_what_a_sampler_took_is_said(tiny: Tiny) -> None:
+    """Also of a stream that is cancelled while a token is sampled beside the steps: else whoever
+    goes on by its state has a token in it that no text has."""
+    params = GREEDY.replace(repeat_penalty=1.1, max_tokens=None)
+    with driving(tiny("llama", n_vocab=30_000), slow_sampler=0.0) as driver:
+        for number in range(100):
+            sequence = driver.decoder.make_sequence()
+            stream = driver.start(
+                prompt(1), params, sequence=sequence, keep_on_cancel=True, capacity=1000
+            )
+            tokens = driver.read(stream, 1 + number % 4)
+            stream.cancel()
+            tokens += driver.finish(stream)[0]
+            driver.decoder.drop_sequence(sequence)
+            sampler = driver.sampler(params)
+            for token in prompt(1):
+                sampler.accept(token, False)
+            for token in tokens:
+                sampler.accept(token)
+            assert stream.sampler_state() == sampler.save_state(), number
