@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
+from ..checks import check_kind, shown
 from ..errors import ChatTemplateError, ParameterError
 from .builtin import BUILTIN, MARKERS
 from .jinja import Evaluator, Limits, Raised, TemplateFault, parse
@@ -66,6 +67,11 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
     ) -> None:
+        texts = {"source": source, "name": name, "bos_token": bos_token, "eos_token": eos_token}
+        for parameter, text in texts.items():
+            check_kind(parameter, text, str)
+        check_kind("variables", variables, Mapping, type(None))
+        check_kind("limits", limits, Limits, type(None))
         self.source = source
         self.name = name
         self.bos_token = bos_token
@@ -105,7 +111,8 @@ class ChatTemplate:
         Raises ParameterError for malformed messages, and ChatTemplateError when the template
         refuses them (``refused`` is then true), fails, or costs more than ``limits``.
         """
-        checked = [_check_message(message, index) for index, message in enumerate(messages)]
+        checked = _check_messages(messages)
+        check_kind("tools", tools, list, tuple, type(None))
         if fit:
             checked = self._fit(checked)
         return self._render(checked, add_generation_prompt, tools, variables)
@@ -185,7 +192,7 @@ class ChatTemplate:
 
     def fitted_away(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether fitting puts the first message, a system prompt, into the second."""
-        checked = [_check_message(message, index) for index, message in enumerate(messages)]
+        checked = _check_messages(messages)
         return len(self._fit(checked)) < len(checked)
 
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -233,10 +240,15 @@ def _object_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def _check_messages(messages: Any) -> list[dict[str, Any]]:
+    check_kind("messages", messages, Iterable)
+    return [_check_message(message, index) for index, message in enumerate(messages)]
+
+
 def _check_message(message: Any, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if isinstance(message, msgspec.Struct):
-        message = msgspec.to_builtins(message)
+        message = msgspec.structs.asdict(message)
     if not isinstance(message, Mapping):
         raise ParameterError(
             f"{where} must be a mapping with role and content, not {type(message).__name__}",
@@ -244,9 +256,9 @@ def _check_message(message: Any, index: int) -> dict[str, Any]:
             value=message,
         )
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ParameterError(
-            f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}",
+            f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}",
             parameter=f"{where}.role",
             value=role,
         )
@@ -257,6 +269,7 @@ def _check_message(message: Any, index: int) -> dict[str, Any]:
             parameter=f"{where}.content",
             value=content,
         )
+    check_kind(f"{where}.tool_calls", message.get("tool_calls"), list, tuple, type(None))
     return dict(message)
 
 
@@ -322,6 +335,7 @@ class _Model(Protocol):
 
 def named(name: str, *, bos_token: str = "", eos_token: str = "") -> ChatTemplate:
     """One of the built-in templates. Raises ParameterError for a name that is none."""
+    check_kind("name", name, str)
     if name not in BUILTIN:
         raise ParameterError(
             f"there is no chat template {name!r}; the built-in ones are {', '.join(BUILTIN)}",
@@ -346,6 +360,11 @@ def template_for_model(
     """
     if isinstance(template, ChatTemplate):
         return template
+    check_kind("template", template, str, type(None))
+    if not (hasattr(model, "vocab") and hasattr(model, "chat_template")):
+        raise ParameterError(
+            f"model must be a Model, not {type(model).__name__}", parameter="model", value=model
+        )
     vocab: _Vocab = model.vocab
     bos, eos = (
         "" if token is None else vocab.text(token).decode("utf-8", "replace")

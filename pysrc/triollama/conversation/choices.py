@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..checks import check_kind, shown
 from ..errors import ParameterError
 from ..files import Message
 from .history import State, now
@@ -45,7 +46,10 @@ def onward(state: State) -> tuple[State, tuple[Message, ...]]:
 
 
 def edited(index: int, text: str) -> Choose:
-    """Something else in place of a message, and of all that followed it."""
+    """Something else in place of a message, and of all that followed it. Raises ParameterError at
+    once for what can be none."""
+    check_kind("index", index, int)
+    check_kind("text", text, str)
 
     def choose(state: State) -> tuple[State, tuple[Message, ...]]:
         messages = state.messages
@@ -66,14 +70,11 @@ def edited(index: int, text: str) -> Choose:
 
 
 def _message(role: str, text: str) -> Message:
-    if role not in ("user", "tool"):
+    if not isinstance(role, str) or role not in ("user", "tool"):
         raise ParameterError(
-            f"a turn begins with a message of 'user' or 'tool', not {role!r}",
+            f"a turn begins with a message of 'user' or 'tool', not {shown(role)}",
             parameter="role",
             value=role,
         )
-    if not isinstance(text, str):
-        raise ParameterError(
-            f"text must be a string, not {type(text).__name__}", parameter="text", value=text
-        )
+    check_kind("text", text, str)
     return Message(role=role, content=text, created=now())  # type: ignore[arg-type]

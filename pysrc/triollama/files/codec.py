@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from ..checks import check_kind, shown
 from ..errors import ParameterError, StateDamagedError, StateFormatError, StateVersionError
 from .documents import (
     FORMAT,
@@ -60,10 +61,13 @@ def encode(document: Saved, format: Format = "json") -> bytes:
     Raises StateFormatError for what cannot be written, naming the place, and ParameterError for
     another ``format``.
     """
-    if format not in ("json", "msgpack"):
+    if not isinstance(format, str) or format not in ("json", "msgpack"):
         raise ParameterError(
-            f"format must be 'json' or 'msgpack', not {format!r}", parameter="format", value=format
+            f"format must be 'json' or 'msgpack', not {shown(format)}",
+            parameter="format",
+            value=format,
         )
+    check_kind("document", document, Saved)
     return _sign(encode_part(document, format), format)
 
 
@@ -164,6 +168,8 @@ def decode(data: bytes, *, path: str = "", verify: bool = True) -> Document:
     Raises StateDamagedError (cut, or its checksum does not match), StateVersionError (a later
     version, or no state file), StateFormatError (``place`` says where).
     """
+    check_kind("data", data, bytes, bytearray)
+    check_kind("path", path, str)
     if not data:
         raise StateDamagedError("the file is empty", path=path)
     data = data.removeprefix(codecs.BOM_UTF8)  # as editors on Windows begin a file
@@ -193,9 +199,8 @@ def _check_version(tag: object, path: str) -> None:
         return
     found = _FAMILY.fullmatch(tag) if isinstance(tag, str) else None
     if found is None:
-        shown = repr(tag)[:80]
         raise StateVersionError(
-            f"its format is {shown}, not {FORMAT!r}: no state file of triollama",
+            f"its format is {shown(tag)}, not {FORMAT!r}: no state file of triollama",
             place="$.format",
             path=path,
         )
@@ -235,7 +240,12 @@ def _signed(raw: dict[str, Any], data: bytes, format: Format) -> bytes:
 
 
 def document_from(raw: Any, kind: type[_S], *, path: str = "", place: str = "$") -> _S:
-    """``raw`` data as a Struct of this module, checked through and through."""
+    """``raw`` data as a Struct of this module, checked through and through. Raises
+    StateFormatError; ParameterError for another kind."""
+    if kind not in _FIELDS:
+        raise ParameterError(
+            f"kind must be a Struct of a document, not {shown(kind)}", parameter="kind", value=kind
+        )
     try:
         gathered = _gather(raw, kind, place, path)
         made = msgspec.convert(gathered, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..checks import check_kind
 from ..errors import StateWriteError
 from .codec import Format, decode, encode
 from .documents import Document
@@ -20,12 +21,15 @@ def save_document(path: StrPath, document: Document, format: Format = "json") ->
     Raises StateFormatError; StateBusyError where an autosave keeps the path; StateWriteError, also
     for a file that is no state file: it stays.
     """
+    check_kind("document", document, Document)
     with Owner(path) as owner:
         write_document(owner, document, format)
 
 
 def write_document(owner: Owner, document: Document, format: Format = "json") -> None:
     """As ``save_document``, for who has the path already."""
+    check_kind("owner", owner, Owner)
+    check_kind("document", document, Document)
     data = encode(document, format)
     if len(data) > MAX_BYTES:
         raise StateWriteError(
@@ -42,6 +46,7 @@ def load_document(path: StrPath, *, verify: bool = True, limit: int = MAX_BYTES)
     before the damage. Raises FileNotFoundError or a StateError; see ``decode``, ``replay`` and
     ``read_bytes``.
     """
+    check_kind("limit", limit, int)
     data = read_bytes(path, limit)
     if data.startswith(MAGIC[:4]):
         return replay(data, path=name_of(path), verify=verify).document

@@ -7,12 +7,15 @@ an older reader can read a newer file.
 from __future__ import annotations
 
 import datetime
+import functools
+import types
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from ..checks import check_kind
 from ..errors import ParameterError
 from ..params import GenerationParams, make_params
 
@@ -57,10 +60,43 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         """What no file could hold is refused where it enters. Raises ParameterError."""
+        for name, kinds, inner in _fields(type(self)):
+            value = getattr(self, name)
+            check_kind(name, value, *kinds)
+            if inner is not None and value:
+                for one in value:
+                    check_kind(name, one, inner)
         for name in self.texts:
             value = getattr(self, name)
             if value:
                 check_text(value, name)
+
+
+@functools.cache
+def _fields(kind: type[Saved]) -> list[tuple[str, tuple[type, ...], type | None]]:
+    """Of each field its name, the types that its values may have, and those of what is in one that
+    holds Structs."""
+    found = []
+    hints = get_type_hints(kind)
+    for name in kind.__struct_fields__:
+        united = get_origin(hints[name]) in (types.UnionType, Union)
+        parts = get_args(hints[name]) if united else [hints[name]]
+        kinds: dict[type, None] = {}
+        inner = None
+        for part in parts:
+            origin = get_origin(part) or part
+            if origin is Literal:
+                kinds |= {type(one): None for one in get_args(part)}
+            elif origin is tuple:
+                kinds |= {tuple: None, list: None}
+                held = get_args(part)[0]
+                inner = held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None
+            elif origin is float:
+                kinds |= {float: None, int: None}
+            else:
+                kinds[origin] = None
+        found.append((name, tuple(kinds), inner))
+    return found
 
 
 def check_text(value: Any, name: str) -> None:

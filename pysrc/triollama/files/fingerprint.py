@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from ..checks import check_kind, shown
 from ..errors import ParameterError, StateMismatchError
 from .documents import ContextSettings, ModelIdentity, SavedAdapter
 
@@ -15,6 +17,8 @@ OnMismatch = Literal["error", "recompute"]
 
 
 def same_model(saved: ModelIdentity, fingerprint: bytes) -> bool:
+    check_kind("saved", saved, ModelIdentity)
+    check_kind("fingerprint", fingerprint, bytes)
     return saved.fingerprint == fingerprint
 
 
@@ -26,9 +30,9 @@ def check_model(
     ``on_mismatch="recompute"`` returns False where they are not: messages may then be used, as
     text, and nothing else. Raises StateMismatchError otherwise, ParameterError for another word.
     """
-    if on_mismatch not in ("error", "recompute"):
+    if not isinstance(on_mismatch, str) or on_mismatch not in ("error", "recompute"):
         raise ParameterError(
-            f"on_mismatch must be 'error' or 'recompute', not {on_mismatch!r}",
+            f"on_mismatch must be 'error' or 'recompute', not {shown(on_mismatch)}",
             parameter="on_mismatch",
             value=on_mismatch,
         )
@@ -48,6 +52,10 @@ def check_model(
 def adapters_key(adapters: Iterable[SavedAdapter]) -> bytes:
     """16 bytes for a set of adapters with their scales, in whatever order they are."""
     digest = hashlib.blake2b(digest_size=16)
+    check_kind("adapters", adapters, Iterable)
+    adapters = list(adapters)
+    for adapter in adapters:
+        check_kind("adapters", adapter, SavedAdapter)
     for adapter in sorted(adapters, key=lambda one: (one.digest or one.path.encode(), one.scale)):
         name = adapter.digest or adapter.path.encode("utf-8", "surrogateescape")
         digest.update(len(name).to_bytes(8, "little") + name + float(adapter.scale).hex().encode())
@@ -63,6 +71,8 @@ def kv_key(
     flash attention, separate or unified cache, and the number of sequences in a separate one; and
     whether the products are exact, on which their bits depend.
     """
+    check_kind("fingerprint", fingerprint, bytes)
+    check_kind("settings", settings, ContextSettings)
     digest = hashlib.blake2b(fingerprint, digest_size=32)
     layout = (
         settings.type_k,
@@ -78,7 +88,14 @@ def kv_key(
 
 
 def tokens_key(tokens: Sequence[int]) -> bytes:
-    """16 bytes for a sequence of tokens."""
+    """16 bytes for a sequence of tokens. Raises ParameterError for what is none."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(b"".join(token.to_bytes(4, "little", signed=True) for token in tokens))
+    try:
+        digest.update(struct.pack(f"<{len(tokens)}i", *tokens))
+    except (struct.error, TypeError):
+        raise ParameterError(
+            f"tokens must be a sequence of token ids, not {shown(tokens)}",
+            parameter="tokens",
+            value=tokens,
+        ) from None
     return digest.digest()

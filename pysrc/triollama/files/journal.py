@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ..checks import check_kind
 from ..errors import ClosedError, StateDamagedError, StateFormatError, StateWriteError
 from .codec import check, decode, encode_part, encode_parts
 from .documents import Document, KVFile, SavedConversation
@@ -89,6 +90,9 @@ class Journal:
         min_compact: int = _MIN_COMPACT,
         limit: int = MAX_BYTES,
     ) -> None:
+        check_kind("document", document, Document)
+        check_kind("min_compact", min_compact, int)
+        check_kind("limit", limit, int)
         check(document)
         self.dropped = ""
         self._min_compact = min_compact
@@ -242,6 +246,8 @@ class Journal:
         is then still there, and a later commit may succeed.
         """
         owner = self._open_owner()
+        check_kind("changed", changed, Iterable)
+        check_kind("removed", removed, Iterable)
         news = dict(self._conversations)
         gone = []
         for name in removed:
@@ -250,6 +256,7 @@ class Journal:
                 gone.append(name)
         changes = []
         for conversation in changed:
+            check_kind("changed", conversation, SavedConversation)
             check(conversation)
             old = news.get(conversation.id)
             if old is None and conversation.id in news:

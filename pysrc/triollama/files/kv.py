@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..checks import check_kind
 from ..errors import StateDamagedError, StateMismatchError, StateVersionError
 from .documents import KV_NAME, KVFile
 from .fingerprint import tokens_key
@@ -44,6 +45,9 @@ def write_kv(
     ``key`` is from ``kv_key``. The name depends on the tokens: the file that the present document
     refers to is never overwritten. Raises StateWriteError.
     """
+    check_kind("conversation_id", conversation_id, str)
+    check_kind("key", key, bytes)
+    check_kind("blob", blob, bytes, bytearray, memoryview)
     folder = kv_folder(path)
     with contextlib.suppress(OSError):  # writing reports what is wrong
         folder.mkdir(exist_ok=True)
@@ -72,6 +76,9 @@ def read_kv(
     ``verify=False`` leaves the blob's checksum to ``load_sequence``, which checks its own.
     Raises FileNotFoundError, StateDamagedError, StateVersionError, StateMismatchError.
     """
+    check_kind("saved", saved, KVFile)
+    check_kind("key", key, bytes)
+    check_kind("limit", limit, int)
     file = kv_folder(path) / saved.name
     name = os.fspath(file)
     data = read_large(file, limit)
@@ -99,6 +106,10 @@ def read_kv(
 def remove_kv_except(path: StrPath, kept: Iterable[KVFile | None]) -> None:
     """Remove KV files that the document at ``path`` no longer refers to. Call after saving it."""
     folder = kv_folder(path)
+    check_kind("kept", kept, Iterable)
+    kept = list(kept)
+    for saved in kept:
+        check_kind("kept", saved, KVFile, type(None))
     names = {saved.name for saved in kept if saved is not None}
     try:
         found = os.listdir(folder)

@@ -1,0 +1,32 @@
+"""Whether an argument is of the kind it should be, and how an error shows one that is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import ParameterError
+
+__all__ = ["check_kind", "shown"]
+
+_LONG = 200
+
+
+def shown(value: object) -> str:
+    """The repr, for a message: not all of a long one, and something where there is none, as of an
+    integer of 5,000 digits or a list in a list in a list."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
+def check_kind(name: str, value: Any, *kinds: type) -> None:
+    """Raises ParameterError unless ``value`` is of one of these kinds. A bool is no int."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ParameterError(
+            f"{name} must be of type {wanted}, not {type(value).__name__}",
+            parameter=name,
+            value=value,
+        )
