@@ -1,5 +1,6 @@
 """The one place where native results become exceptions."""
 
+from triollama.checks import shown
 # Most are raised in the other rooms.
 from triollama.errors import (
     AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint
@@ -78,11 +79,11 @@ cdef object check_int(str name, object value, long long low, long long high):
     ``value`` again: its ``__index__`` may answer differently."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ParameterError(
-            f"{name} must be an integer, not {value!r}", parameter=name, value=value)
+            f"{name} must be an integer, not {shown(value)}", parameter=name, value=value)
     number = int.__index__(index(value))    # a subclass could compare as it likes
     if not low <= number <= high:
         raise ParameterError(
-            f"{name} must be from {low} to {high}, not {number}", parameter=name, value=value)
+            f"{name} must be from {low} to {high}, not {shown(number)}", parameter=name, value=value)
     return number
 
 
@@ -96,7 +97,7 @@ cdef double check_float(str name, object value, double low, double high) except?
             pass
     if not low <= number <= high:
         raise ParameterError(
-            f"{name} must be a number from {low:g} to {high:g}, not {value!r}",
+            f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}",
             parameter=name, value=value)
     return number
 
@@ -108,4 +109,4 @@ cdef object check_choice(str name, object value, dict choices):
     except (KeyError, TypeError):
         known = ", ".join(repr(choice) for choice in choices)
         raise ParameterError(
-            f"{name} must be one of {known}, not {value!r}", parameter=name, value=value) from None
+            f"{name} must be one of {known}, not {shown(value)}", parameter=name, value=value) from None

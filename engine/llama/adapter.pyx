@@ -191,7 +191,7 @@ cdef tuple chosen_adapters(object adapters):
     chosen = []
     for adapter, scale in adapters:
         if not isinstance(adapter, Adapter):
-            raise ParameterError(f"{adapter!r} is no Adapter", parameter="adapters", value=adapter)
+            raise ParameterError(f"{shown(adapter)} is no Adapter", parameter="adapters", value=adapter)
         chosen.append((adapter, check_float("scale", scale, -1e6, 1e6)))
     if len({id(adapter) for adapter, _ in chosen}) != len(chosen):
         raise ParameterError("the same adapter is named twice", parameter="adapters")

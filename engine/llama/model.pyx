@@ -67,7 +67,7 @@ cdef bytes path_bytes(str name, object path):
 cdef bytes encoded(str name, object text):
     """Text of a parameter as UTF-8."""
     if not isinstance(text, str):
-        raise ParameterError(f"{name} must hold text, not {text!r}", parameter=name, value=text)
+        raise ParameterError(f"{name} must hold text, not {shown(text)}", parameter=name, value=text)
     try:
         return text.encode()
     except UnicodeEncodeError as error:

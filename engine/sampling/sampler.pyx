@@ -26,7 +26,7 @@ cdef double _LARGEST_BIAS = 3.4028234663852886e38
 cdef int check_params(object params) except -1:
     if not isinstance(params, GenerationParams):
         raise ParameterError(
-            f"params must be a GenerationParams, not {params!r}", parameter="params", value=params)
+            f"params must be a GenerationParams, not {shown(params)}", parameter="params", value=params)
     return 0
 
 
@@ -73,7 +73,7 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, sampling.Sampli
         vocab.check_token(token)
         if value != -float("inf") and abs(value) > _LARGEST_BIAS:
             raise ParameterError(
-                f"logit_bias[{token}] is {value!r}; beyond the range of float32 only -inf is a bias",
+                f"logit_bias[{token}] is {shown(value)}; beyond the range of float32 only -inf is a bias",
                 parameter="logit_bias", value=value)
         bias.token = token
         bias.bias = value
@@ -86,7 +86,7 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, sampling.Sampli
 
 cdef bytes _utf8(str name, object text):
     if not isinstance(text, str):
-        raise ParameterError(f"{name} must be a string, not {text!r}", parameter=name, value=text)
+        raise ParameterError(f"{name} must be a string, not {shown(text)}", parameter=name, value=text)
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -102,7 +102,7 @@ cdef tuple _items(str name, object given):
         except TypeError:
             pass
     raise ParameterError(
-        f"{name} must be a list or another iterable, not {given!r}", parameter=name, value=given)
+        f"{name} must be a list or another iterable, not {shown(given)}", parameter=name, value=given)
 
 
 cdef list _utf8_list(str name, object texts):

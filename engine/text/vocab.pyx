@@ -59,7 +59,7 @@ cdef vector[llama.llama_token] token_vector(object tokens) except *:
     cdef Py_ssize_t i
     if tokens is None or isinstance(tokens, (str, bytes, bytearray)):
         raise ParameterError(
-            f"tokens must be integers, not {tokens!r}", parameter="tokens", value=tokens)
+            f"tokens must be integers, not {shown(tokens)}", parameter="tokens", value=tokens)
     if not isinstance(tokens, (list, tuple)):
         try:
             view = tokens

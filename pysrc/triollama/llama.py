@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from .chat import ChatTemplate
+from .checks import shown
 from .conversation import Conversation, Conversations, OnCancel, Overflow, saving
 from .engine.adapters import Adapters, LoadedAdapter
 from .engine.core import Core
@@ -144,7 +145,7 @@ class Llama:
         self._core.check_open()
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ParameterError(
-                f"capacity must be an integer from 1 on, not {capacity!r}",
+                f"capacity must be an integer from 1 on, not {shown(capacity)}",
                 parameter="capacity",
                 value=capacity,
             )

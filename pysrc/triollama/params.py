@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from .checks import shown
 from .errors import ParameterError
 
 __all__ = [
@@ -164,16 +165,17 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             _check_int(name, getattr(self, name), *int_range)
         for name, float_range in _FLOAT_RANGES.items():
             _check_float(name, getattr(self, name), *float_range)
-        if self.context_overflow not in ("stop", "shift"):
+        overflow = self.context_overflow
+        if not isinstance(overflow, str) or overflow not in ("stop", "shift"):
             raise ParameterError(
-                f"context_overflow must be 'stop' or 'shift', not {self.context_overflow!r}",
+                f"context_overflow must be 'stop' or 'shift', not {shown(self.context_overflow)}",
                 parameter="context_overflow",
                 value=self.context_overflow,
             )
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(
-                    f"{name} must be True or False, not {getattr(self, name)!r}",
+                    f"{name} must be True or False, not {shown(getattr(self, name))}",
                     parameter=name,
                     value=getattr(self, name),
                 )
@@ -181,61 +183,61 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             texts = getattr(self, name)
             if not isinstance(texts, tuple):
                 raise ParameterError(
-                    f"{name} must be a tuple of strings, not {texts!r}"
-                    + (f"; write ({texts!r},)" if isinstance(texts, str) else ""),
+                    f"{name} must be a tuple of strings, not {shown(texts)}"
+                    + (f"; write ({shown(texts)},)" if isinstance(texts, str) else ""),
                     parameter=name,
                     value=texts,
                 )
             for text in texts:
                 if not isinstance(text, str) or not text or not _is_text(text):
                     raise ParameterError(
-                        f"{name} holds {text!r}; each must be a non-empty string without NUL, in "
+                        f"{name} holds {shown(text)}; each must be a non-empty string without NUL, in "
                         "UTF-8",
                         parameter=name,
                         value=text,
                     )
         if not isinstance(self.stop_tokens, tuple):
             raise ParameterError(
-                f"stop_tokens must be a tuple of token ids, not {self.stop_tokens!r}",
+                f"stop_tokens must be a tuple of token ids, not {shown(self.stop_tokens)}",
                 parameter="stop_tokens",
                 value=self.stop_tokens,
             )
         for token in self.stop_tokens:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _I32:
                 raise ParameterError(
-                    f"stop_tokens holds {token!r}; each must be a token id",
+                    f"stop_tokens holds {shown(token)}; each must be a token id",
                     parameter="stop_tokens",
                     value=token,
                 )
         if len(set(self.samplers)) != len(self.samplers):
             raise ParameterError(
-                f"samplers must name each sampler at most once, not {self.samplers!r}",
+                f"samplers must name each sampler at most once, not {shown(self.samplers)}",
                 parameter="samplers",
                 value=self.samplers,
             )
         for name in self.samplers:
             if name not in DEFAULT_SAMPLERS:
                 raise ParameterError(
-                    f"unknown sampler {name!r}; choose from {', '.join(DEFAULT_SAMPLERS)}",
+                    f"unknown sampler {shown(name)}; choose from {', '.join(DEFAULT_SAMPLERS)}",
                     parameter="samplers",
                     value=name,
                 )
         if not isinstance(self.logit_bias, dict):
             raise ParameterError(
-                f"logit_bias must be a dict from token ids to numbers, not {self.logit_bias!r}",
+                f"logit_bias must be a dict from token ids to numbers, not {shown(self.logit_bias)}",
                 parameter="logit_bias",
                 value=self.logit_bias,
             )
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _I32:
                 raise ParameterError(
-                    f"logit_bias has the key {token!r}; keys are token ids",
+                    f"logit_bias has the key {shown(token)}; keys are token ids",
                     parameter="logit_bias",
                     value=token,
                 )
             if not isinstance(bias, (int, float)) or not bias < math.inf:
                 raise ParameterError(
-                    f"logit_bias[{token}] is {bias!r}; it must be a finite number or -inf",
+                    f"logit_bias[{token}] is {shown(bias)}; it must be a finite number or -inf",
                     parameter="logit_bias",
                     value=bias,
                 )
@@ -243,7 +245,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             text = getattr(self, name)
             if not isinstance(text, str) and (name == "grammar_root" or text is not None):
                 raise ParameterError(
-                    f"{name} must be a string, not {text!r}", parameter=name, value=text
+                    f"{name} must be a string, not {shown(text)}", parameter=name, value=text
                 )
         if self.grammar is not None and not (self.grammar.strip() and _is_text(self.grammar)):
             raise ParameterError(
@@ -253,7 +255,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             )
         if not self.grammar_root or not _is_text(self.grammar_root):
             raise ParameterError(
-                f"grammar_root must name a rule, not {self.grammar_root!r}",
+                f"grammar_root must name a rule, not {shown(self.grammar_root)}",
                 parameter="grammar_root",
                 value=self.grammar_root,
             )
@@ -313,7 +315,7 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
     for name in changes:
         if name not in fields:
             raise ParameterError(
-                f"unknown parameter {name!r}; the parameters are {', '.join(fields)}",
+                f"unknown parameter {shown(name)}; the parameters are {', '.join(fields)}",
                 parameter=name,
                 value=changes[name],
             )
@@ -326,7 +328,7 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
             normal[name] = tuple(value)
     if base is not None and not isinstance(base, GenerationParams):
         raise ParameterError(
-            f"params must be a GenerationParams, not {base!r}", parameter="params", value=base
+            f"params must be a GenerationParams, not {shown(base)}", parameter="params", value=base
         )
     if base is None:
         return GenerationParams(**normal)
@@ -351,7 +353,7 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ParameterError(
             f"{name} must be an integer from {low} to {high}"
-            f"{' or None' if name in _OPTIONAL else ''}, not {value!r}",
+            f"{' or None' if name in _OPTIONAL else ''}, not {shown(value)}",
             parameter=name,
             value=value,
         )
@@ -361,7 +363,7 @@ def _check_float(name: str, value: object, low: float, high: float, why: str) ->
     # A NaN fails the comparison, so it is refused here too.
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise ParameterError(
-            f"{name} must be a number from {low:g} to {high:g} ({why}), not {value!r}",
+            f"{name} must be a number from {low:g} to {high:g} ({why}), not {shown(value)}",
             parameter=name,
             value=value,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from .checks import shown
 from .engine import native
 from .engine.core import Core, WhenFull
 from .engine.protocol import Engine
@@ -127,9 +128,9 @@ class Serving:
     """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
 
     def __init__(self, load: Callable[[], Awaitable[Engine]], when_full: WhenFull = "wait") -> None:
-        if when_full not in ("wait", "raise"):
+        if not isinstance(when_full, str) or when_full not in ("wait", "raise"):
             raise ParameterError(
-                f"when_full must be 'wait' or 'raise', not {when_full!r}",
+                f"when_full must be 'wait' or 'raise', not {shown(when_full)}",
                 parameter="when_full",
                 value=when_full,
             )

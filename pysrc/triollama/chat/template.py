@@ -248,7 +248,10 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
 def _check_message(message: Any, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if isinstance(message, msgspec.Struct):
-        message = msgspec.structs.asdict(message)
+        try:
+            message = msgspec.to_builtins(message)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ParameterError(f"{where}: {error}", parameter=where, value=message) from None
     if not isinstance(message, Mapping):
         raise ParameterError(
             f"{where} must be a mapping with role and content, not {type(message).__name__}",

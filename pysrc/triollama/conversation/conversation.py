@@ -9,6 +9,7 @@ import trio
 
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
+from ..checks import shown
 from ..engine.adapters import Adapters, LoadedAdapter, Scaled
 from ..engine.core import Core
 from ..errors import ParameterError
@@ -408,7 +409,7 @@ class Conversation:
         self._ledger.check_idle()
         if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.n_turns:
             raise ParameterError(
-                f"n must be from 0 to {self.n_turns}, not {n!r}", parameter="n", value=n
+                f"n must be from 0 to {self.n_turns}, not {shown(n)}", parameter="n", value=n
             )
         if n:
             self._ledger.state = self._ledger.state.after(self.n_turns - n)

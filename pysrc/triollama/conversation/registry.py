@@ -14,6 +14,7 @@ import trio
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..chat.template import warn_of_default
+from ..checks import shown
 from ..engine.adapters import Adapters, LoadedAdapter
 from ..engine.core import Core
 from ..errors import (
@@ -127,7 +128,7 @@ class Conversations:
 
     def check_overflow(self, overflow: Any) -> Overflow:
         """``overflow``, if it is a policy that this model allows."""
-        if overflow == "shift":
+        if isinstance(overflow, str) and overflow == "shift":
             if self.core.deterministic:
                 raise UnsupportedError(
                     "overflow='shift' is not available with deterministic=True: what a shift "
@@ -137,10 +138,11 @@ class Conversations:
                 raise UnsupportedError(
                     "overflow='shift': this model's memory cannot be shifted; use 'truncate_turns'"
                 )
-        if not callable(overflow) and overflow not in ("raise", "truncate_turns", "shift"):
+        known = isinstance(overflow, str) and overflow in ("raise", "truncate_turns", "shift")
+        if not callable(overflow) and not known:
             raise ParameterError(
                 f"overflow must be 'raise', 'truncate_turns', 'shift' or a function, not "
-                f"{overflow!r}",
+                f"{shown(overflow)}",
                 parameter="overflow",
                 value=overflow,
             )

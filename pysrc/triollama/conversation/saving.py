@@ -9,6 +9,7 @@ from typing import Any, Literal
 import trio
 
 from .. import files
+from ..checks import shown
 from ..engine.adapters import Scaled
 from ..errors import (
     GrammarError,
@@ -119,7 +120,7 @@ def _own(chats: Conversations, conversations: Iterable[Conversation]) -> list[Co
     for one in given:
         if not isinstance(one, Conversation) or one._ledger.core is not chats.core:
             raise ParameterError(
-                f"conversations must be a list of this Llama's own, not {conversations!r}",
+                f"conversations must be a list of this Llama's own, not {shown(conversations)}",
                 parameter="conversations",
                 value=conversations,
             )
@@ -216,7 +217,7 @@ def _ids(ids: Iterable[str]) -> set[str]:
     chosen = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
     if isinstance(ids, str) or not all(isinstance(id, str) for id in chosen):
         raise ParameterError(
-            f"ids must be a list of strings, not {ids!r}", parameter="ids", value=ids
+            f"ids must be a list of strings, not {shown(ids)}", parameter="ids", value=ids
         )
     return set(chosen)
 
@@ -377,13 +378,13 @@ async def autosave(
     for name, value, least in (("every", every, 0.001), ("deadline", deadline, 0.0)):
         if not isinstance(value, (int, float)) or not value >= least:
             raise ParameterError(
-                f"{name} must be a number of seconds, {least:g} or more, not {value!r}",
+                f"{name} must be a number of seconds, {least:g} or more, not {shown(value)}",
                 parameter=name,
                 value=value,
             )
-    if sync not in ("soon", "commit"):
+    if not isinstance(sync, str) or sync not in ("soon", "commit"):
         raise ParameterError(
-            f"sync must be 'soon' or 'commit', not {sync!r}", parameter="sync", value=sync
+            f"sync must be 'soon' or 'commit', not {shown(sync)}", parameter="sync", value=sync
         )
     await chats.core.engine.fingerprint()
     ids = None if conversations is None else [one.id for one in _own(chats, conversations)]

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import msgspec
 import trio
 
+from ..checks import shown
 from ..engine.protocol import EngineStream, Taken
 from ..errors import BusyError, ParameterError, StateError
 from ..files import Message
@@ -32,9 +33,9 @@ OnCancel = Literal["rollback", "keep"]
 
 def check_policy(on_cancel: Any) -> OnCancel:
     """``on_cancel``, if it is one. Raises ParameterError."""
-    if on_cancel not in ("rollback", "keep"):
+    if not isinstance(on_cancel, str) or on_cancel not in ("rollback", "keep"):
         raise ParameterError(
-            f"on_cancel must be 'rollback' or 'keep', not {on_cancel!r}",
+            f"on_cancel must be 'rollback' or 'keep', not {shown(on_cancel)}",
             parameter="on_cancel",
             value=on_cancel,
         )

@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from .. import files
+from ..checks import shown
 from ..errors import AdapterError, BusyError, ParameterError, StateError
 from .core import Core
 from .protocol import Reply
@@ -110,7 +111,7 @@ class Adapters:
         for name, value, low in (("layer_start", layer_start, 1), ("layer_end", end, layer_start)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= last:
                 raise ParameterError(
-                    f"{name} must be an integer from {low} to {last}, not {value!r}",
+                    f"{name} must be an integer from {low} to {last}, not {shown(value)}",
                     parameter=name,
                     value=value,
                 )
@@ -175,7 +176,7 @@ class Adapters:
                 pass
             raise ParameterError(
                 "adapters must be pairs of an adapter from load_adapter or load_control_vector, "
-                f"still loaded, and its scale, not {pair!r}",
+                f"still loaded, and its scale, not {shown(pair)}",
                 parameter="adapters",
                 value=pair,
             )

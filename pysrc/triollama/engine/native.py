@@ -21,6 +21,7 @@ from .._engine import (
     Sampler,
     read_control_vector,
 )
+from ..checks import shown
 from ..errors import LoadCancelled, ParameterError, StateWriteError
 from ..params import GenerationParams
 from . import protocol
@@ -243,7 +244,7 @@ def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes]
     is closed), so that it is gone with the process, however that ends."""
     if not isinstance(n_bytes, int) or isinstance(n_bytes, bool) or not 0 <= n_bytes < 2**62:
         raise ParameterError(
-            f"disk_bytes must be an integer from 0 on, not {n_bytes!r}",
+            f"disk_bytes must be an integer from 0 on, not {shown(n_bytes)}",
             parameter="disk_bytes",
             value=n_bytes,
         )

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..checks import shown
 from ..errors import ParameterError, StateError, StateFormatError, StateWriteError
 from ..writing import is_alive, sync_folder
 
@@ -58,7 +59,7 @@ def name_of(path: StrPath) -> str:
         return os.fsdecode(path)
     except TypeError:
         raise ParameterError(
-            f"a path is a string or a PathLike, not {path!r}", parameter="path", value=path
+            f"a path is a string or a PathLike, not {shown(path)}", parameter="path", value=path
         ) from None
 
 

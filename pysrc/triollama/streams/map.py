@@ -10,6 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 import trio
 
+from ..checks import shown
 from ..engine.core import Core
 from ..errors import ParameterError, TriollamaError
 from ..structured import Structured
@@ -61,7 +62,7 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ParameterError(
-                    f"{name} must be an integer from {low} on, not {value!r}",
+                    f"{name} must be an integer from {low} on, not {shown(value)}",
                     parameter=name,
                     value=value,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._engine import Batch, Context, Model, embed_tokens
+from ..checks import shown
 from ..errors import ContextFullError, ParameterError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Embedder:
         choices = [name for name in _POOLINGS if name != "rank" or own == "rank" or not decodes]
         if pooling not in choices:
             raise ParameterError(
-                f"pooling must be one of {', '.join(choices)} for this model, not {pooling!r}",
+                f"pooling must be one of {', '.join(choices)} for this model, not {shown(pooling)}",
                 parameter="pooling",
                 value=pooling,
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from .. import models
 from .._engine import Batch, Context, Model, score_tokens
+from ..checks import shown
 from ..errors import BusyError, ParameterError
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score
@@ -156,7 +157,7 @@ class Llama:
             return self.vocab.tokenize(text, add_special)
         if isinstance(text, (bytes, bytearray)) or not isinstance(text, Iterable):
             raise ParameterError(
-                f"{name} must be a string or tokens, not {text!r}", parameter=name, value=text
+                f"{name} must be a string or tokens, not {shown(text)}", parameter=name, value=text
             )
         return list(text)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+from ..checks import shown
 from ..engine.protocol import Sampler
 from ..engine.statistics import Statistics
 from ..errors import (
@@ -142,7 +143,7 @@ class FakeEngine(FakeMemory):
     ) -> FakeStream:
         if pooling not in ("mean", "cls", "last"):
             raise ParameterError(
-                f"pooling must be 'mean', 'cls' or 'last', not {pooling!r}",
+                f"pooling must be 'mean', 'cls' or 'last', not {shown(pooling)}",
                 parameter="pooling",
                 value=pooling,
             )

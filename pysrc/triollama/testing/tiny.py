@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_kind, shown
+from ..errors import ParameterError
 from ..writing import replacing
 from .tiny_shape import (
     ARCHITECTURES,
@@ -80,15 +82,38 @@ def make_tiny_model(
     :data:`ROPE_SCALINGS` with ``rope_factor`` and ``rope_original_ctx``. ``dtype`` is one of
     :data:`DTYPES`. ``chat_template``: the family's own by default, ``None`` for none, or Jinja.
 
-    The file appears complete or not at all. Raises ValueError for arguments that make no model and
+    The file appears complete or not at all. Raises ParameterError for arguments that make no model and
     ImportError if the package ``gguf`` is missing.
     """
     gguf = _import_gguf()
+    none = type(None)
+    given = {
+        (str,): {"arch": arch, "dtype": dtype},
+        (str, none): {"chat_template": chat_template, "name": name},
+        (int,): {
+            "seed": seed,
+            "n_head": n_head,
+            "n_vocab": n_vocab,
+            "sliding_window": sliding_window,
+            "rope_original_ctx": rope_original_ctx,
+        },
+        (int, none): {
+            "n_embd": n_embd,
+            "n_head_kv": n_head_kv,
+            "head_dim": head_dim,
+            "n_ff": n_ff,
+        },
+        (int, float): {"rope_base": rope_base, "rope_factor": rope_factor},
+        (int, list, tuple): {"swa_pattern": swa_pattern},
+    }
+    for kinds, values in given.items():
+        for label, value in values.items():
+            check_kind(label, value, *kinds)
     a = ARCHS.get(arch)
     if a is None:
-        raise ValueError(f"unknown arch {arch!r}; choose from {', '.join(ARCHS)}")
+        raise ParameterError(f"unknown arch {shown(arch)}; choose from {', '.join(ARCHS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        raise ParameterError(f"unknown dtype {shown(dtype)}; choose from {', '.join(DTYPES)}")
     if n_embd is None:
         n_embd = 256 if dtype == "Q4_K" else 64
     if n_ff is None:
@@ -101,7 +126,7 @@ def make_tiny_model(
     check_rope(arch, a, rope_scaling, rope_factor)
     least_window = 0 if arch == "gemma3" else 1
     if a.window and (sliding_window < least_window or swa_pattern in (0, ())):
-        raise ValueError(
+        raise ParameterError(
             f"sliding_window {sliding_window} with swa_pattern {swa_pattern} makes no {arch}"
         )
 

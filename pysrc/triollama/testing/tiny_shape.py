@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ..checks import check_kind, shown
+from ..errors import ParameterError
+
 __all__ = [
     "ARCHITECTURES",
     "ARCHS",
@@ -116,36 +119,38 @@ def check_shape(
         ("n_ff", n_ff),
         ("n_ctx", n_ctx),
     ):
+        check_kind(label, value, int)
         if value < 1:
-            raise ValueError(f"{label} must be at least 1, not {value}")
+            raise ParameterError(f"{label} must be at least 1, not {value}")
     if n_head % n_head_kv:
-        raise ValueError(f"n_head {n_head} must be a multiple of n_head_kv {n_head_kv}")
+        raise ParameterError(f"n_head {n_head} must be a multiple of n_head_kv {n_head_kv}")
     if a.mixer == "encoder" and n_head != n_head_kv:
-        raise ValueError(f"{arch} wants n_head == n_head_kv, not {n_head} and {n_head_kv}")
+        raise ParameterError(f"{arch} wants n_head == n_head_kv, not {n_head} and {n_head_kv}")
     if not a.own_head_dim and a.mixer in ATTENDING and head_dim * n_head != n_embd:
-        raise ValueError(
+        raise ParameterError(
             f"{arch} wants n_head * head_dim == n_embd, not {n_head} * {head_dim} and {n_embd}"
         )
     if head_dim % 2:
-        raise ValueError(f"head_dim must be even, not {head_dim}")
+        raise ParameterError(f"head_dim must be even, not {head_dim}")
     block = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256}.get(dtype, 1)
     rows = [("n_embd", n_embd), ("n_ff", n_ff)]
     if a.mixer in ATTENDING:
         rows.append(("n_head * head_dim", n_head * head_dim))
     for label, width in rows:
         if width % block:
-            raise ValueError(f"{dtype} wants {label} to be a multiple of {block}, not {width}")
+            raise ParameterError(f"{dtype} wants {label} to be a multiple of {block}, not {width}")
 
 
 def check_rope(arch: str, a: Arch, scaling: str | None, factor: float) -> None:
     if scaling is None:
         return
+    check_kind("rope_scaling", scaling, str)
     if scaling not in ROPE_SCALINGS:
-        raise ValueError(
-            f"unknown rope_scaling {scaling!r}; choose from {', '.join(ROPE_SCALINGS)}"
+        raise ParameterError(
+            f"unknown rope_scaling {shown(scaling)}; choose from {', '.join(ROPE_SCALINGS)}"
         )
     only = {"llama3": "llama", "longrope": "phi3"}.get(scaling, arch)
     if arch != only or a.mixer != "attention":
-        raise ValueError(f"rope_scaling {scaling!r} does not go with {arch}")
+        raise ParameterError(f"rope_scaling {shown(scaling)} does not go with {arch}")
     if not factor >= 1.0 or math.isinf(factor):
-        raise ValueError(f"rope_factor must be at least 1, not {factor}")
+        raise ParameterError(f"rope_factor must be at least 1, not {factor}")

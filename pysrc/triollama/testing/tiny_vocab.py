@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+from ..errors import ParameterError
+
 __all__ = ["STYLES", "TinyVocab", "make_vocab"]
 
 # llama.h: enum llama_token_type
@@ -195,15 +197,15 @@ def make_vocab(style: str, n_vocab: int) -> TinyVocab:
     """A vocabulary of exactly ``n_vocab`` tokens in the given style.
 
     Special tokens first, then the 256 bytes, then what was learned, most useful first; when the
-    text has nothing more to teach, ``<unusedN>`` fills the rest. Raises ValueError if
+    text has nothing more to teach, ``<unusedN>`` fills the rest. Raises ParameterError if
     ``n_vocab`` does not even hold special tokens and bytes.
     """
     if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
+        raise ParameterError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     s = STYLES[style]
     n_fixed = len(s.names) + 256
     if n_vocab < n_fixed:
-        raise ValueError(f"n_vocab must be at least {n_fixed} for style {style!r}, not {n_vocab}")
+        raise ParameterError(f"n_vocab must be at least {n_fixed} for style {style!r}, not {n_vocab}")
 
     tokens = list(s.names)
     types = [UNKNOWN if name == "<unk>" else CONTROL for name in s.names]
