@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from .chat import ChatTemplate
-from .checks import shown
+from .checks import check_kind, shown
 from .conversation import Conversation, Conversations, OnCancel, Overflow, saving
 from .engine.adapters import Adapters, LoadedAdapter
 from .engine.core import Core
@@ -560,6 +560,7 @@ class Llama:
     def cancel(self, id: int) -> bool:
         """End the stream of this id, from any task: its reader gets the pieces that are there, then
         the end. False if no open stream has this id."""
+        check_kind("id", id, int)
         stream = self._core.streams.get(id)
         if stream is None:
             return False
@@ -575,6 +576,7 @@ class Llama:
 
     def update(self, id: int, **changes: Any) -> None:
         """Change parameters of a running stream; see :meth:`Stream.update`."""
+        check_kind("id", id, int)
         stream = self._core.streams.get(id)
         if stream is None:
             raise ParameterError(f"no open stream has the id {id}", parameter="id", value=id)

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ModelError, ModelFormatError, ModelNotFoundError
+from .checks import shown
+from .errors import ModelError, ModelFormatError, ModelNotFoundError, ParameterError
 from .writing import cache_dir, replacing, write_file
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
     """
     if path is None:
         return default_model()
-    text = os.fspath(path)
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise ParameterError(
+            f"path must be a path of a model file, not {shown(path)}", parameter="path", value=path
+        ) from None
     if not isinstance(text, str) or not text or "\0" in text:
         raise ModelNotFoundError(f"{text!r} is no path of a model file", path=str(text))
     try:
@@ -108,7 +114,7 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
             )
         with target.open("rb") as file:
             head = file.read(_HEADER.size)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home for this ~user
+    except (OSError, RuntimeError, ValueError) as error:  # no home for this ~user; no text
         if isinstance(error, ModelNotFoundError):
             raise
         reason = getattr(error, "strerror", None) or error

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from .checks import shown
+from .checks import check_kind, shown
 from .errors import ParameterError
 
 __all__ = [
@@ -312,6 +312,7 @@ _FLOAT_RANGES: dict[str, tuple[float, float, str]] = {
 def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> GenerationParams:
     """``base`` (or the defaults) with ``changes``; an unknown name raises ParameterError."""
     fields = GenerationParams.__struct_fields__
+    check_kind("changes", changes, Mapping)
     for name in changes:
         if name not in fields:
             raise ParameterError(

@@ -93,8 +93,8 @@ class open_llama:
                 disk_bytes=disk_bytes,
                 disk_folder=disk_folder,
                 progress=progress,
-                model_options=model_options or {},
-                context_options=context_options or {},
+                model_options={} if model_options is None else model_options,
+                context_options={} if context_options is None else context_options,
             )
 
         self._serving = Serving(load, when_full)

@@ -14,7 +14,7 @@ import trio
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..chat.template import warn_of_default
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.adapters import Adapters, LoadedAdapter
 from ..engine.core import Core
 from ..errors import (
@@ -94,10 +94,15 @@ class Conversations:
     ) -> Conversation:
         self.check_overflow(overflow)
         check_policy(on_cancel)
+        check_kind("messages", messages, Iterable)
+        check_kind("template", template, str, ChatTemplate, type(None))
+        check_kind("tools", tools, list, tuple, type(None))
+        check_kind("variables", variables, Mapping, type(None))
         history: list[Message] = []
         if system is not None:
             history.append(Message(role="system", content=system, created=now()))
         for at, message in enumerate(messages):
+            check_kind(f"messages[{at}]", message, Message, Mapping)
             history.append(
                 as_given(message)
                 if isinstance(message, Message)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import trio
 
 from .. import files
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.adapters import Scaled
 from ..errors import (
     GrammarError,
@@ -34,6 +34,9 @@ from .saved import from_saved
 __all__ = ["autosave", "restore", "save"]
 
 _log = logging.getLogger("triollama.conversation")
+
+_EVER = 1e9
+"""As many seconds as a clock can count for sure."""
 
 
 def settings(chats: Conversations) -> files.ContextSettings:
@@ -90,6 +93,7 @@ async def save(
     """See ``Llama.save``."""
     await trio.lowlevel.checkpoint()
     chats.core.check_open()
+    check_kind("kv", kv, bool)
     await chats.core.engine.fingerprint()
     chosen = list(chats) if conversations is None else _own(chats, conversations)
     keeper = _keeper(chats, path)
@@ -171,6 +175,9 @@ async def restore(
     """See ``Llama.restore``."""
     await trio.lowlevel.checkpoint()
     chats.core.check_open()
+    check_kind("replace", replace, bool)
+    check_kind("tools", options.get("tools"), list, tuple, type(None))
+    check_kind("variables", options.get("variables"), Mapping, type(None))
     for name, value in options.items():
         if name not in ("overflow", "on_cancel", "tools", "variables"):
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
@@ -386,6 +393,7 @@ async def autosave(
         raise ParameterError(
             f"sync must be 'soon' or 'commit', not {shown(sync)}", parameter="sync", value=sync
         )
+    every, deadline = min(every, _EVER), min(deadline, _EVER)
     await chats.core.engine.fingerprint()
     ids = None if conversations is None else [one.id for one in _own(chats, conversations)]
     saver = Autosave(path, document_of(chats, ()), every=every, sync=sync, ids=ids)

@@ -11,8 +11,9 @@ import msgspec
 import trio
 
 from .. import files
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..errors import AdapterError, BusyError, ParameterError, StateError
+from ..files.store import name_of
 from .core import Core
 from .protocol import Reply
 
@@ -75,7 +76,7 @@ class Adapters:
     @trio.lowlevel.enable_ki_protection
     async def load(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """See ``Llama.load_adapter``."""
-        name = os.fspath(path)
+        name = name_of(path)
 
         def read() -> bytes:
             with open(name, "rb") as file:
@@ -84,10 +85,9 @@ class Adapters:
         async with self._lock:
             try:
                 digest = await trio.to_thread.run_sync(read)
-            except OSError as error:
-                raise AdapterError(
-                    f"cannot read the adapter {name}: {error.strerror or error}", path=name
-                ) from error
+            except (OSError, ValueError) as error:  # ValueError: NUL in a path
+                why = getattr(error, "strerror", None) or error
+                raise AdapterError(f"cannot read the adapter {name}: {why}", path=name) from error
             if digest not in self._loaded:
                 # Between two steps of the decoder: a decode reads what loading changes.
                 reply = await trio.to_thread.run_sync(self._engine.load_adapter, name)
@@ -118,14 +118,15 @@ class Adapters:
         path = ""
         if isinstance(source, numpy.ndarray):
             rows = source
-            if rows.shape != (last, model.n_embd) or not numpy.isfinite(rows).all():
+            fits = rows.shape == (last, model.n_embd) and rows.dtype.kind in "fiu"
+            if not fits or not numpy.isfinite(rows).all():
                 raise ParameterError(
                     f"a control vector for this model is finite and of shape "
-                    f"({last}, {model.n_embd}), not {rows.shape}",
+                    f"({last}, {model.n_embd}), not {rows.shape} of {rows.dtype}",
                     parameter="source",
                 )
         else:
-            path = os.fspath(source)
+            path = name_of(source)
             rows = await trio.to_thread.run_sync(self._engine.read_control_vector, path)
             if not numpy.isfinite(rows).all():
                 raise AdapterError(f"{path} holds values that are not finite", path=path)
@@ -164,6 +165,7 @@ class Adapters:
 
     def check(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
         """Pairs of an adapter of this Llama and a finite scale. Raises ParameterError."""
+        check_kind("adapters", adapters, Iterable)
         chosen = []
         for pair in adapters:
             try:
@@ -172,7 +174,7 @@ class Adapters:
                 if known and -1e6 <= float(scale) <= 1e6:
                     chosen.append((adapter, float(scale)))
                     continue
-            except (AttributeError, TypeError, ValueError):
+            except (AttributeError, TypeError, ValueError, OverflowError):
                 pass
             raise ParameterError(
                 "adapters must be pairs of an adapter from load_adapter or load_control_vector, "

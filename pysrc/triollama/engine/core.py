@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import trio
 
+from ..checks import check_kind
 from ..errors import BusyError, EngineError, ParameterError, QueueFullError
 from ..params import GenerationParams
 from .protocol import Engine, EngineStream, Model, Reply, Vocab
@@ -134,6 +135,7 @@ class Core:
         """What ``start`` gives, once the queue has room: the higher priority first, then who came
         first. If this raises, Cancelled included, nothing was started. Not always a checkpoint."""
         self.check_open()
+        check_kind("priority", priority, int)
         refuses = (when_full or self._when_full) == "raise"
         ticket = _Ticket(-priority, next(self._numbers))
         if refuses or not self._waiting or ticket < self._waiting[0]:

@@ -21,8 +21,9 @@ from .._engine import (
     Sampler,
     read_control_vector,
 )
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..errors import LoadCancelled, ParameterError, StateWriteError
+from ..files.store import name_of
 from ..params import GenerationParams
 from . import protocol
 from .statistics import Statistics
@@ -250,12 +251,12 @@ def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes]
         )
     if n_bytes == 0:
         return None
+    where = tempfile.gettempdir() if folder is None else name_of(folder)
     try:
-        return tempfile.TemporaryFile(dir=folder, prefix="triollama-", buffering=0)
-    except OSError as error:
-        where = os.fspath(folder) if folder is not None else tempfile.gettempdir()
+        return tempfile.TemporaryFile(dir=where, prefix="triollama-", buffering=0)
+    except (OSError, ValueError) as error:
         raise StateWriteError(
-            f"no file for KV can be made in {where!r}: {error.strerror or error}", path=where
+            f"no file for KV can be made in {where!r}: {error}", path=where
         ) from error
 
 
@@ -281,6 +282,11 @@ async def load(
     context_options: dict[str, Any],
 ) -> NativeEngine:
     """Load in a worker thread. Cancelling stops the load itself, and leaves nothing behind."""
+    check_kind("max_streams", max_streams, int)
+    check_kind("deterministic", deterministic, bool)
+    check_kind("progress", progress, Callable, type(None))
+    check_kind("model_options", model_options, dict)
+    check_kind("context_options", context_options, dict)
 
     def work() -> NativeEngine:
         interruption: BaseException | None = None

@@ -57,7 +57,7 @@ def name_of(path: StrPath) -> str:
     """A path as a string. Raises ParameterError for what is none, as a descriptor's number."""
     try:
         return os.fsdecode(path)
-    except TypeError:
+    except (TypeError, UnicodeError):
         raise ParameterError(
             f"a path is a string or a PathLike, not {shown(path)}", parameter="path", value=path
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 import trio
 
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.core import Core
 from ..errors import ParameterError, TriollamaError
 from ..structured import Structured
@@ -57,10 +58,12 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
         at_once: int | None,
         start: int,
     ) -> None:
+        check_kind("ordered", ordered, bool)
         for name, value, low in (("at_once", at_once, 1), ("start", start, 0)):
             if value is None and name == "at_once":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            known = isinstance(value, int) and not isinstance(value, bool)
+            if not known or not low <= value <= sys.maxsize:
                 raise ParameterError(
                     f"{name} must be an integer from {low} on, not {shown(value)}",
                     parameter=name,

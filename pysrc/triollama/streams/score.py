@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
+from ..checks import check_kind
 from ..engine.adapters import Adapters, Scaled
 from ..engine.core import Core
 from ..engine.protocol import EngineStream
@@ -57,6 +58,7 @@ async def embed(
     """See ``Llama.embed``."""
     import numpy
 
+    check_kind("normalize", normalize, bool)
     texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
     if not texts or not all(isinstance(one, str) for one in texts):
         raise ParameterError(

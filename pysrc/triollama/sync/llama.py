@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from .. import models
 from .._engine import Batch, Context, Model, score_tokens
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..errors import BusyError, ParameterError
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score
@@ -67,6 +67,13 @@ class Llama:
         model_options: dict[str, Any] | None = None,
         context_options: dict[str, Any] | None = None,
     ) -> None:
+        for name, value, kinds in (
+            ("reuse", reuse, (bool,)),
+            ("progress", progress, (Callable, type(None))),
+            ("model_options", model_options, (dict, type(None))),
+            ("context_options", context_options, (dict, type(None))),
+        ):
+            check_kind(name, value, *kinds)
         self._stream: weakref.ref[Stream] | None = None
         self.reuse = reuse
         self._owns_model = not isinstance(path, Model)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.protocol import Sampler
 from ..engine.statistics import Statistics
 from ..errors import (
@@ -21,10 +21,9 @@ from ..errors import (
     EngineError,
     ParameterError,
     QueueFullError,
-    TokenError,
 )
 from ..params import GenerationParams
-from .fake_memory import END, N_VOCAB, FakeLayout, FakeMemory, FakeSampler
+from .fake_memory import END, FakeLayout, FakeMemory, FakeSampler, check_tokens
 from .fake_stream import FakeStream, Reply, Turn
 
 T = TypeVar("T")
@@ -66,6 +65,17 @@ class FakeEngine(FakeMemory):
         max_streams: int = 4,
         max_queue: int = 1024,
     ) -> None:
+        check_kind("reply", reply, Callable)
+        for name, value in (("n_ctx", n_ctx), ("max_streams", max_streams), ("max_queue", max_queue)):
+            check_kind(name, value, int)
+        for name, seconds in (
+            ("token_seconds", token_seconds),
+            ("prompt_token_seconds", prompt_token_seconds),
+            ("cancel_seconds", cancel_seconds),
+            ("load_seconds", load_seconds),
+        ):
+            check_kind(name, seconds, int, float)
+        check_kind("load_error", load_error, Exception, type(None))
         super().__init__()
         self.n_ctx = n_ctx
         self.max_streams = max_streams
@@ -141,7 +151,7 @@ class FakeEngine(FakeMemory):
         pooling: str = "mean",
         adapters: int = 0,
     ) -> FakeStream:
-        if pooling not in ("mean", "cls", "last"):
+        if not isinstance(pooling, str) or pooling not in ("mean", "cls", "last"):
             raise ParameterError(
                 f"pooling must be 'mean', 'cls' or 'last', not {shown(pooling)}",
                 parameter="pooling",
@@ -164,15 +174,9 @@ class FakeEngine(FakeMemory):
             raise ClosedError("the engine is closed")
         if self.cause_of_death:
             raise EngineError(self.cause_of_death)
-        for name, given in (("tokens", tokens), ("stop_tokens", params.stop_tokens)):
-            for token in (min(given, default=0), max(given, default=0)):
-                if not 0 <= token < N_VOCAB:
-                    raise TokenError(
-                        f"{name} holds {token}, which is outside the vocabulary of {N_VOCAB} "
-                        "tokens",
-                        parameter=name,
-                        value=token,
-                    )
+        tokens = check_tokens("tokens", tokens)
+        check_tokens("stop_tokens", params.stop_tokens)
+        check_kind("priority", priority, int)
         if not tokens:
             raise ParameterError("the prompt is empty; give at least one token", parameter="tokens")
         if len(tokens) > self.n_ctx:
@@ -188,6 +192,7 @@ class FakeEngine(FakeMemory):
         reply = self._reply(self.detokenize(tokens)) if kind == "generate" else Reply("")
         if isinstance(reply, str):
             reply = Reply(reply)
+        check_kind("what reply gives", reply, Reply)
         stream = FakeStream(
             self, self._new_id(), list(tokens), params, reply, kind, priority, capacity, turn
         )

@@ -9,10 +9,19 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from .._engine import WORTH_SHARING, Model, Sampler, read_gguf
-from ..errors import AdapterError, BusyError, ModelError, ParameterError, StateError
+from ..checks import check_kind, shown
+from ..errors import (
+    AdapterError,
+    BusyError,
+    ModelError,
+    ParameterError,
+    StateError,
+    TokenError,
+)
 from ..params import GenerationParams
 from .tiny import make_tiny_model
 
@@ -30,6 +39,7 @@ __all__ = [
     "FakeReply",
     "FakeSampler",
     "FakeVocab",
+    "check_tokens",
 ]
 
 END = 0
@@ -48,6 +58,24 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return n
 
 
+def check_tokens(name: str, tokens: Any) -> list[int]:
+    """Tokens of the fake's vocabulary. Raises ParameterError, TokenError, as the native engine."""
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+        raise ParameterError(f"{name} must be integers, not {shown(tokens)}", parameter=name)
+    checked = []
+    for token in tokens:
+        if not hasattr(token, "__index__"):
+            raise ParameterError(f"{name} must be integers, not {shown(token)}", parameter=name)
+        checked.append(index(token))
+        if not 0 <= checked[-1] < N_VOCAB:
+            raise TokenError(
+                f"{name} holds {shown(token)}, which is outside the vocabulary of {N_VOCAB} tokens",
+                parameter=name,
+                value=token,
+            )
+    return checked
+
+
 class FakeVocab:
     """Every character is a token; no name is special."""
 
@@ -61,12 +89,14 @@ class FakeVocab:
     def tokenize(
         self, text: str | bytes, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
-        return [ord(one) for one in (text if isinstance(text, str) else text.decode())]
+        check_kind("text", text, str, bytes)
+        return [ord(one) for one in (text if isinstance(text, str) else text.decode(errors="replace"))]
 
     def detokenize(self, tokens: Iterable[int], **options: Any) -> str:
-        return "".join(map(chr, filter(None, tokens)))  # END is 0
+        return "".join(map(chr, filter(None, check_tokens("tokens", tokens))))  # END is 0
 
     def piece(self, token: int, special: bool = False) -> bytes:
+        (token,) = check_tokens("token", [token])
         return b"" if token == END else chr(token).encode("utf-8", "surrogatepass")
 
     def text(self, token: int) -> bytes:
