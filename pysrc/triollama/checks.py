@@ -21,8 +21,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
-def check_kind(name: str, value: Any, *kinds: type) -> None:
-    """Raises ParameterError unless ``value`` is of one of these kinds. A bool is no int."""
+def check_kind(name: str, value: Any, *kinds: Any) -> None:
+    """Raises ParameterError unless ``value`` is of one of these kinds, classes or abstract ones. A
+    bool is no int."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ParameterError(

@@ -70,6 +70,9 @@ ENCODERS = tuple(arch for arch, a in ARCHS.items() if a.mixer == "encoder")
 ARCHITECTURES = tuple(arch for arch in ARCHS if arch not in ENCODERS)
 """Architectures that generate."""
 
+MOST_WEIGHTS = 2**30
+"""In all layers; more would take minutes, and gigabytes."""
+
 ATTENDING = ("attention", "jamba", "encoder")
 
 
@@ -122,6 +125,11 @@ def check_shape(
         check_kind(label, value, int)
         if value < 1:
             raise ParameterError(f"{label} must be at least 1, not {value}")
+    width = max(n_embd, n_ff, n_head * head_dim)
+    if n_layer * n_embd * width > MOST_WEIGHTS or n_ctx > 2**31 - 1:
+        raise ParameterError(
+            f"{n_layer} layers of {n_embd} by {width} are not tiny: at most {MOST_WEIGHTS} weights"
+        )
     if n_head % n_head_kv:
         raise ParameterError(f"n_head {n_head} must be a multiple of n_head_kv {n_head_kv}")
     if a.mixer == "encoder" and n_head != n_head_kv:

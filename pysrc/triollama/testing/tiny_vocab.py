@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+from ..checks import shown
 from ..errors import ParameterError
 
 __all__ = ["STYLES", "TinyVocab", "make_vocab"]
@@ -193,6 +194,9 @@ STYLES: dict[str, Style] = {
 }
 
 
+MOST_TOKENS = 2**20
+
+
 def make_vocab(style: str, n_vocab: int) -> TinyVocab:
     """A vocabulary of exactly ``n_vocab`` tokens in the given style.
 
@@ -204,8 +208,10 @@ def make_vocab(style: str, n_vocab: int) -> TinyVocab:
         raise ParameterError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
     s = STYLES[style]
     n_fixed = len(s.names) + 256
-    if n_vocab < n_fixed:
-        raise ParameterError(f"n_vocab must be at least {n_fixed} for style {style!r}, not {n_vocab}")
+    if not n_fixed <= n_vocab <= MOST_TOKENS:
+        raise ParameterError(
+            f"n_vocab must be from {n_fixed} to {MOST_TOKENS} for style {style!r}, not {shown(n_vocab)}"
+        )
 
     tokens = list(s.names)
     types = [UNKNOWN if name == "<unk>" else CONTROL for name in s.names]
