@@ -130,7 +130,7 @@ async def measure(path: Path, penalties: tuple[float, ...], n_seeds: int) -> lis
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | repeat_penalty | functions that compile | ended by themselves | loops | tokens |",
+        "| model | repeat_penalty | functions that compile | ended by itself | loops | tokens |",
         "|---|---|---|---|---|---|",
     ]
     lines += [

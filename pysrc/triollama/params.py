@@ -191,8 +191,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             for text in texts:
                 if not isinstance(text, str) or not text or not _is_text(text):
                     raise ParameterError(
-                        f"{name} holds {shown(text)}; each must be a non-empty string without NUL, in "
-                        "UTF-8",
+                        f"{name} holds {shown(text)}; each must be a non-empty string without NUL, "
+                        "in UTF-8",
                         parameter=name,
                         value=text,
                     )
@@ -224,7 +224,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 )
         if not isinstance(self.logit_bias, dict):
             raise ParameterError(
-                f"logit_bias must be a dict from token ids to numbers, not {shown(self.logit_bias)}",
+                "logit_bias must be a dict from token ids to numbers, "
+                f"not {shown(self.logit_bias)}",
                 parameter="logit_bias",
                 value=self.logit_bias,
             )

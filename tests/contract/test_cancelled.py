@@ -382,7 +382,7 @@ def test_an_autosave_at_its_own_checkpoints(world: World, tmp_path: Path) -> Non
             for n in range(1, 40):
                 before = acknowledged
                 async with trio.open_nursery() as nursery:
-                    found = await cut(lambda: save(nursery), n)  # noqa: B023
+                    found = await cut(lambda: save(nursery), n)
                 assert found.cancelled
                 if acknowledged > before:
                     (saved,) = load_document(path).conversations

@@ -39,7 +39,7 @@ import numpy
 import trio
 import triollama
 from triollama import GenerationParams, chat, files, lowlevel, models, params, sync, testing, tuning
-from triollama.structured import Structured, structured
+from triollama.structured import structured
 from triollama.testing import FakeEngine, make_tiny_model, open_fake_llama
 
 MODULES = (triollama, sync, lowlevel, chat, files, models, params, testing, tuning)
@@ -57,7 +57,12 @@ SPARED = {
     "Conversations.written",
 }  # fmt: skip
 
-TRIO = (trio.ClosedResourceError, trio.BusyResourceError, trio.BrokenResourceError, trio.EndOfChannel)
+TRIO = (
+    trio.ClosedResourceError,
+    trio.BusyResourceError,
+    trio.BrokenResourceError,
+    trio.EndOfChannel,
+)
 
 
 class Odd:
@@ -99,12 +104,12 @@ WRONG: tuple[Callable[[], Any], ...] = (
     lambda: {}, lambda: {"role": "user"}, lambda: {"role": 5, "content": []}, lambda: {1: 2},
     lambda: {"role": "user", "content": "hi"}, lambda: [{"role": "user", "content": "hi"}],
     lambda: [{"role": "assistant", "content": nested(500)}], lambda: {"a": Odd()},
-    lambda: set(), lambda: {1, 2}, lambda: frozenset({"a"}), lambda: range(5), lambda: iter([1, 2]),
+    set, lambda: {1, 2}, lambda: frozenset({"a"}), lambda: range(5), lambda: iter([1, 2]),
     lambda: (i for i in "ab"), Odd, lambda: Odd, lambda: int, lambda: list[int], lambda: print,
     lambda: (lambda: None), lambda: (lambda *a, **k: "x"), lambda: os, lambda: ValueError("x"),
     lambda: numpy.zeros(3), lambda: numpy.zeros((2, 3), numpy.float32), lambda: numpy.arange(4),
     lambda: numpy.array("a"), lambda: numpy.float32(2), lambda: numpy.int64(3), lambda: Path("x"),
-    lambda: Path("/"), lambda: object(), lambda: type, lambda: Answer, lambda: Answer("Rome"),
+    lambda: Path("/"), object, lambda: type, lambda: Answer, lambda: Answer("Rome"),
 )  # fmt: skip
 
 
@@ -282,11 +287,10 @@ def our_frames(error: BaseException) -> list[traceback.FrameSummary]:
     ]
 
 
-PYTHONS = re.compile(
-    r"positional argument|unexpected keyword|unhashable|multiple values for"
-)
+PYTHONS = re.compile(r"positional argument|unexpected keyword|unhashable|multiple values for")
 SIGNATURE = re.compile(
-    r"argument|expected .* got|takes|required|unexpected keyword|not iterable|cannot be interpreted|"
+    r"argument|expected .* got|takes|required|unexpected keyword|not iterable|"
+    r"cannot be interpreted|"
     r"has incorrect type|neither copied nor pickled|cannot pickle|no default __reduce__|"
     r"unhashable|must be|abstract"
 )
@@ -308,7 +312,9 @@ def is_fault(call: Any, error: BaseException) -> bool:
         if last.filename.endswith(".py"):
             if PYTHONS.search(str(error)):
                 return False
-            return not linecache.getline(last.filename, last.lineno or 0).strip().startswith("raise")
+            return (
+                not linecache.getline(last.filename, last.lineno or 0).strip().startswith("raise")
+            )
         return not SIGNATURE.search(str(error))
     if isinstance(error, AttributeError) and "not writable" in str(error):
         return False
@@ -338,7 +344,9 @@ class Campaign:
             for one in error.exceptions:
                 self.note(name, call, one, what)
             return
-        silent = not str(error) and not isinstance(error, (StopIteration, StopAsyncIteration, *TRIO))
+        silent = not str(error) and not isinstance(
+            error, (StopIteration, StopAsyncIteration, *TRIO)
+        )
         if not silent and not is_fault(call, error):
             return
         frames = our_frames(error)
@@ -393,7 +401,7 @@ class Campaign:
             elif hasattr(type(found), "__aenter__") and world.chance.random() < 0.5:
                 await self.entered(world, found)
             elif isinstance(found, Iterator) and hasattr(found, "__next__"):
-                for _ in zip(range(20), found):
+                for _ in zip(range(20), found, strict=False):
                     pass
         except trio.Cancelled:
             raise
@@ -426,10 +434,10 @@ def common(world: World, path: Path) -> None:
     """What needs no Llama."""
     template = chat.named("chatml")
     model = world.closers.enter_context(lowlevel.Model(path, vocab_only=True))
-    saved = files.SavedConversation(
-        id="a", messages=(files.Message(role="user", content="hi"),)
+    saved = files.SavedConversation(id="a", messages=(files.Message(role="user", content="hi"),))
+    document = files.Document(
+        model=files.ModelIdentity(fingerprint=b"f" * 32), conversations=(saved,)
     )
-    document = files.Document(model=files.ModelIdentity(fingerprint=b"f" * 32), conversations=(saved,))
     files.save_document(world.folder / "saved", document)
     (world.folder / "garbage").write_bytes(b"\0\1garbage" * 50)
     (world.folder / "lines.jsonl").write_text('{"text": "hello"}\n{"text": "more"}\n')
@@ -455,9 +463,9 @@ async def trios(world: World, llama: triollama.Llama) -> None:
         await ended.ended()
     world.objects += [
         llama, llama, *chats, chats[0], llama.conversations, llama.adapters, llama.model,
-        llama.vocab, await llama.load_control_vector(rows), ended, llama.stream("Once", max_tokens=3),
-        chats[1].stream("Hello"), llama.map(["a", "b"], max_tokens=2), await llama.save(world.path()),
-        llama.statistics(), chats[0].messages[-1],
+        llama.vocab, await llama.load_control_vector(rows), ended, chats[1].stream("Hello"),
+        llama.stream("Once", max_tokens=3), llama.map(["a", "b"], max_tokens=2),
+        await llama.save(world.path()), llama.statistics(), chats[0].messages[-1],
     ]  # fmt: skip
 
 
@@ -504,9 +512,13 @@ async def _in_world(
     if kind == "fake":
         opened = open_fake_llama(
             FakeEngine(
-                lambda prompt: "An answer.", n_ctx=256, max_streams=2, max_queue=2,
-                token_seconds=0.0, prompt_token_seconds=0.0,
-            )  # fmt: skip
+                lambda prompt: "An answer.",
+                n_ctx=256,
+                max_streams=2,
+                max_queue=2,
+                token_seconds=0.0,
+                prompt_token_seconds=0.0,
+            )
         )
     elif kind == "native":
         opened = triollama.open_llama(model, n_ctx=256, max_streams=2, max_queue=2, threads=1)
@@ -545,7 +557,9 @@ def run(seed: int, worlds: int, calls: int, *, verbose: bool = False) -> Campaig
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first world")
     parser.add_argument("--worlds", type=int, default=200)
     parser.add_argument("--calls", type=int, default=40, help="in each world")

@@ -306,7 +306,7 @@ def test_a_tensor_that_the_graph_needs(tiny: Any, tmp_path: Path) -> None:
 def test_a_thread_goes_on_after_a_fault(
     tiny: Any, default_model_path: Path, tmp_path: Path, run_isolated: Any
 ) -> None:
-    """Where the CPU has tiles (AMX), the handler of the signal must not lose what they are set to."""
+    """Where the CPU has tiles (AMX), the signal's handler must not lose what they are set to."""
     bad = rewritten(tiny("phi3"), tmp_path / "bad.gguf", without=["blk.0.attn_qkv.weight"])
     code = """
         import sys

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from msgspec import Meta
 from triollama._engine import (
+    WORTH_SHARING,
     Batch,
     Context,
     Model,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from triollama.conversation.history import State
 from triollama._engine import WORTH_SHARING
+from triollama.conversation.history import State
 from triollama.conversation.plan import Plan
 from triollama.conversation.sequences import Sequence, Sequences, reusable
 

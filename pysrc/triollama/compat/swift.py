@@ -201,8 +201,8 @@ class SwiftyLlama:
         conversation_id: str | None = None,
         continue_conversation: bool = False,
     ) -> GenerationStream:
-        """Text that goes on from ``prompt``; with ``conversation_id`` the answer to it, as the first
-        turn of a conversation, or with ``continue_conversation`` the next turn. Raises
+        """Text that goes on from ``prompt``; with ``conversation_id`` the answer to it, as the
+        first turn of a conversation, or with ``continue_conversation`` the next turn. Raises
         ParameterError where there is none to continue."""
         changes = (GenerationParams() if params is None else params).changes()
         stream = (

@@ -90,7 +90,9 @@ def _fields(kind: type[Saved]) -> list[tuple[str, tuple[type, ...], type | None]
             elif origin is tuple:
                 kinds |= {tuple: None, list: None}
                 held = get_args(part)[0]
-                inner = held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None
+                inner = (
+                    held if isinstance(held, type) and issubclass(held, msgspec.Struct) else None
+                )
             elif origin is float:
                 kinds |= {float: None, int: None}
             else:

@@ -39,8 +39,9 @@ class Llama:
     threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
     reuse: a prompt begins with what the last call left of the same beginning, if that is 16 tokens
-        or more; ``usage`` tells how much (``cached_tokens``). What follows is then computed in other pieces, so the same call
-        may round differently the second time (docs/kv.md, K3); False computes every prompt whole.
+        or more; ``usage`` tells how much (``cached_tokens``). What follows is then computed in
+        other pieces, so the same call may round differently the second time (docs/kv.md, K3);
+        False computes every prompt whole.
     type_k, type_v, flash_attn: see :class:`triollama._engine.Context`.
     progress: called with a float from 0 to 1 while loading; returning False cancels.
     model_options, context_options: further arguments of Model and Context.

@@ -66,7 +66,11 @@ class FakeEngine(FakeMemory):
         max_queue: int = 1024,
     ) -> None:
         check_kind("reply", reply, Callable)
-        for name, value in (("n_ctx", n_ctx), ("max_streams", max_streams), ("max_queue", max_queue)):
+        for name, value in (
+            ("n_ctx", n_ctx),
+            ("max_streams", max_streams),
+            ("max_queue", max_queue),
+        ):
             check_kind(name, value, int)
         for name, seconds in (
             ("token_seconds", token_seconds),

@@ -90,7 +90,9 @@ class FakeVocab:
         self, text: str | bytes, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
         check_kind("text", text, str, bytes)
-        return [ord(one) for one in (text if isinstance(text, str) else text.decode(errors="replace"))]
+        return [
+            ord(one) for one in (text if isinstance(text, str) else text.decode(errors="replace"))
+        ]
 
     def detokenize(self, tokens: Iterable[int], **options: Any) -> str:
         return "".join(map(chr, filter(None, check_tokens("tokens", tokens))))  # END is 0

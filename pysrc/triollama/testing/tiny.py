@@ -82,8 +82,8 @@ def make_tiny_model(
     :data:`ROPE_SCALINGS` with ``rope_factor`` and ``rope_original_ctx``. ``dtype`` is one of
     :data:`DTYPES`. ``chat_template``: the family's own by default, ``None`` for none, or Jinja.
 
-    The file appears complete or not at all. Raises ParameterError for arguments that make no model and
-    ImportError if the package ``gguf`` is missing.
+    The file appears complete or not at all. Raises ParameterError for arguments that make no model
+    and ImportError if the package ``gguf`` is missing.
     """
     gguf = _import_gguf()
     none = type(None)

@@ -210,7 +210,8 @@ def make_vocab(style: str, n_vocab: int) -> TinyVocab:
     n_fixed = len(s.names) + 256
     if not n_fixed <= n_vocab <= MOST_TOKENS:
         raise ParameterError(
-            f"n_vocab must be from {n_fixed} to {MOST_TOKENS} for style {style!r}, not {shown(n_vocab)}"
+            f"n_vocab must be from {n_fixed} to {MOST_TOKENS} for style {style!r}, "
+            f"not {shown(n_vocab)}"
         )
 
     tokens = list(s.names)
