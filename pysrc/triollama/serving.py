@@ -147,8 +147,7 @@ class Serving:
         if not trio.lowlevel.in_trio_run():
             raise UnsupportedError(
                 "open_llama serves tasks of trio, and no trio is running here: start the program"
-                " with trio.run. Under asyncio, call triollama.sync.Llama by asyncio.to_thread, or"
-                " let trio run as asyncio's guest (trio.lowlevel.start_guest_run)"
+                " with trio.run. Under asyncio there is triollama.aio.open_llama"
             )
         engine = await self._load()
         self._core = core = Core(engine, when_full=self._when_full)

@@ -30,6 +30,13 @@ def tool(name: str) -> Path:
     return path
 
 
+@functools.cache
+def server_program() -> Path:
+    """llama-server, which is built by itself: nothing else needs the minutes that it takes."""
+    folder = build_upstream_tools(["llama-server"])
+    return folder / ("llama-server.exe" if os.name == "nt" else "llama-server")
+
+
 def llama_bench(
     model: Path, *, n_prompt: int, n_gen: int, reps: int, threads: int, n_batch: int, n_ubatch: int
 ) -> float:

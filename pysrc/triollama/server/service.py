@@ -1,0 +1,230 @@
+"""What a server serves, whatever API asks for it: models by name, prompts, answers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from ..engine.adapters import LoadedAdapter, Scaled
+from ..errors import ParameterError
+from ..params import MAX_SEED, GenerationParams
+from ..results import Completion
+from ..streams.stream import Piece, Stream
+from .chats import Chats
+from .faults import Fault
+from .http import Limits
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..conversation import Conversation
+    from ..llama import Llama
+
+__all__ = ["Ask", "Lora", "Service", "text_of"]
+
+LONG = 20_000
+"""Characters of a chat whose rendering takes milliseconds: others should not wait for it."""
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter of the server's, by name, and how much of it."""
+
+    name: str
+    scale: float = 1.0
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """One text to be generated: after ``tokens``, or as the answer to ``text`` in ``chat``."""
+
+    params: GenerationParams
+    tokens: Sequence[int] = ()
+    adapters: Scaled = ()
+    chat: Any = None
+    role: str = "user"
+    text: str = ""
+
+
+class Service:
+    """A Llama with the names by which clients know what it has.
+
+    name: of the model. adapters: by name; the name of one is that of a model, too: the base model
+    with it. params: what is not asked for otherwise. chats: conversations that are kept.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        *,
+        name: str,
+        adapters: Mapping[str, LoadedAdapter],
+        params: GenerationParams,
+        limits: Limits,
+        chats: Chats | None,
+    ) -> None:
+        self.llama = llama
+        self.name = name
+        self.adapters = dict(adapters)
+        self.params = params
+        self.limits = limits
+        self.chats = chats
+        self.metrics = Metrics()
+        self.started = int(time.time())
+        self.answering = 0
+
+    # What is asked for
+
+    def adapters_of(self, model: str, lora: Sequence[Lora] = ()) -> Scaled:
+        """The set that a model's name and a list of adapters stand for."""
+        chosen: list[tuple[LoadedAdapter, float]] = []
+        if model in self.adapters:
+            chosen.append((self.adapters[model], 1.0))
+        elif model not in ("", self.name):
+            raise Fault(
+                404,
+                f"there is no model {model!r} here; there are {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+        for one in lora:
+            if one.name not in self.adapters:
+                names = ", ".join(self.adapters) or "none"
+                why = f"there is no adapter {one.name!r} here; there are: {names}"
+                raise Fault(400, why, param="lora")
+            chosen.append((self.adapters[one.name], one.scale))
+        try:
+            return self.llama.adapters.check(chosen)
+        except ParameterError as error:
+            raise Fault(400, str(error), param="lora") from None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models."""
+        return [self.name, *self.adapters]
+
+    def params_of(self, changes: Mapping[str, Any]) -> GenerationParams:
+        """The server's own, with what a request asks for. Raises ParameterError, Fault."""
+        params = self.params.replace(**changes)
+        most, wanted = self.limits.max_tokens, params.max_tokens
+        if most is None:
+            return params
+        if wanted is not None and wanted > most:
+            why = f"at most {most} tokens are generated here, not {wanted}"
+            raise Fault(400, why, param="max_tokens")
+        return params if wanted is not None else params.replace(max_tokens=most)
+
+    async def tokens(self, text: str) -> list[int]:
+        """Of a text, with special tokens added; beside the event loop if it is long."""
+        if len(text) > LONG:
+            return await trio.to_thread.run_sync(self.llama.tokenize, text)
+        return self.llama.tokenize(text)
+
+    async def chat_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt for an answer, or for more of one where the last message is the assistant's.
+        Raises ChatTemplateError, ParameterError."""
+        chats = self.llama.conversations
+        template = chats.template(None)
+
+        def make() -> list[int]:
+            prefill = ""
+            shown = list(messages)
+            if shown and shown[-1]["role"] == "assistant":
+                prefill = str(shown.pop().get("content") or "")
+            rendered = template.render(shown, tools=tools, **(variables or {}))
+            tokens = chats.tokenizer.encode(rendered).tokens
+            return [*tokens, *self.llama.vocab.tokenize(prefill, False, False)]
+
+        if not messages:
+            raise Fault(400, "there are no messages", param="messages")
+        size = sum(500 + len(str(message.get("content"))) for message in messages)
+        return await trio.to_thread.run_sync(make) if size > LONG else make()
+
+    def answer_params(self, params: GenerationParams) -> GenerationParams:
+        """``params`` of an answer in a chat, which also ends where the template ends turns."""
+        chats = self.llama.conversations
+        end = chats.turn_end(chats.template(None))
+        if end.stop:
+            params = params.replace(stop=(*params.stop, *end.stop))
+        if end.tokens and not params.ignore_eos:
+            params = params.replace(stop_tokens=(*params.stop_tokens, *end.tokens))
+        return params
+
+    # Answers
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the requests that generate, or wait to."""
+        if self.answering >= self.limits.requests:
+            why = f"{self.answering} requests are being answered, and no more at a time"
+            raise Fault(429, why, code="queue_full")
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
+
+    def stream(self, ask: Ask) -> Stream:
+        """The answer in pieces, to be entered."""
+        if ask.chat is not None:
+            chat: Conversation = ask.chat
+            return chat.stream(ask.text, ask.params, role=ask.role)
+        return self.llama.stream(ask.tokens, ask.params, adapters=ask.adapters)
+
+    async def whole(self, ask: Ask) -> Completion:
+        """The answer when it is complete."""
+        if ask.chat is not None:
+            chat: Conversation = ask.chat
+            done = await chat.say(ask.text, ask.params, role=ask.role)
+        else:
+            done = await self.llama.generate(ask.tokens, ask.params, adapters=ask.adapters)
+        self.ended(done)
+        return done
+
+    async def all(self, asks: Sequence[Ask]) -> list[Completion]:
+        """The answers to several, together."""
+        if len(asks) == 1:
+            return [await self.whole(asks[0])]
+        found: dict[int, Completion] = {}
+
+        async def one(index: int, ask: Ask) -> None:
+            found[index] = await self.whole(ask)
+
+        async with trio.open_nursery() as nursery:
+            for index, ask in enumerate(asks):
+                nursery.start_soon(one, index, ask)
+        return [found[index] for index in range(len(asks))]
+
+    def ended(self, done: Completion | Stream) -> None:
+        """Count an answer that came to its end. Raises Fault if somebody here ended it."""
+        usage = done.usage
+        if usage.first_token_seconds is not None:
+            self.metrics.first_token.add(usage.first_token_seconds)
+        if usage.tokens_per_second:
+            self.metrics.speed.add(usage.tokens_per_second)
+        if done.finish_reason == "cancelled":
+            raise Fault(503, "the answer was ended by the server", code="cancelled")
+
+    def seeds(self, params: GenerationParams, n: int) -> list[GenerationParams]:
+        """Of ``n`` texts for one prompt: each has a seed of its own, from the one given on."""
+        if params.seed is None or n == 1:
+            return [params] * n
+        seed = params.seed
+        return [params.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(n)]
+
+    def token_text(self, token: int) -> bytes:
+        """What a token is called in log-probabilities."""
+        return self.llama.vocab.piece(token, True)
+
+
+def text_of(piece: Piece) -> bytes:
+    """A piece's text as JSON."""
+    return msgspec.json.encode(piece.text)

@@ -1,0 +1,56 @@
+"""Clients of a completion server, on plain sockets, so that they take little of the cores:
+
+    python _http_program.py PORT < BODIES
+
+Each line is the body of a request; all are sent at once, each on a connection of its own, and read
+to their ends. Says as JSON the seconds from the first sending to the last end, and of each request
+the seconds to its first event with text.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import sys
+import time
+from typing import Any
+
+PATH = "/v1/completions"
+
+
+def main() -> None:
+    port, bodies = int(sys.argv[1]), [line.strip().encode() for line in sys.stdin]
+    chosen = selectors.DefaultSelector()
+    requests = []
+    for body in bodies:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        requests.append((connection, head.encode() + body))
+    start = time.perf_counter()
+    sent: dict[Any, float] = {}
+    first: dict[Any, float] = {}
+    ends: dict[Any, bytes] = {}
+    for connection, data in requests:
+        connection.sendall(data)
+        sent[connection] = time.perf_counter()
+        chosen.register(connection, selectors.EVENT_READ)
+        ends[connection] = b""
+    while chosen.get_map():
+        for key, _ in chosen.select():
+            data = key.fileobj.recv(65536)  # type: ignore[union-attr]
+            if key.fileobj not in first and b"data: " in data:
+                first[key.fileobj] = time.perf_counter() - sent[key.fileobj]
+            ends[key.fileobj] = (ends[key.fileobj] + data)[-64:] if data else ends[key.fileobj]
+            if not data:
+                chosen.unregister(key.fileobj)
+    seconds = time.perf_counter() - start
+    if not all(b"[DONE]" in end for end in ends.values()):
+        raise SystemExit(f"an answer did not come to its end: {ends}")
+    print(json.dumps({"seconds": seconds, "first": list(first.values())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""What the server makes of connections, whoever is at their other end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from servers import Scripted, Site, run_fake, site
+from triollama import ParameterError
+from triollama.server import Limits, Server
+from triollama.testing import open_fake_llama
+
+ASK = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def rest(stream: trio.SocketStream) -> bytes:
+    """All that comes until the other side closes."""
+    data = b""
+    while more := await stream.receive_some():
+        data += more
+    return data
+
+
+async def exchange(site: Site, *parts: bytes) -> bytes:
+    """Send, then read to the end."""
+    async with await site.connect() as stream:
+        for part in parts:
+            await stream.send_all(part)
+            await trio.testing.wait_all_tasks_blocked()
+        return await rest(stream)
+
+
+def request(body: Any, *headers: str, version: str = "1.1", close: bool = True) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [
+        f"POST /v1/chat/completions HTTP/{version}", "Host: localhost",
+        f"Content-Length: {len(data)}", *headers, *(["Connection: close"] if close else []),
+    ]  # fmt: skip
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def test_requests_follow_each_other_on_a_connection() -> None:
+    async def test(site: Site) -> None:
+        async with await site.connect() as stream:
+            await stream.send_all(request(ASK, close=False) + request(ASK, close=False))
+            await stream.send_all(request(ASK))  # while the others are being answered
+            answers = await rest(stream)
+        assert answers.count(b"HTTP/1.1 200") == 3
+        assert answers.count(b"Hello there.") == 3
+
+    run_fake(test)
+
+
+def test_a_request_may_come_in_small_parts_and_chunks() -> None:
+    async def test(site: Site) -> None:
+        whole = request(ASK)
+        answer = await exchange(site, *(whole[i : i + 40] for i in range(0, len(whole), 40)))
+        assert b"Hello there." in answer
+        body = json.dumps(ASK).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        answer = await exchange(site, head + b"Transfer-Encoding: chunked\r\n\r\n", chunked)
+        assert b"Hello there." in answer
+
+    run_fake(test)
+
+
+def test_who_asks_first_is_told_to_go_on() -> None:
+    async def test(site: Site) -> None:
+        whole = request(ASK, "Expect: 100-continue")
+        head, _, body = whole.partition(b"\r\n\r\n")
+        async with await site.connect() as stream:
+            await stream.send_all(head + b"\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 100")
+            await stream.send_all(body)
+            assert b"Hello there." in await rest(stream)
+
+    run_fake(test)
+
+
+def test_an_old_client_gets_a_stream_too() -> None:
+    async def test(site: Site) -> None:
+        asked = request({**ASK, "stream": True}, version="1.0")
+        answer = await exchange(site, asked)
+        assert b"chunked" not in answer.lower()
+        assert answer.endswith(b"data: [DONE]\n\n")
+
+    run_fake(test)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),  # no host
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000, 431),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: x\r\n\r\n", 501),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+         b"5000\r\n" + b"z" * 0x5000, 413),
+        (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_for_us(data: bytes, status: int) -> None:
+    async def test(site: Site) -> None:
+        answer = await exchange(site, data)
+        assert answer.split(b" ")[1] == str(status).encode(), answer[:200]
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+    run_fake(test, limits=Limits(body_bytes=10_000))
+
+
+def test_a_body_that_never_ends() -> None:
+    async def test(site: Site) -> None:
+        answer = await exchange(site, request(ASK)[:-3])
+        assert answer.startswith(b"HTTP/1.1 408")
+
+    run_fake(test, limits=Limits(receive_seconds=0.05))
+
+
+def test_a_connection_that_does_nothing_is_closed() -> None:
+    async def test(site: Site) -> None:
+        assert await exchange(site, b"GET /hea") == b""
+        assert await exchange(site) == b""
+
+    run_fake(test, limits=Limits(idle_seconds=0.05))
+
+
+def test_who_sends_too_far_ahead_is_sent_away() -> None:
+    async def test(site: Site) -> None:
+        async with await site.send(ASK) as stream:
+            await site.until(lambda now: now.running + now.prefilling == 1)
+            with pytest.raises(trio.BrokenResourceError):  # noqa: PT012
+                while True:
+                    await stream.send_all(b"x" * 10_000)
+        await site.until(lambda now: now.cancelled == 1)
+
+    run_fake(test, Scripted(token_seconds=9.0))
+
+
+def test_there_are_only_so_many_connections() -> None:
+    async def test(site: Site) -> None:
+        async with await site.connect(), await site.connect() as second:
+            await second.send_all(request(ASK, close=False))
+            assert await second.receive_some()
+            assert await exchange(site) == b""
+        await trio.testing.wait_all_tasks_blocked()
+        assert b"Hello" in await exchange(site, request(ASK))
+
+    run_fake(test, limits=Limits(connections=2))
+
+
+# Who may ask
+
+
+def test_with_a_key() -> None:
+    async def test(site: Site) -> None:
+        for headers, status in (
+            ({}, 401),
+            ({"authorization": "Bearer wrong"}, 401),
+            ({"authorization": "Basic right"}, 401),
+            ({"x-api-key": "wröng".encode()}, 401),
+            ({"authorization": "Bearer right"}, 200),
+            ({"x-api-key": "right"}, 200),
+        ):
+            for path in ("/v1/models", "/metrics"):
+                answer = await site.get(path, headers=headers)
+                assert answer.status_code == status, headers
+            assert (await site.get("/health", headers=headers)).status_code == 200
+        import anthropic
+        import openai
+
+        await site.openai(api_key="right").models.list()
+        with pytest.raises(openai.AuthenticationError):
+            await site.openai().models.list()
+        with pytest.raises(anthropic.AuthenticationError):
+            await site.anthropic().messages.count_tokens(model="tiny", messages=[])
+        assert (await site.get("/health", headers={"host": "example.org"})).status_code == 200
+
+    run_fake(test, api_key="right")
+
+
+def test_without_a_key_nobody_else_is_served() -> None:
+    async def main() -> None:
+        async with open_fake_llama(Scripted()) as llama:
+            for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+                with pytest.raises(ParameterError, match="api_key"):
+                    await Server(llama).run(host, 0)
+
+    trio.run(main)
+
+
+def test_web_pages_of_others_may_not_ask() -> None:
+    """Any page that a browser shows can send requests to this machine, in its user's name."""
+
+    async def test(site: Site) -> None:
+        evil, mine = "http://evil.example", f"http://127.0.0.1:{site.port}"
+        for headers, status in (
+            ({"origin": evil}, 403),
+            ({"origin": "null"}, 403),
+            ({"origin": mine}, 200),
+            ({"host": "evil.example", "origin": evil}, 403),  # its name made to point here
+            ({"host": f"evil.example:{site.port}"}, 403),
+            ({"host": f"[::1]:{site.port}"}, 200),
+            ({"host": "localhost"}, 200),
+        ):
+            answer = await site.get("/v1/models", headers=headers)
+            assert answer.status_code == status, headers
+            assert "access-control-allow-origin" not in answer.headers
+        assert (await site.ask("OPTIONS", "/v1/models")).status_code == 405
+
+    run_fake(test)
+
+
+def test_web_pages_of_friends_may() -> None:
+    async def test(site: Site) -> None:
+        origin = {"origin": "https://friend.example"}
+        asked = await site.ask("OPTIONS", "/v1/chat/completions", headers=origin)
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == "https://friend.example"
+        answer = await site.post("/v1/chat/completions", ASK, headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+        other = await site.ask("OPTIONS", "/v1/models", headers={"origin": "https://x.example"})
+        assert other.status_code == 403
+
+    run_fake(test, origins=["https://friend.example"])
+
+
+# The end
+
+
+def test_draining_lets_answers_end() -> None:
+    async def main() -> None:
+        opened = open_fake_llama(Scripted("x" * 200, token_seconds=0.001))
+        async with opened as llama, trio.open_nursery() as nursery:
+            server = Server(llama, name="tiny")
+            ended = trio.Event()
+
+            async def run(task_status: trio.TaskStatus[int]) -> None:
+                await server.run(port=0, task_status=task_status)
+                ended.set()
+
+            served = Site(server, llama, await nursery.start(run))
+            async with (
+                await served.connect() as idle,
+                await served.send({**ASK, "stream": True}) as busy,
+            ):
+                await served.until(lambda now: now.running == 1)
+                server.drain()
+                assert await rest(idle) == b""
+                with pytest.raises(OSError, match="connect"):
+                    await served.connect()
+                assert not ended.is_set()
+                answer = await rest(busy)
+            assert answer.rstrip().endswith(b"0")
+            assert b"[DONE]" in answer
+            await ended.wait()
+
+    trio.run(main)
+
+
+def test_draining_waits_so_long_and_no_longer() -> None:
+    async def test(site: Site) -> None:
+        async with await site.send(ASK) as busy:
+            await site.until(lambda now: now.running + now.prefilling == 1)
+            site.server.drain()
+            assert await rest(busy) == b""
+        await site.until(lambda now: now.cancelled == 1)
+
+    run_fake(test, Scripted(token_seconds=9.0), limits=Limits(drain_seconds=0.05))
+
+
+def test_leaving_ends_what_runs() -> None:
+    async def main() -> None:
+        async with open_fake_llama(Scripted(token_seconds=9.0)) as llama:
+            async with site(llama) as served:
+                stream = await served.send(ASK)
+                await served.until(lambda now: now.running + now.prefilling == 1)
+            assert llama.active() == []
+            assert await stream.receive_some() == b""
+            await stream.aclose()
+
+    trio.run(main)
