@@ -68,4 +68,4 @@ def test_a_program_of_asyncio_is_told_the_way(run_isolated: Any, tiny: Any) -> N
         """,
         tiny("llama"),
     )
-    assert "trio.run" in result.stdout and "asyncio.to_thread" in result.stdout
+    assert "trio.run" in result.stdout and "triollama.aio.open_llama" in result.stdout
