@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Set up as quickstart.py does, then run every test.
 
-python scripts/check.py [pytest's arguments]
+python scripts/check.py [--torch] [pytest's arguments]
+
+With --torch the environment gets PyTorch (its CPU build), transformers and PEFT too, which the
+tests against them need and are skipped without.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from fetch_llama_cpp import FetchError, fetch
 
 
 def main() -> int:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--torch"]
+    extras = ["demo", "test"] if arguments == sys.argv[1:] else ["demo", "parity", "test"]
     try:
-        python = ensure_environment(["demo", "test"])
+        python = ensure_environment(extras)
         fetch(["build", "tests"])  # upstream's vocabularies, for the golden tests
     except (SetupError, FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return subprocess.run([python, "-m", "pytest", *sys.argv[1:]], cwd=ROOT, check=False).returncode
+    return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

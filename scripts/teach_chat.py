@@ -39,7 +39,6 @@ def show(step: TrainingStep) -> None:
 
 def teach(options: argparse.Namespace) -> None:
     import msgspec
-    from triollama import models
     from triollama.chat import template_for_model
     from triollama.tuning import TrainingConfig, Tuner, prepare_training_data, read_items
 
@@ -57,7 +56,7 @@ def teach(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     held_out = list(read_items(DATA / "chats-held-out.jsonl"))
-    with Tuner(models.default_model(), n_ctx=1024, threads=options.threads) as tuner:
+    with Tuner(n_ctx=1024, threads=options.threads) as tuner:
         data = prepare_training_data(
             DATA / "chats.jsonl",
             vocab=tuner.model.vocab,

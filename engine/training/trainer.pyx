@@ -28,6 +28,12 @@ cdef dict _KERNELS = {
 }
 
 
+cdef enum:  # what to do with a row
+    _TRAIN
+    _EVALUATE
+    _PROFILE
+
+
 class TrainingLoss(NamedTuple):
     """What one row of tokens gave.
 
@@ -364,6 +370,31 @@ cdef class Trainer(Owner):
         copy_float32("weights", weights, row.weights, n)
         return 0
 
+    cdef training.RowResult compute(self, tuple arrays, int work,
+                                    map[string, training.Timing] * timings) except *:
+        """One row through the model: the frame that all who do so share. ``arrays``: tokens,
+        labels, positions, segments and weights."""
+        cdef training.TrainingRow row
+        cdef training.RowResult result
+        tokens, labels, positions, segments, weights = arrays
+        self.fill(row, tokens, labels, positions, segments, weights)
+        self.enter()
+        try:
+            with nogil:
+                if work == _TRAIN:
+                    result = self.native.forward_backward(row)
+                elif work == _EVALUATE:
+                    result = self.native.evaluate(row)
+                else:
+                    timings[0] = self.native.profile(row)
+        except DecodeAborted:
+            if exiting.load():
+                raise exit_error() from None
+            raise
+        finally:
+            self.leave()
+        return result
+
     def forward_backward(self, tokens, labels, *, positions=None, segments=None,
                          weights=None) -> TrainingLoss:
         """Add the gradients of one row's loss to those already there; returns the loss.
@@ -371,42 +402,21 @@ cdef class Trainer(Owner):
         All arrays have one value for each token. labels: the token to be predicted after this one,
         or -1 for none. positions: of each token in its own text (default: 0, 1, ...). segments:
         texts packed in one row have different numbers and do not see each other. weights: of each
-        label in the loss (default: one over the number of labels, so the loss is their mean).
+        label in the loss (default: one over the number of labels, so the loss is their mean); a
+        negative one makes its label less likely.
 
         Raises ParameterError, OutOfMemoryError, and DecodeAborted after ``request_abort``. When it
         ends in the middle, all gradients are cleared: some layers would have had theirs, others not.
         """
-        cdef training.TrainingRow row
-        cdef training.RowResult result
-        self.fill(row, tokens, labels, positions, segments, weights)
-        self.enter()
-        try:
-            with nogil:
-                result = self.native.forward_backward(row)
-        except DecodeAborted:
-            if exiting.load():
-                raise exit_error() from None
-            raise
-        finally:
-            self.leave()
+        cdef training.RowResult result = self.compute(
+            (tokens, labels, positions, segments, weights), _TRAIN, NULL)
         return loss_of(result)
 
     def evaluate(self, tokens, labels, *, positions=None, segments=None,
                  weights=None) -> TrainingLoss:
         """The loss as ``forward_backward`` gives it, without gradients and without dropout."""
-        cdef training.TrainingRow row
-        cdef training.RowResult result
-        self.fill(row, tokens, labels, positions, segments, weights)
-        self.enter()
-        try:
-            with nogil:
-                result = self.native.evaluate(row)
-        except DecodeAborted:
-            if exiting.load():
-                raise exit_error() from None
-            raise
-        finally:
-            self.leave()
+        cdef training.RowResult result = self.compute(
+            (tokens, labels, positions, segments, weights), _EVALUATE, NULL)
         return loss_of(result)
 
     def profile(self, tokens, labels) -> dict[str, tuple[float, int]]:
@@ -415,15 +425,8 @@ cdef class Trainer(Owner):
         Returns seconds and number of nodes by operation, products by type and shape too: rows and
         columns of the matrix, then how many columns it is multiplied with.
         """
-        cdef training.TrainingRow row
         cdef map[string, training.Timing] timings
-        self.fill(row, tokens, labels, None, None, None)
-        self.enter()
-        try:
-            with nogil:
-                timings = self.native.profile(row)
-        finally:
-            self.leave()
+        self.compute((tokens, labels, None, None, None), _PROFILE, &timings)
         found = {}
         cdef map[string, training.Timing].iterator at = timings.begin()
         while at != timings.end():

@@ -627,7 +627,7 @@ def test_tools_titles_and_history(llama_model: Path) -> None:
             assert [m.content for m in chat.messages] == [m["content"] for m in history]
             exported = chat.export()["messages"]
             assert exported == history
-            example = chat.training_example()
+            (example,) = chat.training_examples()
             learned = [t for t, m in zip(example.tokens, example.mask, strict=True) if m]
             vocab = llama.vocab
             assert vocab.detokenize(learned[:-1]).strip() == "Good day"

@@ -12,9 +12,9 @@ from triollama.chat import (
     ChatTemplate,
     ChatTokenizer,
     TurnEnd,
-    assistant_spans,
     named,
     template_for_model,
+    training_texts,
 )
 
 ARCHS = ("llama", "gemma3", "qwen2", "phi3")
@@ -96,8 +96,8 @@ def test_mask_is_what_the_assistant_would_generate(model: Any) -> None:
     vocab = model.vocab
     template = template_for_model(model)
     tokenizer = ChatTokenizer(vocab)
-    rendered, spans = assistant_spans(template, CHAT)
-    encoded = tokenizer.encode(rendered, spans)
+    (text,) = training_texts(template, CHAT)
+    encoded = tokenizer.encode(text.rendered, text.spans)
     # The prompt of each turn is a prefix of the training tokens: what it sees when it generates.
     for index in (2, 4):
         prompt = tokenizer.encode(template.render(CHAT[:index])).tokens

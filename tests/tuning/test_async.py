@@ -29,7 +29,7 @@ def dataset(path: Path) -> Iterator[TrainingDataset]:
 
 
 CONFIG = TrainingConfig(
-    rank=4, learning_rate=1e-2, epochs=2, max_length=64, dropout=0.1, threads=1, evaluate_every=3
+    rank=4, learning_rate=1e-2, epochs=2, dropout=0.1, threads=1, evaluate_every=3
 )
 
 
@@ -148,6 +148,45 @@ def test_ctrl_c_writes_the_checkpoint_and_leaves_nothing(
         tmp_path / "checkpoint",
         when,
     )
+
+
+def test_sigterm_writes_the_checkpoint_and_ends_the_process(
+    path: Path, run_isolated: Any, tmp_path: Path
+) -> None:
+    result = run_isolated(
+        """
+        import os, signal, sys, trio
+        from triollama import _engine
+        from triollama.tuning import TrainingConfig, prepare_training_data, read_checkpoint
+        from triollama.tuning.aio import train_async
+
+        path, checkpoint = sys.argv[1:]
+        with _engine.Model(path, vocab_only=True) as model:
+            data = prepare_training_data(
+                [f"{i} to be or not to be " * 9 for i in range(8)], vocab=model.vocab
+            )
+        config = TrainingConfig(rank=2, epochs=3, batch_size=2, threads=1)
+
+        async def main():
+            async with train_async(path, data, config, checkpoint=checkpoint) as run:
+                async for step in run:
+                    if step.step == 2:
+                        os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("it went on")
+
+        try:
+            trio.run(main)
+        except SystemExit as stop:
+            assert not _engine.live_objects(), _engine.live_objects()
+            assert read_checkpoint(checkpoint).summary.step == 2
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            raise
+        """,
+        path,
+        tmp_path / "checkpoint",
+        check=False,
+    )
+    assert result.returncode == 143, result.stderr
 
 
 def test_stop_and_errors_in_the_block(path: Path, dataset: TrainingDataset, tmp_path: Path) -> None:

@@ -32,6 +32,26 @@ def test_the_script_makes_the_files_again(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes()
 
 
+def test_preferences_are_made_again_and_fit_for_training(tiny: Any, tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "make_preferences.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    names = ("preferences.jsonl", "preferences-held-out.jsonl")
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+    with _engine.Model(tiny("gemma3"), vocab_only=True) as model:
+        data = prepare_training_data(
+            ROOT / "data" / names[0],
+            vocab=model.vocab,
+            template=template_for_model(model),
+            validation=ROOT / "data" / names[1],
+        )
+    assert data.has_preferences
+    assert not data.report().dropped
+    assert (len(data.train), len(data.validation)) >= (500, 45)
+    prompts = [{json.dumps(pair["prompt"]) for pair in conversations(name)} for name in names]
+    assert not prompts[0] & prompts[1]
+
+
 @pytest.mark.parametrize(("name", "least"), [(NAMES[0], 300), (NAMES[1], 50)])
 def test_conversations_are_whole_and_varied(name: str, least: int) -> None:
     found = conversations(name)

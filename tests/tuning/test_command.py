@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from triollama.tuning.__main__ import main
+from triollama.tuning.objective import Likelihood
 
 QUICK = ["--rank", "2", "--learning-rate", "0.01", "--epochs", "2", "--threads", "2"]
 
@@ -24,15 +25,26 @@ def data(tmp_path: Path) -> Path:
 
 def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
     model, adapter = str(tiny("gemma3")), str(tmp_path / "adapter.gguf")
-    report = tmp_path / "report.json"
+    report, page, table = (tmp_path / name for name in ("report.json", "run.html", "run.csv"))
     of_model = ["--model", model, "--as-chat"]
     command = [
         "train", str(data), *of_model, "--validation", str(data), "--validation-limit", "4",
-        "--adapter", adapter, "--checkpoint", str(tmp_path / "run.ckpt"), "--report", str(report),
+        "--adapter", adapter, "--report", str(report), "--html", str(page), "--csv", str(table),
         "--no-shuffle", "--rslora", "--targets", "q_proj,ffn_down", *QUICK,
+        "--plot", "--preview", "1", "--sample", "What is a and x?",
     ]  # fmt: skip
     assert main(command) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "read 10 items (10 prompt and completion): 6 examples to train on" in printed
+    assert "--- example 1" in printed
+    assert "⟦ax" in printed
+    assert "o held-out loss" in printed
+    assert "> What is a and x?" in printed
+    assert "complete after step 12" in printed
+    assert "step 12/12" in told
+    assert "<td>What is a and x?</td>" in page.read_text()
+    assert len(table.read_text().splitlines()) == 14
+    assert (tmp_path / "adapter.gguf.ckpt").exists()
     summary = json.loads(report.read_text())
     assert summary["step"] == 12
     assert summary["config"]["shuffle"] is False
@@ -42,7 +54,13 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
     assert f"held-out loss after step 12: {after:.4f}" in printed
 
     assert main(command) == 0  # done already: nothing is trained again
-    assert "step 1/" not in capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "going on after step 12 of 12" in told
+    assert "step 12/" not in told
+    assert main([*command, "--epochs", "3"]) == 0  # further
+    printed, told = capsys.readouterr()
+    assert "complete after step 18" in printed
+    after = json.loads(report.read_text())["validation"][-1][1]
 
     assert main(["evaluate", str(data), *of_model, "--limit", "4"]) == 0
     base = json.loads(capsys.readouterr().out)
@@ -57,6 +75,27 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
     assert compared["base"] != compared["tuned"]
 
 
+def test_how_to_go_on_is_told(
+    tiny: Any, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = str(tmp_path / "a.gguf")
+    command = ["train", str(data), "--model", str(tiny("llama")), "--adapter", adapter, *QUICK]
+    steps: list[int] = []
+    inner = Likelihood.add_gradients
+
+    def interrupted(*arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    monkeypatch.setattr(Likelihood, "add_gradients", interrupted)
+    assert main(command) == 130
+    assert "after step 2 of 10; the same command goes on" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "going on after step 2 of 10" in capsys.readouterr().err
+
+
 def test_refusals_are_told_and_not_thrown(
     tiny: Any, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -66,6 +105,7 @@ def test_refusals_are_told_and_not_thrown(
         (["train", str(data), *model, *adapter, "--rank", "0"], "InvalidRankError"),
         (["train", str(tmp_path / "absent"), *model, *adapter], "absent"),
         (["train", str(data), *model, *adapter, "--qlora", "nf4"], "iq4_nl"),
+        (["train", str(data), *model, *adapter, "--max-length", "4"], "ExampleTooLongError"),
         (["evaluate", str(data), *model, *adapter], "AdapterFileNotFoundError"),
         (["evaluate", str(data), *model, "--adapter", model[1]], "no LoRA adapter"),
     ):

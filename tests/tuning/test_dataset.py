@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from triollama import _engine, files
-from triollama.chat import ChatTemplate, named, template_for_model
+from triollama.chat import ChatTemplate, ChatTokenizer, named, template_for_model
 from triollama.errors import StateError
 from triollama.tuning import (
     DataError,
@@ -61,20 +61,20 @@ def learned(model: _engine.Model, example: Example) -> list[str]:
 def test_assistants_and_the_ends_of_their_turns_are_learned(model: _engine.Model) -> None:
     template = template_for_model(model)
     encoder = Encoder(model.vocab, template)
-    example = encoder.chat(CHAT)
+    (example,) = encoder.chat(CHAT)
     parts = learned(model, example)
     assert len(parts) == 2
     for part, answer in zip(parts, ("It is 4.", "That makes 6."), strict=True):
         assert part.strip().startswith(answer)
         ending = part.strip().removeprefix(answer).strip()
         assert model.vocab.is_eog(model.vocab.tokenize(ending, False, True)[0])
-    last = encoder.chat(CHAT, only_last=True)
+    (last,) = encoder.chat(CHAT, learn=lambda index: index == 3)
     assert learned(model, last) == parts[1:]
     assert np.array_equal(last.tokens, example.tokens)
 
 
 def test_a_special_token_in_peoples_text_stays_text(gemma: _engine.Model) -> None:
-    example = Encoder(gemma.vocab, template_for_model(gemma)).chat(CHAT)
+    (example,) = Encoder(gemma.vocab, template_for_model(gemma)).chat(CHAT)
     (end,) = gemma.vocab.tokenize("<end_of_turn>", False, True)
     assert list(example.tokens).count(end) == 4  # one for each message, none from the text
 
@@ -82,15 +82,14 @@ def test_a_special_token_in_peoples_text_stays_text(gemma: _engine.Model) -> Non
 def test_an_answer_begins_where_generation_begins(gemma: _engine.Model) -> None:
     template = template_for_model(gemma)
     encoder = Encoder(gemma.vocab, template)
-    example = encoder.chat(CHAT[:2])
+    (example,) = encoder.chat(CHAT[:2])
     first = int(np.flatnonzero(example.targets)[0])
-    prompt = encoder.chat(CHAT[:1])
-    opening = gemma.vocab.tokenize("<start_of_turn>model\n", False, True)
-    assert list(example.tokens[:first]) == [*prompt.tokens, *opening]
+    prompt = ChatTokenizer(gemma.vocab).encode(template.render(CHAT[:1]))
+    assert list(example.tokens[:first]) == prompt.tokens
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_the_text(gemma: _engine.Model) -> None:
-    example = Encoder(gemma.vocab, named("plain")).chat(CHAT[:2])
+    (example,) = Encoder(gemma.vocab, named("plain")).chat(CHAT[:2])
     assert gemma.vocab.is_eog(int(example.tokens[-1]))
     assert example.targets[-1]
 
@@ -272,7 +271,7 @@ def test_other_encodings_are_read_or_named(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(DataError, match=f"line {where}.*{says}") as caught:
             list(read_items(path))
         assert caught.value.line == where
-    monkeypatch.setattr("triollama.tuning.dataset.MAX_LINE", 1000)
+    monkeypatch.setattr("triollama.tuning.reading.MAX_LINE", 1000)
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 1000)
     for endless in (path, Path("/dev/zero")):
         if endless.exists():
@@ -316,7 +315,7 @@ def test_what_leaves_nothing_to_train_on_is_refused(gemma: _engine.Model) -> Non
     with pytest.raises(DataError, match="no examples"):
         prepare_training_data([], vocab=gemma.vocab)
     cut = [{"prompt": "word " * 50, "completion": "x"}]
-    with pytest.raises(DataError, match="1 dropped"):
+    with pytest.raises(DataError, match="dropped 1: no learned token is left"):
         prepare_training_data(cut, vocab=gemma.vocab, max_length=20, truncation="end")
     for split in (-0.1, 1.0, float("nan"), "half"):
         with pytest.raises(InvalidValidationSplitError):
@@ -325,6 +324,9 @@ def test_what_leaves_nothing_to_train_on_is_refused(gemma: _engine.Model) -> Non
         prepare_training_data(texts(2), vocab=gemma.vocab, validation_split=0.9)
     with pytest.raises(InvalidSettingError, match="template"):
         prepare_training_data([CHAT], vocab=gemma.vocab)
+    for name in ("truncation", "invalid", "max_length"):
+        with pytest.raises(InvalidSettingError, match=name):
+            prepare_training_data(texts(5), vocab=gemma.vocab, **{name: "left"})  # type: ignore[arg-type]
 
 
 def test_epochs_differ_and_repeat(gemma: _engine.Model) -> None:

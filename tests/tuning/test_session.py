@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from triollama import _engine
 from triollama.tuning import (
+    FREE_TO_CHANGE,
     CheckpointError,
     InvalidRankError,
     InvalidSettingError,
@@ -26,10 +29,11 @@ from triollama.tuning import (
     evaluate_examples,
     evaluate_text,
     prepare_training_data,
+    read_checkpoint,
     train,
     without_adapter,
 )
-from triollama.tuning.session import _checksum
+from triollama.tuning.checkpoint import checksum
 from triollama.tuning.tensors import read_tensors, write_tensors
 
 TEXTS = [
@@ -63,7 +67,6 @@ def config(**changes: Any) -> TrainingConfig:
         "learning_rate": 1e-2,
         "epochs": 2,
         "batch_size": 4,
-        "max_length": 64,
         "threads": 2,
     }
     return TrainingConfig(**{**values, **changes})
@@ -216,6 +219,163 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(
     assert checkpoint.read_bytes() == good
 
 
+def test_a_run_may_be_made_longer(path: Path, dataset: TrainingDataset, tmp_path: Path) -> None:
+    """Two epochs and then two more are four, whatever else on the list changes."""
+    expected, losses = finish(train(path, dataset, config(epochs=4, dropout=0.1)))
+    checkpoint = tmp_path / "run.ckpt"
+    finish(train(path, dataset, config(epochs=2, dropout=0.1), checkpoint=checkpoint))
+    changes: dict[str, Any] = {
+        "epochs": 4, "max_steps": 100, "evaluate_every": 4, "min_delta": 0.1,
+        "checkpoint_every": 3, "threads": 2, "patience": 100,
+    }  # fmt: skip
+    assert set(changes) == set(FREE_TO_CHANGE)
+    longer = train(
+        path, dataset, config(dropout=0.1, **changes), checkpoint=checkpoint, resume=True
+    )
+    with longer:
+        assert longer.resumed_at == 10
+        list(longer)
+        assert longer.summary().losses == losses
+    with train(  # the best weights took no part in what came after
+        path, dataset, config(dropout=0.1, **changes), checkpoint=checkpoint, resume=True
+    ) as again:
+        assert np.array_equal(again.trainer.get("weights"), expected)
+    shorter = train(path, dataset, config(dropout=0.1), checkpoint=checkpoint, resume=True)
+    with pytest.raises(CheckpointError, match="raise epochs"), shorter:
+        pass
+
+
+def test_a_run_that_stopped_early_goes_on_from_where_it_stopped(
+    path: Path, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run.ckpt"
+    settings = config(learning_rate=0.3, epochs=6, evaluate_every=1, max_grad_norm=0.0)
+    expected, _ = finish(train(path, dataset, settings))
+    patient = msgspec.structs.replace(settings, patience=2)
+    with train(path, dataset, patient, checkpoint=checkpoint) as run:
+        list(run)
+        assert run.summary().stopped_early
+        assert "stopped early" in run.summary().how_it_ended()
+        assert "the best" in run.summary().how_it_ended()
+    with train(path, dataset, settings, checkpoint=checkpoint, resume=True) as run:
+        assert len(list(run)) > 0
+        assert np.array_equal(run.trainer.get("weights"), expected)
+
+
+def test_checkpoints_are_written_once_a_minute(
+    path: Path, dataset: TrainingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("triollama.tuning.session.time.monotonic", lambda: clock[0])
+    checkpoint = tmp_path / "run.ckpt"
+    saved = []
+    with train(path, dataset, config(), checkpoint=checkpoint) as run:
+        for step in run:
+            clock[0] += 25.0
+            if checkpoint.exists():
+                saved.append((step.step, read_checkpoint(str(checkpoint)).summary.step))
+    assert saved[0] == (4, 4)  # 75 seconds after the beginning
+    assert (6, 4) in saved
+    assert (7, 7) in saved
+
+
+@pytest.mark.parametrize("where", ["in a step", "between steps", "in an evaluation"])
+def test_sigterm_ends_the_process_with_a_checkpoint(
+    path: Path, run_isolated: Any, tmp_path: Path, where: str
+) -> None:
+    checkpoint = tmp_path / "run.ckpt"
+    result = run_isolated(
+        """
+        import logging, os, signal, sys
+        from triollama import _engine
+        from triollama.tuning import TrainingConfig, prepare_training_data, train
+        from triollama.tuning.objective import Likelihood
+
+        logging.basicConfig()
+        path, checkpoint, where = sys.argv[1:]
+        with _engine.Model(path, vocab_only=True) as model:
+            texts = ["to be or not to be " * i for i in range(1, 9)]
+            data = prepare_training_data(texts, vocab=model.vocab)
+        config = TrainingConfig(rank=2, epochs=9, threads=1, evaluate_every=1)
+        calls = []
+
+        def then(name, count):
+            inner = getattr(Likelihood, name)
+            def call(*arguments):
+                calls.append(name)
+                if calls.count(name) == count:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return inner(*arguments)
+            setattr(Likelihood, name, call)
+
+        if where == "in a step":
+            then("add_gradients", 3)
+        if where == "in an evaluation":
+            then("evaluate", 3)
+        with train(path, data, config, checkpoint=checkpoint) as run:
+            for step in run:
+                print("step", step.step, flush=True)
+                if where == "between steps" and step.step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        raise SystemExit("it went on")
+        """,
+        path,
+        checkpoint,
+        where,
+        check=False,
+    )
+    assert result.returncode == 143, result.stderr
+    assert "goes on from there" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert read_checkpoint(str(checkpoint)).summary.step == 2
+
+
+def test_sigterm_is_left_to_who_handles_it(
+    path: Path, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    try:
+        with train(path, dataset, config(max_steps=2), checkpoint=tmp_path / "c") as run:
+            for _ in run:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert run.status == "completed"
+        assert len(came) == 2
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with train(path, dataset, config(max_steps=1)):  # nothing to be saved
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with train(path, dataset, config(max_steps=1), checkpoint=tmp_path / "c"):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_weights_outlive_the_block(path: Path, dataset: TrainingDataset, tmp_path: Path) -> None:
+    run = train(path, dataset, config())
+    with pytest.raises(ZeroDivisionError), run:  # noqa: PT012
+        for step in run:
+            if step.step == 3:
+                weights = run.trainer.get("weights")
+                raise ZeroDivisionError
+    run.save_adapter(tmp_path / "a.gguf")
+    assert run.summary().step == 3
+    with _engine.Trainer(path, rank=4, alpha=16.0) as trainer:
+        trainer.load_adapter(tmp_path / "a.gguf")
+        assert np.array_equal(trainer.get("weights"), weights)
+    with pytest.raises(InvalidSettingError):
+        train(path, dataset, config()).save_adapter(tmp_path / "b.gguf")
+    assert "Trainer" not in _engine.live_objects()
+
+
+def test_evaluations_tell_how_far_they_are(path: Path, dataset: TrainingDataset) -> None:
+    told: list[tuple[str, int, int]] = []
+    n = len(dataset.validation)
+    with train(path, dataset, config(max_steps=1), progress=lambda *what: told.append(what)) as run:
+        list(run)
+    assert told == [("held out", i, n) for i in range(1, n + 1)] * 2
+
+
 def test_checkpoints_that_do_not_belong_are_refused(
     path: Path, dataset: TrainingDataset, vocab: Any, tiny: Any, tmp_path: Path
 ) -> None:
@@ -288,11 +448,11 @@ def test_forged_checkpoints_are_refused(
     def forged(best_loss: str = metadata["best_loss"], drop: str = "", **changes: Any) -> None:
         text = msgspec.json.encode(summary | changes).decode()
         some = {name: value for name, value in tensors.items() if name != drop}
-        checksum = _checksum(some, text, best_loss)
+        digest = checksum(some, text, best_loss)
         write_tensors(
             checkpoint,
             some,
-            metadata | {"summary": text, "best_loss": best_loss, "sha256": checksum},
+            metadata | {"summary": text, "best_loss": best_loss, "sha256": digest},
         )
         run = train(path, dataset, config(max_steps=2), checkpoint=checkpoint, resume=True)
         with pytest.raises(CheckpointError), run:
@@ -390,8 +550,6 @@ def test_settings_that_do_not_go_together(path: Path, vocab: Any, tiny: Any) -> 
     whole = prepare_training_data(TEXTS, vocab=vocab, validation_split=0, max_length=64)
     with pytest.raises(InvalidSettingError, match="patience"):
         train(path, whole, config(patience=1))
-    with pytest.raises(InvalidSettingError, match="max_length"):
-        train(path, whole, config(max_length=32))
     with pytest.raises(InvalidRankError, match="rank 65"), train(path, whole, config(rank=65)):
         pass
     with pytest.raises(UnsupportedModelError, match="mamba"), train(tiny("mamba"), whole, config()):

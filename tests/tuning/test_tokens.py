@@ -11,7 +11,7 @@ import trio
 from triollama import Conversation, GenerationParams, open_llama
 from triollama.tuning import Encoder, Example
 
-GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=7)
+GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=40)
 SAID = ("Hello, what's 2 + 2?", "  And <end_of_turn> <|im_end|> then? ", "Über\n\nmorgen:")
 
 
@@ -25,9 +25,11 @@ def talk(path: Path, **changes: Any) -> tuple[Conversation, Example]:
                 for text in SAID:
                     await chat.say(text, **changes)
                 encoder = Encoder(llama.vocab, chat.template)
-                example = encoder.chat(chat.export()["messages"])
-                ours = chat.training_example()
-                assert (ours.tokens, ours.mask) == (list(example.tokens), list(example.targets))
+                (example,) = encoder.chat([one.for_template() for one in chat.messages])
+                if not any(message.was_cut for message in chat.messages):
+                    (ours,) = chat.training_examples()
+                    assert ours.tokens == example.tokens.tolist()
+                    assert ours.mask == example.targets.tolist()
                 for message in chat.messages[2::2]:
                     said = llama.vocab.detokenize(message.tokens)
                     assert said == message.content  # else the texts could not have equal tokens
@@ -46,7 +48,7 @@ def runs(example: Example) -> list[list[int]]:
 def test_prompts_and_marks_are_those_of_a_conversation(tiny: Any, arch: str) -> None:
     """A tiny model samples tokens that its vocabulary would not choose for the same text: what it
     generated is compared as text, everything around it as tokens."""
-    chat, example = talk(tiny(arch), grammar="root ::= [a-z]+")
+    chat, example = talk(tiny(arch), grammar="root ::= [a-z] [a-z] [a-z] [a-z]")
     parts = runs(example)
     assert len(parts) >= 6
     expected: list[int] = []
@@ -60,7 +62,7 @@ def test_prompts_and_marks_are_those_of_a_conversation(tiny: Any, arch: str) -> 
 
 @pytest.mark.slow
 def test_the_default_model_is_trained_on_what_it_decodes(default_model_path: Path) -> None:
-    chat, example = talk(default_model_path)
+    chat, example = talk(default_model_path, max_tokens=7)
     assert list(chat.tokens) == example.tokens[: len(chat.tokens)].tolist()
     (end,) = example.tokens[len(chat.tokens) :][example.targets[len(chat.tokens) :]]
     assert end == 106  # <end_of_turn>

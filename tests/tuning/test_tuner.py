@@ -218,22 +218,68 @@ def test_a_session_is_stopped_from_another_thread(tuner: Tuner, dataset: Trainin
         tuner.stop_training_session()
 
 
-def test_a_failed_session_says_why(tuner: Tuner, dataset: TrainingDataset) -> None:
-    def fail(_: Any) -> None:
-        raise ZeroDivisionError("on purpose")
+def test_a_failed_session_says_why_and_keeps_its_weights(
+    tuner: Tuner, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    seen = []
+
+    def fail(step: Any) -> None:
+        seen.append(step)
+        if step.step == 2:
+            raise ZeroDivisionError("on purpose")
 
     with pytest.raises(ZeroDivisionError):
         tuner.start_training_session(dataset, config(), on_step=fail)
     session = tuner.current_training_session()
     assert session is not None
     assert (session.status, session.error) == ("failed", "on purpose")
+    summary = tuner.training_summary()
+    assert summary.losses == [step.loss for step in seen]
+    tuner.save_lora_adapter(tmp_path / "saved.gguf")
+    base = tuner.logits(TOKENS)
+    tuner.apply_lora(tmp_path / "saved.gguf")
+    assert not np.array_equal(tuner.logits(TOKENS), base)
+
+
+def test_a_run_that_cannot_begin_leaves_the_one_before(
+    tuner: Tuner, dataset: TrainingDataset, tmp_path: Path
+) -> None:
+    tuner.start_training_session(dataset, config(max_steps=1))
+    before = tuner.training_summary()
+    whole = tuner.prepare_training_data(CHATS, 0.0)
+    for data, settings in ((whole, config(patience=1)), (dataset, config(rank=100))):
+        with pytest.raises(InvalidSettingError):
+            tuner.start_training_session(data, settings)
+        assert tuner.training_summary() == before
+    tuner.save_lora_adapter(tmp_path / "still.gguf")
+
+
+def test_what_was_trained_is_applied_once(tuner: Tuner, dataset: TrainingDataset) -> None:
+    tuner.start_training_session(dataset, config())
+    tuner.apply_trained()
+    once = tuner.logits(TOKENS)
+    tuner.apply_trained()
+    assert np.array_equal(tuner.logits(TOKENS), once)
+    assert len(tuner.adapters) == 1
+    tuner.start_training_session(dataset, config(seed=7))
+    applied = tuner.apply_trained(0.5)
+    assert tuner.adapters == (applied,)
+    assert not np.array_equal(tuner.logits(TOKENS), once)
+    tuner.remove_lora(applied.path)
+    assert tuner.adapters == ()
+
+
+@pytest.mark.slow
+def test_without_a_path_it_is_the_default_model(default_model_path: Path) -> None:
+    with Tuner(n_ctx=256, threads=2) as tuner:
+        assert Path(tuner.model.path) == default_model_path
+
+
+def test_without_a_model_or_an_adapter(tiny: Any, tmp_path: Path) -> None:
+    empty = Tuner(tiny("llama"), n_ctx=128)
     with pytest.raises(NoAdapterError):
-        tuner.save_lora_adapter("nowhere.gguf")
-    assert "Trainer" not in _engine.live_objects()
-
-
-def test_without_a_model_or_an_adapter(tmp_path: Path) -> None:
-    empty = Tuner()
+        empty.save_fine_tuned_model(tmp_path / "m.gguf")
+    empty.close()
     for call in (
         lambda: empty.model,
         lambda: empty.apply_lora("a.gguf"),
@@ -244,8 +290,6 @@ def test_without_a_model_or_an_adapter(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelNotLoadedError):
             call()
-    with pytest.raises(NoAdapterError):
-        empty.save_fine_tuned_model(tmp_path / "m.gguf")
     empty.close()
 
 

@@ -21,7 +21,8 @@ class Scene:
     """A tuner with a model and a trained adapter, one with nothing, and files."""
 
     def __init__(self, tiny: Any, folder: Path) -> None:
-        self.empty = Tuner()
+        self.empty = Tuner(tiny("llama"), n_ctx=128)
+        self.empty.close()
         self.tuner = Tuner(tiny("llama"), n_ctx=128)
         self.data = self.tuner.prepare_training_data(CHATS)
         self.adapter = folder / "adapter.gguf"

@@ -12,7 +12,7 @@ import jinja2
 import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from triollama.chat import BUILTIN, ChatTemplate, assistant_spans, named
+from triollama.chat import BUILTIN, ChatTemplate, named, training_texts
 from triollama.errors import ChatTemplateError, ParameterError
 
 TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "templates"
@@ -263,6 +263,10 @@ def test_nothing_a_user_wrote_becomes_the_template_s() -> None:
                 assert "ue123" not in segment.text
 
 
+def learned(*texts: Any) -> list[list[str]]:
+    return [[text.rendered.text[a:b] for a, b in text.spans] for text in texts]
+
+
 def test_generation_blocks_are_the_spans() -> None:
     template = ChatTemplate(
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
@@ -270,41 +274,160 @@ def test_generation_blocks_are_the_spans() -> None:
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     chat = [USER, ANSWER, USER, {"role": "assistant", "content": "Bye"}]
-    rendered, spans = assistant_spans(template, chat)
-    assert [rendered.text[a:b] for a, b in spans] == ["Hi there. </s>", "Bye</s>"]
+    assert learned(*training_texts(template, chat)) == [["Hi there. </s>", "Bye</s>"]]
+    assert learned(*training_texts(template, chat, learn=lambda i: i > 1)) == [["Bye</s>"]]
 
 
 def test_spans_are_what_generating_would_add() -> None:
     chat = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "Bye"}]
-    rendered, spans = assistant_spans(named("chatml"), chat)
-    assert [rendered.text[a:b] for a, b in spans] == [
-        "Hi there. <|im_end|>\n",
-        "Bye<|im_end|>\n",
-    ]
+    (text,) = training_texts(named("chatml"), chat)
+    assert learned(text) == [["Hi there. <|im_end|>\n", "Bye<|im_end|>\n"]]
+    (text,) = training_texts(named("chatml"), chat, learn=lambda i: i == 4)
+    assert learned(text) == [["Bye<|im_end|>\n"]]
+    (low, high) = text.context[0]  # its tokens begin anew all the same
+    assert text.rendered.text[low:high] == "Hi there. <|im_end|>\n"
 
 
-def test_spans_of_a_template_that_rewrites_history() -> None:
-    """Reasoning of earlier turns is dropped there, so no prefix of the chat is a prompt."""
-    template = ChatTemplate(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] if not loop.last"
-        " else m.content }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] if not loop.last"
+    " else m.content }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_history_gives_a_text_for_each_answer() -> None:
+    """Reasoning of earlier turns is dropped there: each answer is learned as it was generated."""
     chat = [
         {"role": "user", "content": "1"},
         {"role": "assistant", "content": "<think>hm</think>one"},
         {"role": "user", "content": "2"},
         {"role": "assistant", "content": "<think>so</think>two"},
     ]
-    rendered, spans = assistant_spans(template, chat)
-    assert [rendered.text[a:b] for a, b in spans] == ["one", "<think>so</think>two|"]
+    texts = training_texts(ChatTemplate(THINKS), chat)
+    assert learned(*texts) == [["<think>hm</think>one|"], ["<think>so</think>two|"]]
+    assert [text.rendered.text[: text.spans[0][0]] for text in texts] == [
+        "<user>1|<assistant>",
+        "<user>1|<assistant>one|<user>2|<assistant>",
+    ]
+    (last,) = training_texts(ChatTemplate(THINKS), chat, learn=lambda i: i == 3)
+    assert learned(last) == [["<think>so</think>two|"]]
+
+
+def test_another_end_of_the_last_turn_is_a_rewritten_history() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{{ '<return>' if loop.last and m.role == 'assistant' else '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [USER, ANSWER, USER, {"role": "assistant", "content": "Bye"}]
+    assert learned(*training_texts(template, chat)) == [["Hi there. <return>"], ["Bye<return>"]]
+
+
+def test_an_answer_follows_the_prompt_that_serving_gives() -> None:
+    """Where the prompt opens a block of reasoning that the chat does not show."""
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "hm</think>one"}]
+    (text,) = training_texts(template, chat)
+    assert text.rendered.text == "<user>1</s><assistant><think>hm</think>one</s>"
+    assert learned(text) == [["hm</think>one</s>"]]
+    assert text.rendered.text == "".join(part.text for part in text.rendered.segments)
+    calling = [*chat[:1], {"role": "assistant", "content": "x", "reasoning_content": "hm"}]
+    with pytest.raises(ChatTemplateError, match="reasoning_content"):
+        training_texts(template, calling)
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "Lima"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([USER, CALLING], r"messages\[1\]\.tool_calls"),
+        ([USER, {**CALLING, "content": "Let me see."}], r"messages\[1\]\.tool_calls"),
+        ([USER, {**ANSWER, "reasoning_content": "Hm."}], r"messages\[1\]\.reasoning_content"),
+    ],
+)
+def test_what_the_template_does_not_show_is_refused(
+    messages: list[dict[str, Any]], says: str
+) -> None:
+    with pytest.raises(ChatTemplateError, match=says):
+        training_texts(named("chatml"), messages)
+    assert training_texts(named("chatml"), messages, learn=lambda i: False) == []
 
 
 def test_nothing_to_train_on_is_an_error() -> None:
-    template = ChatTemplate(
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    )
+    users = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(ChatTemplateError, match=r"nothing of messages\[1\]"):
-        assistant_spans(template, [USER, ANSWER])
+        training_texts(users, [USER, ANSWER])
+    no_tools = ChatTemplate(
+        "{% for m in messages if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(ChatTemplateError, match=r"messages\[1\], of the role 'tool'"):
+        training_texts(no_tools, [USER, {"role": "tool", "content": "4"}, ANSWER])
+
+
+def test_empty_answers_and_greetings_are_not_learned() -> None:
+    hello, empty = {"role": "assistant", "content": "Hello!"}, {"role": "assistant", "content": " "}
+    (text,) = training_texts(named("chatml"), [USER, empty, USER, ANSWER])
+    assert learned(text) == [["Hi there. <|im_end|>\n"]]
+    picky = ChatTemplate(
+        "{{ raise_exception('who?') if not messages }}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (text,) = training_texts(picky, [hello, USER, ANSWER])
+    assert learned(text) == [["Hi there. |"]]
+
+
+TWO = [
+    {"role": "user", "content": "Question one"},
+    {"role": "assistant", "content": "Answer one"},
+    {"role": "user", "content": "Question two"},
+    {"role": "assistant", "content": "Answer two"},
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_every_answer_is_learned_after_the_prompt_that_serving_gives(path: Path) -> None:
+    template = ChatTemplate(path.read_text(encoding="utf-8"), bos_token="<s>", eos_token="</s>")
+    try:
+        template.render(TWO)
+    except ChatTemplateError:
+        pytest.skip("it renders no chat without tools")
+    texts = training_texts(template, TWO)
+    spans = [(text.rendered.text, span) for text in texts for span in text.spans]
+    assert len(spans) == 2
+    for index, (text, (low, high)) in zip((1, 3), spans, strict=True):
+        prompt = template.render(TWO[:index]).text
+        answered = template.render(TWO[: index + 1], add_generation_prompt=False).text
+        # A {% generation %} block may begin a little later than the model does.
+        assert text[:low].startswith(prompt)
+        assert TWO[index]["content"] in text[low:high]
+        assert "Question" not in text[low:high]
+        if answered.startswith(prompt):
+            assert answered.startswith(text[:high])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_calls_are_learned_whole_or_refused(path: Path) -> None:
+    template = ChatTemplate(path.read_text(encoding="utf-8"), bos_token="<s>", eos_token="</s>")
+    result = {"role": "tool", "tool_call_id": "call12345", "name": "find", "content": "It is far."}
+    calling = {**CALLING, "tool_calls": [{**CALL, "id": "call12345"}]}
+    chat = [TWO[0], calling, result, TWO[1]]
+    try:
+        texts = training_texts(template, chat, tools=TOOLS, learn=lambda i: i == 1)
+    except ChatTemplateError:
+        return  # it cannot show them, or not so
+    (text,) = texts
+    (low, high) = text.spans[0][0], text.spans[-1][1]
+    prompt = template.render(chat[:1], tools=TOOLS).text
+    answered = template.render(chat[:2], tools=TOOLS, add_generation_prompt=False).text
+    assert text.rendered.text[:low].startswith(prompt)
+    assert "find" in text.rendered.text[low:high]
+    assert "Lima" in text.rendered.text[low:high]
+    assert answered.startswith(text.rendered.text[:high])
 
 
 def test_fitting() -> None:

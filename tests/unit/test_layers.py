@@ -24,7 +24,8 @@ LAYERS = (
     ("streams",),
     ("conversation",),
     ("llama",),
-    ("serving", "sync", "tuning"),
+    ("serving", "sync"),
+    ("tuning",),
     ("aio", "compat", "server", "testing"),
     ("cli",),
 )

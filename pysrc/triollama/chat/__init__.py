@@ -10,7 +10,8 @@ from __future__ import annotations
 from .builtin import BUILTIN
 from .jinja import Limits
 from .template import ROLES, ChatTemplate, Rendered, Segment, named, template_for_model
-from .tokens import ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
+from .tokens import ChatTokenizer, ChatTokens, TurnEnd
+from .training import TrainingText, training_texts
 
 __all__ = [
     "BUILTIN",
@@ -21,8 +22,9 @@ __all__ = [
     "Limits",
     "Rendered",
     "Segment",
+    "TrainingText",
     "TurnEnd",
-    "assistant_spans",
     "named",
     "template_for_model",
+    "training_texts",
 ]

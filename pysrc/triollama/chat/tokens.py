@@ -1,4 +1,4 @@
-"""Rendered chats to tokens, and which of them the assistant is to learn.
+"""Rendered chats to tokens.
 
 Names of special tokens become these tokens where the template wrote them, and stay text
 everywhere else. Apart from that the text is tokenized whole, as ``llama_tokenize`` would with
@@ -8,16 +8,16 @@ was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from ..errors import ChatTemplateError
 from .template import ChatTemplate, Rendered
 
-__all__ = ["ChatTokenizer", "ChatTokens", "TurnEnd", "assistant_spans"]
+__all__ = ["ChatTokenizer", "ChatTokens", "TurnEnd"]
 
 
 class Vocabulary(Protocol):
@@ -74,6 +74,7 @@ class ChatTokenizer:
         rendered: Rendered,
         spans: Sequence[tuple[int, int]] = (),
         *,
+        context: Sequence[tuple[int, int]] = (),
         start: int = 0,
         add_special: bool = True,
     ) -> ChatTokens:
@@ -81,13 +82,14 @@ class ChatTokenizer:
 
         ``spans`` are what the assistant wrote, as character ranges in order: a new token begins
         with each, as when the model generates, and these tokens are true in the mask. The first
-        token in a span, or right after it, that ends generation is its last. With ``start`` 0,
+        token in a span, or right after it, that ends generation is its last. ``context``: more of
+        what the assistant wrote, whose tokens begin anew too, and are false. With ``start`` 0,
         ``add_special`` puts the beginning-of-sequence token first if the model wants one and the
         template wrote none.
         """
         text = rendered.text
         specials = self._specials(rendered)
-        borders = sorted({at for span in spans for at in span if start < at})
+        borders = sorted({at for span in (*spans, *context) for at in span if start < at})
         tokens: list[int] = []
         mask: list[bool] = []
         inside = _Inside(spans)
@@ -271,84 +273,3 @@ class _Inside:
         if self._spans and self._spans[0][0] < at:
             del self._spans[0]
         self._left = None
-
-
-def assistant_spans(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    **variables: Any,
-) -> tuple[Rendered, list[tuple[int, int]]]:
-    """The rendered chat, and the character ranges that the assistant would have generated.
-
-    Three ways, the first that applies: what the template marks with ``{% generation %}``; for
-    each assistant's message, what stands between the prompt for it (the messages before it with
-    the generation prompt) and the chat up to it, where both are prefixes of the whole, which is
-    exactly what generating would add, end-of-turn included; else the characters that came from
-    the message. ``ChatTokenizer.encode`` adds the token that ends the turn.
-
-    Raises ChatTemplateError when a message with content leaves nothing in the text.
-    """
-
-    def render(some: Sequence[Mapping[str, Any]], prompt: bool) -> Rendered:
-        return template.render(some, add_generation_prompt=prompt, tools=tools, **variables)
-
-    whole = render(messages, False)
-    marked = _ranges(whole, lambda segment: segment.generated)
-    if marked:
-        return whole, marked
-    # Fitting may drop the first message into the second: indices then count from the end.
-    shift = 0
-    if template.fitted_away(messages):
-        shift = 1
-    spans: list[tuple[int, int]] = []
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        span = _by_prefix(render, whole.text, messages, index) or _by_origin(whole, index - shift)
-        if span is None:
-            if not message.get("content") and not message.get("tool_calls"):
-                continue
-            raise ChatTemplateError(
-                f"it shows nothing of messages[{index}], so there is nothing to train on",
-                template=template.name,
-            )
-        if spans and span[0] < spans[-1][1]:
-            span = (spans[-1][1], max(span[1], spans[-1][1]))
-        spans.append(span)
-    return whole, [span for span in spans if span[0] < span[1]]
-
-
-def _ranges(rendered: Rendered, wanted: Any) -> list[tuple[int, int]]:
-    ranges: list[tuple[int, int]] = []
-    at = 0
-    for segment in rendered.segments:
-        stop = at + len(segment.text)
-        if wanted(segment):
-            if ranges and ranges[-1][1] == at:
-                ranges[-1] = (ranges[-1][0], stop)
-            else:
-                ranges.append((at, stop))
-        at = stop
-    return ranges
-
-
-def _by_prefix(
-    render: Any, whole: str, messages: Sequence[Mapping[str, Any]], index: int
-) -> tuple[int, int] | None:
-    try:
-        prompt = render(messages[:index], True).text
-        answered = render(messages[: index + 1], False).text
-    except ChatTemplateError:
-        return None
-    if not answered.startswith(prompt) or not whole.startswith(answered):
-        return None
-    return (len(prompt), len(answered)) if len(prompt) < len(answered) else None
-
-
-def _by_origin(rendered: Rendered, index: int) -> tuple[int, int] | None:
-    own = _ranges(rendered, lambda segment: segment.message == index)
-    if not own:
-        return None
-    return own[0][0], own[-1][1]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, overload
 import trio
 
 from .. import files
-from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, assistant_spans
+from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_texts
 from ..checks import shown
 from ..engine.adapters import Adapters, LoadedAdapter, Scaled
 from ..engine.core import Core
@@ -486,20 +486,37 @@ class Conversation:
 
     # Training
 
-    def training_example(self) -> ChatTokens:
-        """The tokens by the template, and which of them the assistant is to learn."""
-        prompts = self._ledger.prompts
-        rendered, spans = assistant_spans(
+    def training_examples(self) -> list[ChatTokens]:
+        """The tokens by the template, and which of them the assistant is to learn: its answers that
+        ended by themselves. One list, or where the template shows earlier turns otherwise than they
+        were generated, one for each answer. Raises ChatTemplateError."""
+        prompts, messages = self._ledger.prompts, self.messages
+        texts = training_texts(
             self.template,
-            [message.for_template() for message in self.messages],
+            [message.for_template() for message in messages],
+            learn=lambda index: not messages[index].was_cut,
             tools=prompts.tools,
             **prompts.variables,
         )
-        return self._house.tokenizer.encode(rendered, spans)
+        encode = self._house.tokenizer.encode
+        return [encode(text.rendered, text.spans, context=text.context) for text in texts]
 
     def export(self) -> dict[str, Any]:
-        """The conversation as a line of training data: ``{"messages": [...]}``."""
-        return {"messages": [message.for_template() for message in self.messages]}
+        """The conversation as a line of training data: ``messages`` and, where it has them,
+        ``tools`` and the template's variables as ``chat_template_kwargs``."""
+        prompts = self._ledger.prompts
+        line: dict[str, Any] = {
+            "messages": [
+                message.for_template() | ({"weight": 0} if message.was_cut else {})
+                for message in self.messages
+            ]
+        }
+        if prompts.tools:
+            line["tools"] = prompts.tools
+        variables = {name: value for name, value in prompts.variables.items() if is_data(value)}
+        if variables:
+            line["chat_template_kwargs"] = variables
+        return line
 
     # Saving
 

@@ -188,6 +188,11 @@ class Message(Saved, frozen=True, kw_only=True):
     tool_calls: tuple[dict[str, Any], ...] = ()
     tool_call_id: str = ""
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether an answer did not come to its end: cut by length or context, or cancelled."""
+        return self.finish_reason not in ("", "eos", "stop")
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates want it: what is empty is left out."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}

@@ -6,17 +6,10 @@ its evaluation and its results.
 
 from __future__ import annotations
 
-from .config import QLoRAConfig, TrainingConfig, learning_rate_at
-from .dataset import (
-    DatasetStatistics,
-    Row,
-    TrainingDataset,
-    pack_rows,
-    prepare_training_data,
-    read_items,
-    read_jsonl,
-)
-from .encode import Encoder, Example
+from .checkpoint import Checkpoint, read_checkpoint
+from .config import FREE_TO_CHANGE, QLoRAConfig, TrainingConfig, learning_rate_at
+from .dataset import DatasetReport, DatasetStatistics, TrainingDataset
+from .encode import Encoder, Example, PreferenceExample
 from .errors import (
     AdapterApplicationError,
     AdapterFileNotFoundError,
@@ -43,28 +36,36 @@ from .errors import (
     TuningError,
     UnsupportedModelError,
 )
-from .evaluate import EvaluationMetrics, evaluate_examples, evaluate_text, without_adapter
-from .export import AdapterCompatibility, check_adapter, load_peft, save_merged, save_peft
-from .session import TrainingRun, TrainingStep, TrainingSummary, train
-from .tuner import (
-    AppliedAdapter,
-    Comparison,
-    TrainingMetrics,
-    TrainingSession,
-    Tuner,
-    Tuning,
+from .evaluate import (
+    EvaluationMetrics,
+    Progress,
+    evaluate_examples,
+    evaluate_text,
+    without_adapter,
 )
+from .export import AdapterCompatibility, check_adapter, load_peft, save_merged, save_peft
+from .objective import PreferenceMetrics
+from .prepare import prepare_training_data
+from .protocol import AppliedAdapter, Comparison, TrainingMetrics, TrainingSession, Tuning
+from .reading import read_items, read_jsonl
+from .records import TrainingStep, TrainingSummary
+from .rows import Row, pack_rows, row_of
+from .session import TrainingRun, train
+from .tuner import Tuner
 
 __all__ = [
+    "FREE_TO_CHANGE",
     "AdapterApplicationError",
     "AdapterCompatibility",
     "AdapterFileNotFoundError",
     "AppliedAdapter",
     "BaseModelNotLoadedError",
+    "Checkpoint",
     "CheckpointError",
     "Comparison",
     "ContextNotInitializedError",
     "DataError",
+    "DatasetReport",
     "DatasetStatistics",
     "Encoder",
     "EvaluationMetrics",
@@ -83,6 +84,9 @@ __all__ = [
     "ModelSaveError",
     "NoAdapterError",
     "NonFiniteLossError",
+    "PreferenceExample",
+    "PreferenceMetrics",
+    "Progress",
     "QLoRAConfig",
     "Row",
     "SessionNotFoundError",
@@ -105,8 +109,10 @@ __all__ = [
     "load_peft",
     "pack_rows",
     "prepare_training_data",
+    "read_checkpoint",
     "read_items",
     "read_jsonl",
+    "row_of",
     "save_merged",
     "save_peft",
     "train",

@@ -1,7 +1,8 @@
 """``python -m triollama.tuning``: train an adapter on a file, evaluate it, try it out.
 
-Every setting of :class:`TrainingConfig` is an option. With ``--checkpoint`` a run that was
-interrupted goes on where it was, by the same command.
+Every setting of :class:`TrainingConfig` is an option. A run that was interrupted, by Ctrl-C,
+SIGTERM or a crash, goes on where it was by the same command; with more ``--epochs`` it goes on
+further.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from ..chat import template_for_model
 from ..errors import TriollamaError
 from ..writing import write_file
 from .config import QLoRAConfig, TrainingConfig
-from .dataset import TrainingDataset, prepare_training_data, read_items
-from .errors import IncompatibleAdapterError
+from .dataset import TrainingDataset
+from .errors import DataError, IncompatibleAdapterError
 from .evaluate import evaluate_examples
 from .export import check_adapter
+from .prepare import TRUNCATIONS, prepare_training_data
+from .reading import read_items
+from .report import adapter_norms, write_csv, write_report
 from .session import train
 from .tuner import Tuner
+from .watch import Watch, duration, plot
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--validation-split", type=float, default=0.1, metavar="SHARE")
     training.add_argument("--adapter", required=True, metavar="FILE", help="where to write it")
-    training.add_argument("--checkpoint", metavar="FILE", help="write it, and go on from it")
+    training.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="write it, and go on from it; default: the adapter's name with .ckpt",
+    )
+    training.add_argument(
+        "--preview", type=int, default=0, metavar="N", help="show so many examples first"
+    )
     training.add_argument("--report", metavar="FILE", help="write the run's summary as JSON")
+    training.add_argument("--html", metavar="FILE", help="write curves and settings as a page")
+    training.add_argument("--csv", metavar="FILE", help="write a table of the steps")
+    training.add_argument("--plot", action="store_true", help="show the losses as a curve")
+    training.add_argument(
+        "--sample",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="answered before and after, at the end and in the page; may be given more than once",
+    )
     _config_options(training)
 
     evaluation = commands.add_parser("evaluate", help="loss, perplexity and accuracy on data")
@@ -67,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--limit", type=int, metavar="N", help="use only the first N items")
     evaluation.add_argument("--adapter", metavar="FILE")
     evaluation.add_argument("--threads", type=int)
-    evaluation.add_argument("--max-length", type=int, default=2048)
+    evaluation.set_defaults(max_length=2048)
 
     comparison = commands.add_parser("compare", help="answers with and without an adapter")
     comparison.set_defaults(run=_compare)
@@ -84,10 +106,24 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="JSONL, or saved conversations")
+    parser.add_argument(
+        "data", metavar="DATA", help="JSON lines, Parquet, text, or saved conversations"
+    )
     _model_options(parser)
     parser.add_argument(
         "--as-chat", action="store_true", help="a prompt is what the user says, and so on"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=512, metavar="N", help="most tokens of an example"
+    )
+    parser.add_argument(
+        "--truncation",
+        choices=TRUNCATIONS,
+        default="error",
+        help="of a longer example; default: error",
+    )
+    parser.add_argument(
+        "--invalid", choices=("error", "drop"), default="error", help="of items that cannot be read"
     )
 
 
@@ -122,49 +158,76 @@ def _model_path(options: argparse.Namespace) -> Path:
     return Path(options.model) if options.model else models.default_model()
 
 
-def _dataset(options: argparse.Namespace, config: TrainingConfig) -> TrainingDataset:
+def _dataset(options: argparse.Namespace, seed: int) -> TrainingDataset:
     validation: Iterable[Any] | None = None
     if options.validation:
         validation = islice(read_items(options.validation), options.validation_limit)
     with Model(_model_path(options), vocab_only=True) as model:
-        return prepare_training_data(
+        dataset = prepare_training_data(
             options.data,
             vocab=model.vocab,
             template=template_for_model(model, options.template),
             validation_split=options.validation_split,
             validation=validation,
-            seed=config.seed,
-            max_length=config.max_length,
-            truncation=config.truncation,
+            seed=seed,
+            max_length=options.max_length,
+            truncation=options.truncation,
             as_chat=options.as_chat,
+            invalid=options.invalid,
         )
+        print(dataset.report())
+        print(msgspec.json.encode(dataset.statistics()).decode())
+        for i in range(min(options.preview, len(dataset.train))):
+            print(f"--- example {i + 1}\n{dataset.preview(i)}")
+    sys.stdout.flush()
+    return dataset
 
 
 def _train(options: argparse.Namespace) -> None:
     config = _config(options)
-    dataset = _dataset(options, config)
-    print(msgspec.json.encode(dataset.statistics()).decode(), flush=True)
+    dataset = _dataset(options, config.seed)
     started = time.monotonic()
-    path, checkpoint = _model_path(options), options.checkpoint
-    with train(path, dataset, config, checkpoint=checkpoint, resume=True) as run:
-        for step in run:
-            text = (
-                f"step {step.step}/{step.total_steps}  loss {step.loss:.4f}"
-                f"  {step.tokens_per_second:.0f} tokens/s"
-            )
-            if step.validation_loss is not None:
-                text += f"  held out {step.validation_loss:.4f}"
-            print(text, flush=True)
-        run.save_adapter(options.adapter)
-        summary = run.summary()
-    for at, loss in summary.validation:
-        best = "  (best)" if at == summary.best_step else ""
-        print(f"held-out loss after step {at}: {loss:.4f}{best}")
-    how = "stopped early" if summary.stopped_early else "complete"
-    print(f"{how} after step {summary.step}, {time.monotonic() - started:.0f} s; {options.adapter}")
+    path, checkpoint = _model_path(options), options.checkpoint or f"{options.adapter}.ckpt"
+    watch = Watch()
+    run = train(path, dataset, config, checkpoint=checkpoint, resume=True, progress=watch.progress)
+    try:
+        with run:
+            if run.resumed_at:
+                watch.say(
+                    f"going on after step {run.resumed_at} of {run.total_steps}: {checkpoint}"
+                )
+            for step in run:
+                watch.step(step)
+            run.save_adapter(options.adapter)
+            summary, norms = run.summary(), adapter_norms(run.trainer)
+    except (KeyboardInterrupt, SystemExit):
+        at = f"{run.summary().step} of {run.total_steps}"
+        watch.say(f"stopped after step {at}; the same command goes on from there ({checkpoint})")
+        raise
+    finally:
+        watch.close()
+    for step_number, loss in summary.validation:
+        best = "  (best)" if step_number == summary.best_step else ""
+        print(f"held-out loss after step {step_number}: {loss:.4f}{best}")
+    took = duration(time.monotonic() - started)
+    print(f"{summary.how_it_ended()}. {took}; {options.adapter}")
+    samples = []
+    if options.sample:
+        with Tuner(path, template=options.template) as tuner:
+            tuner.apply_lora(options.adapter)
+            samples = tuner.compare(options.sample)
+    for one in samples:
+        print(f"> {one.prompt}\nbase:  {one.base}\ntuned: {one.tuned}")
+    if options.plot:
+        print(plot(summary))
     if options.report:
         text = msgspec.json.format(msgspec.json.encode(summary), indent=1).decode()
         write_file(options.report, f"{text}\n".encode())
+    if options.html:
+        name = Path(options.adapter).name
+        write_report(options.html, summary, norms=norms, samples=samples, title=name)
+    if options.csv:
+        write_csv(options.csv, summary)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -176,18 +239,27 @@ def _evaluate(options: argparse.Namespace) -> None:
             template=template_for_model(model, options.template),
             validation_split=0.0,
             max_length=options.max_length,
+            truncation=options.truncation,
             as_chat=options.as_chat,
+            invalid=options.invalid,
         )
+    if dataset.has_preferences:
+        raise DataError("these are preferences; what is evaluated is how likely texts are")
     shape: dict[str, Any] = {"rank": 1}
     if options.adapter:
         found = check_adapter(options.adapter, path)
         if not found.is_compatible:
             raise IncompatibleAdapterError("; ".join(found.problems), path=options.adapter)
         shape = {"rank": found.rank, "alpha": found.alpha or found.rank, "targets": found.targets}
+    watch = Watch()
     with Trainer(path, threads=options.threads, **shape) as trainer:
         if options.adapter:
             trainer.load_adapter(options.adapter)
-        print(msgspec.json.encode(evaluate_examples(trainer, dataset.train)).decode())
+        try:
+            metrics = evaluate_examples(trainer, dataset.train, progress=watch.progress)
+        finally:
+            watch.close()
+    print(msgspec.json.encode(metrics).decode())
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -18,10 +18,13 @@ import trio
 
 from ..uninterrupted import uninterrupted
 from .config import TrainingConfig
-from .dataset import TrainingDataset, prepare_training_data
+from .dataset import TrainingDataset
 from .errors import NoAdapterError
-from .session import TrainingRun, TrainingStep, train
-from .tuner import Comparison
+from .evaluate import Progress
+from .prepare import prepare_training_data
+from .protocol import Comparison
+from .records import TrainingStep
+from .session import TrainingRun, train
 
 __all__ = ["AsyncTrainingRun", "AsyncTuner", "train_async"]
 
@@ -57,11 +60,13 @@ class AsyncTrainingRun:
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> AsyncTrainingRun:
+        self.run.watch_sigterm()  # here: its threads cannot
         try:
             await self._in_thread(self.run.__enter__)
         except BaseException:
             if self.run.status == "running":  # loaded all the same, and nobody will leave the block
                 await self.__aexit__(None, None, None)
+            self.run.release_sigterm()
             raise
         return self
 
@@ -73,7 +78,12 @@ class AsyncTrainingRun:
         trace: TracebackType | None,
     ) -> None:
         # Writes the checkpoint, and is over in milliseconds.
-        await uninterrupted(lambda: trio.to_thread.run_sync(self.run.__exit__, kind, error, trace))
+        try:
+            await uninterrupted(
+                lambda: trio.to_thread.run_sync(self.run.__exit__, kind, error, trace)
+            )
+        finally:
+            self.run.release_sigterm()
 
     def __aiter__(self) -> AsyncTrainingRun:
         return self
@@ -125,10 +135,20 @@ def train_async(
     checkpoint: str | PathLike[str] | None = None,
     resume: bool = False,
     adapter: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> AsyncTrainingRun:
-    """As :func:`train`, for ``async with`` and ``async for``."""
+    """As :func:`train`, for ``async with`` and ``async for``. ``progress`` is called in the run's
+    thread."""
     return AsyncTrainingRun(
-        train(model, dataset, config, checkpoint=checkpoint, resume=resume, adapter=adapter)
+        train(
+            model,
+            dataset,
+            config,
+            checkpoint=checkpoint,
+            resume=resume,
+            adapter=adapter,
+            progress=progress,
+        )
     )
 
 

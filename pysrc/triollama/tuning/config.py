@@ -15,13 +15,24 @@ from .errors import (
     InvalidSettingError,
 )
 
-__all__ = ["QLoRAConfig", "TrainingConfig", "learning_rate_at"]
+__all__ = ["FREE_TO_CHANGE", "QLoRAConfig", "TrainingConfig", "learning_rate_at"]
 
 MAX_RANK = 128
 MAX_EPOCHS = 100
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("exact", "fast")
-TRUNCATIONS = ("error", "drop", "end", "start")
+PREFERENCE_LOSSES = ("sigmoid", "ipo")
+
+FREE_TO_CHANGE = (
+    "epochs",
+    "max_steps",
+    "evaluate_every",
+    "patience",
+    "min_delta",
+    "checkpoint_every",
+    "threads",
+)
+"""Settings that a resumed run may have otherwise than the one it goes on with."""
 
 TARGET_NAMES = {
     "q_proj": "attn_q",
@@ -131,16 +142,24 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         of a step weighs the same, however rows are cut: 4 x 1 and 1 x 4 are one and the same.
 
     Data
-        ``max_length``: most tokens of a row. ``truncation``: of an example longer than that:
-        ``"error"``, ``"drop"`` it, or cut its ``"end"`` or ``"start"`` off. ``packing``: several
-        examples share a row, and cannot see each other. ``shuffle`` anew each epoch.
+        ``packing``: several examples share a row of at most the dataset's ``max_length`` tokens,
+        and cannot see each other. ``shuffle`` anew each epoch.
+
+    Preferences (where the dataset is made of them)
+        ``preference_loss``: ``"sigmoid"`` (DPO, arXiv:2305.18290) or ``"ipo"`` (arXiv:2310.12036),
+        with ``beta``: how strongly the model is held to what it was. The bare model is the
+        reference. No dropout, and no packing.
 
     Run
         ``seed``, ``precision`` (``"exact"`` or ``"fast"``), ``threads``, ``n_gpu_layers``,
         ``evaluate_every`` steps (None: at the end of each epoch), ``checkpoint_every`` steps
-        (None: only at the end), ``patience``: stop after so many evaluations without an
+        (None: once a minute), ``patience``: stop after so many evaluations without an
         improvement of ``min_delta`` and go back to the best (None is off). ``qlora``: quantise the
         base first.
+
+    A resumed run may have other ``epochs`` and ``max_steps`` (a schedule that falls then falls to
+    the new end), ``evaluate_every``, ``patience``, ``min_delta``, ``checkpoint_every`` and
+    ``threads``: ``FREE_TO_CHANGE``.
     """
 
     rank: int = 8
@@ -149,7 +168,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 2e-4
     schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -163,10 +182,11 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     batch_size: int = 1
     accumulation: int = 1
 
-    max_length: int = 512
-    truncation: str = "error"
     packing: bool = False
     shuffle: bool = True
+
+    preference_loss: str = "sigmoid"
+    beta: float = 0.1
 
     seed: int = 42
     precision: str = "exact"
@@ -267,7 +287,6 @@ _INTS = {
     "max_steps": (1, _I31),
     "batch_size": (1, 4096),
     "accumulation": (1, 4096),
-    "max_length": (2, 1 << 20),
     "seed": (0, 2**63 - 1),
     "threads": (1, 512),
     "n_gpu_layers": (0, _I31),
@@ -285,8 +304,13 @@ _FLOATS = {
     "epsilon": (1e-30, 1.0),
     "max_grad_norm": (0.0, 1e9),
     "min_delta": (0.0, 1e9),
+    "beta": (1e-6, 1e6),
 }
-_CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "truncation": TRUNCATIONS}
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "preference_loss": PREFERENCE_LOSSES,
+}
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -7,16 +7,16 @@ generated begins with a token of its own, as it does when the model generates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, assistant_spans
+from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, training_texts
 from .errors import InvalidSettingError
 
-__all__ = ["Encoder", "Example", "Tokens", "Vocab"]
+__all__ = ["Encoder", "Example", "PreferenceExample", "Tokens", "Vocab"]
 
 Tokens = NDArray[np.int32]
 
@@ -53,6 +53,24 @@ class Example(NamedTuple):
     def n_targets(self) -> int:
         return int(self.targets.sum())
 
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """The texts it is made of: itself."""
+        return (self,)
+
+
+class PreferenceExample(NamedTuple):
+    """Two texts that begin with the same prompt, of which the first is to be preferred."""
+
+    chosen: Example
+    rejected: Example
+    source: str = ""
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """The texts it is made of, the better one first."""
+        return (self.chosen, self.rejected)
+
 
 class Encoder:
     """Makes examples with one vocabulary and, for chats, one template."""
@@ -73,6 +91,19 @@ class Encoder:
         targets = [True] * len(tokens)
         return self._example(*self._ended(tokens, targets), source)
 
+    def pieces(
+        self, text: str, length: int, *, ends: bool = True, source: str = ""
+    ) -> list[Example]:
+        """A long text in examples of at most ``length`` tokens, all learned. Each has the beginning
+        mark where the model wants one; the last has the end of the text, if it ``ends`` here."""
+        tokens = self.vocab.tokenize(text, False, False)
+        if ends and self.vocab.eos is not None:
+            tokens.append(self.vocab.eos)
+        begin = [self.vocab.bos] if self.vocab.adds_bos and self.vocab.bos is not None else []
+        step = length - len(begin)
+        parts = [begin + tokens[at : at + step] for at in range(0, len(tokens), step)]
+        return [self._example(part, [True] * len(part), source) for part in parts if len(part) > 1]
+
     def completion(self, prompt: str, completion: str, source: str = "") -> Example:
         """The completion and the end of the text are learned, the prompt is not."""
         segments = (Segment(prompt, False, 0, False), Segment(completion, False, 1, False))
@@ -84,31 +115,38 @@ class Encoder:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        learn: Callable[[int], bool] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        only_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
         source: str = "",
-    ) -> Example:
-        """A chat by the template. Learned is what the assistant would generate: each of its
-        messages from the end of the generation prompt to the token that ends the turn
-        (``only_last``: the last message alone).
+    ) -> list[Example]:
+        """A chat by the template, as serving would compute it. Learned is what the assistant would
+        generate: each of its messages from the end of the generation prompt to the token that ends
+        the turn. Mostly one example; one for each answer where the template shows earlier turns
+        otherwise than they are generated (:func:`triollama.chat.training_texts`); none where
+        nothing is learned.
 
-        Where neither the template nor anything after it ends the last answer, the end of the text
-        does, and is learned. Raises InvalidSettingError without a template, ChatTemplateError.
+        learn: whether to learn the message of an index, if it is the assistant's; default: all.
+        tools, variables: for the template. Where neither the template nor anything after it ends
+        the last answer, the end of the text does, and is learned. Raises InvalidSettingError
+        without a template, ChatTemplateError.
         """
         if self.template is None:
             raise InvalidSettingError("chats need a template", parameter="template")
-        rendered, spans = assistant_spans(self.template, messages, tools=tools)
-        made = self._chats.encode(rendered, spans)
-        tokens, targets = list(made.tokens), list(made.mask)
-        end = len(targets) - targets[::-1].index(True) if True in targets else 0
-        begin = end - targets[:end][::-1].index(False) if False in targets[:end] else 0
-        answered = messages and messages[-1].get("role") == "assistant"
-        if answered and not any(map(self._ends_turn, tokens[begin:end])):
-            targets[end:] = [True] * (len(targets) - end)
-            tokens, targets = self._ended(tokens, targets)
-        if only_last:
-            targets[:begin] = [False] * begin
-        return self._example(tokens, targets, source)
+        examples = []
+        for text in training_texts(
+            self.template, messages, learn=learn, tools=tools, **(variables or {})
+        ):
+            made = self._chats.encode(text.rendered, text.spans, context=text.context)
+            tokens, targets = list(made.tokens), list(made.mask)
+            end = len(targets) - targets[::-1].index(True) if True in targets else 0
+            begin = end - targets[:end][::-1].index(False) if False in targets[:end] else 0
+            last = not text.rendered.text[text.spans[-1][1] :].strip()
+            if last and not any(map(self._ends_turn, tokens[begin:end])):
+                targets[end:] = [True] * (len(targets) - end)
+                tokens, targets = self._ended(tokens, targets)
+            examples.append(self._example(tokens, targets, source))
+        return examples
 
     def _ends_turn(self, token: int) -> bool:
         return self.vocab.is_eog(token) or token in self._turn_tokens

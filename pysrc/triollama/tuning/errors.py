@@ -101,8 +101,15 @@ class DataError(TuningError, ValueError):
             part for part in (f"line {line}" if line is not None else "", path or "") if part
         )
         super().__init__(f"{where}: {message}" if where else message)
+        self.reason = message
         self.line = line
         self.path = path
+
+    def at(self, line: int | None) -> DataError:
+        """The same, in a line of a file."""
+        if line is None or self.line is not None:
+            return self
+        return type(self)(self.reason, line=line, path=self.path)
 
 
 class ExampleTooLongError(DataError):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
 
 from .._engine import Trainer
-from .dataset import row_of
 from .encode import Example, Vocab
 from .errors import DataError, InvalidSettingError
+from .rows import row_of
 
-__all__ = ["EvaluationMetrics", "evaluate_examples", "evaluate_text", "without_adapter"]
+__all__ = ["EvaluationMetrics", "Progress", "evaluate_examples", "evaluate_text", "without_adapter"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and of how much."""
 
 
 class EvaluationMetrics(msgspec.Struct, frozen=True):
@@ -42,8 +45,13 @@ def _metrics(losses: Sequence[np.ndarray], hits: int, examples: int) -> Evaluati
     )
 
 
-def evaluate_examples(trainer: Trainer, examples: Iterable[Example]) -> EvaluationMetrics:
-    """Over the learned tokens of the examples (of chats: what assistants say), each by itself."""
+def evaluate_examples(
+    trainer: Trainer, examples: Sequence[Example], *, progress: Progress | None = None
+) -> EvaluationMetrics:
+    """Over the learned tokens of the examples (of chats: what assistants say), each by itself.
+
+    progress: called after each with ``"held out"``, how many are done, and of how many.
+    """
     losses = []
     hits = count = 0
     for example in examples:
@@ -52,6 +60,8 @@ def evaluate_examples(trainer: Trainer, examples: Iterable[Example]) -> Evaluati
         losses.append(result.nll)
         hits += int((result.predicted == row.labels[row.labels >= 0]).sum())
         count += 1
+        if progress:
+            progress("held out", count, len(examples))
     return _metrics(losses, hits, count)
 
 

@@ -199,7 +199,7 @@ def _to_pairs(b: Array, n_head: int) -> Array:
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _split(trainer: Trainer) -> dict[str, tuple[Array, Array]]:
+def split_pairs(trainer: Trainer) -> dict[str, tuple[Array, Array]]:
     values = trainer.get("weights")
     out = {}
     at = 0
@@ -223,7 +223,7 @@ def save_peft(
     keys, _ = read_gguf(trainer.path)
     modules = _peft_modules(trainer.architecture)
     tensors: dict[str, Array] = {}
-    for name, (a, b) in _split(trainer).items():
+    for name, (a, b) in split_pairs(trainer).items():
         n_head = _heads_of(name, keys)
         tensors[_peft_name(name, "A", modules)] = a
         tensors[_peft_name(name, "B", modules)] = b if n_head is None else _to_halves(b, n_head)

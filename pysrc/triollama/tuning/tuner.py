@@ -1,8 +1,7 @@
-"""``Tuner``: one model that is served, adapted and trained; and ``Tuning``, the protocol of it.
+"""``Tuner``: one model that is served, adapted and trained, blocking.
 
-The operations of the Swift API's tuning protocol under Python names, blocking. Training opens the
-model file a second time, unrepacked, so what is served goes on untouched until an adapter is
-applied.
+It serves with a :class:`triollama.sync.Llama`. Training opens the model file a second time,
+unrepacked, so what is served goes on untouched until an adapter is applied.
 """
 
 from __future__ import annotations
@@ -16,16 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from os import PathLike
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from .._engine import Adapter, Batch, Context, Model, Trainer, set_adapters
-from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
+from .._engine import Adapter, Batch, Model, Trainer, set_adapters
+from ..chat import ChatTemplate, ChatTokenizer, template_for_model
 from ..errors import AdapterError, ParameterError
+from ..params import GenerationParams
+from ..sync import Llama
 from .config import TrainingConfig
-from .dataset import TrainingDataset, prepare_training_data
+from .dataset import TrainingDataset
 from .encode import Example
 from .errors import (
     AdapterApplicationError,
@@ -39,99 +40,32 @@ from .errors import (
     SessionNotFoundError,
     TokenizerNotInitializedError,
 )
-from .evaluate import EvaluationMetrics, evaluate_examples
+from .evaluate import EvaluationMetrics, Progress, evaluate_examples
 from .export import AdapterCompatibility, check_adapter, save_merged, save_peft
-from .session import Status, TrainingRun, TrainingStep, TrainingSummary, train
+from .prepare import prepare_training_data
+from .protocol import AppliedAdapter, Comparison, TrainingMetrics, TrainingSession
+from .records import TrainingStep, TrainingSummary
+from .session import Status, TrainingRun, train
 
-__all__ = ["AppliedAdapter", "Comparison", "TrainingMetrics", "TrainingSession", "Tuner", "Tuning"]
+__all__ = ["Tuner"]
 
 _log = logging.getLogger("triollama.tuning")
 
 
-class AppliedAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in use: its file, its scale, when it was applied, what its file says."""
-
-    path: str
-    scale: float
-    applied_at: datetime
-    metadata: dict[str, str]
-
-
-class TrainingSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A training run as a record. ``error`` is why it failed."""
-
-    id: str
-    config: TrainingConfig
-    start_time: datetime
-    end_time: datetime | None
-    status: Status
-    error: str | None = None
-
-
-class TrainingMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the current run is."""
-
-    current_epoch: int
-    current_step: int
-    training_loss: float
-    validation_loss: float | None
-    learning_rate: float
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt's answer by the base model and by the adapted one, both greedy.
-
-    ``prompt``: the last message. ``base_ended``, ``tuned_ended``: whether the model ended its turn
-    by itself.
-    """
-
-    prompt: str
-    base: str
-    tuned: str
-    base_ended: bool = False
-    tuned_ended: bool = False
-
-
-@runtime_checkable
-class Tuning(Protocol):
-    """What can be asked of a tuner; a fake of the same shape is one, too.
-
-    The Swift protocol's operations: loadModel, applyLoRA, removeLoRA, prepareTrainingData,
-    startTrainingSession, stopTrainingSession, getCurrentTrainingSession, getTrainingMetrics,
-    evaluateModel, validateLoRACompatibility, setLoRAFallbackMode, saveLoRAAdapter,
-    saveFineTunedModel and exportModel.
-    """
-
-    def load_model(self, path: str | PathLike[str]) -> None: ...
-    def apply_lora(
-        self, path: str | PathLike[str], scale: float = 1.0
-    ) -> AppliedAdapter | None: ...
-    def remove_lora(self, path: str | PathLike[str] | None = None) -> None: ...
-    def prepare_training_data(
-        self, conversations: Iterable[Any], validation_split: float = 0.1
-    ) -> TrainingDataset: ...
-    def start_training_session(
-        self, dataset: TrainingDataset, config: TrainingConfig
-    ) -> TrainingSession: ...
-    def stop_training_session(self) -> None: ...
-    def current_training_session(self) -> TrainingSession | None: ...
-    def training_metrics(self) -> TrainingMetrics | None: ...
-    def evaluate_model(self, examples: Sequence[Example]) -> EvaluationMetrics: ...
-    def validate_lora_compatibility(self, path: str | PathLike[str]) -> AdapterCompatibility: ...
-    def set_lora_fallback_mode(self, enabled: bool) -> None: ...
-    def save_lora_adapter(self, path: str | PathLike[str]) -> None: ...
-    def save_fine_tuned_model(self, path: str | PathLike[str]) -> None: ...
-    def export_model(self, path: str | PathLike[str], format: str = "gguf") -> None: ...
+class _Loaded(NamedTuple):
+    adapter: Adapter
+    contents: bytes
+    applied: AppliedAdapter
 
 
 class Tuner:
     """A model to serve, adapt and train. Close it, or use it in a ``with`` statement.
 
-    path: the model's GGUF file; or later, by ``load_model``. template: for chats; None is the
-    model's own. n_ctx, threads: of the context that serves ``compare`` and ``logits``.
+    path: the model's GGUF file; None is the embedded default model. template: for chats; None is
+    the model's own. n_ctx, threads: of the context that serves ``compare`` and ``logits``.
 
     One thread at a time, except for ``stop_training_session``, ``current_training_session`` and
-    ``training_metrics``.
+    ``training_metrics``. Raises what ``triollama.sync.Llama`` raises.
     """
 
     def __init__(
@@ -145,47 +79,34 @@ class Tuner:
         self._template = template
         self._n_ctx = n_ctx
         self._threads = threads
-        self._model: Model | None = None
-        self._context: Context | None = None
-        self._applied: dict[str, tuple[Adapter, AppliedAdapter]] = {}
-        self._contents: dict[Adapter, bytes] = {}
+        self._llama: Llama | None = None
+        self._loaded: dict[str, _Loaded] = {}
         self._fallback = False
         self._run: TrainingRun | None = None
         self._session: TrainingSession | None = None
         self._last_step: TrainingStep | None = None
         self._lock = threading.Lock()
-        if path is not None:
-            self.load_model(path)
+        self.load_model(path)
 
     # ---- the model
 
-    def load_model(self, path: str | PathLike[str]) -> None:
-        """Load a model, in place of one loaded before. Raises what ``Model`` raises."""
-        model = Model(path)
-        try:
-            context = Context(model, n_ctx=self._n_ctx, n_threads=self._threads)
-        except BaseException:
-            model.close()
-            raise
+    def load_model(self, path: str | PathLike[str] | None = None) -> None:
+        """Load a model, in place of the one before; None is the default model."""
+        # Every prompt whole: the base and the adapted model are then asked alike.
+        llama = Llama(path, n_ctx=self._n_ctx, threads=self._threads, reuse=False)
         self.close()
-        self._model, self._context = model, context
+        self._llama = llama
 
     def close(self) -> None:
         """Free adapters, context and model, and the trained weights. Idempotent."""
-        if self._run is not None:
-            self._run.__exit__(None, None, None)
-            self._run = None
-        if self._context is not None:
-            set_adapters(self._context, [])
-            for adapter, _ in self._applied.values():
-                adapter.close()
-            self._applied.clear()
-            self._contents.clear()
-            self._context.close()
-            self._context = None
-        if self._model is not None:
-            self._model.close()
-            self._model = None
+        self._drop_run()
+        if self._llama is not None:
+            set_adapters(self._llama.context, [])
+            for loaded in self._loaded.values():
+                loaded.adapter.close()
+            self._loaded.clear()
+            self._llama.close()
+            self._llama = None
 
     def __enter__(self) -> Tuner:
         return self
@@ -201,22 +122,19 @@ class Tuner:
     @property
     def model(self) -> Model:
         """The model that is served; ModelNotLoadedError if there is none."""
-        if self._model is None:
-            raise ModelNotLoadedError("no model is loaded; call load_model first")
-        return self._model
+        return self._serving(ModelNotLoadedError).model
 
-    @property
-    def _serving(self) -> Context:
-        if self._context is None:
-            raise ContextNotInitializedError("no model is loaded; call load_model first")
-        return self._context
+    def _serving(self, missing: type[ModelNotLoadedError] = ContextNotInitializedError) -> Llama:
+        if self._llama is None:
+            raise missing("no model is loaded; call load_model first")
+        return self._llama
 
     # ---- adapters
 
     @property
     def adapters(self) -> tuple[AppliedAdapter, ...]:
         """The adapters applied, in the order of their application."""
-        return tuple(applied for _, applied in self._applied.values())
+        return tuple(loaded.applied for loaded in self._loaded.values())
 
     def validate_lora_compatibility(self, path: str | PathLike[str]) -> AdapterCompatibility:
         """Whether the adapter fits, and why not; see :func:`check_adapter`."""
@@ -234,12 +152,16 @@ class Tuner:
         computed otherwise, so it is forgotten. Raises AdapterFileNotFoundError,
         IncompatibleAdapterError, AdapterApplicationError; the set is then as before.
         """
+        return self._apply_file(path, os.path.realpath(path), scale)
+
+    def _apply_file(
+        self, path: str | PathLike[str], name: str, scale: float
+    ) -> AppliedAdapter | None:
         if not isinstance(scale, (int, float)) or not np.isfinite(scale):
             raise InvalidSettingError(
                 f"scale must be a finite number, not {scale!r}", parameter="scale", value=scale
             )
-        context = self._serving
-        name = os.path.realpath(path)
+        self._serving()
         found = self.validate_lora_compatibility(path)
         if not found.is_compatible:
             reason = f"the adapter {path} does not fit: {'; '.join(found.problems)}"
@@ -249,12 +171,12 @@ class Tuner:
             raise IncompatibleAdapterError(reason, path=os.fspath(path))
         for warning in found.warnings:
             _log.info("adapter %s: %s", path, warning)
-        old = self._applied.get(name)
+        old = self._loaded.get(name)
         try:
             with open(path, "rb") as file:
                 contents = hashlib.file_digest(file, "sha256").digest()
-            known = old is not None and self._contents[old[0]] == contents
-            adapter = old[0] if old and known else Adapter(self.model, path)
+            known = old is not None and old.contents == contents
+            adapter = old.adapter if old and known else Adapter(self.model, path)
         except (AdapterError, OSError) as error:
             raise AdapterApplicationError(str(error), path=os.fspath(path)) from error
         applied = AppliedAdapter(
@@ -263,39 +185,41 @@ class Tuner:
             applied_at=datetime.now(UTC),
             metadata=adapter.metadata,
         )
-        wanted = {**self._applied, name: (adapter, applied)}
         try:
-            self._apply(wanted)
+            self._set({**self._loaded, name: _Loaded(adapter, contents, applied)})
         except ParameterError as error:
             if not known:
                 adapter.close()
             raise AdapterApplicationError(str(error), path=os.fspath(path)) from error
-        self._applied = wanted
-        self._contents[adapter] = contents
         if old and not known:
-            del self._contents[old[0]]
-            old[0].close()
-        context.memory.clear()
+            old.adapter.close()
         return applied
 
     def remove_lora(self, path: str | PathLike[str] | None = None) -> None:
-        """Remove one adapter, or all. Raises NoAdapterError if there is none to remove."""
-        self._serving  # noqa: B018  # raises if nothing is loaded
-        names = list(self._applied) if path is None else [os.path.realpath(path)]
-        if not names or any(name not in self._applied for name in names):
+        """Remove one adapter, by its ``path``, or all. Raises NoAdapterError if there is none to
+        remove."""
+        self._serving()
+        names = list(self._loaded)
+        if path is not None:
+            names = [os.path.realpath(path) if os.fspath(path) else ""]
+        if not names or any(name not in self._loaded for name in names):
             raise NoAdapterError(
                 "no adapter is applied" if path is None else f"{path} is not applied"
             )
-        self._apply({n: pair for n, pair in self._applied.items() if n not in names})
-        for name in names:
-            adapter, _ = self._applied.pop(name)
-            del self._contents[adapter]
-            adapter.close()
-        self._serving.memory.clear()
+        removed = [self._loaded[name] for name in names]
+        self._set({name: one for name, one in self._loaded.items() if name not in names})
+        for loaded in removed:
+            loaded.adapter.close()
 
-    def _apply(self, wanted: Mapping[str, tuple[Adapter, AppliedAdapter]]) -> None:
-        pairs = [(adapter, applied.scale) for adapter, applied in wanted.values()]
-        set_adapters(self._serving, pairs)
+    def _set(self, wanted: dict[str, _Loaded]) -> None:
+        self._put(wanted)
+        self._loaded = wanted
+
+    def _put(self, wanted: Mapping[str, _Loaded]) -> None:
+        """Serve with these; what the context remembers was computed with others."""
+        context = self._serving().context
+        set_adapters(context, [(one.adapter, one.applied.scale) for one in wanted.values()])
+        context.memory.clear()
 
     # ---- data and training
 
@@ -303,27 +227,20 @@ class Tuner:
         self,
         conversations: Iterable[Any] | str | PathLike[str],
         validation_split: float = 0.1,
-        *,
-        seed: int = 42,
-        max_length: int = 512,
-        truncation: str = "error",
-        only_last: bool = False,
+        **options: Any,
     ) -> TrainingDataset:
-        """See :func:`triollama.tuning.prepare_training_data`; chats by the model's template.
+        """See :func:`triollama.tuning.prepare_training_data` for data and options; chats by the
+        model's template.
 
         Raises TokenizerNotInitializedError before a model is loaded.
         """
-        if self._model is None:
-            raise TokenizerNotInitializedError("no model is loaded; call load_model first")
+        model = self._serving(TokenizerNotInitializedError).model
         return prepare_training_data(
             conversations,
-            vocab=self.model.vocab,
-            template=template_for_model(self.model, self._template),
+            vocab=model.vocab,
+            template=template_for_model(model, self._template),
             validation_split=validation_split,
-            seed=seed,
-            max_length=max_length,
-            truncation=truncation,
-            only_last=only_last,
+            **options,
         )
 
     def start_training_session(
@@ -334,22 +251,20 @@ class Tuner:
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = False,
         on_step: Callable[[TrainingStep], None] | None = None,
+        progress: Progress | None = None,
     ) -> TrainingSession:
         """Train to the end, calling ``on_step`` after each step; then the trained adapter can be
-        evaluated, saved, merged and applied. Raises what the run raises, with the session failed;
-        BaseModelNotLoadedError before a model is loaded.
+        evaluated, saved, merged and applied. What was trained before is kept until the run begins.
+
+        Raises what the run raises, with the session failed; the weights of its last whole step are
+        then there to be saved all the same. BaseModelNotLoadedError before a model is loaded. The
+        other arguments are as for :func:`train`.
         """
-        if self._model is None:
-            raise BaseModelNotLoadedError("no model is loaded; call load_model first")
-        model = self._model
-        if self._run is not None:
-            self._run.__exit__(None, None, None)
-            self._run = None
-        run = train(model.path, dataset, config, checkpoint=checkpoint, resume=resume)
-        with self._lock:
-            self._last_step = None
-            self._run = run
-        self._session = TrainingSession(
+        model = self._serving(BaseModelNotLoadedError).model
+        run = train(
+            model.path, dataset, config, checkpoint=checkpoint, resume=resume, progress=progress
+        )
+        session = TrainingSession(
             id=run.id,
             config=run.config,
             start_time=datetime.now(UTC),
@@ -358,20 +273,35 @@ class Tuner:
         )
         try:
             run.__enter__()
-            self._session = msgspec.structs.replace(self._session, id=run.id, status="running")
+        except BaseException as error:
+            self._session = session
+            self._finish("failed" if isinstance(error, Exception) else "stopped", str(error))
+            raise
+        self._drop_run()
+        with self._lock:
+            self._last_step = None
+            self._run = run
+        self._session = msgspec.structs.replace(session, id=run.id, status="running")
+        try:
             for step in run:
                 with self._lock:
                     self._last_step = step
                 if on_step is not None:
                     on_step(step)
+            run.exit_if_terminated()
         except BaseException as error:
-            self._run = None
-            if run.status != "pending":
-                run.__exit__(type(error), error, error.__traceback__)
-            self._finish("failed" if isinstance(error, Exception) else "stopped", str(error))
+            try:
+                run.leave(error)
+            finally:
+                self._finish("failed" if isinstance(error, Exception) else "stopped", str(error))
             raise
         self._finish(run.status, None)
         return self._session
+
+    def _drop_run(self) -> None:
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.__exit__(None, None, None)
 
     def _finish(self, status: Status, error: str | None) -> None:
         assert self._session is not None
@@ -409,9 +339,12 @@ class Tuner:
 
     @property
     def _trained(self) -> TrainingRun:
-        if self._run is None or self._run.status not in ("completed", "stopped"):
+        run = self._run
+        if run is None or run.status not in ("completed", "stopped", "failed"):
             raise NoAdapterError("no adapter has been trained in this tuner")
-        return self._run
+        if run.status == "failed" and not run.trainer.step:
+            raise NoAdapterError("the run failed before its first step")
+        return run
 
     # ---- results
 
@@ -419,13 +352,18 @@ class Tuner:
         """What is known of the run that has ended. Raises NoAdapterError before one has."""
         return self._trained.summary()
 
-    def evaluate_model(self, examples: Sequence[Example]) -> EvaluationMetrics:
-        """Metrics on the examples: with the adapter trained here, else of the base model."""
+    def evaluate_model(
+        self, examples: Sequence[Example], *, progress: Progress | None = None
+    ) -> EvaluationMetrics:
+        """Metrics on the examples: with the adapter trained here, else of the base model. progress:
+        see :func:`evaluate_examples`."""
         model = self.model
-        if self._run is not None and self._run.status in ("completed", "stopped"):
-            return evaluate_examples(self._run.trainer, examples)
-        with Trainer(model.path, rank=1, threads=self._threads) as trainer:
-            return evaluate_examples(trainer, examples)
+        try:
+            trainer = self._trained.trainer
+        except NoAdapterError:
+            with Trainer(model.path, rank=1, threads=self._threads) as base:
+                return evaluate_examples(base, examples, progress=progress)
+        return evaluate_examples(trainer, examples, progress=progress)
 
     def save_lora_adapter(self, path: str | PathLike[str]) -> None:
         """The trained adapter as GGUF. Raises NoAdapterError, LoRASaveError."""
@@ -450,31 +388,27 @@ class Tuner:
             )
 
     def apply_trained(self, scale: float = 1.0) -> AppliedAdapter:
-        """Serve with the adapter just trained: hot-swapped in, nothing is reloaded."""
+        """Serve with the adapter just trained, in place of one trained before: hot-swapped in,
+        nothing is reloaded. Its ``path`` is empty."""
         with tempfile.TemporaryDirectory(prefix="triollama-adapter-") as folder:
             path = os.path.join(folder, "trained.gguf")
             self.save_lora_adapter(path)
-            applied = self.apply_lora(path, scale)
+            applied = self._apply_file(path, "", scale)
         if applied is None:
             raise AdapterApplicationError("the trained adapter does not fit the model served")
         return applied
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Float32 [n_vocab]: the logits after the last of ``tokens``, by base and adapters."""
-        context = self._serving
+        context = self._serving().context
         context.memory.clear()
-        self._decode(context, tokens, 0)
-        return context.logits(copy=True)
-
-    @staticmethod
-    def _decode(context: Context, tokens: Sequence[int], position: int) -> None:
         for at in range(0, len(tokens), 256):
             part = tokens[at : at + 256]
             batch = Batch(len(part))
             for i, token in enumerate(part):
-                last = at + i + 1 == len(tokens)
-                batch.add(int(token), position + at + i, 0, last)
+                batch.add(int(token), at + i, 0, at + i + 1 == len(tokens))
             context.decode(batch)
+        return context.logits(copy=True)
 
     def compare(
         self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, max_tokens: int = 64
@@ -484,54 +418,38 @@ class Tuner:
         A prompt is what a user says, or a chat's messages so far. Raises NoAdapterError if no
         adapter is applied.
         """
-        context = self._serving
-        if not self._applied:
+        llama = self._serving()
+        if not self._loaded:
             raise NoAdapterError("no adapter is applied; compare would show the base twice")
-        template = template_for_model(self.model, self._template)
-        tokenizer = ChatTokenizer(self.model.vocab)
+        template = template_for_model(llama.model, self._template)
+        tokenizer = ChatTokenizer(llama.vocab)
         end = tokenizer.turn_end(template)
-        messages = [
+        greedy = GenerationParams(
+            temperature=0.0,
+            repeat_penalty=1.0,
+            max_tokens=max_tokens,
+            stop=end.stop,
+            stop_tokens=end.tokens,
+        )
+        chats = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        chats = [tokenizer.encode(template.render(chat)).tokens for chat in messages]
+        tokens = [tokenizer.encode(template.render(chat)).tokens for chat in chats]
         try:
-            self._apply({})
-            base = [self._greedy(context, tokens, end, max_tokens) for tokens in chats]
-            self._apply(self._applied)
-            tuned = [self._greedy(context, tokens, end, max_tokens) for tokens in chats]
+            self._put({})
+            base = [llama.generate(prompt, greedy) for prompt in tokens]
         finally:
-            self._apply(self._applied)
-            context.memory.clear()
+            self._put(self._loaded)
+        tuned = [llama.generate(prompt, greedy) for prompt in tokens]
+        ended = ("eos", "stop")
         return [
             Comparison(
                 prompt=str(chat[-1]["content"]),
-                base=a[0],
-                tuned=b[0],
-                base_ended=a[1],
-                tuned_ended=b[1],
+                base=a.text,
+                tuned=b.text,
+                base_ended=a.finish_reason in ended,
+                tuned_ended=b.finish_reason in ended,
             )
-            for chat, a, b in zip(messages, base, tuned, strict=True)
+            for chat, a, b in zip(chats, base, tuned, strict=True)
         ]
-
-    def _greedy(
-        self, context: Context, tokens: Sequence[int], end: TurnEnd, max_tokens: int
-    ) -> tuple[str, bool]:
-        """The answer, and whether it ended by itself."""
-        vocab = self.model.vocab
-        context.memory.clear()
-        self._decode(context, tokens, 0)
-        out: list[int] = []
-        text = ""
-        room = min(max_tokens, context.n_ctx - len(tokens))
-        while len(out) < room:
-            token = int(context.logits(copy=True).argmax())
-            if vocab.is_eog(token) or token in end.tokens:
-                return text, True
-            out.append(token)
-            text = vocab.detokenize(out)
-            stop = min((text.find(one) for one in end.stop if one in text), default=-1)
-            if stop >= 0:
-                return text[:stop], True
-            self._decode(context, [token], len(tokens) + len(out) - 1)
-        return text, False
