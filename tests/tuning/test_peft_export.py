@@ -24,10 +24,32 @@ def example(n: int = 40) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_transformers(path: Path) -> Any:
-    """The model as transformers reads a GGUF file: its own names, layouts and graph."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    """The model as transformers reads a GGUF file: its own names, layouts and graph.
+
+    What it takes from its own defaults, the sizes of released models, is set to the file's.
+    """
+    keys, _ = _engine.read_gguf(path)
+    arch = keys["general.architecture"]
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.pad_token_id = None
+    head_dim = int(keys[f"{arch}.attention.key_length"])
+    for name in ("head_dim", "query_pre_attn_scalar"):
+        if hasattr(config, name):
+            setattr(config, name, head_dim)
+    if arch == "gemma3":
+        pattern = int(keys["gemma3.attention.sliding_window_pattern"])
+        config.layer_types = [
+            "sliding_attention" if layer % pattern < pattern - 1 else "full_attention"
+            for layer in range(config.num_hidden_layers)
+        ]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    return model.eval()
 
 
 def loss_of(model: Any, tokens: np.ndarray, labels: np.ndarray) -> float:

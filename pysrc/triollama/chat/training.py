@@ -65,7 +65,7 @@ def training_texts(
                 raise
             continue
         turns[index] = _Turn(index, prompt, render(messages[: index + 1], False))
-    learned = [turn for turn in turns.values() if learn is None or learn(turn.index)]
+    learned = [turn for turn in turns.values() if learn is None or learn(turn.number)]
     for turn in learned:
         _check_shown(render, messages, turn, shift, template.name)
     if all(turn.begins(whole.text) for turn in turns.values()):
@@ -76,19 +76,19 @@ def training_texts(
         return [TrainingText(whole, spans, rest)] if spans else []
     texts = []
     for turn in learned:
-        so_far = messages[: turn.index + 1]
+        so_far = messages[: turn.number + 1]
         _check_context(render, so_far, turn.answered, shift, template.name)
         if turn.answered.text.startswith(turn.prompt.text):
             texts.append(TrainingText(turn.answered, turn.spans(), []))
         else:
-            texts.append(_spoken(turn, messages[turn.index], shift, template.name))
+            texts.append(_spoken(turn, messages[turn.number], shift, template.name))
     return texts
 
 
 class _Turn(NamedTuple):
-    """An answer: what is rendered to ask for it, and what with it."""
+    """An answer, the message of this number: what is rendered to ask for it, and what with it."""
 
-    index: int
+    number: int
     prompt: Rendered
     answered: Rendered
 
@@ -125,17 +125,17 @@ def _check_shown(
     render: Any, messages: Sequence[Mapping[str, Any]], turn: _Turn, shift: int, name: str
 ) -> None:
     """Every field of the answer changes the text, or is refused."""
-    message, before = messages[turn.index], messages[: turn.index]
+    message, before = messages[turn.number], messages[: turn.number]
     fields = _informative(message)
     for field in sorted(fields):
-        if fields == {"content"} and _by_origin(turn.answered, turn.index - shift):
+        if fields == {"content"} and _by_origin(turn.answered, turn.number - shift):
             continue
         less = {key: value for key, value in message.items() if key != field}
         if field == "content":
             less["content"] = ""
         if _same(render, [*before, less], turn.answered):
             raise ChatTemplateError(
-                f"it shows nothing of messages[{turn.index}].{field}, which would be learned:"
+                f"it shows nothing of messages[{turn.number}].{field}, which would be learned:"
                 " leave it out, mark the message with weight 0, or choose a template that shows it",
                 template=name,
             )
@@ -168,14 +168,14 @@ def _same(render: Any, messages: Sequence[Mapping[str, Any]], rendered: Rendered
 
 def _spoken(turn: _Turn, message: Mapping[str, Any], shift: int, name: str) -> TrainingText:
     """The prompt of serving, the answer's own text, and the end that the template gives it."""
-    content, own = message.get("content"), _by_origin(turn.answered, turn.index - shift)
+    content, own = message.get("content"), _by_origin(turn.answered, turn.number - shift)
     if not isinstance(content, str) or own is None or _informative(message) != {"content"}:
         raise ChatTemplateError(
-            f"its prompt for messages[{turn.index}] ends in {turn.prompt.text[-40:]!r}, which is no"
-            " beginning of the chat with the answer: what would be generated cannot be told",
+            f"its prompt for messages[{turn.number}] ends in {turn.prompt.text[-40:]!r}, which is"
+            " no beginning of the chat with the answer: what would be generated cannot be told",
             template=name,
         )
-    segments = [*turn.prompt.segments, Segment(content, False, turn.index - shift, False)]
+    segments = [*turn.prompt.segments, Segment(content, False, turn.number - shift, False)]
     at = 0
     for segment in turn.answered.segments:
         cut = max(own[1] - at, 0)

@@ -313,8 +313,8 @@ def _preference(item: Mapping[str, Any]) -> Preference:
     tools, variables = _extras(item)
     texts = [item.get(key) for key in ("prompt", "chosen", "rejected")]
     if all(isinstance(text, str) for text in texts):
-        prompt, chosen, rejected = texts
-        return Preference(prompt or "", chosen or "", rejected or "", tools, variables)
+        prompt, better, worse = (_text(item, key) for key in ("prompt", "chosen", "rejected"))
+        return Preference(prompt, better, worse, tools, variables)
     sides = [_answer(item[key], f"$.{key}") for key in ("chosen", "rejected")]
     given = next((item[key] for key in ("prompt", "conversations") if key in item), None)
     if given is not None:
@@ -328,4 +328,5 @@ def _preference(item: Mapping[str, Any]) -> Preference:
     for key, side in zip(("chosen", "rejected"), sides, strict=True):
         if not side or side[-1]["role"] != "assistant":
             raise DataError("must end with a message of the assistant", path=f"$.{key}")
-    return Preference(asked, *sides, tools, variables)
+    chosen, rejected = sides
+    return Preference(asked, chosen, rejected, tools, variables)

@@ -167,7 +167,7 @@ def _held_out(groups: list[list[int]], n: int, share: float, seed: int) -> set[i
         if len(chosen) + len(groups[i]) <= wanted:
             chosen |= set(groups[i])
     if wanted and not chosen:
-        chosen |= set(min((groups[i] for i in order), key=len))
+        chosen |= set(sorted(groups, key=len)[0])
     return chosen
 
 

@@ -156,8 +156,8 @@ def _norms(norms: Mapping[str, float]) -> str:
     """Layers down, matrices across; the darker, the larger."""
     layers: dict[int, dict[str, float]] = {}
     for name, norm in norms.items():
-        _, layer, matrix, _ = name.split(".")
-        layers.setdefault(int(layer), {})[matrix] = norm
+        _, number, matrix, _ = name.split(".")
+        layers.setdefault(int(number), {})[matrix] = norm
     matrices = list(dict.fromkeys(name for row in layers.values() for name in row))
     most = max(norms.values()) or 1.0
     head = "".join(f"<th>{html.escape(name)}</th>" for name in matrices)

@@ -272,8 +272,8 @@ class TrainingRun:
                     tokens_per_second=self._speeds[-1],
                     memory=memory["adapter"] + memory["activations"] + memory["arena"],
                     seconds_left=pace * (plan.total_steps - trainer.step),
-                    validation_loss=found and found.average_loss,
-                    validation_accuracy=found and found.accuracy,
+                    validation_loss=found.average_loss if found else None,
+                    validation_accuracy=found.accuracy if found else None,
                 )
         except GeneratorExit:
             raise
