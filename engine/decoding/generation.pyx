@@ -23,7 +23,7 @@ cdef class Generation:
     reuse: begin with what sequence 0 still holds of the prompt from the Generation before, WORTH_SHARING
         tokens or more, if nobody else was inside the context since; False: clear the context. What
         follows is then cut elsewhere than in one piece, so the result is the same up to rounding.
-    sampler: fresh, or carrying what it should remember.
+    sampler: fresh, or carrying what it should remember; it is shown prompt[accept_from:].
     prompt: tokens; params: a GenerationParams.
 
     ``step`` gives the next piece of text. Errors leave the generation finished ("error"), except
@@ -38,7 +38,8 @@ cdef class Generation:
         self.token_logprobs = []
 
     def __init__(
-        self, Context context not None, Sampler sampler not None, prompt, params, *, reuse: bool = False
+        self, Context context not None, Sampler sampler not None, prompt, params, *, reuse: bool = False,
+        accept_from: int = 0,
     ):
         if self.begun:
             raise BusyError("this Generation was begun already; make a new one")
@@ -55,6 +56,7 @@ cdef class Generation:
         self.causal_prompt = params.causal_attention
         self.embeddings = params.embeddings
         self.reuse = reuse
+        self.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
         for token in params.stop_tokens:
             self.end_tokens.push_back(end_token(len(context.model.vocab), token))
         cdef vector[string] stops = _utf8_list("stop", params.stop)
@@ -129,7 +131,8 @@ cdef class Generation:
         for i in range(n):
             self.batch.put(self.prompt[self.n_past + i], self.n_past + i, 0,
                            self.n_past + i == n_prompt - 1)
-            self.sampler.native.get().accept(self.prompt[self.n_past + i], False)
+            if self.n_past + i >= self.accept_from:
+                self.sampler.native.get().accept(self.prompt[self.n_past + i], False)
         if self.context.causal_ != self.causal_prompt:
             self.context.causal = self.causal_prompt
         try:
@@ -160,7 +163,7 @@ cdef class Generation:
         if n == 0:
             memory.clear()
         context.held.resize(n)
-        for i in range(n):
+        for i in range(self.accept_from, n):
             self.sampler.native.get().accept(self.prompt[i], False)
         self.n_past = self.n_cached = <int>n
         self.tracks = True
@@ -269,6 +272,7 @@ cdef class Generation:
         memory.seq_add(0, self.n_keep + n_discard, self.n_past, -n_discard)
         self.n_past -= n_discard
         self.n_shifted += n_discard
+        self.drops.push_back(n_discard)
         return memory.can_continue_at(0, self.n_past)
 
     cdef int note_logprobs(self, const float * logits, llama.llama_token token) except -1:
@@ -318,6 +322,16 @@ cdef class Generation:
     def matched_stop(self) -> int:
         """Index of the stop string that ended the text, or -1."""
         return self.stop_index
+
+    @property
+    def position(self) -> int:
+        """How many tokens of prompt and answer are in memory."""
+        return self.n_past
+
+    @property
+    def shifts(self) -> list[int]:
+        """How many tokens each shift forgot."""
+        return self.drops
 
 
 def score_tokens(Context context not None, tokens, n_given: int = 1):

@@ -11,8 +11,10 @@ cdef class Generation:
     cdef int stop_index                     # of the stop string that ended it, or -1
     cdef int n_past             # tokens in memory
     cdef int n_generated
+    cdef vector[int] drops      # tokens that each shift forgot
     cdef int n_shifted
     cdef int n_keep
+    cdef int accept_from        # the sampler has seen the prompt up to here
     cdef int max_tokens         # -1: no limit
     cdef int logprobs           # alternatives for each token; -1: no logprobs at all
     cdef bint shift

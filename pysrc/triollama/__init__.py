@@ -20,8 +20,10 @@ from .params import GenerationParams
 if TYPE_CHECKING:
     from . import chat, lowlevel, models, sync, testing, tuning
     from .chat import ChatTemplate
-    from .conversation import Conversation, Conversations, TurnStream
-    from .engine.adapters import LoadedAdapter
+    from .conversation.conversation import Conversation
+    from .conversation.registry import Conversations
+    from .conversation.turn import TurnStream
+    from .engine.loaded import LoadedAdapter
     from .engine.statistics import Statistics
     from .files import Message
     from .llama import Llama, StreamInfo
@@ -122,16 +124,16 @@ __version__ = "0.1.0"
 
 # Where the names are that only their users pay for.
 _HOMES = {
-    "Conversation": "conversation",
-    "Conversations": "conversation",
+    "Conversation": "conversation.conversation",
+    "Conversations": "conversation.registry",
     "Llama": "llama",
-    "LoadedAdapter": "engine.adapters",
+    "LoadedAdapter": "engine.loaded",
     "MapResult": "streams.map",
     "MapResults": "streams.map",
     "Piece": "streams.stream",
     "Stream": "streams.stream",
     "StreamInfo": "llama",
-    "TurnStream": "conversation",
+    "TurnStream": "conversation.turn",
     "open_llama": "serving",
     "run_llama": "serving",
     "Statistics": "engine.statistics",

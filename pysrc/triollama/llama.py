@@ -12,9 +12,14 @@ import trio
 
 from .chat import ChatTemplate
 from .checks import check_kind, shown
-from .conversation import Conversation, Conversations, OnCancel, Overflow, saving
-from .engine.adapters import Adapters, LoadedAdapter
+from .conversation import saving
+from .conversation.choices import OnCancel
+from .conversation.conversation import Conversation
+from .conversation.plan import Overflow
+from .conversation.registry import Conversations
+from .engine.adapters import Adapters
 from .engine.core import Core
+from .engine.loaded import LoadedAdapter
 from .engine.protocol import Model, Vocab
 from .engine.statistics import Statistics
 from .errors import ParameterError, TriollamaError

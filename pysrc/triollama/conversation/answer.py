@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..engine.protocol import Taken
+from ..files import Message
+from .history import State
 
 __all__ = ["Continued", "unfinished_character"]
 
@@ -32,7 +34,7 @@ class Continued:
         self.whole = False
         self.pending = pending
         self._data = pending
-        self._bytes_of = bytes_of
+        self.bytes_of = bytes_of
         self._tokens: list[int] = []
         self._scores: list[Any] = []
         self._time_ns = 0
@@ -43,6 +45,20 @@ class Continued:
         """What stands for the unfinished character before this text."""
         return REPLACED if self.pending and not self.whole else ""
 
+    @classmethod
+    def after(
+        cls,
+        base: State,
+        added: tuple[Message, ...],
+        prompt: tuple[int, ...],
+        bytes_of: Callable[[Iterable[int]], bytes],
+    ) -> Continued:
+        """For a turn that adds these messages; with none it goes on with the last answer."""
+        last = () if added else base.messages[-1].tokens
+        if not last or prompt[-len(last) :] != last:  # not what its text was read as
+            return cls(b"", bytes_of)
+        return cls(unfinished_character(bytes_of(last)), bytes_of)
+
     def mend(self, taken: Taken) -> Taken | None:
         """A piece as it should read; None while it is still half a character."""
         if self._done:
@@ -51,7 +67,7 @@ class Continued:
         self._tokens += tokens
         self._scores += scores or ()
         self._time_ns = time_ns
-        new = self._bytes_of(tokens)
+        new = self.bytes_of(tokens)
         for count in range(1, len(new) + 1):
             data = self._data + new[:count]
             if unfinished_character(data) == data:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import msgspec
 
+from .. import files
 from ..checks import check_kind, shown
 from ..errors import ParameterError
 from ..files import Message
 from .history import State, now
+from .saved import as_given
 
-__all__ = ["Choose", "again", "edited", "onward", "said"]
+__all__ = [
+    "Choose",
+    "OnCancel",
+    "again",
+    "check_policy",
+    "checked_id",
+    "checked_title",
+    "edited",
+    "given",
+    "onward",
+    "said",
+]
+
+OnCancel = Literal["rollback", "keep"]
+"""What a turn leaves that ends before its answer does."""
 
 Choose = Callable[[State], tuple[State, tuple[Message, ...]]]
 """Raises ParameterError where there is nothing of the kind."""
@@ -78,3 +96,54 @@ def _message(role: str, text: str) -> Message:
         )
     check_kind("text", text, str)
     return Message(role=role, content=text, created=now())  # type: ignore[arg-type]
+
+
+def given(system: str | None, messages: Iterable[Mapping[str, Any] | Message]) -> State:
+    """What a conversation begins with. Raises ParameterError, StateFormatError."""
+    history: list[Message] = []
+    if system is not None:
+        history.append(Message(role="system", content=system, created=now()))
+    check_kind("messages", messages, Iterable)
+    for at, message in enumerate(messages):
+        check_kind(f"messages[{at}]", message, Message, Mapping)
+        history.append(
+            as_given(message)
+            if isinstance(message, Message)
+            else files.document_from(dict(message), Message, place=f"messages[{at}]")
+        )
+    return State(messages=tuple(history))
+
+
+def check_policy(on_cancel: Any) -> OnCancel:
+    """``on_cancel``, if it is one. Raises ParameterError."""
+    if not isinstance(on_cancel, str) or on_cancel not in ("rollback", "keep"):
+        raise ParameterError(
+            f"on_cancel must be 'rollback' or 'keep', not {shown(on_cancel)}",
+            parameter="on_cancel",
+            value=on_cancel,
+        )
+    policy: OnCancel = on_cancel
+    return policy
+
+
+def checked_id(id: str | None) -> str:
+    """``id``, if it is one; a new one for None. Raises ParameterError."""
+    if id is None:
+        return secrets.token_hex(8)
+    if not isinstance(id, str) or not 0 < len(id) <= 200:
+        raise ParameterError("an id is a string of 1 to 200 characters", parameter="id", value=id)
+    files.check_text(id, "id")
+    return id
+
+
+def checked_title(value: Any) -> str:
+    """``value``, if it is a title. Raises ParameterError."""
+    if not isinstance(value, str) or len(value) > files.MAX_TITLE:
+        raise ParameterError(
+            f"a title is a string of at most {files.MAX_TITLE} characters, not "
+            f"{len(value) if isinstance(value, str) else type(value).__name__}",
+            parameter="title",
+            value=value,
+        )
+    files.check_text(value, "title")
+    return value

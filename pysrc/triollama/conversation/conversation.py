@@ -10,21 +10,31 @@ import trio
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_texts
 from ..checks import shown
-from ..engine.adapters import Adapters, LoadedAdapter, Scaled
+from ..engine.adapters import Adapters
 from ..engine.core import Core
+from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
 from ..files import MAX_TITLE, Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion
 from ..structured import Structured, structured
-from .choices import Choose, again, edited, onward, said
+from .choices import (
+    Choose,
+    OnCancel,
+    again,
+    check_policy,
+    checked_title,
+    edited,
+    onward,
+    said,
+)
 from .history import State, common_length, now
 from .ledger import Ledger
 from .plan import Overflow, Prompts
 from .samplers import turn_params
-from .saved import is_data, to_saved
+from .saved import saved_conversation
 from .sequences import Sequences
-from .turn import OnCancel, TurnStream, check_policy
+from .turn import TurnStream
 
 __all__ = ["Conversation"]
 
@@ -84,8 +94,7 @@ class Conversation:
         self._on_cancel: OnCancel = on_cancel
         self._extras: dict[str, Any] = {}
         self._unknown_params: dict[str, Any] = {}  # of a later version's file
-        self._title = ""
-        self._set_title(title)
+        self._title = checked_title(title)
         prompts = Prompts(template, house.tokenizer, house.core.vocab, tools, variables)
         self._ledger = Ledger(
             house.core,
@@ -165,19 +174,8 @@ class Conversation:
 
     @title.setter
     def title(self, value: str) -> None:
-        self._set_title(value)
+        self._title = checked_title(value)
         self._touch()
-
-    def _set_title(self, value: str) -> None:
-        if not isinstance(value, str) or len(value) > MAX_TITLE:
-            raise ParameterError(
-                f"a title is a string of at most {MAX_TITLE} characters, not "
-                f"{len(value) if isinstance(value, str) else type(value).__name__}",
-                parameter="title",
-                value=value,
-            )
-        files.check_text(value, "title")
-        self._title = value
 
     def _touch(self, *, turn: bool = False) -> None:
         self.updated = now()
@@ -522,26 +520,25 @@ class Conversation:
 
     def to_saved(self, kv: files.KVFile | None = None) -> files.SavedConversation:
         """As of the last commit, for a state document."""
-        ledger, prompts = self._ledger, self._ledger.prompts
-        params = files.saved_params(self.params)
-        return files.SavedConversation(
+        ledger = self._ledger
+        return saved_conversation(
+            ledger.state,
+            ledger.prompts,
+            self.params,
+            self._unknown_params,
+            ledger.overflow,
+            ledger.chosen,
             id=self.id,
             title=self._title,
             created=self.created,
             updated=self.updated,
             template=self._source,
-            params={**self._unknown_params, **params},
-            overflow=ledger.overflow if isinstance(ledger.overflow, str) else "function",
             on_cancel=self._on_cancel,
-            tools=None if prompts.tools is None else tuple(map(dict, prompts.tools)),
-            variables={name: value for name, value in prompts.variables.items() if is_data(value)},
             n_prompt_tokens=ledger.n_prompt_tokens,
             n_generated_tokens=ledger.n_generated_tokens,
-            adapters=Adapters.saved(ledger.chosen),
             kv=kv,
             parent=self.parent,
             extras=self._extras,
-            **to_saved(ledger.state, params),
         )
 
 

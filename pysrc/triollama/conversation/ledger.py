@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ..engine.adapters import Adapters, Scaled
+from ..engine.adapters import Adapters
 from ..engine.core import Core
+from ..engine.loaded import Scaled
 from ..results import Usage
 from .history import State
 from .plan import Overflow, Prompts

@@ -8,18 +8,28 @@ makes it decides where they are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
 from .._engine import WORTH_SHARING
 from ..chat import ChatTemplate, ChatTokens, Rendered
-from ..errors import ContextFullError, ParameterError
+from ..checks import shown
+from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted
 
-__all__ = ["Overflow", "Plan", "Planning", "Prompts", "Wanted", "make_plan"]
+__all__ = [
+    "Overflow",
+    "Plan",
+    "Planning",
+    "Prompts",
+    "Wanted",
+    "check_overflow",
+    "make_plan",
+    "planned",
+]
 
 T = TypeVar("T")
 
@@ -33,6 +43,30 @@ Overflow = (
     Literal["raise", "truncate_turns", "shift"]
     | Callable[[Sequence[Message], int], Iterable[Message]]
 )
+
+
+def check_overflow(overflow: Any, *, can_shift: bool, deterministic: bool = False) -> Overflow:
+    """``overflow``, if it is a policy that this model allows. Raises ParameterError,
+    UnsupportedError."""
+    if isinstance(overflow, str) and overflow == "shift":
+        if deterministic:
+            raise UnsupportedError(
+                "overflow='shift' is not available with deterministic=True: what a shift "
+                "leaves still knows of what was forgotten, and cannot be computed again"
+            )
+        if not can_shift:
+            raise UnsupportedError(
+                "overflow='shift': this model's memory cannot be shifted; use 'truncate_turns'"
+            )
+    known = isinstance(overflow, str) and overflow in ("raise", "truncate_turns", "shift")
+    if not callable(overflow) and not known:
+        raise ParameterError(
+            f"overflow must be 'raise', 'truncate_turns', 'shift' or a function, not "
+            f"{shown(overflow)}",
+            parameter="overflow",
+            value=overflow,
+        )
+    return cast(Overflow, overflow)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -147,6 +181,17 @@ Wanted = tuple[State, tuple[Message, ...], int]
 
 Planning = Generator[Wanted, tuple[int, ...], T]
 """Yields what it wants, is sent the tokens of it, and returns what it was for."""
+
+
+def planned(planning: Planning[T], prompts: Prompts) -> T:
+    """What it was for, where nobody has to wait for prompts elsewhere."""
+    wanted = next(planning)
+    while True:
+        try:
+            wanted = planning.send(prompts.tokens(*wanted))
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def make_plan(

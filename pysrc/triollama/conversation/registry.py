@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import trio
@@ -14,25 +13,23 @@ import trio
 from .. import files
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..chat.template import warn_of_default
-from ..checks import check_kind, shown
-from ..engine.adapters import Adapters, LoadedAdapter
+from ..checks import check_kind
+from ..engine.adapters import Adapters
 from ..engine.core import Core
+from ..engine.loaded import LoadedAdapter
 from ..errors import (
     ChatTemplateError,
     ParameterError,
     StateError,
     StateWriteError,
-    UnsupportedError,
 )
 from ..files import Message
 from ..files.autosave import Autosave
 from ..params import GenerationParams, draw_seed, make_params
+from .choices import OnCancel, check_policy, checked_id, given
 from .conversation import Conversation
-from .history import State, now
-from .plan import Overflow
-from .saved import as_given
+from .plan import Overflow, check_overflow
 from .sequences import Sequences
-from .turn import OnCancel, check_policy
 
 __all__ = ["Conversations"]
 
@@ -94,20 +91,10 @@ class Conversations:
     ) -> Conversation:
         self.check_overflow(overflow)
         check_policy(on_cancel)
-        check_kind("messages", messages, Iterable)
         check_kind("template", template, str, ChatTemplate, type(None))
         check_kind("tools", tools, list, tuple, type(None))
         check_kind("variables", variables, Mapping, type(None))
-        history: list[Message] = []
-        if system is not None:
-            history.append(Message(role="system", content=system, created=now()))
-        for at, message in enumerate(messages):
-            check_kind(f"messages[{at}]", message, Message, Mapping)
-            history.append(
-                as_given(message)
-                if isinstance(message, Message)
-                else files.document_from(dict(message), Message, place=f"messages[{at}]")
-            )
+        state = given(system, messages)
         made = make_params(params, changes)
         if made.seed is None:  # its turns go on with one random state: what they start from is kept
             made = made.replace(seed=draw_seed())
@@ -125,7 +112,7 @@ class Conversations:
                 on_cancel=on_cancel,
                 tools=tools,
                 variables=variables or {},
-                state=State(messages=tuple(history)),
+                state=state,
                 adapters=self.adapters.check(adapters),
                 title=title,
             )
@@ -133,34 +120,15 @@ class Conversations:
 
     def check_overflow(self, overflow: Any) -> Overflow:
         """``overflow``, if it is a policy that this model allows."""
-        if isinstance(overflow, str) and overflow == "shift":
-            if self.core.deterministic:
-                raise UnsupportedError(
-                    "overflow='shift' is not available with deterministic=True: what a shift "
-                    "leaves still knows of what was forgotten, and cannot be computed again"
-                )
-            if not self.core.engine.can_shift:
-                raise UnsupportedError(
-                    "overflow='shift': this model's memory cannot be shifted; use 'truncate_turns'"
-                )
-        known = isinstance(overflow, str) and overflow in ("raise", "truncate_turns", "shift")
-        if not callable(overflow) and not known:
-            raise ParameterError(
-                f"overflow must be 'raise', 'truncate_turns', 'shift' or a function, not "
-                f"{shown(overflow)}",
-                parameter="overflow",
-                value=overflow,
-            )
-        return cast(Overflow, overflow)
+        core = self.core
+        return check_overflow(
+            overflow, can_shift=core.engine.can_shift, deterministic=core.deterministic
+        )
 
     def new_id(self, id: str | None) -> str:
+        made = checked_id(id)
         if id is None:
-            return secrets.token_hex(8)
-        if not isinstance(id, str) or not 0 < len(id) <= 200:
-            raise ParameterError(
-                "an id is a string of 1 to 200 characters", parameter="id", value=id
-            )
-        files.check_text(id, "id")
+            return made
         if id in self._all or id in self._restoring:
             raise _taken(id)
         self.check_kept(id)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
@@ -12,7 +12,12 @@ from ..params import GenerationParams, make_params
 from ..structured import Structured
 from .plan import Plan
 
-__all__ = ["make_sampler", "state_of", "turn_params", "with_grammar"]
+__all__ = ["Kept", "make_sampler", "sampler_for", "state_of", "turn_params", "with_grammar"]
+
+S = TypeVar("S", bound=Sampler)
+
+Kept = tuple[bytes, GenerationParams, tuple[bytes, GenerationParams] | None]
+"""What a Turn keeps of the sampler it ended with."""
 
 
 def turn_params(
@@ -60,25 +65,31 @@ def _goes_on(plan: Plan) -> bool:
     return not plan.messages and bool(plan.base.turns)
 
 
-async def make_sampler(
-    engine: Engine, params: GenerationParams, plan: Plan, *, fresh: bool
-) -> tuple[Sampler, int]:
-    """A sampler that goes on from the last turn's, and how many tokens it has seen already.
-
-    ``fresh``: with a random state of its own.
-    """
+def sampler_for(
+    new: Callable[[GenerationParams], S], params: GenerationParams, plan: Plan, *, fresh: bool
+) -> tuple[S, int]:
+    """A sampler, made by ``new``, that goes on from the last turn's, and how many tokens it has
+    seen already. ``fresh``: with a random state of its own."""
     unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
     data, before = plan.base.sampler
     if unfinished is not None and params.grammar == unfinished[1].grammar:
         data, before = unfinished
 
+    if fresh or not data or before is None:
+        return new(params), 0
+    sampler = new(before)
+    sampler.load_state(data)
+    sampler.update(params)
+    return sampler, min(len(plan.base.tokens), len(plan.tokens))
+
+
+async def make_sampler(
+    engine: Engine, params: GenerationParams, plan: Plan, *, fresh: bool
+) -> tuple[Sampler, int]:
+    """The same by an engine; a grammar is compiled beside the event loop."""
+
     def make() -> tuple[Sampler, int]:
-        if fresh or not data or before is None:
-            return engine.make_sampler(params), 0
-        sampler = engine.make_sampler(before)
-        sampler.load_state(data)
-        sampler.update(params)
-        return sampler, min(len(plan.base.tokens), len(plan.tokens))
+        return sampler_for(engine.make_sampler, params, plan, fresh=fresh)
 
     if params.grammar is None:
         return make()
@@ -87,8 +98,8 @@ async def make_sampler(
 
 def state_of(
     sampler: Sampler, data: bytes, params: GenerationParams, *, whole: bool
-) -> tuple[bytes, GenerationParams, tuple[bytes, GenerationParams] | None]:
-    """What a Turn keeps of the sampler it ended with, whose state is ``data``: see there.
+) -> Kept:
+    """What to keep of the sampler that a turn ended with, whose state is ``data``.
 
     ``sampler``: the one it began with, its grammar compiled. ``whole``: the answer is.
     """

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from .. import files
+from ..engine import loaded
+from ..engine.loaded import Scaled
+from ..engine.protocol import Layout, Model, Sampler
+from ..errors import GrammarError, StateError, StateFormatError
 from ..files import Message, SavedConversation
 from ..params import GenerationParams
-from .history import State, Turn
+from .history import State, Turn, now
+from .plan import Overflow, Prompts
 
-__all__ = ["as_given", "from_saved", "is_data", "to_saved"]
+__all__ = [
+    "as_given",
+    "checked_state",
+    "document_of",
+    "from_saved",
+    "is_data",
+    "saved_conversation",
+    "settings_of",
+    "to_saved",
+]
+
+
+def settings_of(layout: Layout, n_ctx: int, *, deterministic: bool) -> files.ContextSettings:
+    """Of a context, for a document."""
+    return files.ContextSettings(
+        n_ctx=n_ctx,
+        n_ubatch=layout.n_ubatch,
+        n_seq_max=layout.n_seq_max,
+        type_k=layout.type_k,
+        type_v=layout.type_v,
+        kv_unified=layout.kv_unified,
+        swa_full=layout.swa_full,
+        flash_attn=layout.flash_attn,
+        deterministic=deterministic,
+    )
+
+
+def document_of(
+    model: Model,
+    settings: files.ContextSettings,
+    conversations: Iterable[SavedConversation],
+    extras: Mapping[str, Any],
+) -> files.Document:
+    """A document of these conversations with a model."""
+    from .. import __version__
+
+    return files.Document(
+        model=files.ModelIdentity(
+            fingerprint=model.fingerprint,
+            name=model.metadata.get("general.name", ""),
+            architecture=model.architecture,
+        ),
+        context=settings,
+        saved=now(),
+        version=__version__,
+        conversations=tuple(conversations),
+        extras=dict(extras),
+    )
 
 
 def to_saved(state: State, params: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +82,29 @@ def to_saved(state: State, params: dict[str, Any]) -> dict[str, Any]:
         "unfinished": b"" if unfinished is None else unfinished[0],
         "unfinished_params": {} if unfinished is None else files.saved_params(unfinished[1]),
     }
+
+
+def saved_conversation(
+    state: State,
+    prompts: Prompts,
+    params: GenerationParams,
+    unknown_params: Mapping[str, Any],
+    overflow: Overflow,
+    adapters: Scaled,
+    **rest: Any,
+) -> SavedConversation:
+    """A conversation as of ``state``. ``rest``: the fields of SavedConversation that are what they
+    are."""
+    plain = files.saved_params(params)
+    return SavedConversation(
+        params={**unknown_params, **plain},
+        overflow=overflow if isinstance(overflow, str) else "function",
+        tools=None if prompts.tools is None else tuple(map(dict, prompts.tools)),
+        variables={name: value for name, value in prompts.variables.items() if is_data(value)},
+        adapters=loaded.saved(adapters),
+        **to_saved(state, plain),
+        **rest,
+    )
 
 
 def from_saved(one: SavedConversation, *, same: bool = True) -> State:
@@ -63,6 +139,35 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
         turns=(*turns[:-1], last),
         dropped=one.dropped,
     )
+
+
+def checked_state(
+    one: SavedConversation,
+    new: Callable[[GenerationParams], Sampler],
+    *,
+    same: bool,
+    n_vocab: int,
+    place: str,
+) -> State:
+    """As ``from_saved``, of a file that anybody may have written: ``new`` makes samplers, to try
+    the saved ones. Raises StateFormatError."""
+    if same and any(token >= n_vocab for token in one.tokens):
+        raise StateFormatError(
+            f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
+        )
+    state = from_saved(one, same=same)
+    last = state.turns[-1] if state.turns else None
+    if last is not None:
+        tried = [("sampler", last.sampler, last.params)]
+        if last.unfinished is not None:
+            tried.append(("unfinished", *last.unfinished))
+        for name, data, params in tried:
+            if data and params is not None:
+                try:
+                    new(params).load_state(data)
+                except (StateError, GrammarError) as error:
+                    raise StateFormatError(str(error), place=f"{place}.{name}") from None
+    return state
 
 
 def as_given(message: Message) -> Message:

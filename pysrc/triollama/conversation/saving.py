@@ -10,13 +10,12 @@ import trio
 
 from .. import files
 from ..checks import check_kind, shown
-from ..engine.adapters import Scaled
+from ..engine import loaded
+from ..engine.loaded import Scaled
 from ..errors import (
-    GrammarError,
     ParameterError,
     StateDamagedError,
     StateError,
-    StateFormatError,
     StateMismatchError,
     StateVersionError,
     UnsupportedError,
@@ -24,12 +23,10 @@ from ..errors import (
 from ..files.autosave import Autosave, Sync
 from ..files.owner import Owner
 from ..files.store import real_path
-from ..params import GenerationParams
 from .conversation import Conversation
-from .history import now
 from .plan import Overflow
 from .registry import Conversations
-from .saved import from_saved
+from .saved import checked_state, document_of, settings_of
 
 __all__ = ["autosave", "restore", "save"]
 
@@ -41,45 +38,21 @@ _EVER = 1e9
 
 def settings(chats: Conversations) -> files.ContextSettings:
     """Of this Llama's context, for a document."""
-    context = chats.core.engine.layout
-    return files.ContextSettings(
-        n_ctx=chats.core.n_ctx,
-        n_ubatch=context.n_ubatch,
-        n_seq_max=context.n_seq_max,
-        type_k=context.type_k,
-        type_v=context.type_v,
-        kv_unified=context.kv_unified,
-        swa_full=context.swa_full,
-        flash_attn=context.flash_attn,
-        deterministic=chats.core.deterministic,
-    )
+    core = chats.core
+    return settings_of(core.engine.layout, core.n_ctx, deterministic=core.deterministic)
 
 
 def kv_key(chats: Conversations, chat: Conversation) -> bytes:
     """What the KV of a conversation belongs to."""
-    adapters = chats.adapters.saved(chat.adapters)
+    adapters = loaded.saved(chat.adapters)
     return files.kv_key(chats.core.engine.model.fingerprint, settings(chats), adapters)
 
 
-def document_of(
+def _document(
     chats: Conversations, conversations: Iterable[files.SavedConversation]
 ) -> files.Document:
     """A document of these conversations, with this Llama's model and settings."""
-    from .. import __version__
-
-    model = chats.core.engine.model
-    return files.Document(
-        model=files.ModelIdentity(
-            fingerprint=model.fingerprint,
-            name=model.metadata.get("general.name", ""),
-            architecture=model.architecture,
-        ),
-        context=settings(chats),
-        saved=now(),
-        version=__version__,
-        conversations=tuple(conversations),
-        extras=chats._extras,
-    )
+    return document_of(chats.core.engine.model, settings(chats), conversations, chats._extras)
 
 
 async def save(
@@ -99,23 +72,23 @@ async def save(
     keeper = _keeper(chats, path)
     if keeper is not None:
         kept = await _write_kv(chats, path, chosen) if kv else {}
-        document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
-        belonging = await keeper.save(document.conversations)
+        made = _document(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
+        belonging = await keeper.save(made.conversations)
         await trio.to_thread.run_sync(files.remove_kv_except, path, belonging)
-        return document
+        return made
     owner = await trio.to_thread.run_sync(Owner, path, abandon_on_cancel=True)
     try:
         kept = await _write_kv(chats, path, chosen) if kv else {}
-        document = document_of(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
+        made = _document(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
 
         def write() -> None:
-            files.write_document(owner, document, format)
-            files.remove_kv_except(path, [one.kv for one in document.conversations])
+            files.write_document(owner, made, format)
+            files.remove_kv_except(path, [one.kv for one in made.conversations])
 
         await trio.to_thread.run_sync(write)
     finally:
         owner.release()
-    return document
+    return made
 
 
 def _own(chats: Conversations, conversations: Iterable[Conversation]) -> list[Conversation]:
@@ -280,18 +253,10 @@ def _revive(
     adapters: Scaled,
     options: Mapping[str, Any],
 ) -> Conversation:
-    if same and any(token >= n_vocab for token in one.tokens):
-        raise StateFormatError(
-            f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
-        )
     params = files.known_params(one.params)
-    state = from_saved(one, same=same)
-    if state.turns:
-        last = state.turns[-1]
-        if last.sampler and last.params is not None:
-            _check_sampler(chats, last.sampler, last.params, f"{place}.sampler")
-        if last.unfinished is not None:
-            _check_sampler(chats, *last.unfinished, f"{place}.unfinished")
+    state = checked_state(
+        one, chats.core.engine.make_sampler, same=same, n_vocab=n_vocab, place=place
+    )
     chat = Conversation(
         chats,
         one.id,
@@ -327,13 +292,6 @@ def _overflow(chats: Conversations, one: files.SavedConversation) -> Overflow:
             one.overflow,
         )
         return "raise"
-
-
-def _check_sampler(chats: Conversations, data: bytes, params: GenerationParams, place: str) -> None:
-    try:
-        chats.core.engine.make_sampler(params).load_state(data)
-    except (StateError, GrammarError) as error:
-        raise StateFormatError(str(error), place=place) from None
 
 
 async def _load_kv(
@@ -396,7 +354,7 @@ async def autosave(
     every, deadline = min(every, _EVER), min(deadline, _EVER)
     await chats.core.engine.fingerprint()
     ids = None if conversations is None else [one.id for one in _own(chats, conversations)]
-    saver = Autosave(path, document_of(chats, ()), every=every, sync=sync, ids=ids)
+    saver = Autosave(path, _document(chats, ()), every=every, sync=sync, ids=ids)
     for chat in chats:
         saver.note(chat)
     chats._autosaves.append(saver)  # before anything is awaited: what changes from here on is noted

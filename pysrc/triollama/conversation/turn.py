@@ -6,42 +6,26 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
-import msgspec
 import trio
 
-from ..checks import shown
 from ..engine.protocol import EngineStream, Taken
-from ..errors import BusyError, ParameterError, StateError
+from ..errors import BusyError, StateError
 from ..files import Message
 from ..params import GenerationParams
 from ..streams.stream import Piece, Stream
 from ..structured import Structured
 from ..uninterrupted import uninterrupted
-from .answer import REPLACED, Continued, unfinished_character
-from .choices import Choose
-from .history import Shift, State, Turn, common_length, now, shifted, went_on_from
+from .answer import Continued
+from .choices import Choose, OnCancel
+from .finished import Answer, after_shifts, state_after
+from .history import Shift, State, common_length
 from .ledger import Ledger
 from .plan import Plan, Wanted, make_plan
 from .samplers import make_sampler, state_of, with_grammar
 
-__all__ = ["OnCancel", "TurnStream", "check_policy"]
-
-OnCancel = Literal["rollback", "keep"]
-
-
-def check_policy(on_cancel: Any) -> OnCancel:
-    """``on_cancel``, if it is one. Raises ParameterError."""
-    if not isinstance(on_cancel, str) or on_cancel not in ("rollback", "keep"):
-        raise ParameterError(
-            f"on_cancel must be 'rollback' or 'keep', not {shown(on_cancel)}",
-            parameter="on_cancel",
-            value=on_cancel,
-        )
-    policy: OnCancel = on_cancel
-    return policy
-
+__all__ = ["TurnStream"]
 
 class _Named(Protocol):
     @property
@@ -132,11 +116,7 @@ class TurnStream(Stream):
         base, added = self._choose(ledger.state)
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
-        if not added:
-            last = base.messages[-1].tokens
-            if last and plan.tokens[-len(last) :] == last:  # not what its text was read as
-                pending = unfinished_character(ledger.prompts.bytes_of(last))
-                self._continued = Continued(pending, ledger.prompts.bytes_of)
+        self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
         self.params = with_grammar(self.params, plan)
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)
@@ -328,28 +308,13 @@ class TurnStream(Stream):
 
     # What it leaves
 
-    def _after_shifts(self) -> tuple[tuple[int, ...], list[Shift]]:
-        """The tokens that the context holds after what was received, and the shifts on the way."""
-        assert self._plan is not None
-        plan, n_ctx = self._plan, self._core.n_ctx
-        drops = list(self.engine_stream.shifts)
-        if not drops:
-            return plan.tokens + tuple(self._tokens), []
-        tokens, done = list(plan.tokens), []
-        for token in self._tokens:
-            tokens.append(token)
-            if drops and len(tokens) > n_ctx:
-                done.append(Shift(plan.n_keep, drops.pop(0)))
-                del tokens[plan.n_keep : plan.n_keep + done[-1].drop]
-        return tuple(tokens), done
-
     def _held(self) -> tuple[int, ...]:
         """Tokens of what the stream has left in its sequence."""
         assert self._plan is not None
         plan, stream = self._plan, self.engine_stream
         if not stream.usage["admitted_ns"]:  # it never ran
             return self._ledger.sequence.tokens
-        generated, done = self._after_shifts()
+        generated, done = after_shifts(plan, self._tokens, stream.shifts, self._core.n_ctx)
         if len(done) < len(stream.shifts):  # not all of it was received
             generated = generated[: plan.n_keep]
         return generated[: stream.position]
@@ -357,68 +322,20 @@ class TurnStream(Stream):
     def _commit(self) -> None:
         """All that a commit is: nothing in here waits, and until its end nothing has changed."""
         assert self._plan is not None
-        ledger, plan = self._ledger, self._plan
+        ledger, stream = self._ledger, self.engine_stream
         ledger.sequence.settle()
-        held, shifts = self._after_shifts()
-        kept = self._tokens_in_text()
-        tokens = held[: len(held) - (len(self._tokens) - len(kept))]
-        base = plan.base if shifts else went_on_from(plan.base, plan.commit)
-        for shift in shifts:
-            base = shifted(base, shift)
-        n_computed = min(len(ledger.sequence.tokens), len(tokens))
-        reason = self.engine_stream.finish_reason or "cancelled"
+        reason = stream.finish_reason or "cancelled"
         usage = self.usage
-        answer = Message(
-            role="assistant",
-            content=self.text,
-            created=now(),
-            tokens=tuple(kept),
-            n_tokens=usage.generated_tokens,
-            n_context=len(tokens),
-            n_computed=n_computed,
+        answer = Answer(
+            text=self.text,
+            tokens=self._tokens,
+            n_generated=usage.generated_tokens,
+            drops=stream.shifts,
+            n_held=len(ledger.sequence.tokens),
             finish_reason=reason,
+            sampler=state_of(
+                self._sampler, stream.sampler_state(), self.params, whole=reason in ("eos", "stop")
+            ),
         )
-        messages, turns = base.messages, base.turns
-        if not plan.messages:  # it went on with the answer of the last turn
-            answer = _joined(messages[-1], answer, whole=self._continued.whole)
-            messages, turns = messages[:-1], turns[:-1]
-        messages = (*messages, *plan.messages, answer)
-        sampler, params, unfinished = state_of(
-            self._sampler,
-            self.engine_stream.sampler_state(),
-            self.params,
-            whole=reason in ("eos", "stop"),
-        )
-        turn = Turn(len(messages), len(tokens), n_computed, sampler, params, unfinished)
-        state = State(
-            messages=messages,
-            tokens=tokens,
-            n_computed=n_computed,
-            turns=(*turns, turn),
-            dropped=plan.dropped,
-        )
-        ledger.commit(state, usage)
+        ledger.commit(state_after(self._plan, answer, self._continued, self._core.n_ctx), usage)
         self.committed = True
-
-    def _tokens_in_text(self) -> list[int]:
-        """The first of the tokens, as many as are in the text: a stop string is not."""
-        text = self._continued.replaced + self.text
-        n, bytes_of = len(self._tokens), self._ledger.prompts.bytes_of
-        data = self._continued.pending + bytes_of(self._tokens)
-        while n and not text.startswith(data.decode("utf-8", "replace")):
-            n -= 1
-            data = data[: len(data) - len(bytes_of(self._tokens[n : n + 1]))]
-        return self._tokens[:n]
-
-
-def _joined(one: Message, more: Message, *, whole: bool) -> Message:
-    """An answer and what it went on with. ``whole``: that completed the character at its end."""
-    content = one.content.removesuffix(REPLACED) if whole else one.content
-    return msgspec.structs.replace(
-        more,
-        created=one.created,
-        content=content + more.content,
-        tokens=one.tokens + more.tokens,
-        n_tokens=one.n_tokens + more.n_tokens,
-        extras=one.extras,
-    )

@@ -5,43 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import trio
 
 from .. import files
-from ..checks import check_kind, shown
+from ..checks import shown
 from ..errors import AdapterError, BusyError, ParameterError, StateError
 from ..files.store import name_of
 from .core import Core
+from .loaded import LoadedAdapter, Scaled, digest_of, find, scaled
 from .protocol import Reply
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Adapters", "LoadedAdapter", "Scaled"]
-
-
-class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
-    """An adapter ready for use: give it to ``adapters=[(adapter, scale)]`` of a stream or a
-    conversation.
-
-    ``kind``: "lora", or "control" for a control vector. ``path``: its file; empty for a control
-    vector given as an array. ``digest``: of its contents, by which saved conversations know it.
-    """
-
-    path: str
-    digest: bytes
-    inner: Any
-    kind: Literal["lora", "control"] = "lora"
-
-    def __repr__(self) -> str:
-        return f"<LoadedAdapter {self.path!r}, {self.kind}>"
-
-
-Scaled = tuple[tuple[LoadedAdapter, float], ...]
+__all__ = ["Adapters"]
 
 
 class Adapters:
@@ -77,17 +57,8 @@ class Adapters:
     async def load(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """See ``Llama.load_adapter``."""
         name = name_of(path)
-
-        def read() -> bytes:
-            with open(name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
-
         async with self._lock:
-            try:
-                digest = await trio.to_thread.run_sync(read)
-            except (OSError, ValueError) as error:  # ValueError: NUL in a path
-                why = getattr(error, "strerror", None) or error
-                raise AdapterError(f"cannot read the adapter {name}: {why}", path=name) from error
+            digest = await trio.to_thread.run_sync(digest_of, name)
             if digest not in self._loaded:
                 # Between two steps of the decoder: a decode reads what loading changes.
                 reply = await trio.to_thread.run_sync(self._engine.load_adapter, name)
@@ -165,26 +136,7 @@ class Adapters:
 
     def check(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> Scaled:
         """Pairs of an adapter of this Llama and a finite scale. Raises ParameterError."""
-        check_kind("adapters", adapters, Iterable)
-        chosen = []
-        for pair in adapters:
-            try:
-                adapter, scale = pair
-                known = self._loaded.get(adapter.digest) is adapter
-                if known and -1e6 <= float(scale) <= 1e6:
-                    chosen.append((adapter, float(scale)))
-                    continue
-            except (AttributeError, TypeError, ValueError, OverflowError):
-                pass
-            raise ParameterError(
-                "adapters must be pairs of an adapter from load_adapter or load_control_vector, "
-                f"still loaded, and its scale, not {shown(pair)}",
-                parameter="adapters",
-                value=pair,
-            )
-        if len({adapter.digest for adapter, _ in chosen}) != len(chosen):
-            raise ParameterError("an adapter is named twice", parameter="adapters")
-        return tuple(chosen)
+        return scaled(self._loaded, adapters)
 
     @trio.lowlevel.enable_ki_protection
     async def number(self, adapters: Scaled) -> int:
@@ -211,20 +163,6 @@ class Adapters:
         self.check(adapters)  # unloaded meanwhile?
         return number
 
-    @staticmethod
-    def saved(adapters: Scaled) -> tuple[files.SavedAdapter, ...]:
-        """For a state document."""
-        return tuple(
-            files.SavedAdapter(path=adapter.path, scale=scale, digest=adapter.digest)
-            for adapter, scale in adapters
-        )
-
     def find(self, saved: Iterable[files.SavedAdapter]) -> Scaled | None:
         """The loaded ones that a document names; None if one is missing."""
-        found = []
-        for one in saved:
-            adapter = self._loaded.get(one.digest)
-            if adapter is None:
-                return None
-            found.append((adapter, one.scale))
-        return tuple(found)
+        return find(self._loaded, saved)

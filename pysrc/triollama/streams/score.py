@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import trio
 
 from ..checks import check_kind
-from ..engine.adapters import Adapters, Scaled
+from ..engine.adapters import Adapters
 from ..engine.core import Core
+from ..engine.loaded import Scaled
 from ..engine.protocol import EngineStream
 from ..errors import ParameterError
 from ..results import Score

@@ -14,8 +14,9 @@ from ..params import GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from ..engine.adapters import Adapters, Scaled
+    from ..engine.adapters import Adapters
     from ..engine.core import Core, WhenFull
+    from ..engine.loaded import Scaled
     from ..engine.protocol import EngineStream, Taken
     from ..structured import Structured
 
