@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .._engine import Batch, Context, Model, embed_tokens
+from .._engine import Batch, Context, Model, embed_tokens, set_adapters
 from ..checks import shown
 from ..errors import ContextFullError, ParameterError
 
@@ -12,8 +13,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ..engine.loaded import Scaled
+
 # In llama.cpp's order.
 _POOLINGS = ("none", "mean", "cls", "last", "rank")
+# Texts, and of decoders tokens, that are computed together. A token is a row of output.
+_TOGETHER = 16
+_N_UBATCH = 128
 
 
 def own_pooling(model: Model) -> str:
@@ -29,10 +35,12 @@ class Embedder:
         self._model = model
         self._beside = beside
         self._context: Context | None = None
+        self._adapters: Scaled = ()
 
     def close(self) -> None:
-        if self._context is not None:
-            self._context.close()
+        context, self._context = self._context, None
+        if context is not None:
+            context.close()
 
     def choose(self, pooling: str | None) -> tuple[str, bool]:
         """The pooling in effect, and whether we pool, from token embeddings computed in pieces."""
@@ -52,26 +60,30 @@ class Embedder:
             )
         return pooling, decodes and pooling != "rank"
 
-    def embed(self, tokens: list[int], pooling: str, in_pieces: bool) -> npt.NDArray[np.float32]:
-        """Float32 [n_embd], or [len(tokens), n_embd] where ``pooling`` is "none"; the last two
-        arguments as :meth:`choose` gave them."""
-        if len(tokens) > self._beside.n_ctx:
-            raise ContextFullError(
-                f"the text has {len(tokens)} tokens and the context n_ctx={self._beside.n_ctx}",
-                needed=len(tokens),
-                n_ctx=self._beside.n_ctx,
-            )
+    def embed(
+        self, texts: list[list[int]], pooling: str, in_pieces: bool, adapters: Scaled
+    ) -> list[npt.NDArray[np.float32]]:
+        """For each text, as tokens, float32 [n_embd], or [n_tokens, n_embd] where ``pooling`` is
+        "none"; that and ``in_pieces`` as :meth:`choose` gave them. Short texts are computed
+        together."""
+        for tokens in texts:
+            if len(tokens) > self._beside.n_ctx:
+                raise ContextFullError(
+                    f"the text has {len(tokens)} tokens and the context n_ctx={self._beside.n_ctx}",
+                    needed=len(tokens),
+                    n_ctx=self._beside.n_ctx,
+                )
         context = self._open("none" if in_pieces else pooling, in_pieces)
-        if in_pieces or pooling == "none":
-            return embed_tokens(context, tokens, pooling)
-        batch = Batch(max(1, len(tokens)))
-        batch.extend(tokens, 0, 0, "all")
-        if context.has_memory:
-            context.memory.clear()
-            context.decode(batch)
-        else:
-            context.encode(batch)
-        return context.sequence_embedding(0, copy=True)
+        if adapters != self._adapters:
+            set_adapters(context, [(one.inner, scale) for one, scale in adapters])
+            self._adapters = adapters
+        rows: list[npt.NDArray[np.float32]] = []
+        for some in _packed(texts, context.n_ubatch):
+            if len(some) == 1 and (in_pieces or pooling == "none"):
+                rows.append(embed_tokens(context, some[0], pooling))
+            else:
+                rows += _together(context, some, pooling, in_pieces)
+        return rows
 
     def _open(self, pooling: str, in_pieces: bool) -> Context:
         if self._context is not None and self._context.pooling != pooling:
@@ -79,10 +91,12 @@ class Embedder:
             context.close()
         if self._context is None:
             beside = self._beside
-            n_ubatch = 64 if in_pieces else beside.n_ctx
+            n_ubatch = min(_N_UBATCH, beside.n_ctx) if in_pieces else beside.n_ctx
             self._context = Context(
                 self._model,
                 n_ctx=beside.n_ctx,
+                n_ctx_total=beside.n_ctx,
+                n_seq_max=_TOGETHER,
                 n_batch=n_ubatch,
                 n_ubatch=n_ubatch,
                 n_threads=beside.n_threads,
@@ -90,4 +104,44 @@ class Embedder:
                 embeddings=True,
                 pooling="model" if pooling == own_pooling(self._model) else pooling,
             )
+            self._adapters = ()
         return self._context
+
+
+def _packed(texts: list[list[int]], n_ubatch: int) -> Iterator[list[list[int]]]:
+    """Neighbours that fit into one ubatch; what is longer, alone."""
+    some: list[list[int]] = []
+    for tokens in texts:
+        if some and (len(some) == _TOGETHER or sum(map(len, some)) + len(tokens) > n_ubatch):
+            yield some
+            some = []
+        some.append(tokens)
+    if some:
+        yield some
+
+
+def _together(
+    context: Context, texts: list[list[int]], pooling: str, in_pieces: bool
+) -> list[npt.NDArray[np.float32]]:
+    import numpy
+
+    batch = Batch(max(1, sum(map(len, texts))))
+    for sequence, tokens in enumerate(texts):
+        batch.extend(tokens, 0, sequence, "all")
+    if context.has_memory:
+        context.memory.clear()
+        context.decode(batch)
+    else:
+        context.encode(batch)
+    if not in_pieces:
+        return [context.sequence_embedding(at, copy=True) for at in range(len(texts))]
+    rows, at = [], 0
+    for tokens in texts:
+        if pooling == "mean":
+            every = [context.token_embedding(at + i, copy=True) for i in range(len(tokens))]
+            rows.append(numpy.mean(every, axis=0, dtype=numpy.float64).astype(numpy.float32))
+        else:
+            which = at if pooling == "cls" else at + len(tokens) - 1
+            rows.append(context.token_embedding(which, copy=True))
+        at += len(tokens)
+    return rows

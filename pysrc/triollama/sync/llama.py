@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from .. import models
-from .._engine import Batch, Context, Model, score_tokens
+from .._engine import Adapter, Batch, Context, Model, score_tokens, set_adapters
 from ..checks import check_kind, shown
+from ..engine import loaded
+from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import BusyError, ParameterError
+from ..files.store import name_of
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score
 from .embedding import Embedder, own_pooling
@@ -20,7 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ..chat import ChatTemplate
+    from ..conversation.choices import OnCancel
+    from ..conversation.plan import Overflow
+    from ..files import Document, Message
     from ..structured import Structured
+    from .chats import Chats
+    from .conversation import Conversation
 
 T = TypeVar("T")
 
@@ -116,11 +125,16 @@ class Llama:
             raise
         self.vocab = self.model.vocab
         self._embedder = Embedder(self.model, self.context)
+        self._loaded: dict[bytes, LoadedAdapter] = {}
+        self._in_use: Scaled = ()
+        self._chats: Chats | None = None
 
     def close(self) -> None:
         """Free everything. A stream still open ends with a ClosedError at its next piece."""
         self._embedder.close()
         self.context.close()
+        for one in self._loaded.values():
+            one.inner.close()
         if self._owns_model:
             self.model.close()
 
@@ -177,6 +191,7 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: Any = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Stream:
         """Generate, giving text as it comes.
@@ -186,29 +201,35 @@ class Llama:
         into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`);
         its value is then the stream's ``value``. Where the text is none, being cut short, the end
         raises AnswerError.
+        adapters: from ``load_adapter``, with their scales.
 
         Iterate over the result; ``close()`` it, or leave its ``with``, at any point. One stream at
         a time: BusyError while another is open. Raises ParameterError, TokenError and
         ContextFullError before anything is computed.
         """
+        kind: Structured[Any] | None = None
         if into is None:
-            return self._begin(prompt, make_raw_params(params, changes))
-        from ..structured import structured
+            made = make_raw_params(params, changes)
+        else:
+            from ..structured import structured
 
-        kind = structured(into)
-        return self._begin(prompt, kind.constrain(make_params(params, changes)), kind)
-
-    def _begin(
-        self,
-        prompt: str | Iterable[int],
-        params: GenerationParams,
-        kind: Structured[Any] | None = None,
-    ) -> Stream:
-        self._check_no_stream()
+            kind = structured(into)
+            made = kind.constrain(make_params(params, changes))
+        self._make_room(loaded.scaled(self._loaded, adapters))
         tokens = self._tokens("prompt", prompt)
-        stream = Stream(self.context, tokens, params, kind, reuse=self.reuse)
-        self._stream = weakref.ref(stream)
+        stream = Stream(self.context, tokens, made, kind, reuse=self.reuse)
+        self._opened(stream)
         return stream
+
+    def _make_room(self, adapters: Scaled) -> None:
+        """For a computation with these adapters."""
+        self._check_no_stream()
+        if adapters != self._in_use:
+            set_adapters(self.context, [(one.inner, scale) for one, scale in adapters])
+            self._in_use = adapters
+
+    def _opened(self, stream: Stream) -> None:
+        self._stream = weakref.ref(stream)
 
     @overload
     def generate(
@@ -217,6 +238,7 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: type[T],
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
         **changes: Any,
     ) -> T: ...
 
@@ -227,6 +249,7 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: None = ...,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
         **changes: Any,
     ) -> Completion: ...
 
@@ -236,11 +259,12 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: Any = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Any:
         """Generate to the end: a Completion, or with ``into`` the value of that type. Arguments
         and errors as for :meth:`stream`."""
-        with self.stream(prompt, params, into=into, **changes) as stream:
+        with self.stream(prompt, params, into=into, adapters=adapters, **changes) as stream:
             for _ in stream:
                 pass
             return stream.completion() if into is None else stream.value
@@ -264,10 +288,120 @@ class Llama:
                 " (or use triollama.open_llama for several at once)"
             )
 
+    # Conversations
+
+    def chat(
+        self,
+        id: str | None = None,
+        *,
+        system: str | None = None,
+        messages: Iterable[Mapping[str, Any] | Message] = (),
+        template: str | ChatTemplate | None = None,
+        params: GenerationParams | None = None,
+        title: str = "",
+        overflow: Overflow = "raise",
+        on_cancel: OnCancel = "rollback",
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
+        **changes: Any,
+    ) -> Conversation:
+        """A conversation, for ``say``, ``stream``, ``fork``, ``regenerate``, ``save``...
+
+        The arguments are those of :meth:`triollama.Llama.conversation`. Raises ParameterError,
+        ChatTemplateError, UnsupportedError.
+        """
+        return self._conversations().create(
+            id,
+            system=system,
+            messages=messages,
+            template=template,
+            params=params,
+            title=title,
+            overflow=overflow,
+            on_cancel=on_cancel,
+            tools=tools,
+            variables=variables,
+            adapters=adapters,
+            **changes,
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        conversations: Iterable[Conversation],
+        *,
+        format: Literal["json", "msgpack"] = "json",
+    ) -> Document:
+        """Save conversations as of their last commits, atomically, in a file that
+        :meth:`triollama.Llama.restore` reads too.
+
+        Raises StateBusyError where an autosave keeps the path, StateWriteError, also for a path
+        where there is a file that is no state file: what is there stays.
+        """
+        return self._conversations().save(path, conversations, format)
+
+    def restore(
+        self,
+        source: str | os.PathLike[str] | Document,
+        ids: Iterable[str] | None = None,
+        *,
+        on_mismatch: Literal["error", "recompute"] = "error",
+        **options: Any,
+    ) -> list[Conversation]:
+        """The conversations of a file, or those with ``ids``; what the trio layer wrote as well.
+        KV that lies beside the file is not read: the next turn computes the prompt.
+
+        on_mismatch: "recompute" takes messages alone from a file of another model.
+        options: ``overflow``, ``on_cancel``, ``tools``, ``variables``, instead of what was saved.
+
+        Raises FileNotFoundError, StateError, ParameterError.
+        """
+        return self._conversations().restore(source, ids, on_mismatch=on_mismatch, **options)
+
+    def _conversations(self) -> Chats:
+        if self._chats is None:
+            from .chats import Chats
+
+            self._chats = Chats(
+                self.context,
+                self.vocab,
+                self._loaded,
+                lambda: self.reuse,
+                self._make_room,
+                self._opened,
+            )
+        return self._chats
+
+    # Adapters
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
+        """Load a LoRA adapter in llama.cpp's GGUF format, to be named in ``adapters=``. The same
+        contents are loaded once. Raises AdapterError; BusyError while a stream is open."""
+        self._check_no_stream()
+        name = name_of(path)
+        digest = loaded.digest_of(name)
+        if digest not in self._loaded:
+            self._loaded[digest] = LoadedAdapter(name, digest, Adapter(self.model, name))
+        return self._loaded[digest]
+
+    def unload_adapter(self, adapter: LoadedAdapter) -> None:
+        """Free an adapter; conversations that name it can say no more until they get another set.
+        ParameterError if it is not loaded here; BusyError while a stream is open."""
+        loaded.scaled(self._loaded, [(adapter, 1.0)])
+        self._make_room(())
+        self._embedder.close()
+        adapter.inner.close()
+        del self._loaded[adapter.digest]
+
     # Scores and embeddings
 
     def score(
-        self, text: str | Iterable[int], *, given: str | Iterable[int] | None = None
+        self,
+        text: str | Iterable[int],
+        *,
+        given: str | Iterable[int] | None = None,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
     ) -> Score:
         """Log-probabilities the model gives to ``text``, after ``given`` or from its beginning.
 
@@ -275,7 +409,7 @@ class Llama:
         model begins texts with a special token, that is this one. Raises ParameterError,
         TokenError, ContextFullError.
         """
-        self._check_no_stream()
+        self._make_room(loaded.scaled(self._loaded, adapters))
         before = self._tokens("given", given) if given is not None else []
         tokens = before + self._tokens("text", text, add_special=not before)
         n_given = max(1, len(before))
@@ -290,13 +424,14 @@ class Llama:
         *,
         pooling: str | None = None,
         normalize: bool = True,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
     ) -> npt.NDArray[np.float32]:
         """Embeddings of one text, float32 [n_embd], or of several, [len(text), n_embd].
 
         pooling: "mean", "cls" (first token), "last", "none" (one row a token; one text only),
         "rank" (rerankers: their score); None is the model's own, or "mean" where it names none.
         normalize: divide by the Euclidean norm ("rank" is left as it is).
-        Uses a second context, made when first needed. Raises ParameterError, ContextFullError.
+        Short texts are computed together. Uses a second context, made when first needed. Raises ParameterError, ContextFullError.
         """
         import numpy
 
@@ -317,9 +452,12 @@ class Llama:
                 parameter="pooling",
                 value=pooling,
             )
-        rows = [
-            self._embedder.embed(self._tokens("text", one), pooling, in_pieces) for one in texts
-        ]
+        rows = self._embedder.embed(
+            [self._tokens("text", one) for one in texts],
+            pooling,
+            in_pieces,
+            loaded.scaled(self._loaded, adapters),
+        )
         result: npt.NDArray[np.float32] = rows[0] if isinstance(text, str) else numpy.stack(rows)
         if normalize and pooling != "rank":
             norm = numpy.linalg.norm(result, axis=-1, keepdims=True)

@@ -35,6 +35,8 @@ class Stream:
         into: Structured[Any] | None = None,
         *,
         reuse: bool,
+        sampler: Sampler | None = None,
+        accept_from: int = 0,
     ) -> None:
         model = context.model
         if not context.has_memory or model.has_encoder or model.is_diffusion:
@@ -44,8 +46,12 @@ class Stream:
         seed = draw_seed() if params.seed is None else params.seed
         self.seed = seed
         self.params = params.replace(seed=seed) if params.seed is None else params
-        sampler = Sampler(model.vocab, self.params, n_ctx=context.n_ctx)
-        self._generation = Generation(context, sampler, tokens, self.params, reuse=reuse)
+        if sampler is None:
+            sampler = Sampler(model.vocab, self.params, n_ctx=context.n_ctx)
+        self._sampler = sampler
+        self._generation = Generation(
+            context, sampler, tokens, self.params, reuse=reuse, accept_from=accept_from
+        )
         self._context = context
         self._into = into
         self.value: Any = None
@@ -68,7 +74,8 @@ class Stream:
         except BaseException as error:
             # Another thread was inside, and nothing has happened: the stream goes on.
             if not isinstance(error, BusyError) or generation.finish_reason is not None:
-                self._finish("error")
+                ctrl_c = isinstance(error, KeyboardInterrupt)
+                self._finish("cancelled" if ctrl_c else "error", whole=False)
             raise
         if generation.finish_reason is not None:
             self._finish(generation.finish_reason)
@@ -83,13 +90,14 @@ class Stream:
             self.value = self._into.parse(self.text, self.finish_reason or "")
         raise StopIteration
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _finish(self, reason: FinishReason, *, whole: bool = True) -> None:
+        """``whole``: not in the middle of a step."""
         if self.finish_reason is not None:
             return
         context = self._context
         if not context.is_closed:
             has_output = reason == "length" or self._generation.usage()[2] > 0
-            if self.params.embeddings and reason != "error" and has_output:
+            if self.params.embeddings and whole and has_output:
                 self._embedding = self._generation.embedding()
             if self.params.threads is not None or self.params.batch_threads is not None:
                 context.set_threads(*self._threads)
