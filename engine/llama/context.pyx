@@ -700,6 +700,11 @@ cdef class Context(Owner):
             "n_reused": data.n_reused,
         }
 
+    def memory_held(self) -> list[tuple[str, int, int, int, int, int]]:
+        """What this context and its model have allocated, as ``memory_needs`` tells it before."""
+        self.alive()
+        return needs_rows(native_memory_held(self.ptr))
+
     def reset_perf_counters(self) -> None:
         """Set the counters to zero."""
         self.alive()

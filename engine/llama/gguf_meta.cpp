@@ -90,7 +90,7 @@ std::vector<GgufTensor> GgufMeta::tensors() const {
             --n_dims;
         }
         all.push_back({ gguf_get_tensor_name(gguf.get(), i), ggml_type_name(gguf_get_tensor_type(gguf.get(), i)),
-                        std::vector<int64_t>(ne, ne + n_dims) });
+                        std::vector<int64_t>(ne, ne + n_dims), gguf_get_tensor_size(gguf.get(), i) });
     }
     return all;
 }

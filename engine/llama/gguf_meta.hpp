@@ -16,6 +16,7 @@ struct GgufTensor {
     std::string name;
     std::string type;               // as ggml names it, "q4_K"
     std::vector<int64_t> shape;     // ne[0] first
+    uint64_t bytes;
 };
 
 class GgufMeta {

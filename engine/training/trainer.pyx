@@ -114,6 +114,22 @@ def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[
         del meta
 
 
+def gguf_bytes(path) -> dict[str, int]:
+    """Bytes of the tensors of a GGUF file, by type. Raises ModelNotFoundError, ModelFormatError."""
+    cdef string raw_path = path_bytes("path", path)
+    check_magic(os.fsdecode(<bytes>raw_path), "", ModelFormatError)
+    cdef training.GgufMeta * meta = new training.GgufMeta(raw_path)
+    cdef training.GgufTensor tensor
+    found = {}
+    try:
+        for tensor in meta.tensors():
+            name = tensor.type.decode()
+            found[name] = found.get(name, 0) + tensor.bytes
+        return found
+    finally:
+        del meta
+
+
 cdef int copy_int32(str name, object values, vector[int32_t] & out, Py_ssize_t n) except -1:
     """Copies one-dimensional integers; n is the length they must have, or -1."""
     import numpy

@@ -33,6 +33,7 @@ cdef extern from "llama/gguf_meta.hpp" namespace "triollama::native" nogil:
         string name
         string type
         vector[int64_t] shape
+        uint64_t bytes
 
     cdef cppclass GgufMeta:
         GgufMeta(const string & path) except +raise_trainer_error

@@ -35,7 +35,7 @@ def package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     module = types.ModuleType(models.DEFAULT_PACKAGE)
     module.chunk_paths = lambda: parts  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, models.DEFAULT_PACKAGE, module)
-    monkeypatch.setattr(models, "DEFAULT_SHA256", hashlib.sha256(b"".join(PARTS)).hexdigest())
+    monkeypatch.setattr(models.default, "DEFAULT_SHA256", hashlib.sha256(b"".join(PARTS)).hexdigest())
     return parts
 
 
@@ -59,7 +59,7 @@ def test_second_call_does_not_hash(
     package: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.default_model()
-    monkeypatch.delattr(models, "_sha256")
+    monkeypatch.delattr(models.verified, "sha256_of")
     models.default_model()
 
 
