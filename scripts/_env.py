@@ -15,7 +15,15 @@ from pathlib import Path
 
 import _native
 from _cache import ROOT, locked
-from _native import ENVIRONMENT, BuildError, find_native, tree_hash
+from _native import (
+    ENVIRONMENT,
+    BuildError,
+    cache_entries,
+    check_compilers,
+    cmake_args,
+    find_native,
+    tree_hash,
+)
 from fetch_llama_cpp import FetchError
 
 VENV = ROOT / ".venv"
@@ -131,6 +139,10 @@ def ensure_environment(extras: Iterable[str]) -> Path:
         built = any((ROOT / "pysrc" / "triollama").glob("_engine.*[od]"))
         if stamp.get("state") == state and wanted <= installed and built and python.exists():
             return python
+        try:  # before minutes are spent on what cannot be built
+            check_compilers(cache_entries(cmake_args()))
+        except BuildError as error:
+            raise SetupError(str(error)) from None
         progress = Progress()
         if not inside() and (stamp.get("version") != sys.version or not python.exists()):
             _make_environment(progress)
@@ -174,9 +186,7 @@ def _explain(tail: Sequence[str]) -> str:
     else:
         rest = enumerate(tail[reason:], start=reason)
         end = next((i for i, line in rest if "error: subprocess-exited" in line), len(tail))
-        # A failed compiler or CMake has said why before we say that it failed.
-        start = reason - 20 if "lines above" in tail[reason] else reason
-        shown = list(tail[max(0, start) : end])
+        shown = list(tail[reason:end])
     return "\n".join([line for line in shown if line.strip()][-30:]).strip()
 
 

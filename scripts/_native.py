@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def usable_cmake() -> str | None:
     return next((c for c in candidates if c and _cmake_version(c) >= CMAKE_MINIMUM), None)
 
 
-def _check_compilers(flags: dict[str, str]) -> None:
+def check_compilers(flags: dict[str, str]) -> None:
     """Raise BuildError, saying what to install, where CMake would only say that it failed."""
     toolchain = flags.get("CMAKE_TOOLCHAIN_FILE") or os.environ.get("CMAKE_TOOLCHAIN_FILE")
     for language, entry, variable, names in (
@@ -241,7 +242,7 @@ def find_tools(arguments: Sequence[str]) -> Tools:
             f"CMake {wanted} or newer is needed, and {state}. Get it: {INSTALL_HINTS['cmake']}"
         )
     flags = cache_entries(arguments)
-    _check_compilers(flags)
+    check_compilers(flags)
     ccache = shutil.which("ccache") or shutil.which("sccache") or ""
     user_generator = any(a.startswith("-G") for a in arguments) or os.environ.get("CMAKE_GENERATOR")
     if user_generator or "CMAKE_MAKE_PROGRAM" in flags:
@@ -391,15 +392,44 @@ def jobs() -> int:
 
 
 def run_cmake(command: Sequence[str], what: str) -> None:
-    """Run a step with its output shown as it comes; a failure becomes a BuildError."""
-    sys.stdout.flush()
+    """Run a step with its output shown as it comes; a failure becomes a BuildError that says why."""
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
-    done = subprocess.run(command, stderr=subprocess.STDOUT, env=environment, check=False)
-    if done.returncode:
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True,
+        errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None  # asked for above
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            said.append(line.rstrip())
+    if process.returncode:
         raise BuildError(
-            f"{what} failed: the reason is in the lines above. The command was:\n"
+            f"{what} failed:\n{textwrap.indent(cause(said), '  ')}\nThe command was:\n"
             f"  {shlex.join(command)}\ndocs/building.md lists what each backend needs."
         )
+
+
+_CAUSE = re.compile(
+    r"CMake Error|\berror\b ?[:A-Z]|fatal error|^ninja: error|^nvcc fatal|undefined reference"
+    r"|No rule to make target|No space left|[Kk]illed"
+)
+
+
+def cause(lines: Sequence[str]) -> str:
+    """Why a step failed: the first error that it told of, and what belongs to it."""
+    first = next((i for i, line in enumerate(lines) if _CAUSE.search(line)), None)
+    if first is None:
+        return "\n".join(lines[-12:]) or "it said nothing"
+    if not lines[first].startswith("CMake Error"):
+        return "\n".join(lines[max(0, first - 2) : first + 8])
+    block = [lines[first]]
+    for line in lines[first + 1 :]:  # its text is indented, and may have blank lines
+        if line and not line.startswith(" "):
+            break
+        block.append(line)
+    return "\n".join(line for line in block if line)[:3000]
 
 
 def _discard_foreign(build: Path, source: Path) -> None:

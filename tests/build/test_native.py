@@ -283,6 +283,38 @@ def test_a_failing_step_names_its_command(native: ModuleType) -> None:
         native.run_cmake([sys.executable, "-c", "raise SystemExit(3)"], "compiling it")
 
 
+@pytest.mark.parametrize(
+    ("said", "shown", "hidden"),
+    [
+        (
+            ["-- Found x"] * 30
+            + ["CMake Error at CMakeLists.txt:3 (find_package):", "  Could not find CUDA.", "",
+               "  Set CUDA_PATH.", "", "-- Configuring incomplete, errors occurred!"],
+            ["Could not find CUDA", "Set CUDA_PATH"],
+            ["Found x", "Configuring incomplete"],
+        ),
+        (
+            ["[1/9] a", "FAILED: b.o", "c++ -Werror=format -c b.cpp", "b.cpp:1:1: error: oh no",
+             "    1 | x", *["[2/9] c"] * 40, "ninja: build stopped: subcommand failed."],
+            ["b.cpp:1:1: error: oh no", "FAILED: b.o"],
+            ["build stopped"],
+        ),
+        (["one", "two"], ["one", "two"], []),
+        ([], ["said nothing"], []),
+    ],
+)  # fmt: skip
+def test_a_failing_step_shows_its_cause(
+    native: ModuleType, said: list[str], shown: list[str], hidden: list[str], capsys: Any
+) -> None:
+    code = f"print(*{said!r}, sep='\\n'); raise SystemExit(3)" if said else "raise SystemExit(3)"
+    with pytest.raises(native.BuildError) as caught:
+        native.run_cmake([sys.executable, "-c", code], "compiling it")
+    reason = str(caught.value).partition("The command was")[0]
+    assert all(text in reason for text in shown)
+    assert not any(text in reason for text in hidden)
+    assert capsys.readouterr().out.splitlines() == said  # all of it as it comes
+
+
 def test_a_build_folder_of_another_checkout_is_discarded(
     native: ModuleType, tmp_path: Path
 ) -> None:
