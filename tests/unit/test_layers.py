@@ -28,6 +28,7 @@ LAYERS = (
     ("tuning",),
     ("aio", "compat", "server", "testing"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

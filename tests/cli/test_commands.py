@@ -1,0 +1,206 @@
+"""Commands that answer, look and convert, on tiny models."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import triollama
+from triollama.cli.common import setting
+from triollama.sync import Llama
+
+SHORT = ("-n", "6", "-t", "0", "--seed", "1")
+
+
+def test_it_answers_or_continues(command: Any, tiny: Any) -> None:
+    path = tiny("llama")
+    status, out, _ = command("run", "-m", path, *SHORT, "--raw", "the quick", "brown")
+    with Llama(path) as llama:
+        expected = llama.generate("the quick brown", max_tokens=6, temperature=0.0, seed=1)
+    assert (status, out) == (0, expected.text + "\n")
+    status, out, _ = command("run", "-m", path, *SHORT, "--chat", "--system", "s", "Hello")
+    with Llama(path) as llama:
+        chat = llama.chat(system="s", max_tokens=6, temperature=0.0, seed=1)
+        assert (status, out) == (0, chat.say("Hello").text + "\n")
+
+
+def test_results_as_json(command: Any, tiny: Any) -> None:
+    status, out, err = command(
+        "run", "-m", tiny("llama"), "--raw", "the", *SHORT, "--json", "-v",
+        "--set", "logprobs", "1", "--set", "top_k", "5", "--set", "ignore_eos", "true",
+    )  # fmt: skip
+    done = json.loads(out)
+    assert status == 0 and done["finish_reason"] == "length" and done["seed"] == 1
+    assert len(done["tokens"]) == len(done["logprobs"]) == 6
+    assert done["usage"]["generated_tokens"] == 6
+    assert "6 written" in err and "seed 1" in err
+
+
+def test_prompts_come_by_pipes(
+    command: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    expected = command("run", "-m", path, *SHORT, "--raw", "say\n\nthe fox")[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n"))
+    assert command("run", "-m", path, *SHORT, "--raw", "say", "-")[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say\n\nthe fox\n"))
+    assert command("run", "-m", path, *SHORT, "--raw")[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    status, _, err = command("run", "-m", path, "--raw")
+    assert status == 2 and "the prompt is empty" in err
+
+
+def test_a_reader_that_goes_ends_it(tiny: Any) -> None:
+    words = ["run", "-m", str(tiny("llama")), "--raw", "-n", "4000", "the"]
+    words += ["--set", "ignore_eos", "true", "--set", "context_overflow", "shift"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triollama", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait() == 141
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_mistakes_are_explained(command: Any, tiny: Any, tmp_path: Path) -> None:
+    path = tiny("llama")
+    for status, says, *words in (
+        (1, "ModelNotFoundError", "run", "-m", tmp_path / "absent.gguf", "x"),
+        (1, "hf:google/gemma/FILE.gguf", "run", "-m", "google/gemma", "x"),
+        (2, "no parameter 'top_q'", "run", "-m", path, "--set", "top_q", "1", "x"),
+        (2, "top_k cannot be", "run", "-m", path, "--set", "top_k", "many", "x"),
+        (1, "ParameterError", "run", "-m", path, "-t", "-1", "x"),
+        (2, "takes no --system", "run", "-m", path, "--raw", "--system", "s", "x"),
+        (1, "cannot read the adapter", "run", "-m", path, "--adapter", tmp_path / "a=2", "x"),
+        (2, "No such command", "walk"),
+        (1, "neither hf:", "models", "absent"),
+        (1, "ParameterError", "inspect", path, "--type-k", "q1"),
+    ):
+        got, _, err = command(*words)
+        assert got == status and says in err, (words, err)
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("top_k", "20", 20),
+        ("temperature", "0.5", 0.5),
+        ("max_tokens", "null", None),
+        ("ignore_eos", "true", True),
+        ("stop", "END", ("END",)),
+        ("stop", '["a", "b"]', ("a", "b")),
+        ("stop", "12", ("12",)),
+        ("stop_tokens", "[1, 2]", (1, 2)),
+        ("logit_bias", '{"5": -1.5}', {5: -1.5}),
+        ("grammar", 'root ::= "x"', 'root ::= "x"'),
+    ],
+)
+def test_parameters_by_name(name: str, text: str, value: Any) -> None:
+    assert setting(name, text) == value
+
+
+def test_parameters_that_are_none() -> None:
+    for name, text in (("top_k", "x"), ("ignore_eos", "maybe"), ("nothing", "1")):
+        with pytest.raises(click.BadParameter):
+            setting(name, text)
+
+
+def test_inspect(command: Any, tiny: Any) -> None:
+    status, out, _ = command("inspect", tiny("llama"), "--ctx", "512", "--streams", "2")
+    assert status == 0
+    for text in ("architecture  llama", "f32", "needs, for 512 tokens in each of 2", "it fits"):
+        assert text in out
+    status, out, _ = command("inspect", tiny("llama"), "--ctx", "512", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["fits"] is True
+    assert found["needs"][0]["cache"] == triollama.models.inspect(
+        tiny("llama"), n_ctx=512
+    ).needs[0].cache  # fmt: skip
+
+
+def test_known_models_are_listed(command: Any) -> None:
+    status, out, _ = command("models")
+    assert status == 0 and "smollm2-135m-instruct" in out and "Apache-2.0" in out
+    listed = json.loads(command("models", "--json")[1])
+    assert {one["name"] for one in listed} == set(triollama.models.KNOWN)
+
+
+def test_bench(command: Any, tiny: Any) -> None:
+    status, out, _ = command(
+        "bench", "-m", tiny("llama"), "--prompt", "20", "--new", "8", "--json"
+    )  # fmt: skip
+    found = json.loads(out)
+    assert status == 0 and found["read_per_second"] > 0 and found["written_per_second"] > 0
+    assert "a second" in command("bench", "-m", tiny("llama"), "--prompt", "9", "--new", "4")[1]
+
+
+def test_converting(command: Any, tiny: Any, tmp_path: Path) -> None:
+    target = tmp_path / "q.gguf"
+    status, out, _ = command("quantize", tiny("llama"), target, "q8_0", "--json")
+    assert status == 0 and json.loads(out) == {"path": str(target)}
+    assert {one.type for one in triollama.models.inspect(target).tensors} >= {"q8_0"}
+
+
+def test_completion_is_offered(command: Any) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        status, out, _ = command("completion", shell)
+        assert status == 0 and "_TRIOLLAMA_COMPLETE" in out
+    done = subprocess.run(
+        [sys.executable, "-m", "triollama"], capture_output=True, text=True, check=False,
+        env={"_TRIOLLAMA_COMPLETE": "bash_complete", "COMP_WORDS": "triollama in",
+             "COMP_CWORD": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["plain,inspect"]
+
+
+def test_version_and_help(command: Any) -> None:
+    assert command("--version")[1].strip().endswith(triollama.__version__)
+    status, out, _ = command("--help")
+    assert status == 0
+    for name in ("run", "chat", "inspect", "models", "train", "evaluate", "compare", "merge"):
+        assert f"  {name} " in out
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    monkeypatch.setitem(sys.modules, "click", None)
+    status, _, err = command("--help")
+    assert status == 1 and "pip install 'triollama[cli]'" in err
+
+
+def test_tuning_from_a_shell(command: Any, tiny: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    pairs = [{"prompt": f"What is {a}?", "completion": f"{a}{a}"} for a in "abcdef"]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model, adapter = tiny("llama"), tmp_path / "adapter.gguf"
+    status, out, err = command(
+        "train", data, "--model", model, "--as-chat", "--adapter", adapter, "--rank", "2",
+        "--learning-rate", "0.05", "--epochs", "2", "--threads", "2",
+    )  # fmt: skip
+    assert status == 0, out + err
+    assert adapter.exists()
+    words = ("-m", model, "--chat", *SHORT, "What is a?")
+    assert command("run", *words, "--adapter", adapter)[1] != command("run", *words)[1]
+    assert command("run", *words, "--adapter", f"{adapter}=0")[1] == command("run", *words)[1]
+
+    merged = tmp_path / "merged.gguf"
+    status, out, err = command("merge", adapter, merged, "-m", model, "--json")
+    assert status == 0, err
+    tuned = command("run", *words, "--adapter", adapter)[1]
+    assert command("run", "-m", merged, *words[2:])[1] == tuned
+    folder = tmp_path / "peft"
+    assert command("export", adapter, folder, "-m", model)[0] == 0
+    assert (folder / "adapter_config.json").exists()
+    assert command("evaluate", data, "--model", model, "--as-chat", "--adapter", adapter)[0] == 0
+    status, _, err = command("train", data)
+    assert status == 2 and "--adapter" in err
+    status, _, err = command("merge", adapter, merged, "-m", tiny("gemma3"))
+    assert status == 1 and "IncompatibleAdapterError" in err
