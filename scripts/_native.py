@@ -392,7 +392,7 @@ def jobs() -> int:
 
 
 def run_cmake(command: Sequence[str], what: str) -> None:
-    """Run a step with its output shown as it comes; a failure becomes a BuildError that says why."""
+    """Run a step, its output shown as it comes; a failure becomes a BuildError that says why."""
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     said: list[str] = []
     with subprocess.Popen(

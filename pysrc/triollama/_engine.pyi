@@ -277,23 +277,6 @@ class Context(Owner):
     def memory_held(self) -> list[tuple[str, int, int, int, int, int]]: ...
     def reset_perf_counters(self) -> None: ...
 
-# --- llama/needs.pyx
-def memory_needs(
-    path: StrPath,
-    *,
-    n_ctx: int = 2048,
-    n_seq_max: int = 1,
-    n_ubatch: int = 512,
-    n_outputs_max: int = 0,
-    n_gpu_layers: int = -1,
-    repack: bool = True,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    flash_attn: str = "auto",
-    swa_full: bool = True,
-    kv_unified: bool = True,
-) -> list[tuple[str, int, int, int, int, int]]: ...
-
 # --- kv/memory.pyx
 @disjoint_base
 class Memory:
@@ -309,6 +292,23 @@ class Memory:
     @property
     def can_shift(self) -> bool: ...
     def clear(self) -> None: ...
+
+# --- kv/needs.pyx
+def memory_needs(
+    path: StrPath,
+    *,
+    n_ctx: int = 2048,
+    n_seq_max: int = 1,
+    n_ubatch: int = 512,
+    n_outputs_max: int = 0,
+    n_gpu_layers: int = -1,
+    repack: bool = True,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    flash_attn: str = "auto",
+    swa_full: bool = True,
+    kv_unified: bool = True,
+) -> list[tuple[str, int, int, int, int, int]]: ...
 
 # --- kv/state.pyx
 def save_sequence(context: Context, seq_id: int) -> bytes: ...

@@ -41,7 +41,7 @@ class Terminal:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "triollama", *map(str, arguments)],
             stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-            preexec_fn=lambda: _take_terminal(follower),
+            preexec_fn=lambda: _take_terminal(follower),  # noqa: PLW1509 - no threads yet
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(follower)

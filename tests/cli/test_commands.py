@@ -42,9 +42,7 @@ def test_results_as_json(command: Any, tiny: Any) -> None:
     assert "6 written" in err and "seed 1" in err
 
 
-def test_prompts_come_by_pipes(
-    command: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_come_by_pipes(command: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny("llama")
     expected = command("run", "-m", path, *SHORT, "--raw", "say\n\nthe fox")[1]
     monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n"))

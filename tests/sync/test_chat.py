@@ -58,7 +58,10 @@ def test_a_turn_computes_only_what_is_new(llama: Llama) -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [GREEDY, GenerationParams(seed=5, temperature=0.9, max_tokens=20, dry_multiplier=0.8)],
+    [
+        GREEDY.replace(seed=1),
+        GenerationParams(seed=5, temperature=0.9, max_tokens=20, dry_multiplier=0.8),
+    ],
 )
 def test_turns_are_those_of_the_trio_layer(tiny: Any, llama: Llama, params: Any) -> None:
     """Also of samplers: random state and what penalties remember go on from turn to turn."""
@@ -117,12 +120,10 @@ def test_the_end_has_to_be_received(llama: Llama) -> None:
     turn = chat.stream("Hello", max_tokens=1)
     next(turn)
     assert turn.finish_reason is None or not turn.committed
-    with pytest.raises(StopIteration):
-        while True:
-            next(turn)
+    assert list(turn) == []
     assert turn.committed and turn.completion().finish_reason == "length"
     late = chat.stream("x", max_tokens=2)
-    list(zip(late, range(2), strict=False))
+    next(late)
     late.close()
     chat.say("y")  # and nothing of a turn that was left comes back
     assert [content for role, content in contents(chat) if role == "user"] == ["Hello", "y"]
@@ -143,16 +144,14 @@ def test_branches_edits_and_second_answers(llama: Llama) -> None:
     assert chat.say("And then?").tokens == first.tokens
     chat.edit(1, "Good morning")
     assert contents(chat)[1] == ("user", "Good morning") and chat.n_turns == 1
-    with pytest.raises(ParameterError, match="index|message"):
+    with pytest.raises(ParameterError, match=r"messages\[0\]"):
         chat.edit(0, "x")
     with pytest.raises(ParameterError, match="from 0 to 1"):
         chat.rewind(2)
 
 
 @pytest.mark.parametrize("format", ["json", "msgpack"])
-def test_files_are_the_trio_layer_s(
-    tiny: Any, llama: Llama, tmp_path: Path, format: Any
-) -> None:
+def test_files_are_the_trio_layer_s(tiny: Any, llama: Llama, tmp_path: Path, format: Any) -> None:
     params = GenerationParams(seed=5, temperature=0.9, max_tokens=10)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     chat = llama.chat("a", system=SYSTEM, params=params, title="T", overflow="truncate_turns")
@@ -230,7 +229,7 @@ def test_a_character_cut_in_the_middle(llama: Llama) -> None:
 def test_overflow(llama: Llama) -> None:
     chat = llama.chat(system=SYSTEM, params=GREEDY)
     chat.say("x " * 300)
-    with pytest.raises(ContextFullError, match="truncate_turns"):
+    with pytest.raises(ContextFullError, match="truncate_turns"):  # noqa: PT012 - one of them
         for _ in range(9):
             chat.say("y " * 100)
     n = chat.n_turns

@@ -21,7 +21,7 @@ ARCHITECTURES = ("llama", "gemma3", "qwen3", "phi3", "mamba")
         {"n_ctx": 512},
         {"n_ctx": 1024, "n_seq_max": 4},
         {"n_ctx": 300, "n_seq_max": 3, "kv_unified": False},
-        {"n_ctx": 2048, "n_ubatch": 64, "type_k": "q8_0", "type_v": "q8_0"},
+        {"n_ctx": 2048, "n_ubatch": 64, "type_k": "f32", "type_v": "bf16"},
         {"n_ctx": 1024, "swa_full": False, "flash_attn": "off"},
     ],
     ids=str,
@@ -30,9 +30,11 @@ def test_needs_are_what_is_allocated(tiny: Any, arch: str, options: dict[str, An
     path = tiny(arch)
     told = memory_needs(path, **options)
     n_ubatch = options.get("n_ubatch", 512)
-    with Model(path, use_mmap=False) as model:
-        with Context(model, n_threads=1, n_batch=n_ubatch, **options) as context:
-            held = context.memory_held()
+    with (
+        Model(path, use_mmap=False) as model,
+        Context(model, n_threads=1, n_batch=n_ubatch, **options) as context,
+    ):
+        held = context.memory_held()
     for (device, *needs), (its_device, *its_needs) in zip(told, held, strict=True):
         assert device == its_device
         assert needs[1] == its_needs[1], "the cache"
@@ -93,3 +95,5 @@ def test_what_is_no_model(tmp_path: Path, tiny: Any) -> None:
         models.inspect(tiny("llama"), type_k="q1")
     with pytest.raises(ParameterError):
         models.inspect(tiny("llama"), n_ctx=0)
+    with pytest.raises(ParameterError, match="does not divide|block"):
+        models.inspect(tiny("phi3"), type_k="q8_0", type_v="q8_0")

@@ -35,7 +35,9 @@ def package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     module = types.ModuleType(models.DEFAULT_PACKAGE)
     module.chunk_paths = lambda: parts  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, models.DEFAULT_PACKAGE, module)
-    monkeypatch.setattr(models.default, "DEFAULT_SHA256", hashlib.sha256(b"".join(PARTS)).hexdigest())
+    monkeypatch.setattr(
+        models.default, "DEFAULT_SHA256", hashlib.sha256(b"".join(PARTS)).hexdigest()
+    )
     return parts
 
 

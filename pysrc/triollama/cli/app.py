@@ -24,8 +24,8 @@ _COMPLETE = "_TRIOLLAMA_COMPLETE"
 def app() -> None:
     """Local language models: chat with them, look at them, fine-tune them.
 
-    A model is named by a path, by hf:OWNER/REPOSITORY/FILE.gguf, or by a name that `triollama models`
-    lists; the environment's TRIOLLAMA_MODEL is used where none is.
+    A model is named by a path, by hf:OWNER/REPOSITORY/FILE.gguf, or by a name that `triollama
+    models` lists; the environment's TRIOLLAMA_MODEL is used where none is.
     """
 
 

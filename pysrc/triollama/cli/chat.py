@@ -59,8 +59,8 @@ def chat(
 ) -> None:
     """Chat with a model; by default with SmolLM2 135M Instruct (Apache-2.0), which is fetched once.
 
-    Ctrl-C ends an answer, and what was said stays; Ctrl-D leaves. Alt-Enter, or "\\" at the end of a
-    line, begins another line. /help lists commands. Lines on standard input that is no terminal are
+    Ctrl-C ends an answer, and what was said stays; Ctrl-D leaves. Alt-Enter, or "\\" at the end of
+    a line, begins another. /help lists commands. Lines on standard input that is no terminal are
     said one by one.
     """
     params = params_of(None, settings, **options)

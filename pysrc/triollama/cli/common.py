@@ -27,6 +27,7 @@ __all__ = [
     "on_stderr",
     "opened",
     "params_of",
+    "passed_on",
     "setting",
 ]
 
@@ -91,6 +92,22 @@ def opened(
         )
     with llama:
         yield llama
+
+
+def passed_on(name: str, help: str, run: Callable[[str, list[str]], int]) -> click.Command:
+    """A command whose options are another program's: ``run`` gets its name and arguments."""
+
+    @click.command(
+        name, help=help, add_help_option=False, context_settings={"ignore_unknown_options": True}
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> int:
+        try:
+            return run(name, list(arguments))
+        except SystemExit as end:  # its parser has said why
+            return end.code if isinstance(end.code, int) else 1
+
+    return command
 
 
 def setting(name: str, text: str) -> Any:

@@ -91,7 +91,7 @@ def _lines(found: Inspection) -> list[str]:
 @click.option("--update", is_flag=True, help="Ask the hub whether the file is newer.")
 @click.option("--json", "as_json", is_flag=True)
 def models(name: str | None, revision: str | None, update: bool, as_json: bool) -> None:
-    """List known models; or fetch one, by name or hf:OWNER/REPOSITORY/FILE.gguf, and tell its path."""
+    """List known models; or fetch one, also hf:OWNER/REPOSITORY/FILE.gguf, and tell its path."""
     if name is not None:
         with on_stderr.status(f"fetching {name}"):
             path = sources.get(name, revision=revision, update=update)

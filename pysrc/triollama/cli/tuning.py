@@ -1,4 +1,4 @@
-"""Fine-tuning from a shell: ``triollama train``, ``evaluate``, ``compare``, ``merge``, ``export`` and
+"""Fine-tuning from a shell: ``train``, ``evaluate``, ``compare``, ``merge``, ``export``,
 ``quantize``."""
 
 from __future__ import annotations
@@ -8,27 +8,9 @@ from typing import Any
 import click
 
 from .. import models
-from .common import emit, on_stderr
+from .common import emit, on_stderr, passed_on
 
 __all__ = ["COMMANDS"]
-
-_PASSED = {"ignore_unknown_options": True, "help_option_names": []}
-
-
-def _passed_on(name: str, help: str) -> click.Command:
-    """A command whose options are the tuning package's own."""
-
-    @click.command(name, help=help, context_settings=_PASSED, add_help_option=False)
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def command(arguments: tuple[str, ...]) -> int:
-        from ..tuning.__main__ import main
-
-        try:
-            return main([name, *arguments])
-        except SystemExit as end:  # argparse has said why
-            return end.code if isinstance(end.code, int) else 1
-
-    return command
 
 
 @click.command()
@@ -74,9 +56,7 @@ def _trainer(model: str | None, adapter: str) -> Any:
     found = check_adapter(adapter, path)
     if not found.is_compatible:
         raise IncompatibleAdapterError("; ".join(found.problems), path=adapter)
-    trainer = Trainer(
-        path, rank=found.rank, alpha=found.alpha or found.rank, targets=found.targets
-    )
+    trainer = Trainer(path, rank=found.rank, alpha=found.alpha or found.rank, targets=found.targets)
     try:
         trainer.load_adapter(adapter)
     except BaseException:
@@ -90,7 +70,9 @@ def _trainer(model: str | None, adapter: str) -> Any:
 @click.argument("output", type=click.Path(dir_okay=False))
 @click.argument("ftype", metavar="TYPE", default="q4_k_m")
 @click.option("--threads", type=int)
-@click.option("--requantize", is_flag=True, help="Also of a quantised model, whose quality suffers.")
+@click.option(
+    "--requantize", is_flag=True, help="Also of a quantised model, whose quality suffers."
+)
 @click.option("--pure", is_flag=True, help="One type for all tensors.")
 @click.option("--json", "as_json", is_flag=True)
 def quantize(
@@ -107,10 +89,14 @@ def quantize(
 
     source = models.resolve(model)
     with on_stderr.status(f"quantising {source.name} to {ftype}"):
-        convert(
-            source, output, ftype, threads=threads, allow_requantize=requantize, pure=pure
-        )
+        convert(source, output, ftype, threads=threads, allow_requantize=requantize, pure=pure)
     _written(output, as_json)
+
+
+def _tuning(name: str, arguments: list[str]) -> int:
+    from ..tuning.__main__ import main
+
+    return main([name, *arguments])
 
 
 def _written(path: str, as_json: bool) -> None:
@@ -121,9 +107,9 @@ def _written(path: str, as_json: bool) -> None:
 
 
 COMMANDS = (
-    _passed_on("train", "Train a LoRA adapter on a file; `triollama train --help` lists all."),
-    _passed_on("evaluate", "Loss, perplexity and accuracy on a file."),
-    _passed_on("compare", "Answers with an adapter and without."),
+    passed_on("train", "Train a LoRA adapter on a file.", _tuning),
+    passed_on("evaluate", "Loss, perplexity and accuracy on a file.", _tuning),
+    passed_on("compare", "Answers with an adapter and without.", _tuning),
     merge,
     export,
     quantize,

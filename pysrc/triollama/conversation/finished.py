@@ -1,4 +1,4 @@
-"""What a turn leaves: the state after its answer, of its plan and of what came. Pure, as the plan."""
+"""What a turn leaves: the state after its answer, of its plan and of what came. Pure."""
 
 from __future__ import annotations
 

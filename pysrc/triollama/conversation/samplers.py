@@ -96,9 +96,7 @@ async def make_sampler(
     return await engine.beside(make)
 
 
-def state_of(
-    sampler: Sampler, data: bytes, params: GenerationParams, *, whole: bool
-) -> Kept:
+def state_of(sampler: Sampler, data: bytes, params: GenerationParams, *, whole: bool) -> Kept:
     """What to keep of the sampler that a turn ended with, whose state is ``data``.
 
     ``sampler``: the one it began with, its grammar compiled. ``whole``: the answer is.

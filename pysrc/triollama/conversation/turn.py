@@ -27,6 +27,7 @@ from .samplers import make_sampler, state_of, with_grammar
 
 __all__ = ["TurnStream"]
 
+
 class _Named(Protocol):
     @property
     def id(self) -> str: ...

@@ -94,6 +94,6 @@ def _others(hub: Any, wanted: Reference) -> str:
         return ""
     found = sorted(file for file in files if file.endswith(".gguf"))
     if not found:
-        return ", nor any other GGUF file: take a repository that has some (often its name ends in -GGUF)"
+        return ", nor any other GGUF file: take a repository that has some (often named ...-GGUF)"
     more = f" and {len(found) - 20} more" if len(found) > 20 else ""
     return f"; it has {', '.join(found[:20])}{more}"

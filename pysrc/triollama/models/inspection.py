@@ -150,9 +150,7 @@ def inspect(
         n_head=number("attention.head_count"),
         n_head_kv=number("attention.head_count_kv") or number("attention.head_count"),
         tensors=tuple(
-            Tensors(
-                type=kind, count=len(sizes), parameters=sum(sizes), bytes=bytes_of.get(kind, 0)
-            )
+            Tensors(type=kind, count=len(sizes), parameters=sum(sizes), bytes=bytes_of.get(kind, 0))
             for kind, sizes in sorted(by_type.items())
         ),
         n_ctx=chosen,

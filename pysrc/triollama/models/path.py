@@ -87,7 +87,9 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
         if isinstance(error, ModelNotFoundError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise ModelNotFoundError(f"cannot open the model {text}: {reason}{_advice(text)}", path=text) from error
+        raise ModelNotFoundError(
+            f"cannot open the model {text}: {reason}{_advice(text)}", path=text
+        ) from error
     _check_header(head, target)
     return target
 

@@ -179,7 +179,9 @@ class Conversation:
 
     def _check_idle(self) -> None:
         if self.is_busy:
-            raise BusyError("a turn of this conversation is running: read it to its end or close it")
+            raise BusyError(
+                "a turn of this conversation is running: read it to its end or close it"
+            )
 
     # Turns
 

@@ -431,7 +431,8 @@ class Llama:
         pooling: "mean", "cls" (first token), "last", "none" (one row a token; one text only),
         "rank" (rerankers: their score); None is the model's own, or "mean" where it names none.
         normalize: divide by the Euclidean norm ("rank" is left as it is).
-        Short texts are computed together. Uses a second context, made when first needed. Raises ParameterError, ContextFullError.
+        Short texts are computed together. Uses a second context, made when first needed. Raises
+        ParameterError, ContextFullError.
         """
         import numpy
 

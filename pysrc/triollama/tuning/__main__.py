@@ -155,7 +155,7 @@ def _config(options: argparse.Namespace) -> TrainingConfig:
 
 
 def _model_path(options: argparse.Namespace) -> Path:
-    return Path(options.model) if options.model else models.default_model()
+    return models.resolve(options.model)
 
 
 def _dataset(options: argparse.Namespace, seed: int) -> TrainingDataset:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import triollama
 from triollama import GenerationParams, TriollamaError
 from triollama.errors import ContextFullError, ModelNotFoundError, ParameterError
-from triollama.sync import Completion, Llama, Stream
+from triollama.sync import Completion, Conversation, Llama, Stream, TurnStream
 
 
 def show_progress(fraction: float) -> bool:
@@ -44,6 +45,30 @@ def first_logprob(llama: Llama, prompt: str) -> float:
     if done.logprobs is None:
         return 0.0
     return done.logprobs[0].logprob
+
+
+class City(msgspec.Struct):
+    name: str
+
+
+def chat(llama: Llama, path: Path) -> str:
+    talk: Conversation = llama.chat(system="Be brief.", temperature=0.2)
+    reply: Completion = talk.say("Hello")
+    city: City = talk.say("Where?", into=City)
+    turn: TurnStream = talk.stream("And then?")
+    said = [piece.strip() for piece in turn]
+    branch = talk.fork()
+    branch.rewind()
+    adapter = llama.load_adapter(path)
+    branch.set_adapters([(adapter, 0.5)])
+    talk.save(path)
+    (again,) = llama.restore(path)
+    return reply.text + city.name + said[0] + again.messages[-1].content
+
+
+def look(path: Path) -> int:
+    found = triollama.models.inspect(triollama.models.get("hf:a/b/c.gguf") or path, streams=2)
+    return sum(need.total for need in found.needs if need.fits)
 
 
 def main(path: Path | str | None = None) -> None:

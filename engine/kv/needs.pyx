@@ -1,6 +1,6 @@
 """What a model needs, before it is loaded."""
 
-cdef extern from "llama/needs.hpp" namespace "triollama::native" nogil:
+cdef extern from "kv/needs.hpp" namespace "triollama::native" nogil:
     cppclass NativeNeeds "triollama::native::Needs":
         string device
         uint64_t weights
@@ -67,6 +67,10 @@ def memory_needs(
     params.type_v = <ggml.ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
     params.flash_attn_type = <llama.llama_flash_attn_type><int>check_choice(
         "flash_attn", flash_attn, _FLASH_ATTN)
+    if ggml.ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
+        raise ParameterError(
+            f"type_v={type_v!r} is quantised, which needs flash attention",
+            parameter="type_v", value=type_v)
     params.swa_full = swa_full
     params.kv_unified = kv_unified
     cdef vector[NativeNeeds] found
