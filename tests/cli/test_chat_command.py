@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triollama.cli.chat import show
 from triollama.cli.session import Session
 from triollama.errors import ParameterError, TriollamaError
 from triollama.params import GenerationParams
 from triollama.sync import Llama, TurnStream
+
+PROMPT = "\x1b[?2004h"
+"""A terminal is asked for this when a line is awaited, and for the next when there is one."""
+SAID = "\x1b[?2004l"
 
 PARAMS = GenerationParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=1)
 
@@ -156,26 +163,26 @@ def test_in_a_terminal(terminal: Any, tiny: Any, tmp_path: Path, own_home: Path)
         "chat", "-m", tiny("llama"), "-t", "0", "--ctx", "16384", "--file", path,
         "--set", "ignore_eos", "true", "--set", "repeat_penalty", "1",
     )  # fmt: skip
-    chat.wait("/help lists commands", "> ")
+    chat.wait("/help lists commands", PROMPT)
     chat.press("/undo 3\r")
-    chat.wait("ParameterError", "> ")
+    chat.wait("ParameterError", PROMPT)
     chat.press("half a li\x03")  # Ctrl-C at the prompt: the line is gone, the chat is not
-    chat.wait("> ")
+    chat.wait(PROMPT)
     chat.press("Hello\\\rthere\r")  # two lines
-    chat.wait("there", "\n")
+    chat.wait(SAID, " ")
     chat.press("\x03")  # the answer would go on for thousands of tokens
-    chat.wait("stopped", "> ")
+    chat.wait("stopped", PROMPT)
     chat.press("/history\r")
-    shown = chat.wait("user: Hello", "there", "assistant: ", "> ")
+    shown = chat.wait("user: Hello", "there", "assistant: ", PROMPT)
     assert "half a li" not in shown
     chat.press("/set max_tokens 4\r")
-    chat.wait("> ")
+    chat.wait(PROMPT)
     chat.press("/more\r")  # what was stopped goes on
-    chat.wait("ended by length", "> ")
+    chat.wait("ended by length", PROMPT)
     chat.press("/fork side\r")
-    chat.wait("this is side now", "side> ")
+    chat.wait("this is side now", PROMPT, "side>")
     chat.press("\x1b[A\x1b[A\r")  # up, up: /more again
-    chat.wait("ended by length", "side> ")
+    chat.wait("ended by length", PROMPT)
     chat.press("\x04")
     assert chat.end() == 0
     one, side = json.loads(path.read_text())["conversations"]
@@ -187,24 +194,56 @@ def test_in_a_terminal(terminal: Any, tiny: Any, tmp_path: Path, own_home: Path)
     assert "/fork side" in history.read_text() and history.stat().st_mode & 0o077 == 0
 
     again = terminal("chat", "-m", tiny("llama"), "-t", "0", "--file", path, "-n", "3")
-    again.wait("side> ")
+    again.wait(PROMPT)
     again.press("/switch 1\r/history\r")
-    again.wait("user: Hello", "> ")
+    again.wait("user: Hello", PROMPT)
     again.press("/quit\r")
     assert again.end() == 0
 
 
-def test_ctrl_c_while_a_prompt_is_read(terminal: Any, tiny: Any) -> None:
-    """Before the first token nothing was said; the chat goes on."""
-    chat = terminal("chat", "-m", tiny("llama", n_layer=8, n_embd=256), "--ctx", "16384", "-n", "2")
-    chat.wait("> ")
-    chat.press("x " * 9000 + "\r")
-    chat.press("\x03")
-    chat.wait("nothing was said", "> ")
-    chat.press("Hello\r")
-    chat.wait("ended by length", "> ")
-    chat.press("\x04")
-    assert chat.end() == 0
+class Pressed:
+    """A turn during which Ctrl-C is pressed: while its prompt is read (0), or after some pieces."""
+
+    def __init__(self, turn: TurnStream, after: int) -> None:
+        self.turn = turn
+        self.left = after
+
+    def __enter__(self) -> None:
+        self.turn.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.turn.__exit__(*exc)
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> str:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.left -= 1
+        return next(self.turn)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.turn, name)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_ctrl_c_ends_a_turn(session: Session, say: Any, capsys: Any, after: int) -> None:
+    """Before the first piece nothing was said; later what was said stays. The chat goes on."""
+    before = signal.getsignal(signal.SIGINT)
+    turn = session.handle("Hello")
+    assert isinstance(turn, TurnStream)
+    show(Pressed(turn, after), verbose=True)  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert session.chat.n_turns == (after > 0) == turn.committed
+    assert ("/more goes on" if after else "nothing was said") in captured.err
+    if after:
+        assert session.chat.messages[-1].content == captured.out.rstrip("\n")
+        reply = session.handle("And then?")
+        assert isinstance(reply, TurnStream)
+        list(reply)
+        assert reply.usage.cached_tokens  # what was computed is of use
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_ends_other_commands(tiny: Any) -> None:

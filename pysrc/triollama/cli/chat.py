@@ -26,7 +26,7 @@ from .session import Session
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-__all__ = ["CHAT_MODEL", "chat"]
+__all__ = ["CHAT_MODEL", "chat", "show"]
 
 CHAT_MODEL = "smollm2-135m-instruct"
 """The default model only continues text."""
@@ -95,7 +95,7 @@ def _talk(session: Session, prompt: PromptSession[str], verbose: bool) -> None:
 def _one(session: Session, line: str, verbose: bool) -> None:
     reply = session.handle(line)
     if isinstance(reply, TurnStream):
-        _show(reply, verbose)
+        show(reply, verbose)
         session.answered()
     elif reply:
         print(reply, flush=True)
@@ -127,7 +127,8 @@ class _Interrupts:
         signal.signal(signal.SIGINT, self._before)
 
 
-def _show(turn: TurnStream, verbose: bool) -> None:
+def show(turn: TurnStream, verbose: bool) -> None:
+    """Write an answer as it comes, until its end or Ctrl-C."""
     interrupts = _Interrupts()
     try:
         with turn, interrupts:
