@@ -28,7 +28,8 @@ from typing import Any, cast
 
 import trio
 
-from .conversation import Conversation, Conversations
+from .conversation.conversation import Conversation
+from .conversation.registry import Conversations
 from .errors import BusyError
 from .llama import Llama
 from .serving import open_llama as _open_llama

@@ -32,7 +32,7 @@ from .history import State, common_length, now
 from .ledger import Ledger
 from .plan import Overflow, Prompts
 from .samplers import turn_params
-from .saved import saved_conversation
+from .saved import exported, saved_conversation
 from .sequences import Sequences
 from .turn import TurnStream
 
@@ -502,19 +502,7 @@ class Conversation:
     def export(self) -> dict[str, Any]:
         """The conversation as a line of training data: ``messages`` and, where it has them,
         ``tools`` and the template's variables as ``chat_template_kwargs``."""
-        prompts = self._ledger.prompts
-        line: dict[str, Any] = {
-            "messages": [
-                message.for_template() | ({"weight": 0} if message.was_cut else {})
-                for message in self.messages
-            ]
-        }
-        if prompts.tools:
-            line["tools"] = prompts.tools
-        variables = {name: value for name, value in prompts.variables.items() if is_data(value)}
-        if variables:
-            line["chat_template_kwargs"] = variables
-        return line
+        return exported(self.messages, self._ledger.prompts)
 
     # Saving
 

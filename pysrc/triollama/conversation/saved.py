@@ -21,6 +21,7 @@ __all__ = [
     "as_given",
     "checked_state",
     "document_of",
+    "exported",
     "from_saved",
     "is_data",
     "saved_conversation",
@@ -105,6 +106,22 @@ def saved_conversation(
         **to_saved(state, plain),
         **rest,
     )
+
+
+def exported(messages: Iterable[Message], prompts: Prompts) -> dict[str, Any]:
+    """A conversation as a line of training data; answers that were cut short have no weight."""
+    line: dict[str, Any] = {
+        "messages": [
+            message.for_template() | ({"weight": 0} if message.was_cut else {})
+            for message in messages
+        ]
+    }
+    if prompts.tools:
+        line["tools"] = prompts.tools
+    variables = {name: value for name, value in prompts.variables.items() if is_data(value)}
+    if variables:
+        line["chat_template_kwargs"] = variables
+    return line
 
 
 def from_saved(one: SavedConversation, *, same: bool = True) -> State:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from ..engine.adapters import LoadedAdapter
+from ..engine.loaded import LoadedAdapter
 from ..errors import ParameterError
 from ..params import GenerationParams
 from . import metrics, page

@@ -14,7 +14,7 @@ from ..errors import ParameterError
 from .faults import Fault
 
 if TYPE_CHECKING:
-    from ..conversation import Conversation
+    from ..conversation.conversation import Conversation
     from ..llama import Llama
 
 __all__ = ["Chats", "check_id"]

@@ -28,7 +28,7 @@ from .http import Reply, Request
 from .service import Ask, Lora, Service, text_of
 
 if TYPE_CHECKING:
-    from ..conversation import Conversation
+    from ..conversation.conversation import Conversation
     from .chats import Chats
 
 __all__ = ["CONVERSATION", "OpenAI"]

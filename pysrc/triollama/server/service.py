@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from ..engine.adapters import LoadedAdapter, Scaled
+from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
 from ..params import MAX_SEED, GenerationParams
 from ..results import Completion
@@ -21,7 +21,7 @@ from .http import Limits
 from .metrics import Metrics
 
 if TYPE_CHECKING:
-    from ..conversation import Conversation
+    from ..conversation.conversation import Conversation
     from ..llama import Llama
 
 __all__ = ["Ask", "Lora", "Service", "text_of"]

@@ -25,7 +25,7 @@ from ..conversation.choices import (
 from ..conversation.history import State, now
 from ..conversation.plan import Overflow, Prompts, make_plan, planned
 from ..conversation.samplers import sampler_for, turn_params, with_grammar
-from ..conversation.saved import saved_conversation
+from ..conversation.saved import exported, saved_conversation
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import BusyError, ParameterError
 from ..files import Message
@@ -393,8 +393,9 @@ class Conversation:
         return branch
 
     def export(self) -> dict[str, Any]:
-        """The conversation as a line of training data: ``{"messages": [...]}``."""
-        return {"messages": [message.for_template() for message in self.messages]}
+        """The conversation as a line of training data: ``messages`` and, where it has them,
+        ``tools`` and the template's variables as ``chat_template_kwargs``."""
+        return exported(self.messages, self._prompts)
 
     # Files
 
