@@ -71,8 +71,8 @@ class Campaign:
                 time.sleep(self.random.random() * self.mean)
                 child.send_signal(kill_with)
                 break
-        child.stdout.close()
-        return child.wait()
+        child.communicate()
+        return child.returncode
 
     def killed(self, checkpoint: Path, kills: int) -> None:
         from triollama.tuning import read_checkpoint
@@ -103,7 +103,9 @@ def equal(one: Path, other: Path) -> bool:
     a, b = (read_checkpoint(str(path)) for path in (one, other))
     return (
         a.tensors.keys() == b.tensors.keys()
-        and all(np.array_equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+        and all(
+            np.array_equal(a.tensors[name], b.tensors[name], equal_nan=True) for name in a.tensors
+        )
         and a.summary.losses == b.summary.losses
         and a.summary.validation == b.summary.validation
         and a.summary.step == b.summary.step
@@ -116,6 +118,7 @@ def main() -> int:
     parser.add_argument("--model", help="default: the default model")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     from triollama import models
@@ -123,7 +126,7 @@ def main() -> int:
     job = {
         "model": str(models.resolve(options.model)),
         "data": options.data,
-        "max_length": 512,
+        "max_length": options.max_length,
         "validation_split": 0.01,
         "config": {
             "packing": True,

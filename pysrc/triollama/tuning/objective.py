@@ -65,10 +65,6 @@ class Objective(Protocol):
         """The units of an epoch, from 0."""
         ...
 
-    def prepare(self, trainer: Trainer, progress: Progress | None) -> None:
-        """Compute what is needed before the first step, unless it was restored."""
-        ...
-
     def add_gradients(
         self, trainer: Trainer, units: Sequence[Any], stopping: Stopping
     ) -> StepLoss | None:
@@ -105,9 +101,6 @@ class Likelihood:
         return self._dataset.rows(
             epoch, seed=config.seed, shuffle=config.shuffle, packing=config.packing
         )
-
-    def prepare(self, trainer: Trainer, progress: Progress | None) -> None:
-        return
 
     def state(self) -> dict[str, NDArray[Any]]:
         return {}
@@ -178,7 +171,8 @@ class Preferences:
                 )
         self._dataset = dataset
         self._config = config
-        self._reference: NDArray[np.float64] | None = None  # [examples, 2], held out ones last
+        # [examples, 2], held out ones last; NaN until a pair is wanted for the first time.
+        self._reference = np.full((len(self._examples), 2), np.nan)
 
     @property
     def _examples(self) -> tuple[PreferenceExample, ...]:
@@ -187,31 +181,22 @@ class Preferences:
     def units(self, epoch: int) -> Sequence[int]:
         return self._dataset.order(epoch, seed=self._config.seed, shuffle=self._config.shuffle)
 
-    def prepare(self, trainer: Trainer, progress: Progress | None) -> None:
-        if self._reference is not None:
-            return
-        found = np.zeros((len(self._examples), 2))
-        with without_adapter(trainer):
-            for i, example in enumerate(self._examples):
-                found[i] = [self._logp(trainer, row_of([part])) for part in example.parts]
-                if progress:
-                    progress("reference", i + 1, len(found))
-        self._reference = found
-
     def state(self) -> dict[str, NDArray[Any]]:
-        return {} if self._reference is None else {"reference": self._reference}
+        return {"reference": self._reference}
 
     def restore(self, tensors: Mapping[str, NDArray[Any]]) -> bool:
         found = tensors.get("reference")
-        if found is not None:
-            if found.shape != (len(self._examples), 2) or found.dtype != np.float64:
-                return False
-            self._reference = found
+        if found is None or found.shape != self._reference.shape or found.dtype != np.float64:
+            return False
+        self._reference = found.copy()
         return True
 
-    def _pair(self, index: int) -> _Pair:
-        assert self._reference is not None
+    def _pair(self, trainer: Trainer, index: int) -> _Pair:
         chosen, rejected = (row_of([part]) for part in self._examples[index].parts)
+        if np.isnan(self._reference[index]).any():
+            with without_adapter(trainer):
+                found = [self._logp(trainer, row) for row in (chosen, rejected)]
+            self._reference[index] = found
         a, b = self._reference[index]
         return _Pair(chosen, rejected, (float(a), float(b)))
 
@@ -238,10 +223,10 @@ class Preferences:
     ) -> StepLoss | None:
         total, right, tokens = 0.0, 0, 0
         for index in units:
-            pair = self._pair(index)
             try:
                 if stopping():
                     return None
+                pair = self._pair(trainer, index)
                 found = self._loss(trainer, pair)
                 for row, sign in ((pair.chosen, -1.0), (pair.rejected, 1.0)):
                     if stopping():
@@ -262,7 +247,7 @@ class Preferences:
         first, n = len(self._dataset.train), len(self._dataset.validation)
         found = []
         for i in range(n):
-            found.append(self._loss(trainer, self._pair(first + i)))
+            found.append(self._loss(trainer, self._pair(trainer, first + i)))
             if progress:
                 progress("held out", i + 1, n)
         if not found:

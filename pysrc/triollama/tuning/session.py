@@ -243,7 +243,6 @@ class TrainingRun:
         if self.status != "running":
             return
         try:
-            self._objective.prepare(trainer, self._progress)
             self._evaluate_if_due()  # a run interrupted right after a step has this still to do
             while trainer.step < plan.total_steps and not self._exhausted():
                 begun = time.monotonic()
@@ -359,7 +358,6 @@ class TrainingRun:
 
     def evaluate(self) -> Metrics:
         """Metrics of the adapter as it is now, on the validation examples."""
-        self._objective.prepare(self.trainer, self._progress)
         return self._objective.evaluate(self.trainer, self._progress)
 
     def summary(self) -> TrainingSummary:
