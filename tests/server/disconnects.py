@@ -205,10 +205,10 @@ async def drive(model: Path, n: int, seed: int) -> int:
 
             campaign = Campaign(server, await nursery.start(run), seed=seed)
             await campaign.measure(500)
-            await campaign.run(n // 10, clients=8)
+            await campaign.run(n // 10, clients=24)
             memory = _resident()
             start = time.perf_counter()
-            await campaign.run(n, clients=8)
+            await campaign.run(n, clients=24)
             seconds = time.perf_counter() - start
             found = campaign.found()
             print(json.dumps(found), f"{seconds:.0f} s")

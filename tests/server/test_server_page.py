@@ -99,13 +99,16 @@ def test_a_chat_in_a_browser(browser: Any, url: str) -> None:
     browser.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
     browser.on("request", lambda request: asked.append(request.url))
     browser.goto(url)
-    browser.wait_for_selector("#model option", state="attached")
+    browser.wait_for_load_state("networkidle")
+    assert problems == []
+    assert browser.locator("#model option").count() == 1
+    assert not browser.is_visible("#key")
 
     def articles(kind: str) -> Any:
         return browser.locator(f"article.{kind} .text")
 
     def idle() -> None:
-        browser.wait_for_function("document.getElementById('stop').disabled")
+        browser.wait_for_selector("#stop:disabled")
 
     browser.fill("#max_tokens", "12")
     browser.fill("#say", "Hello <b>there</b>")
@@ -130,7 +133,7 @@ def test_a_chat_in_a_browser(browser: Any, url: str) -> None:
     browser.fill("#max_tokens", "1900")
     browser.fill("#say", "Go on")
     browser.click("#send")
-    browser.wait_for_function("document.querySelectorAll('article.assistant').length == 2")
+    browser.locator("article.assistant").nth(1).wait_for()
     browser.wait_for_selector("article:last-child .token")
     browser.click("#stop")
     idle()
