@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m triollama.tuning", description=__doc__)
+    parser = argparse.ArgumentParser(prog="triollama", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
     training = commands.add_parser("train", help="train an adapter")
