@@ -158,6 +158,15 @@ def test_saved_conversations_bring_their_tools_and_variables(prepared: Any) -> N
     assert prepared([line], template=shows).hash() == prepared([saved], template=shows).hash()
 
 
+def test_saved_conversations_keep_the_template_they_chose(prepared: Any) -> None:
+    messages = tuple(files.Message(**one) for one in CHAT)  # type: ignore[arg-type]
+    own = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    for template, text in (("chatml", "<|im_start|>assistant\n⟦It is 4."), (own.source, "[user]")):
+        saved = files.SavedConversation(id="a", messages=messages, template=template)
+        assert text in prepared([saved]).preview()
+        assert "<start_of_turn>" not in prepared([saved]).preview()
+
+
 def test_answers_cut_short_are_not_learned(prepared: Any) -> None:
     def message(finish_reason: str, **changes: Any) -> files.Message:
         return files.Message(**{**SAID, "finish_reason": finish_reason, **changes})

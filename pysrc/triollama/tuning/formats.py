@@ -37,7 +37,8 @@ _ALIASES = {
 class Chat(NamedTuple):
     """Messages as templates take them. ``learned``: the indices of what is learned; None is every
     message of the assistant. ``cut``: how many of its answers are not, since they were cut short.
-    ``keys``: chats with a key in common are of one tree."""
+    ``keys``: chats with a key in common are of one tree. ``template``: its own, by name or source;
+    empty where it has none."""
 
     messages: Messages
     tools: list[Any] | None = None
@@ -45,6 +46,7 @@ class Chat(NamedTuple):
     learned: frozenset[int] | None = None
     cut: int = 0
     keys: tuple[Any, ...] = ()
+    template: str = ""
 
     def learns(self, index: int) -> bool:
         return self.learned is None or index in self.learned
@@ -148,6 +150,7 @@ def _saved(saved: files.SavedConversation) -> Chat | None:
         learned,
         answers - len(learned),
         (saved.id, saved.parent) if saved.parent else (saved.id,),
+        saved.template,
     )
 
 

@@ -6,12 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from ..chat import ChatTemplate
+from ..chat import ChatTemplate, template_for_model
 from ..errors import ChatTemplateError, ParameterError
 from .dataset import AnyExample, DatasetReport, TrainingDataset
 from .encode import Encoder, Example, PreferenceExample, Vocab
@@ -63,7 +64,7 @@ def prepare_training_data(
       preferences, or has none.
 
     Chats need a ``template`` (see ``triollama.chat.template_for_model``), and one that shows all
-    that is learned.
+    that is learned; a saved conversation that chose its own keeps it.
 
     validation_split: the share of examples held out, drawn with ``seed``; conversations forked from
     one another, and chats that begin with the same exchange, are held out together. validation:
@@ -191,6 +192,7 @@ class _Reader:
         self.as_chat = as_chat
         self.invalid = invalid
         self.progress = progress
+        self._encoders: dict[str, Encoder] = {}
         self.forms: Counter[str] = Counter()
         self.dropped: dict[str, list[str]] = {}
         self.truncated = self.cut_answers = 0
@@ -258,7 +260,7 @@ class _Reader:
         if isinstance(item, Chat):
             roles = [message["role"] for message in item.messages]
             last = len(roles) - 1 - roles[::-1].index("assistant")
-            return encoder.chat(
+            return self._encoder_for(item.template).chat(
                 item.messages,
                 learn=lambda i: item.learns(i) and (i == last or not self.only_last),
                 tools=item.tools,
@@ -276,6 +278,16 @@ class _Reader:
                 self._side(item, item.chosen, name), self._side(item, item.rejected, name), name
             )
         ]
+
+    def _encoder_for(self, template: str) -> Encoder:
+        """With a conversation's own template, if it has one."""
+        if not template:
+            return self.encoder
+        if template not in self._encoders:
+            vocab = self.encoder.vocab
+            model = SimpleNamespace(vocab=vocab, chat_template=lambda: None)
+            self._encoders[template] = Encoder(vocab, template_for_model(model, template))
+        return self._encoders[template]
 
     def _side(self, item: Preference, answer: Any, name: str) -> Example:
         prompt = item.prompt
