@@ -14,7 +14,10 @@ cimport gguf
 cimport llama
 cimport sampling
 cimport training
-from grammar cimport NativeGrammar, NativeGrammarParams
+from grammar cimport (
+    NativeGrammar, NativeGrammarParams, forget_vocabulary, is_llguidance_loaded, load_llguidance, make_grammar,
+    syntax_gbnf, syntax_json_schema, syntax_lark, syntax_regex, thought_forced, thought_free,
+    thought_inside)
 from guards cimport raise_native_error
 from text cimport NativeTextStream, append_piece
 

@@ -117,6 +117,9 @@ std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready
 int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
     const Work & w = *stream.work;
     int32_t n = w.n_end - w.n_decoded;
+    if (stream.request.kind == Kind::score && w.n_decoded + 1 < stream.request.given) {
+        n = std::min(n, stream.request.given - 1 - w.n_decoded);
+    }
     if (every_output(stream)) {
         n = std::min(n, config.n_outputs);
     }
@@ -124,7 +127,11 @@ int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
 }
 
 bool Decoder::Impl::every_output(const Stream & stream) {
-    return stream.request.kind != Kind::generate || stream.request.hidden;
+    const Request & r = stream.request;
+    if (r.kind == Kind::score) {
+        return stream.work->n_decoded + 1 >= r.given;
+    }
+    return r.kind == Kind::embed || r.hidden;
 }
 
 int32_t Decoder::Impl::outputs(const Stream & stream, int32_t n) const {

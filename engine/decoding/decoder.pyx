@@ -232,6 +232,7 @@ cdef class Decoder(Owner):
         hidden: bool = False,
         causal: bool = True,
         pooling: str = "mean",
+        given: int = 1,
         threads: int | None = None,
         batch_threads: int | None = None,
         priority: int = 0,
@@ -245,8 +246,9 @@ cdef class Decoder(Owner):
         """Start a stream; it runs as soon as a sequence is free.
 
         tokens: the whole prompt, from position 0.
-        kind: "generate", "score" (log-probability of each token but the first) or "embed" (the final
-            hidden states, pooled by "mean", "cls" (the first) or "last").
+        kind: "generate", "score" (log-probability of each token but the first ``given``, which may be
+            in some stream's KV already) or "embed" (the final hidden states, pooled by "mean", "cls"
+            (the first) or "last").
         hidden: keep the final hidden state of the last token, as ``values``.
         sampler: copied; the stream's own afterwards. It is shown tokens[accept_from:].
         end_tokens: end the stream as the vocabulary's end-of-generation tokens do.
@@ -302,6 +304,7 @@ cdef class Decoder(Owner):
                 ' pooling="none"')
         request.causal = causal
         request.pooling = <decoding.Pooling><int>check_choice("pooling", pooling, _DECODER_POOLING)
+        request.given = check_int("given", given, 1, 2**31 - 1)
         request.threads = 0 if threads is None else check_int("threads", threads, 1, 512)
         request.threads_batch = 0 if batch_threads is None else check_int(
             "batch_threads", batch_threads, 1, 512)

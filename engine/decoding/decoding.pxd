@@ -93,6 +93,7 @@ cdef extern from "decoding/stream.hpp" namespace "triollama::native" nogil:
         cpp_bool hidden
         cpp_bool causal
         Pooling pooling
+        int32_t given
         int32_t threads
         int32_t threads_batch
         uint64_t set

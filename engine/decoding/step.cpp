@@ -228,7 +228,8 @@ void Decoder::Impl::advance(Entry & e, std::vector<Sampling> & samplings) {
 
 void Decoder::Impl::score(Entry & e) {
     Work & w = *e.stream->work;
-    for (int32_t i = 0; i < e.n; i++) {
+    const bool is_given = w.n_decoded - e.n + 1 < e.stream->request.given;
+    for (int32_t i = 0; i < e.n && !is_given; i++) {
         const float * row = backend->logits(e.first + i);
         const llama_token next = w.tokens[w.n_decoded - e.n + i + 1];
         e.stream->values.push_back((float) (row[next] - log_sum_exp(row, n_vocab)));

@@ -94,6 +94,7 @@ struct Request {
     bool    hidden = false;                 // keep the last token's final hidden state
     bool    causal = true;                  // false: each prompt token attends to the whole prompt, which must fit a ubatch
     Pooling pooling = Pooling::mean;        // embed
+    int32_t given = 1;                      // score: so many tokens at the beginning are not scored, and may be in the KV
     int32_t threads = 0;                    // 0: the context's own
     int32_t threads_batch = 0;
 

@@ -24,7 +24,7 @@ void Decoder::Impl::arrive(const StreamPtr & stream) {
     work->max_tokens = r.max_tokens;
     work->text       = TextStream(r.stops);
     work->order      = stream->id;
-    work->slow       = r.sampler && !r.sampler->params().grammar.empty();
+    work->slow       = r.sampler && !r.sampler->params().grammar.text.empty();
     stream->work     = std::move(work);
     if (!r.causal && stream->work->n_prompt > std::min(config.n_ubatch, every_output(*stream) ? config.n_outputs : config.n_ubatch)) {
         fail(stream, Failure::sampler, "without causal attention the prompt must fit into one ubatch of " +
@@ -77,11 +77,13 @@ void Decoder::Impl::admit() {
 // A sequence for a stream that names none: what a stream before it left, a copy of what a conversation has, or new.
 Sequence & Decoder::Impl::begin(Stream & stream) {
     Request & r = stream.request;
-    if (config.spares && r.kind == Kind::generate && r.causal) {
-        const auto [source, n] = slots.find_alike(stream.work->tokens, stream.work->n_end - 1, r.set);
+    const bool scores = r.kind == Kind::score && r.given > 1;
+    if (config.spares && (r.kind == Kind::generate || scores) && r.causal) {
+        const int32_t most = scores ? std::min(stream.work->n_end, r.given) - 1 : stream.work->n_end - 1;
+        const auto [source, n] = slots.find_alike(stream.work->tokens, most, r.set);
         if (source) {
             r.cached = n;
-            if (source->spare) {
+            if (source->spare && !scores) {         // where scores begin, others beside them may
                 return slots.adopt(*source, stream.id);
             }
             Sequence & own = slots.make(stream.id, false);
@@ -97,9 +99,14 @@ void Decoder::Impl::start(const StreamPtr & stream, Sequence & sequence) {
     const bool again = w.sequence != nullptr;
     sequence.busy = true;
     w.sequence = &sequence;
-    const bool fresh = stream->request.kind != Kind::generate || !stream->request.causal;
+    const bool scores = stream->request.kind == Kind::score && stream->request.given > 1;
+    const bool fresh = !(stream->request.kind == Kind::generate || scores) || !stream->request.causal;
     const int32_t wanted = fresh ? 0 : again ? w.n_decoded : stream->request.cached;
     w.n_decoded = slots.reuse(sequence, std::min(wanted, w.n_end - 1), stream->request.set);
+    if (stream->request.kind == Kind::score) {      // what is computed again is said again
+        const size_t known = (size_t) std::max(0, w.n_decoded - (stream->request.given - 1));
+        stream->values.resize(std::min(stream->values.size(), known));
+    }
     if (!again) {
         std::lock_guard<std::mutex> lock(stream->mutex);
         stream->use.cached      = w.n_decoded;
@@ -110,7 +117,7 @@ void Decoder::Impl::start(const StreamPtr & stream, Sequence & sequence) {
     std::sort(active.begin(), active.end(), [](const StreamPtr & a, const StreamPtr & b) {
         return a->work->sequence->slot < b->work->sequence->slot;
     });
-    if (w.n_end == 0) {                             // a score of one token: nothing to say about it
+    if (w.n_end < stream->request.given && stream->request.kind == Kind::score) {   // nothing to say about
         end(stream, Finish::done);
     }
 }
@@ -216,7 +223,8 @@ void Decoder::Impl::settle(Stream & stream, Work & w, Finish how) {
     sequence.busy = false;
     const Request & r = stream.request;
     if (!r.sequence) {
-        const bool of_use = config.spares && r.kind == Kind::generate && r.causal && how != Finish::error && stream.shifts.empty();
+        const bool begins = r.kind == Kind::generate || (r.kind == Kind::score && r.given > 1);
+        const bool of_use = config.spares && begins && r.causal && how != Finish::error && stream.shifts.empty();
         if (of_use && sequence.slot >= 0) {
             slots.trim(sequence, w.n_decoded);
         }

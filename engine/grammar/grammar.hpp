@@ -1,82 +1,50 @@
 // A grammar's state along one generated text: which tokens may follow.
 #pragma once
 
-#include "grammar/matcher.hpp"
-#include "text/token_texts.hpp"
+#include "grammar/params.hpp"
 
 #include "llama.h"
 
-#include <cstdint>
 #include <memory>
-#include <regex>
-#include <string>
 #include <vector>
 
 namespace triollama::native {
-
-struct GrammarParams {
-    std::string text;                                   // GBNF; empty: no grammar
-    std::string root = "root";
-    bool        special = false;                        // special tokens have text: their names
-    bool        lazy = false;                           // free text until a trigger appears
-    std::vector<std::string> trigger_patterns;          // regular expressions (ECMAScript); only if lazy
-    std::vector<llama_token> trigger_tokens;
-
-    bool operator==(const GrammarParams & other) const;
-    bool operator!=(const GrammarParams & other) const { return !(*this == other); }
-    uint64_t hash() const;
-};
 
 // The text of a token is what a stream shows of it (append_piece), so the text shown is the text matched. A token without text,
 // as special ones are, may follow only where the grammar names it. Methods throw grammar_error, and change nothing then.
 class Grammar {
 public:
-    Grammar(const llama_vocab * vocab, GrammarParams params);
-    Grammar(const Grammar & other);
+    virtual ~Grammar() = default;
     Grammar & operator=(const Grammar &) = delete;
 
-    bool allows(llama_token token) const;
+    virtual bool allows(llama_token token) const = 0;
 
     // Gives tokens that may not follow a logit of -inf.
-    void mask(std::vector<llama_token_data> & tokens) const;
+    virtual void mask(std::vector<llama_token_data> & tokens) const = 0;
 
     // All tokens that may follow.
-    std::vector<llama_token> allowed() const;
+    virtual std::vector<llama_token> allowed() const = 0;
 
-    void accept(llama_token token);
+    virtual void accept(llama_token token) = 0;
 
     // Whether nothing but the end of generation may follow.
-    bool is_done() const;
+    virtual bool is_done() const = 0;
+
+    virtual std::unique_ptr<Grammar> clone() const = 0;
 
     const GrammarParams & params() const { return params_; }
     const std::vector<llama_token> & accepted() const { return accepted_; }
 
-private:
-    using Patterns = std::vector<std::regex>;
-    struct Piece {
-        llama_token token;
-        size_t      end;                // in `waiting`
-    };
+protected:
+    explicit Grammar(GrammarParams params) : params_(std::move(params)) {}
+    Grammar(const Grammar &) = default;
 
-    const llama_vocab * vocab;
     GrammarParams params_;
-    std::shared_ptr<const Patterns> patterns;
-    mutable std::unique_ptr<Matcher> matcher;
-    mutable Matcher::State state;
     std::vector<llama_token> accepted_;
-    mutable std::shared_ptr<const TokenTexts> texts;    // made when first needed; shared by copies
-    bool awaiting;                      // a lazy grammar's trigger
-    std::string waiting;                // the text before it, and the tokens it came from
-    std::vector<Piece> pieces;
-
-    void begin_call() const;
-    std::string text_of(llama_token token) const;
-    bool fits(llama_token token) const;
-    Matcher::State along(Matcher::State from, const std::string & text) const;
-    Matcher::State after(Matcher::State from, llama_token token, const std::string & text) const;
-    Matcher::State after_trigger(size_t start) const;
-    size_t find_trigger(const std::string & text) const;
-    const TokenTexts & token_texts() const;
 };
+
+// By the parameters' syntax, behind thoughts if there are any. Throws grammar_error, and unsupported_error where llguidance is
+// needed and was not loaded.
+std::unique_ptr<Grammar> make_grammar(const llama_vocab * vocab, const GrammarParams & params);
 
 }  // namespace triollama::native

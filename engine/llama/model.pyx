@@ -326,6 +326,7 @@ cdef class Model(Owner):
         del self.files      # before the model: see there
         self.files = NULL
         if self.ptr != NULL:
+            forget_vocabulary(llama.llama_model_get_vocab(self.ptr))
             llama.llama_model_free(self.ptr)
             retire_threads()
             self.ptr = NULL

@@ -60,10 +60,6 @@ void validate(const SamplingParams & p, int32_t n_vocab) {
     }
 }
 
-GrammarParams grammar_params(const SamplingParams & p) {
-    return { p.grammar, p.grammar_root, p.special, p.grammar_lazy, p.grammar_trigger_patterns, p.grammar_trigger_tokens };
-}
-
 }  // namespace
 
 Sampler::Impl::Impl(const llama_vocab * vocab, SamplingParams new_params)
@@ -74,16 +70,16 @@ Sampler::Impl::Impl(const llama_vocab * vocab, SamplingParams new_params)
 
 Sampler::Impl::Impl(const Impl & other)
     : vocab(other.vocab), n_vocab(other.n_vocab), state(other.state),
-      grammar(other.grammar ? std::make_unique<Grammar>(*other.grammar) : nullptr), dry(other.dry) {
+      grammar(other.grammar ? other.grammar->clone() : nullptr), dry(other.dry) {
     configure(other.params);
 }
 
 void Sampler::Impl::configure(SamplingParams p) {
     validate(p, n_vocab);
     std::unique_ptr<Grammar> new_grammar;
-    const bool same_grammar = grammar && grammar->params() == grammar_params(p);
-    if (!p.grammar.empty() && !same_grammar) {
-        new_grammar = std::make_unique<Grammar>(vocab, grammar_params(p));
+    const bool same_grammar = grammar && grammar->params() == p.grammar;
+    if (!same_grammar) {
+        new_grammar = make_grammar(vocab, p.grammar);
     }
     // Nothing is changed before this line; allocation aside, nothing throws after it.
     if (!same_grammar) {
@@ -266,7 +262,7 @@ void Sampler::Impl::candidates(std::vector<llama_token_data> & out) const {
 
 void Sampler::Impl::update(SamplingParams p) {
     p.seed    = params.seed;
-    p.special = params.special;         // what a stream shows does not change with its parameters
+    p.grammar.special = params.grammar.special;     // what a stream shows does not change with its parameters
     const bool had_mirostat = params.mirostat != 0;
     const bool had_adaptive = params.adaptive_target >= 0.0f;
     configure(std::move(p));
@@ -299,7 +295,7 @@ void Sampler::candidates(std::vector<llama_token_data> & out) const {
 
 void Sampler::reset() {
     if (impl->grammar) {
-        impl->grammar = std::make_unique<Grammar>(impl->vocab, impl->grammar->params());
+        impl->grammar = make_grammar(impl->vocab, impl->grammar->params());
     }
     impl->restart();
 }

@@ -1,6 +1,8 @@
 // The sampling chain: from a row of logits to one token, without the GIL and without a sort of the vocabulary.
 #pragma once
 
+#include "grammar/params.hpp"
+
 #include "llama.h"
 
 #include <cstdint>
@@ -57,12 +59,7 @@ struct SamplingParams {
     float   adaptive_decay = 0.9f;
     std::vector<llama_logit_bias> logit_bias;
     std::vector<llama_token> banned;    // never chosen, whatever the stages
-    std::string grammar;                // GBNF; empty: none
-    std::string grammar_root = "root";
-    bool    special = false;            // special tokens have text, for the grammar too
-    bool    grammar_lazy = false;
-    std::vector<std::string> grammar_trigger_patterns;
-    std::vector<llama_token> grammar_trigger_tokens;
+    GrammarParams grammar;
 };
 
 struct TokenLogprob {

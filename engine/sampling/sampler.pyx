@@ -78,9 +78,7 @@ cdef int to_native_params(object params, Vocab vocab, int n_ctx, sampling.Sampli
         bias.token = token
         bias.bias = value
         out.logit_bias.push_back(bias)
-    out.grammar = b"" if params.grammar is None else _utf8("grammar", params.grammar)
-    out.grammar_root = _utf8("grammar_root", params.grammar_root)
-    out.special = params.special
+    fill_grammar(params, vocab, out.grammar)
     return 0
 
 
@@ -158,17 +156,27 @@ cdef class Sampler:
         self.trigger_tokens = _items("trigger_tokens", trigger_tokens)
         self.params_ = params
         self.fill(native, params)
-        vocab.alive()
-        self.native.reset(new sampling.Sampler(vocab.ptr, native))
+        vocab.enter()
+        try:
+            with nogil:
+                self.native.reset(new sampling.Sampler(vocab.ptr, native))
+        except GrammarError as error:
+            blame(params, vocab, error)
+            raise
+        finally:
+            vocab.leave()
 
     cdef int fill(self, sampling.SamplingParams & native, object params) except -1:
         to_native_params(params, self.vocab, self.n_ctx, native)
-        native.grammar_lazy = bool(self.trigger_patterns or self.trigger_tokens)
-        native.grammar_trigger_patterns = _utf8_list("trigger_patterns", self.trigger_patterns)
+        native.grammar.lazy = bool(self.trigger_patterns or self.trigger_tokens)
+        if native.grammar.lazy and native.grammar.syntax != syntax_gbnf:
+            raise ParameterError(
+                "triggers are for grammars in GBNF alone", parameter="trigger_patterns")
+        native.grammar.trigger_patterns = _utf8_list("trigger_patterns", self.trigger_patterns)
         for item in self.trigger_tokens:
             token = check_int("trigger_tokens", item, 0, 2**31 - 1)
             self.vocab.check_token(token)
-            native.grammar_trigger_tokens.push_back(token)
+            native.grammar.trigger_tokens.push_back(token)
         return 0
 
     cdef int enter(self) except -1:
@@ -290,7 +298,11 @@ cdef class Sampler:
         self.fill(native, params)
         self.enter()
         try:
-            self.native.get().update(native)
+            with nogil:
+                self.native.get().update(native)
+        except GrammarError as error:
+            blame(params, self.vocab, error)
+            raise
         finally:
             self.leave()
         self.params_ = params

@@ -8,6 +8,7 @@ from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
 
 cimport llama
+from grammar cimport NativeGrammarParams
 from guards cimport raise_native_error
 
 
@@ -56,12 +57,7 @@ cdef extern from "sampling/sampler.hpp" namespace "triollama::native" nogil:
         float adaptive_decay
         vector[llama.llama_logit_bias] logit_bias
         vector[llama.llama_token] banned
-        string grammar
-        string grammar_root
-        cpp_bool special
-        cpp_bool grammar_lazy
-        vector[string] grammar_trigger_patterns
-        vector[llama.llama_token] grammar_trigger_tokens
+        NativeGrammarParams grammar
 
     cdef cppclass TokenLogprob:
         llama.llama_token id

@@ -165,7 +165,7 @@ void Sampler::Impl::load(std::string_view bytes) {
     }
     std::unique_ptr<Grammar> replayed;
     if (grammar) {
-        replayed = std::make_unique<Grammar>(vocab, grammar->params());
+        replayed = make_grammar(vocab, grammar->params());
         try {
             for (const llama_token token : taken) {
                 replayed->accept(token);

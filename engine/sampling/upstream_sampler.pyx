@@ -17,7 +17,6 @@ cdef class UpstreamSampler:
 
     def __init__(self, Vocab vocab not None, params, *, n_ctx: int = 2048):
         cdef sampling.SamplingParams p
-        cdef NativeGrammarParams grammar
         cdef vector[const char *] breakers
         cdef size_t i
         cdef sampling.Stage stage
@@ -75,10 +74,7 @@ cdef class UpstreamSampler:
             self.add(llama.llama_sampler_init_dist(p.seed))
         self.grammar.reset()
         if not p.grammar.empty():
-            grammar.text = p.grammar
-            grammar.root = p.grammar_root
-            grammar.special = p.special
-            self.grammar.reset(new NativeGrammar(vocab.ptr, grammar))
+            self.grammar = make_grammar(vocab.ptr, p.grammar)
 
     def __dealloc__(self):
         if self.chain != NULL:

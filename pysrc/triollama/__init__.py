@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 from ._engine import build_info
 from .errors import *  # noqa: F403 - each of them, by its __all__
-from .params import GenerationParams
+from .params import GenerationParams, Reasoning
 
 if TYPE_CHECKING:
     from . import chat, lowlevel, models, sync, testing, tuning
+    from .answers import structured
     from .chat import ChatTemplate
     from .conversation.conversation import Conversation
     from .conversation.registry import Conversations
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     from .files import Message
     from .llama import Llama, StreamInfo
     from .lowlevel import quantize
-    from .results import Completion, FinishReason, Score, TokenLogprob, Usage
+    from .results import Choice, Completion, FinishReason, Score, TokenLogprob, ToolCall, Usage
     from .serving import open_llama, run_llama
     from .streams.map import MapResult, MapResults
     from .streams.stream import Piece, Stream
-    from .structured import structured
     from .tuning.errors import (
         AdapterApplicationError,
         AdapterFileNotFoundError,
@@ -66,6 +66,7 @@ __all__ = [
     "BaseModelNotLoadedError",
     "ChatTemplate",
     "CheckpointError",
+    "Choice",
     "Completion",
     "ContextNotInitializedError",
     "Conversation",
@@ -93,6 +94,7 @@ __all__ = [
     "NoAdapterError",
     "NonFiniteLossError",
     "Piece",
+    "Reasoning",
     "Score",
     "SessionNotFoundError",
     "Statistics",
@@ -100,6 +102,7 @@ __all__ = [
     "StreamInfo",
     "TokenLogprob",
     "TokenizerNotInitializedError",
+    "ToolCall",
     "TuningError",
     "TurnStream",
     "UnsupportedModelError",
@@ -139,13 +142,15 @@ _HOMES = {
     "Statistics": "engine.statistics",
     "ChatTemplate": "chat",
     "quantize": "lowlevel",
+    "Choice": "results",
     "Completion": "results",
     "FinishReason": "results",
     "Score": "results",
     "TokenLogprob": "results",
+    "ToolCall": "results",
     "Usage": "results",
     "Message": "files",
-    "structured": "structured",
+    "structured": "answers",
     "AdapterApplicationError": "tuning.errors",
     "AdapterFileNotFoundError": "tuning.errors",
     "BaseModelNotLoadedError": "tuning.errors",

@@ -348,6 +348,11 @@ def quantize(
     pure: bool = False,
 ) -> None: ...
 
+# --- grammar/constraint.pyx
+LLGUIDANCE: str
+
+def load_guidance() -> None: ...
+
 # --- sampling/sampler.pyx
 @disjoint_base
 class Sampler:

@@ -216,7 +216,12 @@ class StateBusyError(StateWriteError, BusyError):
 
 
 class GrammarError(TriollamaError, ValueError):
-    """A grammar cannot be parsed, or allows no continuation."""
+    """A grammar cannot be parsed or enforced, or allows no continuation. ``place``: where a JSON
+    schema has what cannot (``$.properties.name``)."""
+
+    def __init__(self, message: str, *, place: str = "") -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class AnswerError(TriollamaError, ValueError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 import trio
 
+from .answers import Structured, structured
 from .chat import ChatTemplate
 from .checks import check_kind, shown
 from .conversation import saving
@@ -25,11 +26,10 @@ from .engine.statistics import Statistics
 from .errors import ParameterError, TriollamaError
 from .files import Document, Message
 from .params import GenerationParams, make_params, make_raw_params
-from .results import Completion, Score, Usage
+from .results import Choice, Completion, Score, Usage
 from .streams import score
 from .streams.map import MapResults
 from .streams.stream import Stream, usage_of
-from .structured import Structured, structured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +138,7 @@ class Llama:
 
         prompt: text (tokenized with the model's special tokens added) or tokens.
         params, changes: a GenerationParams, and fields of it that differ.
-        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`);
+        into: a type, whose JSON the text will be (see :func:`triollama.structured`);
             its value is then the stream's ``value``.
         priority: higher goes first, in the queue and among prompts.
         capacity: pieces that wait for a slow reader before the stream pauses.
@@ -319,6 +319,27 @@ class Llama:
             self._core, self._adapters, text, given=given, priority=priority, chosen=chosen
         )
 
+    async def choose(
+        self,
+        prompt: str | Iterable[int],
+        options: Sequence[str],
+        *,
+        priority: int = 0,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
+    ) -> Choice:
+        """Which of ``options`` the model finds likeliest after ``prompt``, and how likely each is.
+
+        The prompt is computed once, the options beside each other in joint steps; what other calls
+        have left of the same beginning is used. An option is tokenized by itself, so give it the
+        space with which it follows the prompt (" yes"), and where one is the beginning of another,
+        what comes after it (" no.", " not at all."). Raises ParameterError.
+        """
+        self._core.check_open()
+        chosen = self._adapters.check(adapters)
+        return await score.choose(
+            self._core, self._adapters, prompt, options, priority=priority, chosen=chosen
+        )
+
     @overload
     async def embed(
         self,
@@ -386,7 +407,7 @@ class Llama:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
@@ -405,7 +426,9 @@ class Llama:
             returns the messages to go on with.
         on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
             said so far.
-        tools, variables: passed to the template.
+        tools: what the model may call (docs/answers.md): typed functions, which ``say`` runs, or
+            specifications as chat templates take them, whose calls you run. variables: passed to
+            the template.
         adapters: from ``load_adapter`` or ``load_control_vector``, and their scales. Conversations
             with other sets run beside each other, and never use each other's memory.
 

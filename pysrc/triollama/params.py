@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,11 +18,14 @@ from .checks import check_kind, shown
 from .errors import ParameterError
 
 __all__ = [
+    "CONSTRAINTS",
     "DEFAULT_SAMPLERS",
     "DRY_BREAKERS",
     "MAX_SEED",
     "RAW_MAX_TOKENS",
+    "UNCONSTRAINED",
     "GenerationParams",
+    "Reasoning",
     "draw_seed",
 ]
 
@@ -49,6 +52,49 @@ DEFAULT_SAMPLERS = (
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Strings that interrupt a repetition for DRY: llama.cpp's own default."""
+
+
+CONSTRAINTS = ("grammar", "json_schema", "regex", "choices")
+"""What a text can be bound by: one of these at a time."""
+
+UNCONSTRAINED: dict[str, Any] = {
+    **dict.fromkeys(CONSTRAINTS),
+    "choices": (),
+    "reasoning": None,
+}
+"""Changes that free a text of what only one answer is bound by."""
+
+
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a model's thoughts stand, before the text that a constraint holds for.
+
+    ``open``, ``close``: the markers around them, also of special tokens, by name. ``start``:
+    "inside": the prompt has opened them; "free": the model may, and else begins with its answer;
+    "forced": it must.
+
+    What comes after ``close``, without the whitespace before it, is the text that ``grammar``,
+    ``json_schema``, ``regex`` or ``choices`` rules.
+    """
+
+    open: str = "<think>"
+    close: str = "</think>"
+    start: Literal["inside", "free", "forced"] = "free"
+
+    def __post_init__(self) -> None:
+        for name in ("open", "close"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.strip() or not _is_text(text):
+                raise ParameterError(
+                    f"reasoning.{name} must be a marker, not {text!r}",
+                    parameter=f"reasoning.{name}",
+                    value=text,
+                )
+        if self.start not in ("inside", "free", "forced"):
+            raise ParameterError(
+                f"reasoning.start must be 'inside', 'free' or 'forced', not {self.start!r}",
+                parameter="reasoning.start",
+                value=self.start,
+            )
 
 
 def draw_seed() -> int:
@@ -96,9 +142,24 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ``adaptive_target`` with ``adaptive_decay``: adaptive-p (llama.cpp#17927); below 0 is off.
         ``logit_bias``: added to the logits of these token ids; ``-inf`` bans a token.
         ``samplers``: the order; a name left out is not applied.
-        ``grammar``: GBNF that the text must match, from rule ``grammar_root``. The text is what
-        is shown: special tokens count by their names if ``special`` shows them, and may else
-        follow only where the grammar names them (``<[id]>``).
+
+    Constraints (one at a time; docs/answers.md)
+        ``grammar``: GBNF that the text must match, from rule ``grammar_root``, or a Lark grammar,
+        which has a rule ``start:``. The text is what is shown: special tokens count by their names
+        if ``special`` shows them (in GBNF), and may else follow only where the grammar names them
+        (``<[id]>``).
+        ``json_schema``: a JSON Schema, as a dict, True, or JSON text, which the text must obey.
+        Keywords that cannot be enforced raise GrammarError, with their place.
+        ``regex``: the whole text matches it (syntax of Rust's regex crate, no look-around).
+        ``choices``: the text is one of these.
+
+    Thoughts (docs/answers.md)
+        ``thinking``: in a conversation, whether the model is to think before it answers; ``None``
+        leaves it to the template and the model.
+        ``max_reasoning_tokens``: thoughts are closed after so many tokens; ``None``: when the model
+        closes them.
+        ``reasoning``: a :class:`Reasoning`: which markers stand around thoughts. A conversation
+        knows them from its template.
 
     Reporting
         ``logprobs``: with each token its log-probability under the model's own distribution
@@ -151,6 +212,13 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     samplers: tuple[str, ...] = DEFAULT_SAMPLERS
     grammar: str | None = None
     grammar_root: str = "root"
+    json_schema: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
+
+    thinking: bool | None = None
+    max_reasoning_tokens: int | None = None
+    reasoning: Reasoning | None = None
 
     logprobs: int | None = None
     special: bool = False
@@ -179,7 +247,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     parameter=name,
                     value=getattr(self, name),
                 )
-        for name in ("stop", "dry_breakers", "samplers"):
+        for name in ("stop", "dry_breakers", "samplers", "choices"):
             texts = getattr(self, name)
             if not isinstance(texts, tuple):
                 raise ParameterError(
@@ -242,17 +310,39 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                     parameter="logit_bias",
                     value=bias,
                 )
-        for name in ("grammar", "grammar_root"):
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            msgspec.structs.force_setattr(self, "json_schema", _schema_text(self.json_schema))
+        for name in ("grammar", "grammar_root", "json_schema", "regex"):
             text = getattr(self, name)
             if not isinstance(text, str) and (name == "grammar_root" or text is not None):
                 raise ParameterError(
                     f"{name} must be a string, not {shown(text)}", parameter=name, value=text
                 )
-        if self.grammar is not None and not (self.grammar.strip() and _is_text(self.grammar)):
+            if text is not None and not (text.strip() and _is_text(text)) and name in CONSTRAINTS:
+                raise ParameterError(
+                    f"{name} is blank, or holds NUL or what is not UTF-8; leave it None for free "
+                    "text",
+                    parameter=name,
+                    value=text,
+                )
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
             raise ParameterError(
-                "grammar is blank, or holds NUL or what is not UTF-8; leave it None for free text",
-                parameter="grammar",
-                value=self.grammar,
+                f"a text has one constraint, and {' and '.join(given)} are given",
+                parameter=given[1],
+                value=getattr(self, given[1]),
+            )
+        if self.reasoning is not None and not isinstance(self.reasoning, Reasoning):
+            raise ParameterError(
+                f"reasoning must be a Reasoning, not {self.reasoning!r}",
+                parameter="reasoning",
+                value=self.reasoning,
+            )
+        if self.thinking not in (None, True, False):
+            raise ParameterError(
+                f"thinking must be True, False or None, not {self.thinking!r}",
+                parameter="thinking",
+                value=self.thinking,
             )
         if not self.grammar_root or not _is_text(self.grammar_root):
             raise ParameterError(
@@ -260,6 +350,11 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 parameter="grammar_root",
                 value=self.grammar_root,
             )
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there is a grammar to compile before the first token, or thoughts to follow."""
+        return self.reasoning is not None or any(getattr(self, name) for name in CONSTRAINTS)
 
     def replace(self, **changes: Any) -> GenerationParams:
         """A copy with ``changes`` made, validated like a new one."""
@@ -282,11 +377,14 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "dry_last_n": (-1, _I32),
     "mirostat": (0, 2),
     "logprobs": (0, 1000),
+    "max_reasoning_tokens": (0, _I32),
     "threads": (1, 512),
     "batch_threads": (1, 512),
 }
 _BOOLS = ("ignore_eos", "special", "embeddings", "causal_attention")
-_OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "threads", "batch_threads"})
+_OPTIONAL = frozenset(
+    {"max_tokens", "seed", "logprobs", "max_reasoning_tokens", "threads", "batch_threads"}
+)
 
 _FLOAT_RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, _HUGE, "0 is greedy"),
@@ -322,12 +420,20 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
                 value=changes[name],
             )
     normal = dict(changes)
-    for name in ("stop", "stop_tokens", "dry_breakers", "samplers"):
+    for name in ("stop", "stop_tokens", "dry_breakers", "samplers", "choices"):
         value = normal.get(name)
         if isinstance(value, str) and name == "stop":
             normal[name] = (value,)
         elif isinstance(value, list):
             normal[name] = tuple(value)
+    thoughts = normal.get("reasoning")
+    if isinstance(thoughts, Mapping):
+        try:
+            normal["reasoning"] = msgspec.convert(thoughts, Reasoning)
+        except msgspec.ValidationError as error:
+            raise ParameterError(
+                f"reasoning: {error}", parameter="reasoning", value=thoughts
+            ) from None
     if base is not None and not isinstance(base, GenerationParams):
         raise ParameterError(
             f"params must be a GenerationParams, not {shown(base)}", parameter="params", value=base
@@ -338,10 +444,36 @@ def make_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> Ge
 
 
 def make_raw_params(base: GenerationParams | None, changes: Mapping[str, Any]) -> GenerationParams:
-    """As :func:`make_params`, for text that no turn ends: bounded unless somebody says."""
-    if base is None:
+    """As :func:`make_params`, for text that no turn ends: bounded unless somebody says, or a
+    constraint that knows an end ends it."""
+    if base is None and not any(changes.get(name) for name in CONSTRAINTS if name != "grammar"):
         changes = {"max_tokens": RAW_MAX_TOKENS, **changes}
-    return make_params(base, changes)
+    made = make_params(base, changes)
+    if made.reasoning is None:
+        for name in ("thinking", "max_reasoning_tokens"):
+            if getattr(made, name) is not None:
+                raise ParameterError(
+                    f"{name} is for conversations, whose template knows where thoughts stand; for "
+                    "raw text say so: reasoning=Reasoning(...)",
+                    parameter=name,
+                    value=getattr(made, name),
+                )
+    return made
+
+
+def _schema_text(schema: Any) -> str:
+    if not isinstance(schema, (Mapping, bool)):
+        raise ParameterError(
+            f"json_schema must be a dict, a bool or JSON text, not {schema!r}",
+            parameter="json_schema",
+            value=schema,
+        )
+    try:
+        return msgspec.json.encode(schema).decode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParameterError(
+            f"json_schema is no plain data: {error}", parameter="json_schema", value=schema
+        ) from None
 
 
 def _is_text(text: str) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:  # numpy is not imported for the sake of a name, and signatures are looked at
     Floats = Any
 
-__all__ = ["Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
+__all__ = ["Choice", "Completion", "FinishReason", "Score", "TokenLogprob", "ToolCall", "Usage"]
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 """Why a generation ended.
@@ -61,12 +61,28 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         return (self.generated_tokens - 1) / rest if rest > 0 else 0.0
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a tool that a model asked for: the tool's ``name``, and ``arguments`` as plain
+    data. ``id`` tells its result from others'."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+    def for_message(self) -> dict[str, Any]:
+        """As a message's ``tool_calls`` have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """A finished generation.
 
     ``stop``: the stop string that ended the text. ``end_token``: the token that did, if the finish
     reason is "eos"; it is not among ``tokens``. ``seed``: the one in effect. ``logprobs``: one
     for each token, if asked for. ``embedding``: float32 of shape [n_embd], if asked for.
+    ``reasoning``: the thoughts before the text, where it is known how they are marked.
+    ``tool_calls``: in a conversation with tools, what the model asks for after the text.
     """
 
     text: str
@@ -78,6 +94,21 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     end_token: int | None = None
     logprobs: list[TokenLogprob] | None = None
     embedding: Floats | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of several texts the model finds likeliest.
+
+    ``option``: that one, and its ``index``. ``probabilities``: of all options, in their order, as
+    if there were no others: they sum to 1. ``logprobs``: natural logarithms under the model.
+    """
+
+    option: str
+    index: int
+    probabilities: tuple[float, ...]
+    logprobs: tuple[float, ...]
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):

@@ -98,8 +98,8 @@ def test_cut_short_it_is_an_error_and_no_turn(path: Path, policy: Any) -> None:
             other = llama.conversation(params=PARAMS, on_cancel=policy)
             await other.say("Hello", max_tokens=4)
             assert (await chat.say("x")).tokens == (await other.say("x")).tokens
-            with pytest.raises(UnsupportedError, match=r"\$\[...\] has a pattern"):
-                await chat.say("x", into=list[Annotated[str, Meta(pattern="a")]])
+            with pytest.raises(UnsupportedError, match=r"\$\[...\] has multiple_of=0.5"):
+                await chat.say("x", into=list[Annotated[float, Meta(multiple_of=0.5)]])
             with pytest.raises(ParameterError):
                 await chat.say("x", into=City, grammar='root ::= "x"')
             assert chat.n_turns == 2
@@ -161,3 +161,51 @@ def test_a_typed_answer_in_pieces(tiny: Any) -> None:
                 assert stream.finish_reason == "cancelled" and not stream.parsed
 
     trio.run(main)
+
+
+def test_choices_are_scored_from_one_prompt(tiny: Any) -> None:
+    """As if each option were scored by itself; the prompt is computed once."""
+
+    async def main() -> None:
+        async with open_llama(
+            tiny("llama"), n_ctx=512, max_streams=3, threads=1, deterministic=True
+        ) as llama:
+            prompt = "Once upon a time there was a small boat that sailed past the old mill and "
+            options = [" yes", " no", " perhaps not", " a", " the cat"]
+            before = llama.statistics().prompt_tokens
+            choice = await llama.choose(prompt, options)
+            computed = llama.statistics().prompt_tokens - before
+            n = len(llama.tokenize(prompt))
+            lengths = [len(llama.tokenize(one, add_special=False)) for one in options]
+            assert n > 16 and computed <= n + sum(lengths)
+            alone = [
+                (await llama.score(llama.tokenize(one, add_special=False), given=prompt)).total
+                for one in options
+            ]
+            assert choice.logprobs == pytest.approx(alone, abs=1e-5)
+            assert choice.option == options[choice.index]
+            assert choice.index == max(range(5), key=lambda at: choice.probabilities[at])
+            assert sum(choice.probabilities) == pytest.approx(1.0)
+            assert await llama.choose(prompt, options) == choice
+            for bad in (["x"], "yes", ["a", "a"], ["a", ""], [1, 2]):
+                with pytest.raises(ParameterError):
+                    await llama.choose(prompt, bad)  # type: ignore[arg-type]
+
+    run(main)
+
+
+def test_a_partial_value_while_it_comes(tiny: Any) -> None:
+    async def main() -> None:
+        kind = Annotated[list[City], Meta(min_length=2, max_length=3)]
+        async with opened(tiny("llama")) as llama:
+            async with llama.stream("Cities:", PARAMS, into=kind, max_tokens=None) as stream:
+                seen = [len(partial) async for partial in stream.partials()]
+            assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == len(stream.value)
+        with sync.Llama(tiny("llama"), n_ctx=1024, threads=1) as llama:
+            stream = llama.stream("Cities:", PARAMS, into=kind, max_tokens=None)
+            last: Any = None
+            for partial in stream.partials():
+                last = partial
+            assert msgspec.convert(last, kind) == stream.value
+
+    run(main)

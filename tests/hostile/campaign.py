@@ -39,7 +39,7 @@ import numpy
 import trio
 import triollama
 from triollama import GenerationParams, chat, files, lowlevel, models, params, sync, testing, tuning
-from triollama.structured import structured
+from triollama.answers import structured
 from triollama.testing import FakeEngine, make_tiny_model, open_fake_llama
 
 MODULES = (triollama, sync, lowlevel, chat, files, models, params, testing, tuning)

@@ -13,7 +13,7 @@ from servers import Scripted, Site, run_fake, run_native
 from triollama import GenerationParams
 from triollama._engine import Trainer
 from triollama.server import Limits
-from triollama.structured import structured
+from triollama.answers import structured
 from triollama.testing import Reply
 
 ASK = [{"role": "user", "content": "Hi"}]

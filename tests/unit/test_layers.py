@@ -19,7 +19,7 @@ LAYERS = (
     ("params", "results", "uninterrupted"),
     ("_engine",),
     ("lowlevel",),
-    ("chat", "structured", "models", "files"),
+    ("answers", "chat", "models", "files"),
     ("engine",),
     ("streams",),
     ("conversation",),

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
 from triollama._engine import Model, Sampler, Vocab
+from triollama.answers import structured
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import GenerationParams
-from triollama.structured import structured
 
 
 class Colour(enum.Enum):
@@ -122,6 +122,15 @@ TYPES: dict[str, Any] = {
     "uuid": uuid.UUID,
     "decimal": decimal.Decimal,
     "bytes": bytes,
+    "some bytes": Annotated[bytes, Meta(min_length=2, max_length=7)],
+    "at most two bytes": Annotated[bytes, Meta(max_length=2)],
+    "very long": Annotated[str, Meta(max_length=50_000)],
+    "many": Annotated[list[bool], Meta(max_length=50_000)],
+    "pattern": Annotated[str, Meta(pattern="^[a-z]+[0-9]{2}$")],
+    "short pattern": Annotated[str, Meta(pattern="^[a-c]*$", min_length=1, max_length=4)],
+    "thirds": Annotated[int, Meta(multiple_of=3)],
+    "even floats": Annotated[float, Meta(multiple_of=2, ge=-10, lt=11)],
+    "share": Annotated[float, Meta(ge=0.5, lt=0.75)],
     "struct": City,
     "empty": Plain,
     "all optional": Optional,
@@ -187,6 +196,16 @@ def values(info: Any) -> st.SearchStrategy[Any]:
         return st.none()
     if kind == "BoolType":
         return st.booleans()
+    if kind == "IntType" and info.multiple_of:
+        return st.integers(-(10**15), 10**15).map(lambda n: n * info.multiple_of)
+    if kind == "FloatType" and info.multiple_of:
+        return st.integers(-5, 5).map(lambda n: n * 2)
+    if kind == "FloatType" and info.ge is not None:
+        return st.integers(500, 749).map(lambda n: n / 1000)
+    if kind == "StrType" and info.pattern:
+        return st.from_regex(info.pattern, fullmatch=True).filter(
+            lambda s: len(s) >= (info.min_length or 0) and len(s) <= (info.max_length or 99)
+        )
     if kind == "IntType":
         return st.integers(info.ge if info.ge is not None else -(10**18),
                            info.le if info.le is not None else 10**18)  # fmt: skip
@@ -197,7 +216,7 @@ def values(info: Any) -> st.SearchStrategy[Any]:
     if kind == "StrType":
         return st.text(min_size=info.min_length or 0, max_size=info.max_length or 9)
     if kind == "BytesType":
-        return st.binary(max_size=10)
+        return st.binary(min_size=info.min_length or 0, max_size=info.max_length or 10)
     if kind == "DateTimeType":
         zones = [None] if info.tz is False else [datetime.UTC, WEST]
         return st.datetimes(timezones=st.sampled_from(zones))
@@ -341,6 +360,9 @@ def test_limits_of_integers_are_exact(
         ({"ge": 3, "le": 3}, ["3", "3.0"], ["3.1", "2", "4"]),
         ({"ge": -3, "lt": -1}, ["-3", "-1.5", "-2", "-3.00"], ["-1", "-1.0", "-3.1", "0", "1"]),
         ({"gt": 2, "le": 4}, ["2.5", "3", "4"], ["2", "2.0", "4.5", "5"]),
+        ({"ge": 0.5, "le": 1.25}, ["0.5", "1", "1.25", "0.75"], ["0.4", "1.26", "2", "-0.5"]),
+        ({"gt": -0.5}, ["-0.4", "0", "3.25"], ["-0.5", "-1", "-0.50"]),
+        ({"multiple_of": 5}, ["0", "-15", "105"], ["1", "-7", "104"]),
     ],
 )
 def test_limits_of_floats(
@@ -378,15 +400,15 @@ def test_what_msgspec_would_not_decode_is_not_allowed(
 @pytest.mark.parametrize(
     ("into", "place"),
     [
-        (Annotated[str, Meta(pattern="a+")], r"\$ has a pattern"),
-        (dict[str, list[Annotated[int, Meta(multiple_of=3)]]], r"\$\[...\]\[...\] has multiple_of"),
-        (Annotated[float, Meta(ge=0.5)], "no whole number"),
+        (list[Annotated[float, Meta(multiple_of=0.5)]], r"\$\[...\] has multiple_of=0.5"),
+        (Annotated[int, Meta(multiple_of=7, ge=8, le=13)], "leave no number"),
+        (Annotated[int, Meta(ge=8, le=3)], "leave no number"),
         (Annotated[float, Meta(gt=3, lt=3)], "leave no number"),
-        (Annotated[str, Meta(max_length=50_000)], "20000"),
+        (Annotated[str, Meta(min_length=5, max_length=4)], "no length of"),
+        (Annotated[str, Meta(max_length=2**31)], "grammars count to"),
         (dict[str, msgspec.Raw | None], r"\$\[...\] has Raw in a union"),
         (list[set[list[int]]], r"\$\[...\] is a set of what cannot be in a set"),
         (frozenset[City | int], "cannot be in a set"),
-        (Annotated[bytes, Meta(min_length=3)], "length of bytes"),
         (Annotated[int, Meta(ge=10**30)], "int64"),
         (dict[tuple[int, int], str], "keys of"),
         (np.ndarray, "without a grammar"),
@@ -417,3 +439,34 @@ def test_what_does_not_decode_is_typed() -> None:
     for bad in ({"grammar": 'root ::= "a"'}, {"ignore_eos": True}):
         with pytest.raises(ParameterError):
             kind.constrain(params.replace(**bad))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_limits_of_floats_are_msgspec_s(
+    vocab: Vocab, bytes_of: dict[bytes, int], seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    low, high = sorted(float(f"{n:.{random.integers(0, 4)}f}") for n in random.normal(0, 3, 2))
+    names = random.choice(["ge", "gt"]), random.choice(["le", "lt"])
+    limits = dict(zip(names, (low, high), strict=True))
+    if seed % 4 == 0:
+        del limits[names[seed % 3 > 0]]
+    into = Annotated[float, Meta(**limits)]
+    try:
+        sampler = sampler_for(vocab, into, temperature=0.0)
+    except UnsupportedError:
+        assert low == high and names != ("ge", "le")
+        return
+    near = [
+        edge + step for edge in (low, high) for step in (0, 0.1, -0.1, 0.01, -0.01, 0.001, -0.001)
+    ]
+    for number in [*near, *random.normal(0, 4, 30), 0.0, 1.0]:
+        for text in {f"{number:.{digits}f}" for digits in range(5)}:
+            try:
+                msgspec.json.decode(text, type=into)
+            except msgspec.ValidationError:
+                expected = False
+            else:  # "-0" is a number that only some limits have a text for
+                expected = not (text.startswith("-") and float(text) == 0.0)
+            if not (text.startswith("-") and float(text) == 0.0):
+                assert accepts(sampler, bytes_of, text.encode()) == expected, (text, limits)

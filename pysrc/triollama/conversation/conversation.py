@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, overload
 
 import trio
 
 from .. import files
+from ..answers import Structured, ToolChoice, structured
 from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_texts
 from ..checks import shown
 from ..engine.adapters import Adapters
@@ -17,7 +18,6 @@ from ..errors import ParameterError
 from ..files import MAX_TITLE, Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion
-from ..structured import Structured, structured
 from .choices import (
     Choose,
     OnCancel,
@@ -34,6 +34,7 @@ from .plan import Overflow, Prompts
 from .samplers import turn_params
 from .saved import exported, saved_conversation
 from .sequences import Sequences
+from .tools import OnToolError, Tools, run_rounds
 from .turn import TurnStream
 
 __all__ = ["Conversation"]
@@ -78,7 +79,7 @@ class Conversation:
         params: GenerationParams,
         overflow: Overflow,
         on_cancel: OnCancel,
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None,
         variables: Mapping[str, Any],
         state: State,
         adapters: Scaled = (),
@@ -95,7 +96,10 @@ class Conversation:
         self._extras: dict[str, Any] = {}
         self._unknown_params: dict[str, Any] = {}  # of a later version's file
         self._title = checked_title(title)
-        prompts = Prompts(template, house.tokenizer, house.core.vocab, tools, variables)
+        self.tools = Tools.of(tools, template, house.core.vocab)
+        prompts = Prompts(template, house.tokenizer, house.core.vocab, None, variables)
+        if self.tools is not None:
+            self.tools.show(prompts)
         self._ledger = Ledger(
             house.core,
             house.sequences,
@@ -190,6 +194,7 @@ class Conversation:
         *,
         role: str = "user",
         into: Any = None,
+        tool_choice: ToolChoice = "auto",
         on_cancel: OnCancel | None = None,
         interrupt: bool = False,
         priority: int = 0,
@@ -200,8 +205,10 @@ class Conversation:
 
         role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
         instead of and on top of the conversation's. into: a type, whose JSON the answer will be
-        (see :func:`triollama.structured.structured`); at the end ``value`` is what it decodes to.
+        (see :func:`triollama.structured`); at the end ``value`` is what it decodes to.
         Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
+        tool_choice: where the conversation has tools, whether the model may call some or must
+        ("required"). What it calls is the stream's ``tool_calls`` at the end; nothing runs.
         interrupt: end the turn that is running, if one is, by its ``on_cancel`` first: who reads it
         gets what was said, then the end, or ClosedResourceError if it had not begun. The others as
         for ``Llama.stream``.
@@ -219,6 +226,7 @@ class Conversation:
             priority,
             capacity,
             into=kind,
+            choice=tool_choice,
         )
 
     @overload
@@ -243,6 +251,10 @@ class Conversation:
         *,
         into: None = ...,
         role: str = ...,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = ...,
+        tool_choice: ToolChoice = ...,
+        max_rounds: int = ...,
+        on_tool_error: OnToolError = ...,
         on_cancel: OnCancel | None = ...,
         interrupt: bool = ...,
         priority: int = ...,
@@ -256,18 +268,53 @@ class Conversation:
         *,
         role: str = "user",
         into: Any = None,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        max_rounds: int = 8,
+        on_tool_error: OnToolError = "tell",
         on_cancel: OnCancel | None = None,
         interrupt: bool = False,
         priority: int = 0,
         **changes: Any,
     ) -> Any:
         """A whole turn: its Completion, or with ``into`` the value of that type. Arguments and
-        errors as for ``stream``."""
+        errors as for ``stream``.
+
+        tools: functions that the model may call, from this turn on (see ``Llama.conversation``).
+        Where all of a conversation's tools are functions, they are run: all calls of an answer at
+        once, in a nursery inside the turn, and their results said to the model, until it answers
+        without a call. max_rounds: answers with calls, at most; then AnswerError. on_tool_error:
+        "tell" tells the model of what a function raised, "raise" raises it. All of it is one
+        transaction: left early, also in mid-call, the conversation is as before.
+        """
+        chosen = (
+            self.tools if tools is None else Tools.of(tools, self.template, self._house.core.vocab)
+        )
+        if into is None and chosen is not None and chosen.can_run:
+            check_policy(self._on_cancel if on_cancel is None else on_cancel)
+            return await run_rounds(
+                self,
+                chosen,
+                said(role, text),
+                {"params": params, "priority": priority, **changes},
+                choice=tool_choice,
+                max_rounds=max_rounds,
+                on_error=on_tool_error,
+                interrupt=interrupt,
+            )
+        if tools is not None:
+            raise ParameterError(
+                "tools= is for functions, and takes no into=; specifications that others run are "
+                "given to Llama.conversation",
+                parameter="tools",
+                value=tools,
+            )
         turn = self.stream(
             text,
             params,
             role=role,
             into=into,
+            tool_choice=tool_choice,
             on_cancel=on_cancel,
             interrupt=interrupt,
             priority=priority,
@@ -377,13 +424,16 @@ class Conversation:
         priority: int,
         capacity: int,
         into: Structured[Any] | None = None,
+        choice: ToolChoice = "auto",
     ) -> TurnStream:
         self._house.core.check_open()
+        toolbox = None if self.tools is None or into is not None else self.tools.box(choice)
         made, fresh = turn_params(
             self.params,
             params,
             changes,
             into,
+            toolbox,
             self._house.turn_end(self.template),
             shifts=self._ledger.overflow == "shift",
         )
@@ -395,11 +445,42 @@ class Conversation:
             made,
             policy,
             into,
+            toolbox if toolbox is not None and made.grammar == toolbox.grammar else None,
             fresh_sampler=fresh,
             interrupt=interrupt,
             priority=priority,
             capacity=capacity,
         )
+
+    async def _answer(
+        self, choose: Choose, options: dict[str, Any], choice: ToolChoice
+    ) -> Completion:
+        """One answer, whose calls nobody runs."""
+        changes = dict(options)
+        params, priority = changes.pop("params"), changes.pop("priority")
+        return await _whole(
+            self._make(choose, params, changes, "rollback", False, priority, 64, choice=choice)
+        )
+
+    def _apart(self, tools: Tools, house: Any) -> Conversation:
+        """One that begins as this is now, in this one's place in memory, and that nobody knows."""
+        mine = self._ledger
+        apart = Conversation(
+            house,
+            self.id,
+            template=self.template,
+            source=self._source,
+            params=self.params,
+            overflow=mine.overflow,
+            on_cancel="rollback",
+            tools=tools.sources,
+            variables=mine.prompts.variables,
+            state=mine.state,
+            adapters=mine.chosen,
+        )
+        mine.sequences.drop(apart._ledger.sequence)
+        apart._ledger.sequence = mine.sequence
+        return apart
 
     @trio.lowlevel.enable_ki_protection
     def rewind(self, n: int = 1) -> None:
@@ -431,7 +512,7 @@ class Conversation:
             params=self.params,
             overflow=mine.overflow,
             on_cancel=self._on_cancel,
-            tools=mine.prompts.tools,
+            tools=None if self.tools is None else self.tools.sources,
             variables=mine.prompts.variables,
             state=mine.state,
             adapters=mine.chosen,
@@ -470,6 +551,7 @@ class Conversation:
     async def make_title(self, **changes: Any) -> str:
         """Ask the model for a title, beside the conversation, and take it."""
         branch = await self.fork()
+        branch.tools = None  # which stay in the prompt
         try:
             options: dict[str, Any] = {"max_tokens": 24, **changes}
             reply = await branch.say(
@@ -488,12 +570,13 @@ class Conversation:
         """The tokens by the template, and which of them the assistant is to learn: its answers that
         ended by themselves. One list, or where the template shows earlier turns otherwise than they
         were generated, one for each answer. Raises ChatTemplateError."""
-        prompts, messages = self._ledger.prompts, self.messages
+        prompts = self._ledger.prompts
+        messages = prompts.shown(self.messages)
         texts = training_texts(
             self.template,
             [message.for_template() for message in messages],
             learn=lambda index: not messages[index].was_cut,
-            tools=prompts.tools,
+            tools=prompts.shown_tools,
             **prompts.variables,
         )
         encode = self._house.tokenizer.encode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -16,10 +17,13 @@ __all__ = ["Answer", "after_shifts", "state_after"]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What came. ``n_generated``: its tokens, as its usage counts them. ``drops``: how many tokens
+    """What came. ``generated``: the text with thoughts and calls, as its tokens are. ``n_generated``: its tokens, as its usage counts them. ``drops``: how many tokens
     each shift on the way forgot. ``n_held``: tokens that the sequence holds now."""
 
     text: str
+    generated: str
+    reasoning: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
     tokens: Sequence[int]
     n_generated: int
     drops: Sequence[int]
@@ -55,6 +59,8 @@ def state_after(plan: Plan, answer: Answer, continued: Continued, n_ctx: int) ->
     message = Message(
         role="assistant",
         content=answer.text,
+        reasoning_content=answer.reasoning,
+        tool_calls=answer.tool_calls,
         created=now(),
         tokens=tuple(kept),
         n_tokens=answer.n_generated,
@@ -79,7 +85,7 @@ def state_after(plan: Plan, answer: Answer, continued: Continued, n_ctx: int) ->
 
 def _tokens_in_text(answer: Answer, continued: Continued) -> Sequence[int]:
     """The first of the tokens, as many as are in the text: a stop string is not."""
-    text = continued.replaced + answer.text
+    text = continued.replaced + answer.generated
     tokens, bytes_of = answer.tokens, continued.bytes_of
     n, data = len(tokens), continued.pending + bytes_of(tokens)
     while n and not text.startswith(data.decode("utf-8", "replace")):
@@ -95,6 +101,7 @@ def _joined(one: Message, more: Message, *, whole: bool) -> Message:
         more,
         created=one.created,
         content=content + more.content,
+        reasoning_content=one.reasoning_content + more.reasoning_content,
         tokens=one.tokens + more.tokens,
         n_tokens=one.n_tokens + more.n_tokens,
         extras=one.extras,

@@ -13,12 +13,14 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import msgspec
 
 from .._engine import WORTH_SHARING
+from ..answers import CallFormat
 from ..chat import ChatTemplate, ChatTokens, Rendered
 from ..checks import shown
 from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted
+from .protocol import with_protocol
 
 __all__ = [
     "Overflow",
@@ -108,12 +110,14 @@ class Prompts:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.template = template
-        self.tools = None if tools is None else list(tools)
+        self.tools: list[Mapping[str, Any]] | None = None if tools is None else list(tools)
         self.variables = dict(variables or {})
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._n_keep: int | None = None
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
+        self.thinking: bool | None = None  # of the turn that is planned
+        self.protocol: CallFormat | None = None  # of a template that knows no tools
 
     def are_long(self, messages: Sequence[Message]) -> bool:
         """Whether rendering these takes milliseconds: others should not wait for it."""
@@ -125,9 +129,30 @@ class Prompts:
         in it."""
         head = 1 if messages and messages[0].role in ("system", "developer") else 0
         shown = [*messages[:head], *messages[head + dropped :]]
+        variables = dict(self.variables)
+        if self.thinking is not None:
+            variables["enable_thinking"] = self.thinking
         return self.template.render(
-            [message.for_template() for message in shown], tools=self.tools, **self.variables
+            [message.for_template() for message in self.shown(shown)],
+            tools=self.shown_tools,
+            **variables,
         )
+
+    def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages as the template is given them."""
+        if self.protocol is None:
+            return messages
+        return with_protocol(messages, self.tools or (), self.protocol)
+
+    @property
+    def shown_tools(self) -> list[Mapping[str, Any]] | None:
+        """Tools as the template is given them."""
+        return self.tools if self.protocol is None else None
+
+    @property
+    def last_text(self) -> str:
+        """The prompt that was rendered last."""
+        return self._last[2]
 
     def tokens(self, base: State, added: tuple[Message, ...], dropped: int) -> tuple[int, ...]:
         """The prompt: committed tokens as they are, where the text goes on from them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,7 +84,7 @@ class Conversations:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,

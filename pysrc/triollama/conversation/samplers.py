@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
+
+from ..answers import Structured, Toolbox, reasoning_of
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
 from ..errors import UnsupportedError
-from ..params import GenerationParams, make_params
-from ..structured import Structured
-from .plan import Plan
+from ..params import CONSTRAINTS, UNCONSTRAINED, GenerationParams, make_params
+from .plan import Plan, Prompts
 
-__all__ = ["Kept", "make_sampler", "sampler_for", "state_of", "turn_params", "with_grammar"]
+__all__ = ["Kept", "make_sampler", "sampler_for", "state_of", "turn_params", "with_grammar", "with_thoughts"]
 
 S = TypeVar("S", bound=Sampler)
 
@@ -25,6 +27,7 @@ def turn_params(
     params: GenerationParams | None,
     changes: Mapping[str, Any],
     into: Structured[Any] | None,
+    toolbox: Toolbox | None,
     end: TurnEnd,
     *,
     shifts: bool,
@@ -38,6 +41,8 @@ def turn_params(
         made = made.replace(seed=own.seed)
     if into is not None:
         made = into.constrain(made)
+    elif toolbox is not None and not made.replace(reasoning=None).is_constrained:
+        made = toolbox.constrain(made)
     if shifts:
         made = made.replace(context_overflow="shift")
     elif made.context_overflow == "shift":
@@ -51,14 +56,39 @@ def turn_params(
     return made, fresh
 
 
-def with_grammar(params: GenerationParams, plan: Plan) -> GenerationParams:
-    """The parameters of a turn that goes on with an answer: by the answer's grammar, unless another
-    is given."""
-    unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
-    if unfinished is None or params.grammar is not None:
+def with_thoughts(params: GenerationParams, plan: Plan, prompts: Prompts) -> GenerationParams:
+    """The parameters of a turn whose prompt was rendered last, and where its template puts
+    thoughts. Raises UnsupportedError where it knows of none, and they are asked for."""
+    if params.reasoning is not None or not plan.messages:
         return params
+    found = reasoning_of(prompts.template.source, prompts.last_text)
+    if params.thinking:
+        if found is None:
+            raise UnsupportedError(
+                "thinking=True: this conversation's template knows no thoughts (or closes them "
+                "whatever enable_thinking says); reasoning=Reasoning(...) names their markers"
+            )
+        if found.start == "free":
+            found = msgspec.structs.replace(found, start="forced")
+    return params if found is None else params.replace(reasoning=found)
+
+
+def with_grammar(params: GenerationParams, plan: Plan) -> GenerationParams:
+    """The parameters of a turn that goes on with an answer: by the answer's constraint, unless
+    another is given."""
+    if not _goes_on(plan):
+        return params
+    unfinished = plan.base.turns[-1].unfinished
+    if unfinished is None:  # thoughts, if there were any, are over
+        return params.replace(reasoning=None)
     before = unfinished[1]
-    return params.replace(grammar=before.grammar, grammar_root=before.grammar_root)
+    same = all(getattr(params, name) == getattr(before, name) for name in CONSTRAINTS)
+    return params if params.is_constrained and not same else params.replace(**_constraint(before))
+
+
+def _constraint(params: GenerationParams) -> dict[str, Any]:
+    names = (*UNCONSTRAINED, "grammar_root", "thinking", "max_reasoning_tokens")
+    return {name: getattr(params, name) for name in names}
 
 
 def _goes_on(plan: Plan) -> bool:
@@ -72,7 +102,7 @@ def sampler_for(
     seen already. ``fresh``: with a random state of its own."""
     unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
     data, before = plan.base.sampler
-    if unfinished is not None and params.grammar == unfinished[1].grammar:
+    if unfinished is not None and _constraint(params) == _constraint(unfinished[1]):
         data, before = unfinished
 
     if fresh or not data or before is None:
@@ -91,7 +121,7 @@ async def make_sampler(
     def make() -> tuple[Sampler, int]:
         return sampler_for(engine.make_sampler, params, plan, fresh=fresh)
 
-    if params.grammar is None:
+    if not params.is_constrained:
         return make()
     return await engine.beside(make)
 
@@ -101,10 +131,10 @@ def state_of(sampler: Sampler, data: bytes, params: GenerationParams, *, whole: 
 
     ``sampler``: the one it began with, its grammar compiled. ``whole``: the answer is.
     """
-    if params.grammar is None:
+    if not params.is_constrained:
         return data, params, None
     sampler.update(params)
     sampler.load_state(data)
-    plain = params.replace(grammar=None)
+    plain = params.replace(**UNCONSTRAINED)
     sampler.update(plain)
     return sampler.save_state(), plain, None if whole else (data, params)

@@ -13,7 +13,7 @@ from ..engine.loaded import Scaled
 from ..engine.protocol import Layout, Model, Sampler
 from ..errors import GrammarError, StateError, StateFormatError
 from ..files import Message, SavedConversation
-from ..params import GenerationParams
+from ..params import UNCONSTRAINED, GenerationParams
 from .history import State, Turn, now
 from .plan import Overflow, Prompts
 
@@ -146,7 +146,7 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
     last = msgspec.structs.replace(
         turns[-1],
         sampler=one.sampler,
-        params=files.known_params(one.sampler_params or one.params).replace(grammar=None),
+        params=files.known_params(one.sampler_params or one.params).replace(**UNCONSTRAINED),
         unfinished=unfinished,
     )
     return State(

@@ -10,12 +10,12 @@ from typing import Any, Protocol, Self
 
 import trio
 
+from ..answers import Structured, Toolbox
 from ..engine.protocol import EngineStream, Taken
 from ..errors import BusyError, StateError
 from ..files import Message
 from ..params import GenerationParams
 from ..streams.stream import Piece, Stream
-from ..structured import Structured
 from ..uninterrupted import uninterrupted
 from .answer import Continued
 from .choices import Choose, OnCancel
@@ -23,7 +23,7 @@ from .finished import Answer, after_shifts, state_after
 from .history import Shift, State, common_length
 from .ledger import Ledger
 from .plan import Plan, Wanted, make_plan
-from .samplers import make_sampler, state_of, with_grammar
+from .samplers import make_sampler, state_of, with_grammar, with_thoughts
 
 __all__ = ["TurnStream"]
 
@@ -41,6 +41,7 @@ class TurnStream(Stream):
     "keep": then what was said so far.
 
     ``value``: with ``into``, what the answer decodes to, once it was received and ``parsed``.
+    ``tool_calls``: what the model asks for, once the answer was received.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TurnStream(Stream):
         params: GenerationParams,
         on_cancel: OnCancel,
         into: Structured[Any] | None = None,
+        toolbox: Toolbox | None = None,
         *,
         fresh_sampler: bool = False,
         interrupt: bool = False,
@@ -62,6 +64,7 @@ class TurnStream(Stream):
         self.conversation_id = conversation.id
         self.committed = False
         self._refused = False
+        self._toolbox = toolbox
         self._ledger = ledger
         self._choose = choose
         self._plan: Plan | None = None
@@ -118,7 +121,7 @@ class TurnStream(Stream):
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
         self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
-        self.params = with_grammar(self.params, plan)
+        self.params = with_grammar(with_thoughts(self.params, plan, ledger.prompts), plan)
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)
         adapters = await ledger.adapters.number(ledger.chosen)
@@ -152,8 +155,24 @@ class TurnStream(Stream):
 
         return start
 
+    def _start(self, stream: EngineStream) -> None:
+        super()._start(stream)
+        assert self._plan is not None
+        messages = self._plan.base.messages
+        if self._toolbox is not None and self._toolbox.format is not None:
+            n_calls = sum(len(message.tool_calls) for message in messages)
+            self._calls = self._toolbox.reader(n_calls)
+        if not self._plan.messages and messages[-1].tokens:  # it goes on with these
+            tokens = messages[-1].tokens
+            text = self._ledger.prompts.text_of(tokens)
+            if self._thoughts is not None:
+                _, text = self._thoughts.feed(text, tokens)
+            if self._calls is not None:
+                self._calls.feed(text, tokens)
+
     async def _make_plan(self, base: State, added: tuple[Message, ...]) -> Plan:
         ledger = self._ledger
+        ledger.prompts.thinking = self.params.thinking
         planning = make_plan(
             ledger.prompts, base, added, self.params, ledger.overflow, self._core.n_ctx
         )
@@ -212,6 +231,8 @@ class TurnStream(Stream):
             return
         self._refused = True
         self._parse()
+        if self._calls is not None:
+            self.tool_calls = self._calls.calls()
         self._refused = False
         self._commit()
         self._writing = trio.Event()
@@ -299,6 +320,9 @@ class TurnStream(Stream):
         rest = self._continued.rest()
         if rest is not None:
             self._left.append(super()._note(rest))
+        held = self._held_back()
+        if held is not None:
+            self._left.append(held)
         if self._tokens:
             self._commit()
 
@@ -329,6 +353,9 @@ class TurnStream(Stream):
         usage = self.usage
         answer = Answer(
             text=self.text,
+            generated="".join(self._texts),
+            reasoning=self.reasoning,
+            tool_calls=tuple(call.for_message() for call in self.tool_calls),
             tokens=self._tokens,
             n_generated=usage.generated_tokens,
             drops=stream.shifts,

@@ -130,10 +130,11 @@ class NativeEngine:
         *,
         priority: int = 0,
         pooling: str = "mean",
+        given: int = 1,
         adapters: int = 0,
     ) -> DecoderStream:
         return self._decoder.submit(
-            tokens, kind=kind, priority=priority, pooling=pooling, adapters=adapters
+            tokens, kind=kind, priority=priority, pooling=pooling, given=given, adapters=adapters
         )
 
     def make_sequence(self) -> int:

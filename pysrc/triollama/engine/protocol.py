@@ -290,9 +290,10 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         pooling: str = "mean",
+        given: int = 1,
         adapters: int = 0,
     ) -> EngineStream:
-        """Start what only reads."""
+        """Start what only reads. ``given``: so many tokens at the beginning are not scored."""
         ...
 
     # Sequences: KV that outlives streams

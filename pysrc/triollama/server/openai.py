@@ -21,7 +21,7 @@ from msgspec import Meta
 from ..params import GenerationParams
 from ..results import Completion, TokenLogprob, Usage
 from ..streams.stream import Piece, Stream
-from ..structured import structured
+from ..answers import structured
 from .events import Events, event
 from .faults import Fault
 from .http import Reply, Request

@@ -11,10 +11,10 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 import trio
 
+from ..answers import Structured
 from ..checks import check_kind, shown
 from ..engine.core import Core
 from ..errors import ParameterError, TriollamaError
-from ..structured import Structured
 from .stream import Stream
 
 __all__ = ["MapResult", "MapResults"]

@@ -14,13 +14,14 @@ from ..engine.core import Core
 from ..engine.loaded import Scaled
 from ..engine.protocol import EngineStream
 from ..errors import ParameterError
-from ..results import Score
+from ..params import GenerationParams
+from ..results import Choice, Score
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["embed", "score"]
+__all__ = ["choose", "embed", "score"]
 
 
 async def score(
@@ -41,9 +42,81 @@ async def score(
     else:
         tokens = before + core.prompt_tokens(text, "text")
     n_given = max(1, len(before))
-    (stream,) = await _run(core, adapters, "score", [tokens], chosen, priority=priority)
-    values = numpy.asarray(stream.values[n_given - 1 :], dtype=numpy.float32)
+    (stream,) = await _run(
+        core, adapters, "score", [tokens], chosen, priority=priority, given=n_given
+    )
+    values = numpy.asarray(stream.values, dtype=numpy.float32)
     return Score(tokens=tokens[n_given:], logprobs=values)
+
+
+async def choose(
+    core: Core,
+    adapters: Adapters,
+    prompt: str | Iterable[int],
+    options: Sequence[str],
+    *,
+    priority: int,
+    chosen: Scaled,
+) -> Choice:
+    """See ``Llama.choose``."""
+    import numpy
+
+    if isinstance(options, str) or not isinstance(options, Sequence) or len(options) < 2:
+        raise ParameterError(
+            "options must be a list of at least two strings", parameter="options", value=options
+        )
+    for option in options:
+        if not isinstance(option, str) or not option or options.count(option) > 1:
+            raise ParameterError(
+                f"options must be strings that are not empty and differ, and there is {option!r}",
+                parameter="options",
+                value=options,
+            )
+    before = core.prompt_tokens(prompt)
+    # The prompt is read once: the options begin with what it leaves, all but its last token.
+    if len(before) > 1:
+        await _read(core, adapters, before[:-1], chosen, priority)
+    prompts = [before + core.engine.tokenize(option, add_special=False) for option in options]
+    scores: list[float] = []
+    for first in range(0, len(prompts), core.max_streams):
+        streams = await _run(
+            core,
+            adapters,
+            "score",
+            prompts[first : first + core.max_streams],
+            chosen,
+            priority=priority,
+            given=len(before),
+        )
+        scores += [float(numpy.sum(stream.values, dtype=numpy.float64)) for stream in streams]
+    logs = numpy.asarray(scores)
+    shares = numpy.exp(logs - logs.max())
+    shares /= shares.sum()
+    best = int(logs.argmax())
+    return Choice(
+        option=options[best],
+        index=best,
+        probabilities=tuple(map(float, shares)),
+        logprobs=tuple(scores),
+    )
+
+
+async def _read(
+    core: Core, adapters: Adapters, tokens: list[int], chosen: Scaled, priority: int
+) -> None:
+    """Compute a prompt, which stays in memory for whoever begins with it."""
+    await core.begin()
+    params = GenerationParams(max_tokens=0, seed=0)
+    sampler = core.engine.make_sampler(params)
+    number = await adapters.number(chosen)
+    start = functools.partial(
+        core.engine.submit, tokens, sampler, params, priority=priority, adapters=number
+    )
+    stream = await core.submit(start, priority)
+    try:
+        await core.end_of(stream)
+    finally:
+        stream.cancel()
 
 
 async def embed(

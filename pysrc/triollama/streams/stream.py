@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import msgspec
 import trio
 
+from ..answers import Calls, Thoughts
 from ..errors import BusyError, ParameterError
-from ..params import GenerationParams, draw_seed, make_params
-from ..results import Completion, FinishReason, TokenLogprob, Usage
+from ..params import CONSTRAINTS, GenerationParams, draw_seed, make_params
+from ..results import Completion, FinishReason, TokenLogprob, ToolCall, Usage
+from .partials import Partials
 
 if TYPE_CHECKING:
+    from ..answers import Structured
     from ..engine.adapters import Adapters
     from ..engine.core import Core, WhenFull
     from ..engine.loaded import Scaled
     from ..engine.protocol import EngineStream, Taken
-    from ..structured import Structured
 
 __all__ = ["Piece", "Stream"]
 
@@ -32,6 +34,9 @@ _FIXED = (
     "logprobs",
     "special",
     "embeddings",
+    "reasoning",
+    "thinking",
+    "max_reasoning_tokens",
     "threads",
     "batch_threads",
     "causal_attention",
@@ -41,7 +46,8 @@ _FIXED = (
 class Piece(msgspec.Struct, frozen=True):
     """Some text, and the tokens it came from.
 
-    Whole characters, and nothing of a stop string. Only a stream's last piece may have no text.
+    Whole characters, and nothing of a stop string. Only a stream's last piece, and those of an
+    answer's ``reasoning`` (thoughts before the text, without the markers), may have no text.
     ``logprobs``: one for each token, if asked for. ``time``: when its last token was sampled, in
     seconds on ``time.monotonic``'s clock.
     """
@@ -50,6 +56,7 @@ class Piece(msgspec.Struct, frozen=True):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     time: float = 0.0
+    reasoning: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -82,7 +89,8 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     stream pauses when its ring is full.
 
     ``id``: names it to ``Llama.cancel`` and ``Llama.update``. ``text``, ``tokens``, ``logprobs``:
-    what was received so far. ``params``: those in effect, ``seed`` among them. ``value``: with
+    what was received so far; ``reasoning``: the thoughts before it. ``params``: those in effect,
+    ``seed`` among them. ``value``: with
     ``into``, what the text decodes to, once the end was received and it is ``parsed``.
     """
 
@@ -118,7 +126,12 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self._entered = False
         self._closed = False
         self._receiving = False
-        self._texts: list[str] = []
+        self._texts: list[str] = []  # as generated
+        self._answer: list[str] = []  # the same without thoughts
+        self._reasoning: list[str] = []
+        self._thoughts: Thoughts | None = None
+        self._calls: Calls | None = None
+        self.tool_calls: tuple[ToolCall, ...] = ()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -159,7 +172,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         """What is left to do is done at once."""
         number = 0 if self._adapters is None else await self._adapters.number(self._chosen)
         engine = self._core.engine
-        if self.params.grammar is None:
+        if not self.params.is_constrained:
             sampler = engine.make_sampler(self.params)
         else:  # compiling a grammar may take many steps' time
             sampler = await engine.beside(lambda: engine.make_sampler(self.params))
@@ -183,6 +196,8 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     def _start(self, stream: EngineStream) -> None:
         self._stream = stream
         self._core.add(self)
+        if self.params.reasoning is not None:
+            self._thoughts = Thoughts(self.params.reasoning, self._core.vocab)
 
     async def __aexit__(
         self,
@@ -238,6 +253,10 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
                     piece = self._note(taken)
                     break
                 if ended:
+                    held = self._held_back()
+                    if held is not None:
+                        piece = held
+                        break
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     self._raise_error()
                     self._at_end()
@@ -262,6 +281,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         was an error."""
         while (taken := self.engine_stream.take()) is not None:
             self._note(taken)
+        self._held_back()
         self._raise_error()
 
     def _note(self, taken: Taken) -> Piece:
@@ -275,7 +295,25 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             self._logprobs.extend(logprobs)
         self._texts.append(text)
         self._tokens.extend(tokens)
-        return Piece(text, tokens, logprobs, time_ns / 1e9)
+        thought = ""
+        if self._thoughts is not None:
+            thought, text = self._thoughts.feed(text, tokens)
+            self._reasoning.append(thought)
+        if self._calls is not None:
+            text = self._calls.feed(text, tokens)
+        self._answer.append(text)
+        return Piece(text, tokens, logprobs, time_ns / 1e9, thought)
+
+    def _held_back(self) -> Piece | None:
+        """At the end: what might have become a marker around thoughts or calls, and did not."""
+        thought, text = "", ""
+        if self._thoughts is not None:
+            thought, text = self._thoughts.finish()
+            self._reasoning.append(thought)
+        if self._calls is not None:
+            text = self._calls.feed(text, ()) + self._calls.finish()
+        self._answer.append(text)
+        return Piece(text, (), reasoning=thought) if thought or text else None
 
     def _raise_error(self) -> None:
         stream = self.engine_stream
@@ -310,6 +348,10 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
                     f"{name} cannot change while a stream runs", parameter=name, value=value
                 )
         params = make_params(self.params, changes)
+        if params.reasoning is not None and any(name in changes for name in CONSTRAINTS):
+            raise ParameterError(
+                "a constraint cannot change while a stream with thoughts runs", parameter="grammar"
+            )
         self.engine_stream.update(params)
         self.params = params
 
@@ -325,8 +367,13 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
 
     @property
     def text(self) -> str:
-        """The text received so far."""
-        return "".join(self._texts)
+        """The text received so far, without thoughts."""
+        return "".join(self._answer)
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts received so far, where ``params.reasoning`` tells them from the text."""
+        return "".join(self._reasoning)
 
     @property
     def tokens(self) -> list[int]:
@@ -362,6 +409,10 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         """Counts and times so far; final after ``ended``."""
         return usage_of(self.engine_stream)
 
+    def partials(self) -> Partials:
+        """Instead of its pieces, the value that its JSON text is so far, to iterate over."""
+        return Partials(self)
+
     def completion(self) -> Completion:
         """What came of it; BusyError while it runs."""
         reason = self.finish_reason
@@ -383,4 +434,6 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             end_token=self.end_token,
             logprobs=self.logprobs,
             embedding=embedding,
+            reasoning=self.reasoning,
+            tool_calls=self.tool_calls,
         )

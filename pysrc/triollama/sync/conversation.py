@@ -31,7 +31,7 @@ from ..errors import BusyError, ParameterError
 from ..files import Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion, Usage
-from ..structured import Structured, structured
+from ..answers import Structured, structured
 from .stream import Stream
 from .turn import TurnStream
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ..answers import Structured
     from ..chat import ChatTemplate
     from ..conversation.choices import OnCancel
     from ..conversation.plan import Overflow
     from ..files import Document, Message
-    from ..structured import Structured
     from .chats import Chats
     from .conversation import Conversation
 
@@ -198,7 +198,7 @@ class Llama:
 
         prompt: text (tokenized with the model's special tokens added) or tokens.
         params, changes: a GenerationParams, and fields of it that differ.
-        into: a type, whose JSON the text will be (see :func:`triollama.structured.structured`);
+        into: a type, whose JSON the text will be (see :func:`triollama.structured`);
         its value is then the stream's ``value``. Where the text is none, being cut short, the end
         raises AnswerError.
         adapters: from ``load_adapter``, with their scales.
@@ -211,7 +211,7 @@ class Llama:
         if into is None:
             made = make_raw_params(params, changes)
         else:
-            from ..structured import structured
+            from ..answers import structured
 
             kind = structured(into)
             made = kind.constrain(make_params(params, changes))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..structured import Structured
+    from ..answers import Structured, Thoughts
 
 
 class Stream:
@@ -56,6 +56,14 @@ class Stream:
         self._into = into
         self.value: Any = None
         self._pieces: list[str] = []
+        self._answer: list[str] = []
+        self._reasoning: list[str] = []
+        self._n_seen = 0
+        self._thoughts: Thoughts | None = None
+        if self.params.reasoning is not None:
+            from ..answers import Thoughts
+
+            self._thoughts = Thoughts(self.params.reasoning, model.vocab)
         self._embedding: npt.NDArray[np.float32] | None = None
         self._threads = (context.n_threads, context.n_threads_batch)
         if params.threads is not None or params.batch_threads is not None:
@@ -66,8 +74,30 @@ class Stream:
         return self
 
     def __next__(self) -> str:
+        while True:
+            text = self._next()
+            if self._thoughts is not None:
+                text = self._without_thoughts(self._thoughts, text)
+            if text is None:
+                self._end()
+            if text or self._thoughts is None:
+                return text
+
+    def _without_thoughts(self, thoughts: Thoughts, text: str | None) -> str | None:
+        if text is None:
+            thought, said = thoughts.finish()
+        else:
+            tokens = self.tokens
+            thought, said = thoughts.feed(text, tokens[self._n_seen :])
+            self._n_seen = len(tokens)
+        self._reasoning.append(thought)
+        self._answer.append(said)
+        return None if text is None and not said else said
+
+    def _next(self) -> str | None:
+        """What was generated next; None at the end."""
         if self.finish_reason is not None:
-            self._end()
+            return None
         generation = self._generation
         try:
             piece = generation.step()
@@ -80,7 +110,7 @@ class Stream:
         if generation.finish_reason is not None:
             self._finish(generation.finish_reason)
         if piece is None:
-            self._end()
+            return None
         text = piece.decode()
         self._pieces.append(text)
         return text
@@ -122,8 +152,13 @@ class Stream:
 
     @property
     def text(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
+        """The text so far, without thoughts."""
+        return "".join(self._pieces if self._thoughts is None else self._answer)
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts so far, where ``params.reasoning`` tells them from the text."""
+        return "".join(self._reasoning)
 
     @property
     def tokens(self) -> list[int]:
@@ -165,6 +200,17 @@ class Stream:
             seconds=(end - start) / 1e6 if start else 0.0,
         )
 
+    def partials(self) -> Iterator[Any]:
+        """Instead of its pieces, the value that its JSON text is so far: plain data, one object
+        that grows in place."""
+        from ..answers import PartialJSON
+
+        partial = PartialJSON()
+        for piece in self:
+            value = partial.feed(piece)
+            if value is not None:
+                yield value
+
     def completion(self) -> Completion:
         """What came of it; while it runs, BusyError."""
         if self.finish_reason is None:
@@ -179,4 +225,5 @@ class Stream:
             end_token=self.end_token,
             logprobs=self.logprobs,
             embedding=self._embedding,
+            reasoning=self.reasoning,
         )

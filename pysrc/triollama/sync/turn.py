@@ -13,7 +13,7 @@ from ..conversation.plan import Plan
 from ..conversation.samplers import state_of
 from ..params import GenerationParams
 from ..results import Usage
-from ..structured import Structured
+from ..answers import Structured
 from .stream import Stream
 
 __all__ = ["TurnStream"]

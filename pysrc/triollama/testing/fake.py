@@ -153,6 +153,7 @@ class FakeEngine(FakeMemory):
         *,
         priority: int = 0,
         pooling: str = "mean",
+        given: int = 1,
         adapters: int = 0,
     ) -> FakeStream:
         if not isinstance(pooling, str) or pooling not in ("mean", "cls", "last"):
@@ -161,7 +162,7 @@ class FakeEngine(FakeMemory):
                 parameter="pooling",
                 value=pooling,
             )
-        turn = Turn(adapters=adapters)
+        turn = Turn(adapters=adapters, given=given)
         return self._submit(kind, tokens, GenerationParams(), priority, 64, turn)
 
     def _submit(
@@ -374,6 +375,8 @@ class FakeEngine(FakeMemory):
         if stream.kind != "generate":
             self._count["prompt_tokens"] += stream.n_prompt
             stream.values = self._values(stream.kind, stream.tokens)
+            if stream.kind == "score":
+                stream.values = stream.values[stream.turn.given - 1 :]
             self.end_stream(stream, "done")
             return
         if not stream.started:

@@ -22,7 +22,7 @@ from ..errors import (
     StateError,
     TokenError,
 )
-from ..params import GenerationParams
+from ..params import UNCONSTRAINED, GenerationParams
 from .tiny import make_tiny_model
 
 if TYPE_CHECKING:
@@ -157,11 +157,9 @@ class FakeSampler:
         self.update(params)
 
     def update(self, params: GenerationParams) -> None:
-        if params.grammar is not None:
-            Sampler(
-                _any_model().vocab,
-                GenerationParams(grammar=params.grammar, grammar_root=params.grammar_root, seed=1),
-            )
+        if params.is_constrained:
+            bound = {name: getattr(params, name) for name in (*UNCONSTRAINED, "grammar_root")}
+            Sampler(_any_model().vocab, GenerationParams(**bound, seed=1))
         self.params = params
 
     def save_state(self) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import BusyError, ClosedError, GrammarError
-from ..params import GenerationParams
+from ..params import UNCONSTRAINED, GenerationParams
 from .fake_memory import FakeSampler
 
 __all__ = ["FakeStream", "Reply", "Turn"]
@@ -35,6 +35,7 @@ class Turn(msgspec.Struct, frozen=True):
     commit: int = 0
     keep_on_cancel: bool = False
     adapters: int = 0
+    given: int = 1
 
 
 class _Engine(Protocol):
@@ -142,4 +143,4 @@ class FakeStream:
     def sampler_state(self) -> bytes:
         if self.finish_reason is None:
             raise BusyError("the stream is still running")
-        return FakeSampler(self.params.replace(grammar=None)).save_state()
+        return FakeSampler(self.params.replace(**UNCONSTRAINED)).save_state()

@@ -312,7 +312,7 @@ static void round(unsigned seed) {
             SamplingParams params;
             params.seed = below(40) == 0 ? 13 : 1;
             if (below(6) == 0) {
-                params.grammar = "root ::= any";
+                params.grammar.text = "root ::= any";
             }
             r.sampler  = std::make_unique<Sampler>(nullptr, params);
             r.tokens   = history;

@@ -1,0 +1,423 @@
+"""Thoughts and tools in conversations: told apart, run, taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+import trio
+from msgspec import Meta
+from triollama import GenerationParams, open_llama, sync
+from triollama.chat import BUILTIN, ChatTemplate, named
+from triollama.conversation.protocol import format_of
+from triollama.errors import AnswerError, ParameterError, UnsupportedError
+from triollama.params import Reasoning
+from triollama.testing import FakeEngine, open_fake_llama
+
+TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "templates"
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(100):
+            await test()
+
+    trio.run(bounded)
+
+
+def scripted(*replies: str) -> tuple[FakeEngine, list[str]]:
+    """An engine that says these, and the prompts it was given."""
+    prompts: list[str] = []
+    script = iter(replies)
+
+    def reply(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(script)
+
+    return FakeEngine(reply), prompts
+
+
+# Thoughts
+
+
+def test_reasoning_and_answer_apart() -> None:
+    async def main() -> None:
+        engine, prompts = scripted("<think>\nLet me see.\n</think>\n\nLima.", "No thought.", "Yes.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=THINKS)
+            async with chat.stream("Capital of Peru?") as turn:
+                got = [(piece.reasoning, piece.text) async for piece in turn]
+            assert "".join(a for a, _ in got) == turn.reasoning == "Let me see."
+            assert "".join(b for _, b in got) == turn.text == "Lima."
+            assert len([a for a, _ in got if a]) > 1
+            message = chat.messages[-1]
+            assert (message.content, message.reasoning_content) == ("Lima.", "Let me see.")
+            reply = await chat.say("Sure?")
+            assert (reply.text, reply.reasoning) == ("No thought.", "")
+            assert "Let me see" not in prompts[1]  # as this template wants it
+            await chat.say("Really?", thinking=False)
+            assert prompts[2].endswith("<think>\n</think>\n")
+            with pytest.raises(UnsupportedError, match="thinking=True"):
+                await llama.conversation(template="plain").say("x", thinking=True)
+            for bad in ({"thinking": True}, {"max_reasoning_tokens": 3}):
+                with pytest.raises(ParameterError, match="conversations"):
+                    await llama.generate("x", **bad)
+
+    run(main)
+
+
+class City(msgspec.Struct):
+    name: Annotated[str, Meta(max_length=6)]
+    coast: bool
+
+
+PARAMS = GenerationParams(
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=3,
+    max_tokens=300,
+    logit_bias={token: float("-inf") for token in range(6 + 128, 6 + 256)},
+)
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_typed_answer_after_thoughts(tiny: Any, thinking: bool | None) -> None:
+    """A model of chance thinks as long as it may, then answers with a value."""
+
+    async def main() -> None:
+        options = {"n_ctx": 2048, "max_streams": 2, "threads": 1, "deterministic": True}
+        async with open_llama(tiny("llama"), **options) as llama:
+            template = THINKS.replace("<|assistant|>{% if", "<|assistant|><think>{% if")
+            source = THINKS if thinking is False else template
+            chat = llama.conversation(template=source, params=PARAMS)
+            async with chat.stream(
+                "Where?", into=City, thinking=thinking, max_reasoning_tokens=12
+            ) as turn:
+                async for _ in turn:
+                    pass
+            assert type(turn.value) is City
+            assert msgspec.json.decode(turn.text, type=City) == turn.value
+            assert chat.messages[-1].reasoning_content == turn.reasoning
+            assert bool(turn.reasoning) == (thinking is not False)
+            assert "think>" not in turn.text + turn.reasoning
+            value = await chat.say("And?", json_schema={"type": "integer"}, max_reasoning_tokens=3)
+            assert isinstance(json.loads(value.text), int)
+
+    run(main)
+
+
+@pytest.mark.parametrize("cut", [2, 6, 10, 14, 25])
+def test_a_cut_answer_goes_on_where_it_was(tiny: Any, cut: int) -> None:
+    """In mid-thought or after it: both parts are what one answer would have been."""
+
+    async def main() -> None:
+        options = {"n_ctx": 2048, "max_streams": 2, "threads": 1, "deterministic": True}
+        async with open_llama(tiny("llama"), **options) as llama:
+            source = THINKS.replace("<|assistant|>{% if", "<|assistant|><think>{% if")
+            one, two = (llama.conversation(template=source, params=PARAMS) for _ in range(2))
+            rules = {"regex": "[a-z]{1,12}!", "max_reasoning_tokens": 8}
+            whole = await one.say("Where?", **rules)
+            first = await two.say("Where?", **rules, max_tokens=cut)
+            if first.finish_reason == "length":
+                await two.go_on(max_tokens=300)
+            assert two.messages[-1].tokens == one.messages[-1].tokens
+            assert two.messages[-1].content == one.messages[-1].content == whole.text
+            branch = await two.fork()
+            assert branch.messages == two.messages
+
+    run(main)
+
+
+def test_thoughts_in_raw_text(tiny: Any) -> None:
+    rules = {
+        "reasoning": Reasoning(start="inside"),
+        "max_reasoning_tokens": 5,
+        "choices": ("a", "b"),
+    }
+
+    async def main() -> tuple[str, str]:
+        async with open_llama(tiny("llama"), n_ctx=512, threads=1, deterministic=True) as llama:
+            done = await llama.generate("Once <think>", PARAMS, **rules)
+            with pytest.raises(ParameterError):
+                async with llama.stream("Once <think>", PARAMS, **rules) as stream:
+                    stream.update(choices=("c",))
+            return done.text, done.reasoning
+
+    text, reasoning = trio.run(main)
+    assert text in ("a", "b") and reasoning
+    with sync.Llama(tiny("llama"), n_ctx=512, threads=1) as llama:
+        stream = llama.stream("Once <think>", PARAMS, **rules)
+        assert "".join(stream) == stream.text
+        assert stream.text in ("a", "b") and stream.reasoning
+        assert stream.completion().reasoning == stream.reasoning
+
+
+# Tools
+
+
+async def weather(city: str, days: int = 1) -> dict[str, Any]:
+    """The weather of a city."""
+    await trio.lowlevel.checkpoint()
+    return {"city": city, "sun": days}
+
+
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+def call(name: str, **arguments: Any) -> str:
+    made = json.dumps({"name": name, "arguments": arguments})
+    return f"<tool_call>\n{made}\n</tool_call>"
+
+
+def qwen() -> str:
+    path = TEMPLATES / "Qwen-Qwen2.5-7B-Instruct.jinja"
+    if not path.exists():
+        pytest.skip("llama.cpp's templates are not unpacked")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("template", ["qwen", "chatml", "gemma"])
+def test_tools_are_run_and_heard_of(template: str) -> None:
+    async def main() -> None:
+        source = qwen() if template == "qwen" else template
+        both = f"I look.\n{call('weather', city='Lima')}\n{call('add', a=1, b=2)}"
+        engine, prompts = scripted(both, "Sun, and 3.", "Bye.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=source, system="Be brief.")
+            reply = await chat.say("Weather in Lima, and 1 + 2?", tools=[weather, add])
+            assert (reply.text, reply.tool_calls) == ("Sun, and 3.", ())
+            roles = [message.role for message in chat.messages]
+            assert roles == ["system", "user", "assistant", "tool", "tool", "assistant"]
+            asked, one, two = chat.messages[2:5]
+            assert asked.content == "I look."
+            assert [made["function"]["name"] for made in asked.tool_calls] == ["weather", "add"]
+            assert (one.content, two.content) == ('{"city":"Lima","sun":1}', "3")
+            assert [one.tool_call_id, two.tool_call_id] == [m["id"] for m in asked.tool_calls]
+            assert "The weather of a city." in prompts[0] and "<tool_call>" in prompts[0]
+            assert prompts[1].index('"city": "Lima"') < prompts[1].index('{"city":"Lima","sun":1}')
+            # They stay the conversation's, and calls are text no more.
+            assert (await chat.say("Bye")).text == "Bye."
+            assert "The weather of a city." in prompts[2]
+            assert chat.n_turns == 3
+            assert not chat.is_busy
+            saved = msgspec.to_builtins(chat.to_saved())
+            assert [tool["function"]["name"] for tool in saved["tools"]] == ["weather", "add"]
+
+    run(main)
+
+
+def test_calls_without_running_them() -> None:
+    async def main() -> None:
+        spec = {"type": "function", "function": {
+            "name": "find", "description": "Finds.",
+            "parameters": {"type": "object", "properties": {"what": {"type": "string"}},
+                           "required": ["what"]}}}  # fmt: skip
+        engine, _ = scripted("Well.\n" + call("find", what="x"), "Found.", call("find", what="y"))
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml", tools=[spec])
+            reply = await chat.say("Find x")
+            (made,) = reply.tool_calls
+            assert (reply.text, made.name, made.arguments) == ("Well.", "find", {"what": "x"})
+            assert chat.messages[-1].tool_calls == (made.for_message(),)
+            assert (await chat.say("There", role="tool")).text == "Found."
+            async with chat.stream("Find y", tool_choice="required") as turn:
+                pieces = [piece.text async for piece in turn]
+            assert "".join(pieces) == "" and turn.tool_calls[0].arguments == {"what": "y"}
+            assert turn.tool_calls[0].id != made.id
+            for bad in ([5], "weather", [weather, weather]):
+                with pytest.raises(ParameterError):
+                    llama.conversation(tools=bad)
+            with pytest.raises(ParameterError):
+                await chat.say("x", tool_choice="never")
+
+    run(main)
+
+
+async def fails(city: str) -> str:
+    """Fails."""
+    raise KeyError(city)
+
+
+def test_what_a_tool_raises_is_told_or_raised() -> None:
+    async def main() -> None:
+        engine, prompts = scripted(
+            call("fails", city="Lima"),
+            "Sorry.",
+            call("fails", city="Quito"),
+            call("add", a="x", b=1),
+            "Oh.",
+        )
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml")
+            assert (await chat.say("Go", tools=[fails, add])).text == "Sorry."
+            assert "KeyError" in prompts[1]
+            before = chat.messages, chat.tokens, chat.n_turns
+            with pytest.raises(KeyError):
+                await chat.say("Again", on_tool_error="raise")
+            assert (chat.messages, chat.tokens, chat.n_turns) == before and not chat.is_busy
+            # What the engine's constraint would not have let through is told to the model.
+            assert (await chat.say("Add")).text == "Oh."
+            assert "arguments of add" in chat.messages[-2].content
+
+    run(main)
+
+
+def test_rounds_are_bounded_and_malformed_calls_never_reach_the_history() -> None:
+    async def main() -> None:
+        engine, _ = scripted(*[call("add", a=1, b=1)] * 3, "<tool_call>\n{bad", "Fine.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml", tools=[add])
+            with pytest.raises(AnswerError, match="2 rounds"):
+                await chat.say("Go", max_rounds=2)
+            with pytest.raises(AnswerError, match="malformed"):
+                await chat.say("Go")
+            assert (chat.messages, chat.n_turns) == ((), 0)
+            assert (await chat.say("Go")).text == "Fine."
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["cancel", "interrupt", "close"])
+def test_left_in_mid_tool_it_is_as_if_it_had_never_run(how: str) -> None:
+    async def main() -> None:
+        started, ended = trio.Event(), trio.Event()
+
+        async def slow() -> str:
+            """Never ends."""
+            started.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.set()
+            return ""
+
+        engine, _ = scripted("Hi.", call("slow"), "After.", "More.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml")
+            await chat.say("Hello")
+            before = chat.messages, chat.tokens, chat.n_turns, chat.tools
+            outcome: list[BaseException] = []
+            scope = trio.CancelScope()
+
+            async def turn() -> None:
+                with scope:
+                    try:
+                        await chat.say("Go", tools=[slow])
+                    except trio.ClosedResourceError as error:
+                        outcome.append(error)
+                    except BaseException as error:
+                        outcome.append(error)
+                        raise
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(turn)
+                await started.wait()
+                assert chat.is_busy
+                with pytest.raises(trio.BusyResourceError):
+                    await chat.say("Not now")
+                if how == "cancel":
+                    scope.cancel()
+                elif how == "interrupt":
+                    assert (await chat.say("Instead", interrupt=True)).text == "After."
+                else:
+                    chat.close()
+            assert ended.is_set()
+            expected = trio.Cancelled if how == "cancel" else trio.ClosedResourceError
+            assert type(outcome[0]) is expected
+            if how == "cancel":
+                assert (chat.messages, chat.tokens, chat.n_turns, chat.tools) == before
+                assert (await chat.say("Next")).text == "After."
+                assert len(chat.messages) == 4
+            elif how == "interrupt":
+                assert [m.content for m in chat.messages] == ["Hello", "Hi.", "Instead", "After."]
+
+    run(main)
+
+
+def test_several_conversations_with_tools_at_once() -> None:
+    async def main() -> None:
+        def reply(prompt: str) -> str:
+            return "Done." if "tool_response" in prompt.split("Go", 1)[1] else call("add", a=1, b=2)
+
+        async with open_fake_llama(FakeEngine(reply)) as llama:
+            chats = [llama.conversation(template="chatml", tools=[add]) for _ in range(3)]
+            async with trio.open_nursery() as nursery:
+                for chat in chats:
+                    nursery.start_soon(chat.say, "Go")
+            for chat in chats:
+                assert [m.content for m in chat.messages[2:]] == ["3", "Done."]
+
+    run(main)
+
+
+def test_a_model_of_chance_can_only_call_rightly(tiny: Any) -> None:
+    """No answer is malformed: it is text, or calls that decode."""
+
+    async def main() -> None:
+        options = {"n_ctx": 4096, "max_streams": 2, "threads": 1}
+        async with open_llama(tiny("llama"), **options) as llama:
+            called = 0
+            for seed in range(12):
+                chat = llama.conversation(
+                    template="chatml", params=PARAMS.replace(seed=seed), tools=[weather, add]
+                )
+                try:
+                    async with chat.stream("Go", tool_choice="required") as turn:
+                        async for _ in turn:
+                            pass
+                except AnswerError as error:
+                    assert turn.finish_reason == "length", error  # noqa: PT017
+                    assert not chat.messages
+                    continue
+                called += 1
+                for made in turn.tool_calls:
+                    assert made.name in ("weather", "add")
+                    if made.name == "add":
+                        assert add(**made.arguments) is not None
+                assert turn.tool_calls
+            assert called >= 4
+
+    run(main)
+
+
+KNOWN = {
+    "Qwen-Qwen2.5-7B-Instruct": "hermes",
+    "Qwen-Qwen3-0.6B": "hermes",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "hermes",
+    "meta-llama-Llama-3.2-3B-Instruct": "llama3",
+    "meta-llama-Llama-3.1-8B-Instruct": "llama3",
+    "mistralai-Mistral-Nemo-Instruct-2407": "mistral",
+    "unsloth-mistral-Devstral-Small-2507": "mistral-named",
+    "NVIDIA-Nemotron-Nano-v2": "nemotron",
+}
+
+
+def test_formats_of_the_templates_that_upstream_ships() -> None:
+    """What a template writes of a call is read back, or its format is not known."""
+    paths = sorted(TEMPLATES.glob("*.jinja"))
+    if not paths:
+        pytest.skip("llama.cpp's templates are not unpacked")
+    found: dict[str, str | None] = {}
+    for path in paths:
+        template = ChatTemplate(path.read_text(encoding="utf-8"), bos_token="", eos_token="")
+        form, shown = format_of(template)
+        found[path.stem] = None if form is None else form.name if shown else "protocol"
+    for stem, name in KNOWN.items():
+        assert found[stem] == name, (stem, found[stem])
+    for name in BUILTIN:
+        assert format_of(named(name))[1] is False

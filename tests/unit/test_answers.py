@@ -1,0 +1,312 @@
+"""Thoughts and calls found in texts as they come; functions as tools."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pytest
+from msgspec import Meta
+from triollama.answers import FORMATS, CallFormat, Calls, Thoughts, Tool, Toolbox, reasoning_of
+from triollama.answers.partial import PartialJSON
+from triollama.errors import AnswerError, ParameterError
+from triollama.params import GenerationParams, Reasoning
+
+
+class Words:
+    """A vocabulary of one token a character, and of markers without a text."""
+
+    def __init__(self, *special: str) -> None:
+        self.special = special
+
+    def tokenize(
+        self, text: str, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        tokens = []
+        while text:
+            for at, name in enumerate(self.special):
+                if parse_special and text.startswith(name):
+                    tokens.append(2_000_000 + at)
+                    text = text[len(name) :]
+                    break
+            else:
+                tokens.append(ord(text[0]))
+                text = text[1:]
+        return tokens
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        if token >= 2_000_000:
+            return self.special[token - 2_000_000].encode() if special else b""
+        return chr(token).encode()
+
+
+def cuts(n: int) -> list[tuple[int, ...]]:
+    """Ways to cut a text: whole, one by one, at every place, and at some pairs of places."""
+    pairs = itertools.islice(itertools.combinations(range(1, n), 2), 0, None, 7)
+    return [(), tuple(range(1, n)), *[(at,) for at in range(1, n)], *pairs]
+
+
+def pieces(words: Words, text: str, places: tuple[int, ...]) -> list[tuple[str, list[int]]]:
+    """A text with its markers as tokens, cut between tokens."""
+    tokens = words.tokenize(text, False, True)
+    borders = [0, *[at for at in places if at < len(tokens)], len(tokens)]
+    parts = [tokens[low:high] for low, high in itertools.pairwise(borders)]
+    return [(b"".join(map(words.piece, part)).decode(), part) for part in parts]
+
+
+THOUGHTS = [
+    ("inside", "\nI see.\n\nGood.\n</think>\n\nYes, <b>.", "I see.\n\nGood.", "Yes, <b>."),
+    ("inside", "no end </thin", "no end </thin", ""),
+    ("inside", "</think>x", "", "x"),
+    ("free", "<think>\na < b</think>\nSo </think>.", "a < b", "So </think>."),
+    ("free", "\n<think>a</think>", "a", ""),
+    ("free", "Plain <think> text", "", "Plain <think> text"),
+    ("free", "\n  Indented", "", "\n  Indented"),
+    ("free", "<thi", "", "<thi"),
+    ("forced", "<think>a  </think>  b  ", "a", "b  "),
+]
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>"), ("</think>",)])
+@pytest.mark.parametrize(("start", "text", "thought", "said"), THOUGHTS)
+def test_thoughts_are_told_from_the_answer_however_it_is_cut(
+    special: tuple[str, ...], start: Any, text: str, thought: str, said: str
+) -> None:
+    words = Words(*special)
+    if special and (text.count("</think>") > 1 or text.startswith("Plain")):
+        pytest.skip("a special token has no text after the thoughts")
+    for places in cuts(len(text)):
+        thoughts = Thoughts(Reasoning(start=start), words)
+        found = [thoughts.feed(*piece) for piece in pieces(words, text, places)]
+        found.append(thoughts.finish())
+        assert "".join(a for a, _ in found) == thought, places
+        assert "".join(b for _, b in found) == said, places
+        assert thoughts.finish() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "open_", "start"),
+    [
+        ("... '</think>' in content ... <think>", "<|im_start|>assistant\n", "<think>", "free"),
+        ("<think>", "<|Assistant|><think>\n", "<think>", "inside"),
+        ("[THINK] x [/THINK]", "[/INST]", "[THINK]", "free"),
+        ("<think></think>", "assistant\n<think>\n\n</think>\n\n", None, ""),
+        ("no such thing", "assistant\n<think>", None, ""),
+        (
+            "<|channel|>' + 'analysis",
+            "<|start|>assistant",
+            "<|channel|>analysis<|message|>",
+            "free",
+        ),
+    ],
+)
+def test_where_thoughts_stand(source: str, prompt: str, open_: str | None, start: str) -> None:
+    found = reasoning_of(source, prompt)
+    assert (None, "") if found is None else (found.open, found.start) == (open_, start)
+    assert (found is None) == (open_ is None)
+
+
+# Calls
+
+HERMES, MISTRAL, NAMED = FORMATS[0], FORMATS[1], FORMATS[2]
+LLAMA = next(form for form in FORMATS if form.style == "lone")
+CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
+    (HERMES, 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": "}<"}}\n</tool_call>',
+     "Let me see.", [("f", {"a": "}<"})]),
+    (HERMES, '<tool_call>{"name":"f","arguments":{}}</tool_call>\n<tool_call>\n'
+     '{"name": "g", "arguments": {"x": [1, {"y": "</tool_call>"}]}}\n</tool_call>\n',
+     "", [("f", {}), ("g", {"x": [1, {"y": "</tool_call>"}]})]),
+    (HERMES, "No call <tool> at all <tool_cal", "No call <tool> at all <tool_cal", []),
+    (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+     "", [("f", {"a": 1}), ("g", {})]),
+    (MISTRAL, "[INST] is text", "[INST] is text", []),
+    (NAMED, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', "", [("f", {"a": 1}), ("g", {})]),
+    (LLAMA, '{"name": "f", "parameters": {"a": {}}}', "", [("f", {"a": {}})]),
+    (LLAMA, "Not {this}", "Not {this}", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("form", "text", "said", "calls"), CALLS)
+def test_calls_are_found_however_the_answer_is_cut(
+    form: CallFormat, text: str, said: str, calls: list[Any], special: bool
+) -> None:
+    words = Words(*([form.begin] if special and form.begin else []))
+    if special and form is HERMES and '"</tool_call>"' in text:
+        words = Words(form.begin)
+    for places in cuts(len(text)):
+        reader = Calls(form, words, frozenset({"f", "g"}), 3)
+        got = "".join(reader.feed(*piece) for piece in pieces(words, text, places))
+        assert got + reader.finish() == said, places
+        found = reader.calls()
+        assert [(one.name, one.arguments) for one in found] == calls, places
+        assert [one.id for one in found] == [f"call{3 + at:05d}" for at in range(len(calls))]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a"'),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}'),
+        (HERMES, '<tool_call>\n{"name": "h", "arguments": {}}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": 5}\n</tool_call>'),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call> and more'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f"}]'),
+        (LLAMA, '{"name": "f"'),
+        (HERMES, "<tool_call>\n" + "[" * 100_000),
+    ],
+)
+def test_what_is_no_call_is_an_error(form: CallFormat, text: str) -> None:
+    reader = Calls(form, Words(), frozenset({"f"}))
+    reader.feed(text, ())
+    with pytest.raises(AnswerError) as caught:
+        reader.calls()
+    assert caught.value.text
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_written_is_read(form: CallFormat) -> None:
+    calls = [
+        {"function": {"name": "f", "arguments": {"a": "é\n", "b": [1.5]}}},
+        {"function": {"name": "g", "arguments": {}}},
+    ][: 1 if form.style == "lone" else 2]
+    reader = Calls(form, Words(), frozenset({"f", "g"}))
+    assert reader.feed(form.write(calls), ()) + reader.finish() == ""
+    assert [{"name": one.name, "arguments": one.arguments} for one in reader.calls()] == [
+        call["function"] for call in calls
+    ]
+
+
+# Tools
+
+
+class Place(msgspec.Struct):
+    name: str
+    country: str = "Peru"
+
+
+async def weather(
+    place: Place,
+    days: Annotated[int, Meta(ge=1, le=7, description="how many days")] = 3,
+    *,
+    unit: Literal["C", "F"] = "C",
+    since: datetime.date | None = None,
+) -> str:
+    """What the weather will be.
+
+    Of a place.
+    """
+    return f"{place.name} {days} {unit} {since}"
+
+
+def test_a_function_is_a_tool() -> None:
+    tool = Tool(weather)
+    function = tool.spec["function"]
+    assert (function["name"], function["description"]) == (
+        "weather", "What the weather will be.\n\nOf a place.",
+    )  # fmt: skip
+    schema = function["parameters"]
+    assert list(schema["properties"]) == ["place", "days", "unit", "since"]
+    assert schema["required"] == ["place"] and schema["type"] == "object"
+    assert schema["properties"]["days"]["description"] == "how many days"
+    assert json.dumps(schema)
+    assert tool.keywords({"place": {"name": "Lima"}, "since": "2024-02-29"}) == {
+        "place": Place("Lima"), "days": 3, "unit": "C", "since": datetime.date(2024, 2, 29),
+    }  # fmt: skip
+    for bad in ({}, {"place": {"name": 5}}, {"place": {"name": "x"}, "days": 9}):
+        with pytest.raises(AnswerError, match="arguments of weather"):
+            tool.keywords(bad)
+
+
+def untyped(a) -> None:  # type: ignore[no-untyped-def]
+    pass
+
+
+def by_place(a: int, /) -> None:
+    pass
+
+
+def any_number(*a: int) -> None:
+    pass
+
+
+def of_no_type(a: object()) -> None:  # type: ignore[valid-type]
+    pass
+
+
+@pytest.mark.parametrize("bad", [untyped, by_place, any_number, of_no_type, 5, {}, {"name": ""}])
+def test_what_is_no_tool(bad: Any) -> None:
+    with pytest.raises(ParameterError) as caught:
+        Tool(bad)
+    assert caught.value.parameter == "tools"
+
+
+def test_a_mutable_default_is_each_calls_own() -> None:
+    def collect(into: list[int] = []) -> None:  # noqa: B006
+        pass
+
+    tool = Tool(collect)
+    first = tool.keywords({})["into"]
+    first.append(1)
+    assert tool.keywords({})["into"] == []
+
+
+def test_a_toolbox_takes_no_other_constraint() -> None:
+    box = Toolbox([Tool(weather)], HERMES, Words())
+    with pytest.raises(ParameterError, match="no other constraint"):
+        box.constrain(GenerationParams(regex="a"))
+    assert Toolbox([Tool(weather)], None, Words()).constrain(GenerationParams()).grammar is None
+
+
+# Partial values
+
+
+VALUES: list[Any] = [
+    {"name": "Lima", "tags": ["a", "", "é\n\"\\"], "n": -1.5e3, "ok": True, "none": None},
+    {"in": {"x": []}},
+    [], {}, "text", 12, True, None, [[1, 2], [3.25]], {"": {"": ""}}, "\U0001f600 \u0007",
+]  # fmt: skip
+
+
+def grows(before: Any, after: Any) -> bool:
+    """Whether one is a beginning of the other."""
+    if before is None:
+        return True
+    if isinstance(before, str):
+        return isinstance(after, str) and after.startswith(before)
+    if isinstance(before, list):
+        return len(before) <= len(after) and all(map(grows, before, after))
+    if isinstance(before, dict):
+        return list(after)[: len(before)] == list(before) and all(
+            grows(before[key], after[key]) for key in before
+        )
+    return bool(before == after)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_partial_value_grows_into_the_whole(value: Any, ascii_only: bool) -> None:
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    for places in cuts(len(text)):
+        borders = [0, *places, len(text)]
+        partial = PartialJSON()
+        seen: Any = None
+        for low, high in itertools.pairwise(borders):
+            now = copy.deepcopy(partial.feed(text[low:high]))
+            assert grows(seen, now), (seen, now)
+            seen = now
+        assert partial.finish() == value, places
+
+
+def test_a_long_partial_string() -> None:
+    """Copied at every piece this would be 10^11 characters."""
+    partial = PartialJSON()
+    partial.feed('["')
+    for _ in range(200_000):
+        partial.feed("abcdefgh")
+    partial.feed('"]')
+    assert len(partial.value[0]) == 1_600_000
