@@ -3,9 +3,9 @@
     python scripts/maskbench.py FOLDER [--model FILE.gguf] [--markdown]
 
 Each file of FOLDER is a case: a schema, and instances that are valid or not. A schema is enforced
-or refused; where it is enforced, every valid instance must be possible (its keys in the order of the
-schema) and every invalid one impossible. Beside ours, in the same run, llguidance's own settings,
-which differ in whitespace alone.
+or refused; where it is enforced, every valid instance must be possible (its keys in the order of
+the schema) and every invalid one impossible. Beside ours, in the same run, llguidance's own
+settings, which differ in whitespace alone.
 """
 
 from __future__ import annotations

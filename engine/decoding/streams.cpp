@@ -83,7 +83,8 @@ Sequence & Decoder::Impl::begin(Stream & stream) {
         const auto [source, n] = slots.find_alike(stream.work->tokens, most, r.set);
         if (source) {
             r.cached = n;
-            if (source->spare && !scores) {         // where scores begin, others beside them may
+            // Where a score begins others beside it may; they find what it leaves, too.
+            if (source->spare && (!scores || slots.free_count() < 2)) {
                 return slots.adopt(*source, stream.id);
             }
             Sequence & own = slots.make(stream.id, false);

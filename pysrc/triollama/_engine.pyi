@@ -603,6 +603,7 @@ class Decoder(Owner):
         hidden: bool = False,
         causal: bool = True,
         pooling: str = "mean",
+        given: int = 1,
         threads: int | None = None,
         batch_threads: int | None = None,
         priority: int = 0,

@@ -219,6 +219,7 @@ def test_streams(world: World) -> None:  # noqa: F811
     calls: dict[str, Callable[[Llama], Awaitable[Any]]] = {
         "generate": lambda llama: llama.generate("Once upon", SHORT),
         "score": lambda llama: llama.score("Once upon a time"),
+        "choose": lambda llama: llama.choose("Once upon a time", [" a", " the"]),
         "embed": lambda llama: llama.embed(["Once upon", "a time"]),
         "stream": looked_at,
         "warm_up": lambda llama: llama.warm_up(),
@@ -610,7 +611,7 @@ def test_every_async_method_of_a_llama_is_here() -> None:
         if inspect.iscoroutinefunction(inspect.unwrap(value)) and not name.startswith("_")
     }
     assert methods == {
-        *("generate", "score", "embed", "warm_up"),  # test_streams
+        *("generate", "score", "choose", "embed", "warm_up"),  # test_streams
         *("save", "restore"),  # test_files
         *("autosave", "flush"),
         *("load_adapter", "load_control_vector", "unload_adapter"),

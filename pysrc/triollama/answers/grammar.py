@@ -229,9 +229,9 @@ class Grammar:
         if both and (low > high or (low == high and (low_open or high_open))):  # type: ignore[operator]
             raise UnsupportedError(f"into: the limits of {place} leave no number")
         if info.multiple_of is not None:
-            least = None if low is None else math.floor(low) + 1 if low_open else math.ceil(low)
-            most = None if high is None else math.ceil(high) - 1 if high_open else math.floor(high)
-            whole = self._multiple(info.multiple_of, least, most, place)
+            first = None if low is None else math.floor(low) + 1 if low_open else math.ceil(low)
+            last = None if high is None else math.ceil(high) - 1 if high_open else math.floor(high)
+            whole = self._multiple(info.multiple_of, first, last, place)
             return self.rule(f"{whole} {self._terminal(ZEROS)}?")
         if low is None and high is None:
             return self.use("NUMBER")

@@ -164,7 +164,7 @@ def _struct_of(function: Callable[..., Any], name: str) -> type[msgspec.Struct]:
         if parameter.default is not parameter.empty:
             default = parameter.default
             if isinstance(default, (list, dict, set, bytearray)):
-                default = msgspec.field(default_factory=lambda made=default: made.copy())
+                default = msgspec.field(default_factory=default.copy)
             field = (*field, default)
         fields.append(field)
     made: type[msgspec.Struct] = msgspec.defstruct(name, fields, kw_only=True)
@@ -347,7 +347,7 @@ class Calls:
             raise AnswerError(
                 f"the answer's calls are cut or malformed: {error}", text=text
             ) from None
-        calls = []
+        calls: list[ToolCall] = []
         for name, arguments in found:
             if name not in self._names or not isinstance(arguments, dict):
                 raise AnswerError(f"the answer calls {name!r}, which is no tool", text=text)

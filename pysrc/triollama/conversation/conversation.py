@@ -433,8 +433,8 @@ class Conversation:
             params,
             changes,
             into,
-            toolbox,
             self._house.turn_end(self.template),
+            toolbox=toolbox,
             shifts=self._ledger.overflow == "shift",
         )
         policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)

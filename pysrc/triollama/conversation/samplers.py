@@ -27,9 +27,9 @@ def turn_params(
     params: GenerationParams | None,
     changes: Mapping[str, Any],
     into: Structured[Any] | None,
-    toolbox: Toolbox | None,
     end: TurnEnd,
     *,
+    toolbox: Toolbox | None = None,
     shifts: bool,
 ) -> tuple[GenerationParams, bool]:
     """The parameters of a turn of a conversation with its ``own``, and whether it begins a random

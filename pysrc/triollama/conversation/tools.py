@@ -236,7 +236,7 @@ async def _rounds(
     on_error: OnToolError,
 ) -> Completion:
     for _ in range(max_rounds + 1):
-        completion = await apart._answer(choose, options, choice)
+        completion: Completion = await apart._answer(choose, options, choice)
         if not completion.tool_calls:
             return completion
         results = await tools.run(completion.tool_calls, on_error)
