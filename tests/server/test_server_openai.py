@@ -12,8 +12,8 @@ import trio.testing
 from servers import Scripted, Site, run_fake, run_native
 from triollama import GenerationParams
 from triollama._engine import Trainer
-from triollama.server import Limits
 from triollama.answers import structured
+from triollama.server import Limits
 from triollama.testing import Reply
 
 ASK = [{"role": "user", "content": "Hi"}]

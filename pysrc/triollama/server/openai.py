@@ -18,10 +18,10 @@ import msgspec
 import trio
 from msgspec import Meta
 
+from ..answers import structured
 from ..params import GenerationParams
 from ..results import Completion, TokenLogprob, Usage
 from ..streams.stream import Piece, Stream
-from ..answers import structured
 from .events import Events, event
 from .faults import Fault
 from .http import Reply, Request

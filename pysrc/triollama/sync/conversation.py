@@ -24,7 +24,7 @@ from ..conversation.choices import (
 )
 from ..conversation.history import State, now
 from ..conversation.plan import Overflow, Prompts, make_plan, planned
-from ..conversation.samplers import sampler_for, turn_params, with_grammar
+from ..conversation.samplers import sampler_for, turn_params, with_grammar, with_thoughts
 from ..conversation.saved import exported, saved_conversation
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import BusyError, ParameterError
@@ -328,9 +328,10 @@ class Conversation:
         policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)
         house.make_room(house.check_adapters(self._adapters))  # unloaded meanwhile?
         base, added = choose(self._state)
+        prompts.thinking = made.thinking
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
-        made = with_grammar(made, plan)
+        made = with_grammar(with_thoughts(made, plan, prompts), plan)
         sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh)
         turn = TurnStream(
             self,

@@ -66,15 +66,21 @@ class TurnStream(Stream):
             accept_from=shown,
         )
         self._on_cancel = on_cancel
+        before = plan.base.messages[-1].tokens if not plan.messages else ()
+        if self._thoughts is not None and before:  # it goes on with these
+            self._thoughts.feed(continued.bytes_of(before).decode("utf-8", "replace"), before)
 
     def __next__(self) -> str:
+        try:
+            return super().__next__()
+        except KeyboardInterrupt:  # whoever hears of it may hold no turn any more
+            self.close()
+            raise
+
+    def _next(self) -> str | None:
         while True:
-            try:
-                text = super().__next__()
-            except KeyboardInterrupt:  # whoever hears of it may hold no turn any more
-                self.close()
-                raise
-            if not self._continued.pending:
+            text = super()._next()
+            if text is None or not self._continued.pending:
                 return text
             tokens = self.tokens
             new, self._n_mended = tokens[self._n_mended :], len(tokens)
@@ -102,10 +108,14 @@ class TurnStream(Stream):
             self._commit()
 
     def _commit(self) -> None:
+        if self._thoughts is not None:
+            self._without_thoughts(self._thoughts, None)  # what it held back
         generation, usage = self._generation, self.usage
         reason = self.finish_reason or "cancelled"
         answer = Answer(
             text=self.text,
+            generated="".join(self._pieces),
+            reasoning=self.reasoning,
             tokens=generation.generated,
             n_generated=usage.generated_tokens,
             drops=generation.shifts,
