@@ -17,8 +17,9 @@ __all__ = ["Answer", "after_shifts", "state_after"]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What came. ``generated``: the text with thoughts and calls, as its tokens are. ``n_generated``: its tokens, as its usage counts them. ``drops``: how many tokens
-    each shift on the way forgot. ``n_held``: tokens that the sequence holds now."""
+    """What came. ``generated``: the text with thoughts and calls, as its tokens are.
+    ``n_generated``: its tokens, as its usage counts them. ``drops``: how many tokens each shift on
+    the way forgot. ``n_held``: tokens that the sequence holds now."""
 
     text: str
     generated: str

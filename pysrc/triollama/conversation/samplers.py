@@ -14,7 +14,15 @@ from ..errors import UnsupportedError
 from ..params import CONSTRAINTS, UNCONSTRAINED, GenerationParams, make_params
 from .plan import Plan, Prompts
 
-__all__ = ["Kept", "make_sampler", "sampler_for", "state_of", "turn_params", "with_grammar", "with_thoughts"]
+__all__ = [
+    "Kept",
+    "make_sampler",
+    "sampler_for",
+    "state_of",
+    "turn_params",
+    "with_grammar",
+    "with_thoughts",
+]
 
 S = TypeVar("S", bound=Sampler)
 

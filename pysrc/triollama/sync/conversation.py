@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 
 from .. import files
 from .._engine import Context, Sampler, Vocab
+from ..answers import Structured, structured
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd
 from ..conversation.answer import Continued
 from ..conversation.choices import (
@@ -31,7 +32,6 @@ from ..errors import BusyError, ParameterError
 from ..files import Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion, Usage
-from ..answers import Structured, structured
 from .stream import Stream
 from .turn import TurnStream
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn, Protocol
 
 from .._engine import Context, Sampler
+from ..answers import Structured
 from ..conversation.answer import Continued
 from ..conversation.choices import OnCancel
 from ..conversation.finished import Answer, state_after
@@ -13,7 +14,6 @@ from ..conversation.plan import Plan
 from ..conversation.samplers import state_of
 from ..params import GenerationParams
 from ..results import Usage
-from ..answers import Structured
 from .stream import Stream
 
 __all__ = ["TurnStream"]
