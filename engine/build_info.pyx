@@ -25,6 +25,37 @@ def _features(str text) -> dict:
     return result
 
 
+cdef dict build_facts():
+    """What the libraries say of themselves, over what the build wrote down."""
+    import json
+
+    info = json.loads(TRIOLLAMA_BUILD_JSON.decode())
+    info["llama_version"] = llama.llama_version().decode()
+    info["ggml_version"] = ggml.ggml_version().decode()
+    info["commit"] = ggml.ggml_commit().decode()
+    features = _features(llama.llama_print_system_info().decode())
+    info["features"] = features
+    info["cpu_features"] = [name for name, value in features.get("CPU", {}).items() if value != "0"]
+    return info
+
+
+cdef str _compiled_kernels = None
+
+
+cdef str compiled_kernels():
+    """Source, compiler, C library and instruction set of the CPU's kernels: on these their bits depend."""
+    global _compiled_kernels
+    if _compiled_kernels is None:
+        info = build_facts()
+        try:
+            libc = os.confstr("CS_GNU_LIBC_VERSION")
+        except (AttributeError, ValueError, OSError):
+            libc = info["system"]
+        _compiled_kernels = (
+            f"llama.cpp {info['commit']}, {info['compiler']}, {libc}, {' '.join(info['cpu_features'])}")
+    return _compiled_kernels
+
+
 def build_info() -> dict:
     """Report what this build is and what it can use here.
 
@@ -41,20 +72,12 @@ def build_info() -> dict:
     """
     cdef size_t i, free, total
     cdef ggml.ggml_backend_dev_t device
-    import json
-
-    info = json.loads(TRIOLLAMA_BUILD_JSON.decode())
-    # What the linked libraries say of themselves outranks what the build wrote down.
-    info["llama_version"] = llama.llama_version().decode()
-    info["ggml_version"] = ggml.ggml_version().decode()
-    info["commit"] = ggml.ggml_commit().decode()
+    info = build_facts()
     info["backends"] = [
         ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i)).decode()
         for i in range(ggml.ggml_backend_reg_count())
     ]
-    features = _features(llama.llama_print_system_info().decode())
-    info["features"] = features
-    info["cpu_features"] = [name for name, value in features.get("CPU", {}).items() if value != "0"]
+    features = info["features"]
     info["threads"] = (
         "triollama" if has_own_threads()
         else "OpenMP" if features.get("CPU", {}).get("OPENMP", "0") != "0" else "ggml")

@@ -22,9 +22,10 @@ template <class Call> auto or_broken(Call && call) {
 
 }  // namespace
 
-LlamaBackend::LlamaBackend(llama_context * ctx)
+LlamaBackend::LlamaBackend(llama_context * ctx, bool exact)
     : ctx(ctx),
       memory(llama_get_memory(ctx)),
+      exact(exact),
       own_threads(llama_n_threads(ctx)),
       own_threads_batch(llama_n_threads_batch(ctx)) {}
 
@@ -83,8 +84,8 @@ llama_pos LlamaBackend::seq_pos_max(llama_seq_id slot) { return llama_memory_seq
 
 std::string LlamaBackend::state_get(llama_seq_id slot) {
     return or_broken([=] {
-        std::string bytes(llama_state_seq_get_size(ctx, slot), '\0');
-        const size_t n = llama_state_seq_get_data(ctx, (uint8_t *) bytes.data(), bytes.size(), slot);
+        std::string bytes(sequence_state(ctx, slot, exact, nullptr, 0), '\0');
+        const size_t n = sequence_state(ctx, slot, exact, (uint8_t *) bytes.data(), bytes.size());
         bytes.resize(n <= bytes.size() ? n : 0);
         return bytes;
     });

@@ -73,7 +73,7 @@ public:
 // A llama_context, which somebody else owns and nobody else touches meanwhile.
 class LlamaBackend final : public Backend {
 public:
-    explicit LlamaBackend(llama_context * ctx);
+    LlamaBackend(llama_context * ctx, bool exact);
 
     const llama_vocab * vocab() const override;
     int32_t n_vocab() const override;
@@ -100,6 +100,7 @@ private:
 
     llama_context * ctx;
     llama_memory_t  memory;
+    const bool      exact;
     int32_t own_threads;
     int32_t own_threads_batch;
     bool (*should_abort)(void *) = nullptr;

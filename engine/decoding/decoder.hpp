@@ -47,6 +47,7 @@ struct DecoderConfig {
     int32_t n_ctx = 0;                  // positions of one sequence
     int32_t n_swa = 0;                  // the model's sliding window; 0: none
     bool    unified = true;             // sequences share cells
+    bool    exact = false;              // numbers depend on nobody else: see llama/exact.hpp
     bool    can_shift = true;           // positions can be moved
     bool    can_roll_back = true;       // false for recurrent state: only the end of a sequence can be continued
     double  prompt_budget = 1.0;        // time for prompts in a step, in ordinary steps

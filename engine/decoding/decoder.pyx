@@ -129,6 +129,7 @@ cdef class Decoder(Owner):
             config.n_ctx = context.n_ctx
             config.n_swa = model.n_swa
             config.unified = context.kv_unified
+            config.exact = context.exact
             config.can_shift = not recurrent and not context.no_shift
             config.can_roll_back = not recurrent
             # Only the CPU is asked whether to stop in the middle of a ubatch.

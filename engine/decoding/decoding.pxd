@@ -129,6 +129,7 @@ cdef extern from "decoding/decoder.hpp" namespace "triollama::native" nogil:
         int32_t n_ctx
         int32_t n_swa
         cpp_bool unified
+        cpp_bool exact
         cpp_bool can_shift
         cpp_bool can_roll_back
         double prompt_budget

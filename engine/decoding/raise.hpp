@@ -29,7 +29,7 @@ inline int raise_decoder_error() {
 
 // Shared with the calls that do without the GIL, so that another thread may close it meanwhile.
 inline std::shared_ptr<Decoder> open_decoder(llama_context * ctx, const DecoderConfig & config) {
-    return std::make_shared<Decoder>(std::make_unique<LlamaBackend>(ctx), config);
+    return std::make_shared<Decoder>(std::make_unique<LlamaBackend>(ctx, config.exact), config);
 }
 
 // After a fork its thread does not exist, and joining it would never end.

@@ -1,5 +1,5 @@
 """What stops a context, and what its public calls neither tell nor do."""
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libcpp cimport bool as cpp_bool
 from libcpp.string cimport string
 
@@ -23,6 +23,7 @@ cdef extern from "guards/abort_flag.hpp" namespace "triollama::native" nogil:
 
 cdef extern from "llama/exact.hpp" namespace "triollama::native" nogil:
     string make_exact(llama.llama_context * ctx) except +raise_native_error
+    string rearranged(const llama.llama_model * model) except +raise_native_error
 
 
 cdef extern from "kv/insides.hpp" namespace "triollama::native" nogil:
@@ -30,5 +31,9 @@ cdef extern from "kv/insides.hpp" namespace "triollama::native" nogil:
     string why_no_cache(
         const llama.llama_model * model, ggml.ggml_type type_k,
         ggml.ggml_type type_v) except +raise_native_error
+    size_t sequence_state(
+        llama.llama_context * ctx, llama.llama_seq_id sequence, cpp_bool exact, uint8_t * data,
+        size_t size) except +raise_native_error
+    void line_up(llama.llama_context * ctx, llama.llama_seq_id sequence) except +raise_native_error
     void settle(
         llama.llama_context * ctx, ggml.ggml_abort_callback callback, void * data) except +raise_native_error

@@ -144,6 +144,8 @@ cdef class Memory:
             with nogil:
                 llama.llama_memory_seq_add(self.context.mem, s, a, b, d)
             self.context.settle_memory()
+            if self.context.exact:
+                self.context.line_up(s)
         finally:
             self.context.leave()
 

@@ -7,7 +7,8 @@ sequence it is loaded into, or worse. Ours begin with a header:
 
 The checksum is that of checksum.hpp; in version 1, which is still read, it was a CRC-32. The key is
 a SHA-256 over the model's fingerprint and the settings that decide a blob's layout or what its
-numbers mean (rope). Adapters are not in it: their caller knows which were applied.
+numbers mean (rope; in exact contexts also the kernels, since bits are promised there). Adapters are
+not in it: their caller knows which were applied.
 """
 import struct
 import zlib
@@ -27,6 +28,8 @@ cdef bytes state_key(Context context, int kind):
     layout = [context.kv_unified, context.flash_attn, context.type_k, context.type_v, context.rope]
     if not context.kv_unified:
         layout.append(context.n_seq_max)
+    if context.exact:
+        layout.append(context.kernels)
     if kind == _KIND_CONTEXT:
         layout += [context.n_ctx, context.n_seq_max, context.n_batch, context.embeddings_]
     import hashlib
@@ -47,14 +50,14 @@ cdef bytes pack_state(Context context, int kind, int seq_id):
         key = state_key(context, kind)
         with nogil:
             if kind == _KIND_SEQUENCE:
-                size = llama.llama_state_seq_get_size(context.ptr, seq_id)
+                size = sequence_state(context.ptr, seq_id, context.exact, NULL, 0)
             else:
                 size = llama.llama_state_get_size(context.ptr)
         blob = PyBytes_FromStringAndSize(NULL, header + size)
         data = <uint8_t *>PyBytes_AS_STRING(blob)
         with nogil:
             if kind == _KIND_SEQUENCE:
-                written = llama.llama_state_seq_get_data(context.ptr, data + header, size, seq_id)
+                written = sequence_state(context.ptr, seq_id, context.exact, data + header, size)
             else:
                 written = llama.llama_state_get_data(context.ptr, data + header, size)
         if written == 0 or written > size:
@@ -118,7 +121,8 @@ cdef int check_state(Context context, const uint8_t[::1] view, int kind) except 
     if key != state_key(context, kind):
         raise StateError(
             "the state belongs to another model, or to a context with another kv_unified,"
-            " flash_attn, type_k, type_v, rope setting or size")
+            " flash_attn, type_k, type_v, rope setting or size"
+            + (f", or was computed by other kernels than {context.kernels}" if context.exact else ""))
     cdef size_t length = view.shape[0] - header
     cdef uint32_t found
     if version == _CRC32_VERSION:
@@ -157,6 +161,9 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
             raise NoSlotError(
                 "the state could not be restored: the cache has too few free cells, and the"
                 " sequence is empty now", code=1, log=native_problem())
+        if kind == _KIND_CONTEXT and context.exact:
+            for seq_id in range(context.n_seq_max):     # else what comes next would fill cells that a window passed
+                context.line_up(seq_id)
     finally:
         context.leave()
     return 0

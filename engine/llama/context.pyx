@@ -1,7 +1,8 @@
 """The context: a model's working memory, and the calls that compute."""
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
-from insides cimport AbortFlag, make_exact, settle, why_no_cache, why_no_shift
+from insides cimport (
+    AbortFlag, line_up, make_exact, rearranged, sequence_state, settle, why_no_cache, why_no_shift)
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_context * make_context(
@@ -107,8 +108,8 @@ cdef class Context(Owner):
     swa_full: keep the whole cache of sliding-window layers: needed to roll back past the window.
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
-        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off", a Model
-        with repack=False, and all of it on the CPU.
+        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off",
+        swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -200,9 +201,9 @@ cdef class Context(Owner):
         if wrong:
             raise ParameterError(
                 f"type_k={type_k!r}, type_v={type_v!r}: {wrong}", parameter="type_k", value=type_k)
-        if exact and (kv_unified or flash_attn != "off" or model.repacked):
+        if exact and (kv_unified or flash_attn != "off" or not swa_full):
             raise ParameterError(
-                "exact=True needs kv_unified=False, flash_attn='off' and a Model with repack=False",
+                "exact=True needs kv_unified=False, flash_attn='off' and swa_full=True",
                 parameter="exact", value=True)
         params.embeddings = embeddings
         params.pooling_type = <llama.llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
@@ -262,6 +263,7 @@ cdef class Context(Owner):
                 with nogil:
                     llama.llama_free(self.ptr)
                 self.ptr = NULL
+                model.children -= 1
                 raise UnsupportedError(f"exact=True: {inexact}")
         self.exact = exact
         self.mem = llama.llama_get_memory(self.ptr)
@@ -324,6 +326,17 @@ cdef class Context(Owner):
                 f" n_batch {self.n_batch}, n_ubatch {self.n_ubatch}>")
 
     # What it is
+
+    @property
+    def kernels(self) -> str:
+        """What its numbers depend on, to the last bit, beside model and settings: the llama.cpp inside,
+        how it was compiled, the C library, how the model's weights are rearranged. Where two exact
+        contexts agree on it, so do their logits."""
+        self.alive()
+        if self.kernels_ is None:
+            weights = rearranged(self.model.ptr).decode()
+            self.kernels_ = compiled_kernels() + (f"; weights as {weights}" if weights else "")
+        return self.kernels_
 
     @property
     def n_ctx_total(self) -> int:
@@ -543,6 +556,16 @@ cdef class Context(Owner):
             raise
         finally:
             flush_log()
+        return 0
+
+    cdef int line_up(self, int seq_id) except -1:
+        """Its cells in a row, with nothing between them: see kv/insides.hpp."""
+        try:
+            with nogil:
+                line_up(self.ptr, seq_id)
+        except TriollamaError as error:
+            self.broken = str(error)
+            raise
         return 0
 
     def decode(self, Batch batch not None) -> None:

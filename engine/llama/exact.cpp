@@ -4,37 +4,104 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "llama-context.h"
+#include "llama-model.h"
 
 #include <cstdint>
+#include <cstring>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local bool exact_weights = false;
+
+bool rounds_each_row_alone(ggml_backend_buffer_type_t type) {
+    return ggml_backend_buft_is_host(type) || std::strcmp(ggml_backend_buft_name(type), "AMX") == 0;
+}
+
+}  // namespace
 
 #ifdef TRIOLLAMA_WRAPS_PRODUCTS
 extern "C" {
 #ifdef TRIOLLAMA_WRAPS_LLAMAFILE
+#if defined(__x86_64__) && defined(NDEBUG)     // elsewhere they decline up to seven rows; its assertions know no such strides
+constexpr bool SAME_FOR_ANY_NUMBER_OF_ROWS = true;
+#else
+constexpr bool SAME_FOR_ANY_NUMBER_OF_ROWS = false;
+#endif
+
 bool __real_llamafile_sgemm(const ggml_compute_params *, int64_t, int64_t, int64_t, const void *, int64_t, const void *, int64_t,
                             void *, int64_t, int, int, int);
 
+// Each number of these products is a sum of its own, in an order that depends on its length only. But they decline a row
+// that is alone, which ggml's kernel then adds up otherwise: here it is computed twice, from and to the same place.
 bool __wrap_llamafile_sgemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda,
                             const void * b, int64_t ldb, void * c, int64_t ldc, int type_a, int type_b, int type_c) {
-    return !params->use_ref && __real_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
+    if (params->use_ref && !SAME_FOR_ANY_NUMBER_OF_ROWS) {
+        return false;
+    }
+    if (params->use_ref && n == 1) {
+        return __real_llamafile_sgemm(params, m, 2, k, a, lda, b, 0, c, 0, type_a, type_b, type_c);
+    }
+    return __real_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
 }
 #endif
 
-bool __real_ggml_compute_forward_mul_mat_tiled(const ggml_compute_params *, ggml_tensor *);
-bool __real_ggml_compute_forward_mul_mat_id_tiled(const ggml_compute_params *, ggml_tensor *, int64_t, int64_t, const int32_t *,
-                                                  char *);
+void * __real_ggml_backend_reg_get_proc_address(ggml_backend_reg_t, const char *);
 
-bool __wrap_ggml_compute_forward_mul_mat_tiled(const ggml_compute_params * params, ggml_tensor * dst) {
-    return !params->use_ref && __real_ggml_compute_forward_mul_mat_tiled(params, dst);
+static thread_local ggml_backend_dev_get_extra_bufts_t all_types = nullptr;
+
+static ggml_backend_buffer_type_t * exact_types(ggml_backend_dev_t device) {
+    thread_local std::vector<ggml_backend_buffer_type_t> found;
+    found.clear();
+    for (ggml_backend_buffer_type_t * type = all_types(device); type && *type; type++) {
+        if (rounds_each_row_alone(*type)) {
+            found.push_back(*type);
+        }
+    }
+    found.push_back(nullptr);
+    return found.data();
 }
 
-bool __wrap_ggml_compute_forward_mul_mat_id_tiled(const ggml_compute_params * params, ggml_tensor * dst, int64_t expert,
-                                                  int64_t n_rows, const int32_t * rows, char * scratch) {
-    return !params->use_ref && __real_ggml_compute_forward_mul_mat_id_tiled(params, dst, expert, n_rows, rows, scratch);
+// The loader asks by this name how weights may be rearranged.
+void * __wrap_ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name) {
+    void * found = __real_ggml_backend_reg_get_proc_address(reg, name);
+    if (!exact_weights || !found || std::strcmp(name, "ggml_backend_dev_get_extra_bufts") != 0) {
+        return found;
+    }
+    all_types = (ggml_backend_dev_get_extra_bufts_t) found;
+    return (void *) exact_types;
 }
 }
 #endif
 
 namespace triollama::native {
+
+ExactWeights::ExactWeights(llama_model_params & params) {
+#ifdef TRIOLLAMA_WRAPS_PRODUCTS
+    (void) params;
+    exact_weights = true;
+#else
+    params.use_extra_bufts = false;
+#endif
+}
+
+ExactWeights::~ExactWeights() { exact_weights = false; }
+
+std::string rearranged(const llama_model * model) {
+    std::set<std::string> names;
+    for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
+        if (tensor->buffer && !ggml_backend_buffer_is_host(tensor->buffer)) {
+            names.insert(ggml_backend_buffer_name(tensor->buffer));
+        }
+    }
+    std::string all;
+    for (const std::string & name : names) {
+        all += (all.empty() ? "" : "+") + name;
+    }
+    return all;
+}
 
 std::string make_exact(llama_context * ctx) {
 #ifdef TRIOLLAMA_WRAPS_PRODUCTS
@@ -44,6 +111,12 @@ std::string make_exact(llama_context * ctx) {
         const ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
         if (!ggml_backend_is_cpu(backend)) {
             return std::string("backend ") + ggml_backend_name(backend) + " rounds as it likes";
+        }
+    }
+    for (const auto & [name, tensor] : llama_internal_get_tensor_map(&ctx->get_model())) {
+        if (tensor->buffer && !rounds_each_row_alone(ggml_backend_buffer_get_type(tensor->buffer))) {
+            return std::string(ggml_backend_buffer_name(tensor->buffer)) + ", as which " + name +
+                   " is loaded, rounds rows together; load the Model with repack=\"exact\"";
         }
     }
     for (int i = 0; i < n; i++) {

@@ -8,6 +8,7 @@
 #include "guards/abort.hpp"
 #include "guards/errors.hpp"
 #include "guards/fault.hpp"
+#include "llama/exact.hpp"
 #include "llama/gguf_check.hpp"
 
 #include "llama-context.h"
@@ -16,6 +17,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
 
 namespace triollama::native {
@@ -73,7 +75,7 @@ void check_graph(ggml_cgraph * graph) {
 
 }  // namespace
 
-llama_model * load_model(ModelFiles & files, const std::string & path, const llama_model_params & params) {
+llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact) {
     files.open(path);
     for (const std::string & part : check_model(path, !params.vocab_only, params.kv_overrides)) {
         if (part != path) {
@@ -83,6 +85,10 @@ llama_model * load_model(ModelFiles & files, const std::string & path, const lla
     llama_model_ptr model;
     {
         const MappingScope mapping = files.mapping();
+        std::optional<ExactWeights> weights;
+        if (exact) {
+            weights.emplace(params);
+        }
         AbortScope aborts;
         aborts.enter();
         FaultScope faults;

@@ -16,7 +16,7 @@ cdef extern from "llama/gguf_check.hpp" namespace "triollama::native" nogil:
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_model * load_model(
-        ModelFiles & files, const string & path, const llama.llama_model_params & params
+        ModelFiles & files, const string & path, llama.llama_model_params params, cpp_bool exact
     ) except +raise_native_error
 
 cdef dict _SPLIT_MODES = {
@@ -25,6 +25,7 @@ cdef dict _SPLIT_MODES = {
     "row": <int>llama.LLAMA_SPLIT_MODE_ROW,
     "tensor": <int>llama.LLAMA_SPLIT_MODE_TENSOR,
 }
+cdef dict _REPACK = {False: 0, True: 1, "exact": 2}
 
 
 cdef struct LoadProgress:
@@ -171,7 +172,8 @@ cdef class Model(Owner):
         the page cache (excludes use_mmap).
     vocab_only: load the vocabulary alone; such a model cannot make contexts.
     check_tensors: validate all weights while loading (slower).
-    repack: rearrange weights in memory for speed (CPU); training needs False.
+    repack: rearrange weights in memory for speed (CPU); training needs False. "exact" does so only
+        where products still round each row by itself (AMX), as contexts with exact=True need.
     progress: called with a float from 0 to 1, from the loading thread; returning False cancels.
 
     Raises ModelNotFoundError, ModelFormatError, LoadCancelled, OutOfMemoryError, ParameterError,
@@ -194,14 +196,15 @@ cdef class Model(Owner):
         direct_io: bool = False,
         vocab_only: bool = False,
         check_tensors: bool = False,
-        repack: bool = True,
+        repack: bool | str = True,
         progress=None,
     ):
         self.begin()
         cdef bytes raw_path = path_bytes("path", path)
         self.path = os.fsdecode(raw_path)
         self.vocab_only = vocab_only
-        self.repacked = repack
+        cdef int rearrange = check_choice("repack", repack, _REPACK)
+        self.repacked = rearrange
         self.overrides = {}
 
         cdef llama.llama_model_params params = llama.llama_model_default_params()
@@ -213,7 +216,7 @@ cdef class Model(Owner):
         params.load_mode = load_mode(use_mmap and not direct_io, use_mlock, direct_io)
         params.vocab_only = vocab_only
         params.check_tensors = check_tensors
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = rearrange != 0
 
         cdef vector[ggml.ggml_backend_dev_t] device_list
         if devices is not None:
@@ -285,7 +288,7 @@ cdef class Model(Owner):
         begin_call()
         try:
             with nogil:
-                self.ptr = load_model(dereference(self.files), c_path, params)
+                self.ptr = load_model(dereference(self.files), c_path, params, rearrange == 2)
                 if self.ptr != NULL:
                     check_vocab(llama.llama_model_get_vocab(self.ptr))
         except (OutOfMemoryError, ParameterError):

@@ -3,7 +3,7 @@ cdef class Model(Owner):
     cdef ModelFiles * files     # what it was loaded from
     cdef readonly str path
     cdef readonly bint vocab_only
-    cdef readonly bint repacked         # weights may be repacked for speed: not for training
+    cdef readonly bint repacked         # weights may be rearranged for speed: not for training
     cdef int n_gpu_layers_
     cdef dict metadata_
     cdef bytes fingerprint_
@@ -38,6 +38,7 @@ cdef class Context(Owner):
     cdef bint causal_
     cdef int views                      # numpy arrays that show our output buffers
     cdef AbortFlag abort_flag
+    cdef str kernels_
     cdef str no_shift                   # why positions cannot be moved; empty if they can
     cdef vector[int32_t] output_rows    # batch indices that have an output, of the last decode
     cdef int last_n_tokens
@@ -51,6 +52,7 @@ cdef class Context(Owner):
     cdef int enter_to_read(self) except -1
     cdef int compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
+    cdef int line_up(self, int seq_id) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1

@@ -2,7 +2,7 @@
 # tests/typing compares this with the extension and with the rooms' own signatures.
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ class Model(Owner):
         direct_io: bool = False,
         vocab_only: bool = False,
         check_tensors: bool = False,
-        repack: bool = True,
+        repack: bool | Literal["exact"] = True,
         progress: Callable[[float], object] | None = None,
     ) -> None: ...
     def close(self) -> None: ...
@@ -191,6 +191,8 @@ class Context(Owner):
     def kv_unified(self) -> bool: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def kernels(self) -> str: ...
     @property
     def swa_full(self) -> bool: ...
     @property

@@ -524,6 +524,8 @@ class Llama:
     ) -> list[Conversation]:
         """Open the conversations of a file, or those with ``ids``; all of them or, on error, none.
 
+        In deterministic mode they go on token for token, unless other kernels computed them than
+        these: then the log has a warning, and their KV is computed again.
         on_mismatch: "recompute" takes messages alone from a file of another model, and computes
             what damaged KV would have held. KV of another kind of context is computed again anyway.
         replace: close open conversations of the same ids instead of raising ParameterError;

@@ -68,10 +68,12 @@ async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
     return n * (N_PROMPT + n_gen) / (time.perf_counter() - start)
 
 
-def batched_bench_command(n: int, rounds: int) -> list[str]:
+def batched_bench_command(
+    n: int, rounds: int, n_prompt: int = N_PROMPT, n_gen: int = N_GEN
+) -> list[str]:
     return [
         str(tool("llama-batched-bench")), "--model", str(default_model()),
-        "-npp", str(N_PROMPT), "-ntg", str(N_GEN),
+        "-npp", str(n_prompt), "-ntg", str(n_gen),
         "-npl", ",".join([str(n)] * rounds), "--ctx-size", str(2048 * 16), "--kv-unified",
         "--ubatch-size", str(N_UBATCH),
         "--threads", str(THREADS), "--threads-batch", str(THREADS), "--output-format", "jsonl",
@@ -80,14 +82,22 @@ def batched_bench_command(n: int, rounds: int) -> list[str]:
 
 def batched_bench(n: int) -> float:
     """Upstream's tokens a second for the same shape. It samples nothing."""
-    command = batched_bench_command(n, ROUNDS)
+    return upstream_speed(batched_bench_command(n, ROUNDS), "speed")
+
+
+def batched_bench_reading() -> float:
+    """Upstream's for the prompt of ``reading``."""
+    return upstream_speed(batched_bench_command(1, ROUNDS, JOINING, 1), "speed_pp")
+
+
+def upstream_speed(command: list[str], key: str) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
         raise RuntimeError(
             f"llama-batched-bench ended with {done.returncode}: {done.stderr[-900:]}"
         )
-    return statistics.median(float(json.loads(line)["speed"]) for line in lines)
+    return statistics.median(float(json.loads(line)[key]) for line in lines)
 
 
 def figures(options: Options) -> Iterator[Figure]:
@@ -155,20 +165,27 @@ def in_trio(action: Callable[[Any], Any], **options: Any) -> Any:
 
 
 def against_upstream(options: Options) -> Iterator[Figure]:
-    if not options.wants(*(f"streams.{n}_over_batched_bench" for n in STREAMS)):
-        return
     # Both are timed inside, so that loading does not count; neither is there while the other runs.
-    for n in STREAMS:
-        name = f"streams.{n}_over_batched_bench"
-        if not options.wants(name):
-            continue
-        pairs = interleave(
-            functools.partial(in_trio, functools.partial(warmed, n=n)),
-            functools.partial(batched_bench, n),
-            options.repeats_or(7),
-        )
-        note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
-        yield pairs.ratio(name, target=0.95, note=note)
+    rows: list[tuple[str, Callable[[Any], Any], Callable[[], float]]] = [
+        *(
+            (str(n), functools.partial(warmed, n=n), functools.partial(batched_bench, n))
+            for n in STREAMS
+        ),
+        ("prefill", reading, batched_bench_reading),
+    ]
+    for deterministic, suffix in ((False, ""), (True, "_exact")):
+        for what, action, upstream in rows:
+            name = f"streams.{what}{suffix}_over_batched_bench"
+            if not options.wants(name):
+                continue
+            pairs = interleave(
+                functools.partial(in_trio, action, deterministic=deterministic),
+                upstream,
+                options.repeats_or(7),
+            )
+            ours, theirs = statistics.median(pairs.a), statistics.median(pairs.b)
+            target = None if deterministic else 0.95
+            yield pairs.ratio(name, target=target, note=f"{ours:.0f} against {theirs:.0f} tok/s")
 
 
 async def spin(seconds: float = 0.001) -> None:

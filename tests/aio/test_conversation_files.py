@@ -201,7 +201,9 @@ def test_another_model(llama_model: Path, tiny: Any, tmp_path: Path) -> None:
     run(load)
 
 
-def test_kv_of_another_context_or_damaged(llama_model: Path, tmp_path: Path) -> None:
+def test_kv_of_another_context_or_damaged(
+    llama_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "chats.json"
     answer: list[Any] = []
 
@@ -220,6 +222,22 @@ def test_kv_of_another_context_or_damaged(llama_model: Path, tmp_path: Path) -> 
                 assert reply.usage.cached_tokens == 0
                 if "max_streams" in options:
                     assert reply.tokens == answer[0]
+
+    async def other_kernels() -> None:
+        async with opened(llama_model) as llama:
+            await llama.restore(path)
+            assert "kernels" not in caplog.text
+        document = load_document(path)
+        context = msgspec.structs.replace(document.context, kernels="some other machine's")
+        elsewhere = tmp_path / "elsewhere.json"
+        save_document(elsewhere, msgspec.structs.replace(document, context=context))
+        kv_folder(path).rename(kv_folder(elsewhere))
+        async with opened(llama_model) as llama:
+            assert document.context.kernels == llama._core.engine.layout.kernels
+            (chat,) = await llama.restore(elsewhere)
+            assert "some other machine's" in caplog.text
+            assert (await chat.say("More")).tokens == answer[0]
+        kv_folder(elsewhere).rename(kv_folder(path))
 
     async def damaged() -> None:
         (name,) = os.listdir(kv_folder(path))
@@ -242,6 +260,7 @@ def test_kv_of_another_context_or_damaged(llama_model: Path, tmp_path: Path) -> 
 
     run(save)
     run(other_context)
+    run(other_kernels)
     run(damaged)
 
 

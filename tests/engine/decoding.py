@@ -37,7 +37,7 @@ class Driver:
             "exact": deterministic,
             **{name: options.pop(name) for name in list(options) if name in context_names},
         }
-        self.model = engine.Model(path, repack=not deterministic)
+        self.model = engine.Model(path, repack="exact" if deterministic else True)
         self.context = engine.Context(self.model, n_batch=settings["n_ubatch"], **settings)
         self.decoder = engine.Decoder(
             self.context,
@@ -168,7 +168,7 @@ def reference(
 ) -> list[int]:
     """Greedy tokens by Context and numpy alone: the prompt in chunks, then one by one."""
     out: list[int] = []
-    with engine.Model(path, repack=False) as model, ExitStack() as stack:
+    with engine.Model(path, repack="exact") as model, ExitStack() as stack:
         context = engine.Context(
             model, n_ctx=256, n_seq_max=1, n_batch=64, n_ubatch=64, n_threads=1,
             kv_unified=False, flash_attn="off", exact=True,

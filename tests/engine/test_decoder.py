@@ -86,7 +86,7 @@ def test_logprobs_are_the_models_own(driver: Driver, path: Path) -> None:
         driver.news()
     _, tokens, scores, _ = piece
     with (
-        engine.Model(path, repack=False) as model,
+        engine.Model(path, repack="exact") as model,
         engine.Context(
             model,
             n_ctx=256,

@@ -172,7 +172,7 @@ def test_a_control_vector_acts_as_on_a_context(path: Path) -> None:
             with pytest.raises(ParameterError):
                 driver.decoder.define_adapters(2, control=wrong)  # type: ignore[arg-type]
     assert steered != bare
-    with engine.Model(path, repack=False) as model:
+    with engine.Model(path, repack="exact") as model:
         options: dict[str, Any] = {
             "n_threads": 1, "flash_attn": "off", "n_outputs_max": 64, "kv_unified": False,
             "exact": True,

@@ -344,6 +344,46 @@ def test_k14_a_blob_goes_on_bit_equal_in_another_context_of_another_size(rig: Ri
         assert np.array_equal(continuation(context, rig, sequence=2, start=70), original)
 
 
+def test_k14_in_exact_contexts_whatever_a_window_has_passed(windowed: Rig) -> None:
+    exact = {**SEPARATE, "exact": True}
+    with windowed.context(**exact) as context, windowed.context(**exact, n_ctx=1024) as other:
+        for length in (*range(17, 60), 300):
+            feed(context, windowed.text[:length], start=0)
+            blob = engine.save_sequence(context, 0)
+            whole = engine.save_context(context)
+            original = continuation(context, windowed, sequence=0, start=length)
+            engine.load_sequence(other, blob, 2)
+            found = continuation(other, windowed, sequence=2, start=length)
+            assert np.array_equal(found, original), length
+            engine.load_context(context, whole)
+            found = continuation(context, windowed, sequence=0, start=length)
+            assert np.array_equal(found, original), length
+            # Other than K17 says of the rest: back to anywhere.
+            engine.load_sequence(context, blob, 1)
+            assert context.memory.can_continue_at(1, 5)
+            context.memory.seq_rm(1, 5)
+            again = feed(context, windowed.text[5:length], sequence=1, start=5)
+            context.memory.clear()
+            assert np.array_equal(again, feed(context, windowed.text[:length]))
+            context.memory.clear()
+
+
+def test_k18_in_exact_contexts_a_move_leaves_no_hole(windowed: Rig) -> None:
+    with windowed.context(**SEPARATE, exact=True) as context:
+        found = []
+        for roundtrip in (False, True):
+            feed(context, windowed.text[:50])
+            if roundtrip:
+                engine.load_sequence(context, engine.save_sequence(context, 0), 0)
+            context.memory.seq_rm(0, 5, 28)
+            context.memory.seq_add(0, 28, None, -23)
+            if roundtrip:
+                engine.load_sequence(context, engine.save_sequence(context, 0), 0)
+            found.append(continuation(context, windowed, sequence=0, start=27))
+            context.memory.clear()
+    assert np.array_equal(*found)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -351,8 +391,9 @@ def test_k14_a_blob_goes_on_bit_equal_in_another_context_of_another_size(rig: Ri
         {"kv_unified": False, "flash_attn": "on"},
         {**SEPARATE, "type_k": "q8_0"},
         {**SEPARATE, "n_seq_max": 2},
+        {**SEPARATE, "exact": True},
     ],
-    ids=["kv_unified", "flash_attn", "type_k", "n_seq_max"],
+    ids=["kv_unified", "flash_attn", "type_k", "n_seq_max", "exact"],
 )
 def test_k15_a_blob_of_another_layout_is_refused_and_changes_nothing(
     windowed: Rig, other: dict[str, Any]

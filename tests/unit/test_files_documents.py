@@ -193,6 +193,7 @@ def test_keys_tell_apart_what_may_not_be_shared() -> None:
         kv_key(bytes(32), other(settings, type_v="q8_0")),
         kv_key(bytes(32), other(settings, flash_attn="off")),
         kv_key(bytes(32), other(settings, deterministic=True)),
+        kv_key(bytes(32), other(settings, deterministic=True, kernels="x")),
         kv_key(bytes(32), other(settings, kv_unified=False)),
         kv_key(bytes(32), other(settings, kv_unified=False, n_seq_max=2)),
         kv_key(bytes(32), settings, [one]),
@@ -202,6 +203,7 @@ def test_keys_tell_apart_what_may_not_be_shared() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert kv_key(bytes(32), other(settings, n_ctx=1024, n_seq_max=9)) == keys[0]
+    assert kv_key(bytes(32), other(settings, kernels="x")) == keys[0]
     assert adapters_key([one, two]) == adapters_key([two, one])
     assert tokens_key([1, 2]) != tokens_key([2, 1])
     assert tokens_key([1, 2]) == tokens_key((1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,8 +27,11 @@ __all__ = [
     "is_data",
     "saved_conversation",
     "settings_of",
+    "tell_of_other_kernels",
     "to_saved",
 ]
+
+_log = logging.getLogger("triollama.conversation")
 
 
 def settings_of(layout: Layout, n_ctx: int, *, deterministic: bool) -> files.ContextSettings:
@@ -42,7 +46,19 @@ def settings_of(layout: Layout, n_ctx: int, *, deterministic: bool) -> files.Con
         swa_full=layout.swa_full,
         flash_attn=layout.flash_attn,
         deterministic=deterministic,
+        kernels=layout.kernels,
     )
+
+
+def tell_of_other_kernels(here: files.ContextSettings, saved: files.ContextSettings) -> None:
+    """Logs where nobody can promise that conversations go on token for token."""
+    if here.deterministic and saved.deterministic and here.kernels != saved.kernels:
+        _log.warning(
+            "the conversations were computed by other kernels (%s) than these (%s): their KV is "
+            "computed again, and where two tokens are nearly equal they may go on with another",
+            saved.kernels or "not recorded",
+            here.kernels,
+        )
 
 
 def document_of(

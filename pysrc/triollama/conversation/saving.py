@@ -26,7 +26,7 @@ from ..files.store import real_path
 from .conversation import Conversation
 from .plan import Overflow
 from .registry import Conversations
-from .saved import checked_state, document_of, settings_of
+from .saved import checked_state, document_of, settings_of, tell_of_other_kernels
 
 __all__ = ["autosave", "restore", "save"]
 
@@ -169,6 +169,7 @@ async def restore(
             else await trio.to_thread.run_sync(files.load_document, path)
         )
     same = files.check_model(document.model, await chats.core.engine.fingerprint(), on_mismatch)
+    tell_of_other_kernels(settings(chats), document.context)
     chosen = [one for one in document.conversations if wanted is None or one.id in wanted]
     if wanted is not None and len(chosen) < len(wanted):
         missing = wanted - {one.id for one in chosen}

@@ -310,7 +310,7 @@ async def load(
                 models.resolve(path),
                 n_gpu_layers=n_gpu_layers,
                 progress=on_progress,
-                **{"repack": not deterministic, **model_options},
+                **{"repack": "exact" if deterministic else True, **model_options},
             )
         except LoadCancelled:
             if interruption is not None:

@@ -80,6 +80,10 @@ class Layout(Protocol):
     def swa_full(self) -> bool: ...
     @property
     def flash_attn(self) -> Any: ...
+    @property
+    def kernels(self) -> str:
+        """On what the last bits of its numbers depend."""
+        ...
 
 
 class Sampler(Protocol):

@@ -136,7 +136,10 @@ class ModelIdentity(Saved, frozen=True, kw_only=True):
 
 
 class ContextSettings(Saved, frozen=True, kw_only=True):
-    """The settings that a conversation's tokens were computed with."""
+    """The settings that a conversation's tokens were computed with.
+
+    In deterministic mode it goes on token for token where ``kernels`` is the same.
+    """
 
     n_ctx: Count = 0
     n_ubatch: Count = 0
@@ -148,6 +151,7 @@ class ContextSettings(Saved, frozen=True, kw_only=True):
     flash_attn: Literal["auto", "on", "off"] = "auto"
     threads: Count = 0
     deterministic: bool = False
+    kernels: str = ""
 
 
 class SavedAdapter(Saved, frozen=True, kw_only=True):

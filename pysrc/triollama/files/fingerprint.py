@@ -69,7 +69,7 @@ def kv_key(
 
     Besides model and adapters it is what decides the layout of llama.cpp's blobs: their types,
     flash attention, separate or unified cache, and the number of sequences in a separate one; and
-    whether the products are exact, on which their bits depend.
+    in deterministic mode, where bits are promised, the kernels.
     """
     check_kind("fingerprint", fingerprint, bytes)
     check_kind("settings", settings, ContextSettings)
@@ -80,7 +80,7 @@ def kv_key(
         settings.flash_attn,
         settings.kv_unified,
         0 if settings.kv_unified else settings.n_seq_max,
-        *(["exact"] if settings.deterministic else []),
+        *([settings.kernels] if settings.deterministic else []),
     )
     digest.update(repr(layout).encode())
     digest.update(adapters_key(adapters))

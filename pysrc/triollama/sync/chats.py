@@ -13,7 +13,7 @@ from .._engine import Context, Sampler, Vocab
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..conversation.choices import OnCancel, check_policy, checked_id, given
 from ..conversation.plan import Overflow, check_overflow
-from ..conversation.saved import checked_state, document_of, settings_of
+from ..conversation.saved import checked_state, document_of, settings_of, tell_of_other_kernels
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError, StateMismatchError, UnsupportedError
@@ -117,6 +117,9 @@ class Chats:
             title=title,
         )
 
+    def _settings(self) -> files.ContextSettings:
+        return settings_of(self.context, self.context.n_ctx, deterministic=self.context.exact)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -124,8 +127,7 @@ class Chats:
         format: Literal["json", "msgpack"] = "json",
     ) -> files.Document:
         """See ``Llama.save``."""
-        context = self.context
-        settings = settings_of(context, context.n_ctx, deterministic=context.exact)
+        context, settings = self.context, self._settings()
         given: list[Any] = list(conversations)
         for one in given:
             if not isinstance(one, Conversation) or one._house is not self:
@@ -154,6 +156,7 @@ class Chats:
                 raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
         document = source if isinstance(source, files.Document) else files.load_document(source)
         same = files.check_model(document.model, self.context.model.fingerprint, on_mismatch)
+        tell_of_other_kernels(self._settings(), document.context)
         wanted = None if ids is None else set(ids)
         missing = (wanted or set()) - {one.id for one in document.conversations}
         if missing:

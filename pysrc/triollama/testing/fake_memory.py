@@ -136,6 +136,7 @@ class FakeLayout:
     kv_unified = False
     swa_full = True
     flash_attn = "off"
+    kernels = "fake"
 
     def __init__(self, n_seq_max: int) -> None:
         self.n_seq_max = n_seq_max

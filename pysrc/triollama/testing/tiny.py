@@ -25,6 +25,8 @@ from .tiny_shape import (
     ATTENDING,
     DTYPES,
     ENCODERS,
+    N_EXPERT,
+    N_EXPERT_USED,
     ROPE_SCALINGS,
     Shape,
     check_rope,
@@ -63,7 +65,8 @@ def make_tiny_model(
 ) -> Path:
     """Write a random model to ``path`` (a GGUF file) and return the path.
 
-    ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, qwen2, qwen3, phi3), with
+    ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, qwen2, qwen3, phi3), with a
+    mixture of experts (qwen3moe: of 4, each token takes 2, half as wide as ``n_ff``), with
     sliding-window layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba: odd
     layers attend); or of :data:`ENCODERS` (bert: positions are learned, up to ``n_ctx``; pools by
     the mean). ``seed`` decides the weights, each tensor by itself: changing ``dtype`` or
@@ -146,6 +149,10 @@ def make_tiny_model(
         _add_mixer_keys(w, shape, sliding_window, swa_pattern)
         if a.mixer in ATTENDING:
             w.add_feed_forward_length(n_ff)
+        if a.experts:
+            w.add_expert_count(N_EXPERT)
+            w.add_expert_used_count(N_EXPERT_USED)
+            w.add_expert_feed_forward_length(shape.n_ff_expert)
         if a.mixer == "attention":
             w.add_rope_freq_base(rope_base)
             _add_rope_scaling(w, rope_scaling, rope_factor, rope_original_ctx)

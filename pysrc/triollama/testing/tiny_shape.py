@@ -14,6 +14,8 @@ __all__ = [
     "ATTENDING",
     "DTYPES",
     "ENCODERS",
+    "N_EXPERT",
+    "N_EXPERT_USED",
     "ROPE_SCALINGS",
     "Arch",
     "Shape",
@@ -38,6 +40,7 @@ class Arch(NamedTuple):
     post_norm: bool = False
     window: bool = False  # has sliding-window layers
     scaled_embedding: bool = False  # the graph multiplies embeddings by sqrt(n_embd)
+    experts: bool = False  # a router, and feed-forward layers of which each token takes some
     # or mamba, mamba2, jamba (mamba and attention in turn), encoder (attention both ways)
     mixer: str = "attention"
 
@@ -46,6 +49,7 @@ ARCHS: dict[str, Arch] = {
     "llama": Arch("llama", own_head_dim=True),
     "qwen2": Arch("qwen", tied=True, qkv_bias=True),
     "qwen3": Arch("qwen", tied=True, own_head_dim=True, qk_norm=True),
+    "qwen3moe": Arch("qwen", tied=True, own_head_dim=True, qk_norm=True, experts=True),
     "gemma2": Arch(
         "gemma", tied=True, own_head_dim=True, post_norm=True, window=True, scaled_embedding=True
     ),
@@ -74,6 +78,8 @@ MOST_WEIGHTS = 2**30
 """In all layers; more would take minutes, and gigabytes."""
 
 ATTENDING = ("attention", "jamba", "encoder")
+N_EXPERT = 4
+N_EXPERT_USED = 2
 
 
 class Shape(NamedTuple):
@@ -94,6 +100,10 @@ class Shape(NamedTuple):
     @property
     def dt_rank(self) -> int:  # for mamba2: the number of heads
         return max(self.n_embd // 16, 1)
+
+    @property
+    def n_ff_expert(self) -> int:
+        return max(self.n_ff // N_EXPERT_USED, 1)
 
     def is_recurrent(self, layer: int) -> bool:
         if self.a.mixer == "jamba":
@@ -144,6 +154,8 @@ def check_shape(
     rows = [("n_embd", n_embd), ("n_ff", n_ff)]
     if a.mixer in ATTENDING:
         rows.append(("n_head * head_dim", n_head * head_dim))
+    if a.experts:
+        rows.append(("n_ff / 2", n_ff // N_EXPERT_USED))
     for label, width in rows:
         if width % block:
             raise ParameterError(f"{dtype} wants {label} to be a multiple of {block}, not {width}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .tiny_shape import Shape
+from .tiny_shape import N_EXPERT, Shape
 from .tiny_vocab import BYTE, NORMAL, TinyVocab
 
 __all__ = ["D_CONV", "D_STATE", "Tensors", "add_encoder", "add_tensors", "llama3_factors"]
@@ -46,6 +46,10 @@ class Tensors:
     def matrix(self, name: str, n_out: int, n_in: int, gain: float) -> None:
         """A projection whose outputs have ``gain`` times the deviation of its inputs."""
         self.weight(name, self.draw(name, (n_out, n_in), gain / math.sqrt(n_in)))
+
+    def matrices(self, name: str, n: int, n_out: int, n_in: int, gain: float) -> None:
+        """So many of them, in one tensor."""
+        self.weight(name, self.draw(name, (n, n_out, n_in), gain / math.sqrt(n_in)))
 
     def vector(self, name: str, n: int, std: float, mean: float = 0.0) -> None:
         self.exact(name, self.draw(name, (n,), std, mean))
@@ -167,6 +171,13 @@ def _add_attention(t: Tensors, s: Shape, block: str) -> None:
 
 def _add_feed_forward(t: Tensors, s: Shape, block: str) -> None:
     t.vector(block + "ffn_norm.weight", s.n_embd, 0.1, 1.0)
+    if s.a.experts:
+        router = block + "ffn_gate_inp.weight"
+        t.exact(router, t.draw(router, (N_EXPERT, s.n_embd), 2.0 / math.sqrt(s.n_embd)))
+        t.matrices(block + "ffn_gate_exps.weight", N_EXPERT, s.n_ff_expert, s.n_embd, 1.5)
+        t.matrices(block + "ffn_up_exps.weight", N_EXPERT, s.n_ff_expert, s.n_embd, 1.5)
+        t.matrices(block + "ffn_down_exps.weight", N_EXPERT, s.n_embd, s.n_ff_expert, _FFN_GAIN)
+        return
     if s.a.fused:
         t.matrix(block + "ffn_up.weight", 2 * s.n_ff, s.n_embd, 1.5)
     else:
