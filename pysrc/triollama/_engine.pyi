@@ -2,7 +2,7 @@
 # tests/typing compares this with the extension and with the rooms' own signatures.
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ class Model(Owner):
         direct_io: bool = False,
         vocab_only: bool = False,
         check_tensors: bool = False,
-        repack: bool | Literal["exact"] = True,
+        repack: bool | str = True,
         progress: Callable[[float], object] | None = None,
     ) -> None: ...
     def close(self) -> None: ...

@@ -630,12 +630,20 @@ def test_forks_go_their_own_ways(path: Path, deterministic: bool) -> None:
             assert driver.run(history + tail, commit=n) == got[s]
 
 
-@pytest.mark.parametrize(("deterministic", "held"), [(False, 2 * CHUNK), (True, 0)])
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ({"deterministic": False}, 2 * CHUNK),
+        ({"deterministic": True}, 2 * CHUNK),
+        ({"deterministic": False, "kv_unified": False}, 0),
+    ],
+)
 def test_a_fork_of_a_part_holds_it_if_the_window_allows(
-    path: Path, deterministic: bool, held: int
+    path: Path, options: dict[str, Any], held: int
 ) -> None:
-    # Shared cells can be cut anywhere; a copy holds the window before the end only (K17).
-    with driving(path, deterministic=deterministic) as driver:
+    # Shared cells can be cut anywhere, and so can an exact copy; others hold the window before the
+    # end only (K17).
+    with driving(path, **options) as driver:
         root, branch = driver.decoder.make_sequence(), driver.decoder.make_sequence()
         driver.finish(driver.start(prompt(1), sequence=root))
         reply = driver.answer(driver.decoder.fork_sequence(root, branch, 2 * CHUNK))

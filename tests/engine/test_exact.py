@@ -499,7 +499,7 @@ def test_it_says_what_it_needs(tiny: Any) -> None:
         with pytest.raises(UnsupportedError, match="repack"):
             Context(model, n_ctx=64, exact=True, **settings)
     with pytest.raises(ParameterError, match="repack"):
-        Model(tiny("llama"), repack="amx")  # type: ignore[arg-type]
+        Model(tiny("llama"), repack="amx")
 
 
 def main(folder: Path) -> None:
