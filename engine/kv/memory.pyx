@@ -145,7 +145,7 @@ cdef class Memory:
                 llama.llama_memory_seq_add(self.context.mem, s, a, b, d)
             self.context.settle_memory()
             if self.context.exact:
-                self.context.line_up(s)
+                self.context.order_cells(s)
         finally:
             self.context.leave()
 

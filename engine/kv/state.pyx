@@ -14,6 +14,7 @@ import struct
 import zlib
 
 from checksum cimport state_checksum
+from insides cimport sequence_state
 
 _HEADER = struct.Struct("<4sII32sQI")
 _MAGIC = b"TLKV"
@@ -162,8 +163,9 @@ cdef int unpack_state(Context context, object blob, int kind, int seq_id) except
                 "the state could not be restored: the cache has too few free cells, and the"
                 " sequence is empty now", code=1, log=native_problem())
         if kind == _KIND_CONTEXT and context.exact:
-            for seq_id in range(context.n_seq_max):     # else what comes next would fill cells that a window passed
-                context.line_up(seq_id)
+            # Else what comes next would fill cells that a window has passed.
+            for seq_id in range(context.n_seq_max):
+                context.order_cells(seq_id)
     finally:
         context.leave()
     return 0

@@ -2,7 +2,7 @@
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
 from insides cimport (
-    AbortFlag, line_up, make_exact, rearranged, sequence_state, settle, why_no_cache, why_no_shift)
+    AbortFlag, line_up, make_exact, rearranged, settle, why_no_cache, why_no_shift)
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_context * make_context(
@@ -558,7 +558,7 @@ cdef class Context(Owner):
             flush_log()
         return 0
 
-    cdef int line_up(self, int seq_id) except -1:
+    cdef int order_cells(self, int seq_id) except -1:
         """Its cells in a row, with nothing between them: see kv/insides.hpp."""
         try:
             with nogil:

@@ -52,7 +52,7 @@ cdef class Context(Owner):
     cdef int enter_to_read(self) except -1
     cdef int compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
-    cdef int line_up(self, int seq_id) except -1
+    cdef int order_cells(self, int seq_id) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1
