@@ -50,7 +50,7 @@ def test_the_tutorial(
     for kind, text in blocks("tutorial.md"):
         kinds.add(kind)
         if kind == "python":
-            exec(compile(text, "docs/tutorial.md", "exec"), names)
+            exec(compile(text, "docs/tutorial.md", "exec", dont_inherit=True), names)
         elif kind == "console":
             for line in text.splitlines():
                 said, _, command = line.removeprefix("$ ").rpartition(" | ")
