@@ -22,7 +22,7 @@ import trio
 
 from .. import files, params, tuning
 from .. import llama as facade
-from ..conversation import Conversation as Chat
+from ..conversation.conversation import Conversation as Chat
 from ..engine.protocol import Model, Vocab
 from ..errors import ClosedError, ParameterError
 from ..serving import open_llama

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -122,8 +122,7 @@ def check_policy(on_cancel: Any) -> OnCancel:
             parameter="on_cancel",
             value=on_cancel,
         )
-    policy: OnCancel = on_cancel
-    return policy
+    return cast(OnCancel, on_cancel)
 
 
 def checked_id(id: str | None) -> str:

@@ -135,7 +135,8 @@ def _together(
         context.encode(batch)
     if not in_pieces:
         return [context.sequence_embedding(at, copy=True) for at in range(len(texts))]
-    rows, at = [], 0
+    rows: list[npt.NDArray[np.float32]] = []
+    at = 0
     for tokens in texts:
         if pooling == "mean":
             every = [context.token_embedding(at + i, copy=True) for i in range(len(tokens))]
