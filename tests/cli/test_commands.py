@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,22 @@ def test_bench(command: Any, tiny: Any) -> None:
     found = json.loads(out)
     assert status == 0 and found["read_per_second"] > 0 and found["written_per_second"] > 0
     assert "a second" in command("bench", "-m", tiny("llama"), "--prompt", "9", "--new", "4")[1]
+
+
+def test_a_server(command: Any, tiny: Any) -> None:
+    pytest.importorskip("h11", reason="the extra server")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triollama", "serve", str(tiny("llama")), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[-1]
+    with urllib.request.urlopen(f"{address}/health") as reply:
+        assert reply.status == 200
+    process.terminate()
+    assert process.wait() == 0, process.communicate()
+    status, _, err = command("serve", "--port", "x")
+    assert status == 2 and "--port" in err
 
 
 def test_converting(command: Any, tiny: Any, tmp_path: Path) -> None:

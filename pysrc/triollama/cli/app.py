@@ -11,7 +11,7 @@ from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
 from ..errors import TriollamaError
-from . import chat, looking, text, tuning
+from . import chat, looking, serving, text, tuning
 
 __all__ = ["app", "run"]
 
@@ -42,8 +42,9 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    text.run, chat.chat, looking.inspect, looking.models, looking.bench, *tuning.COMMANDS
-):  # fmt: skip
+    *(text.run, chat.chat, serving.serve, looking.inspect, looking.models, looking.bench),
+    *tuning.COMMANDS,
+):
     app.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""``python -m triollama.server MODEL``: serve a model over HTTP."""
+"""``triollama serve MODEL``, or ``python -m triollama.server``: serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Its options."""
     parser = argparse.ArgumentParser(
-        prog="python -m triollama.server",
+        prog="triollama serve",
         description="Serve a model over HTTP, for clients of OpenAI's and Anthropic's APIs.",
         epilog=f"An API key is taken from the environment ({KEY}): others can see arguments.",
     )
     add = parser.add_argument
-    add("model", nargs="?", type=Path, help="a GGUF file; default: the embedded model")
+    add("model", nargs="?", type=Path, help="a GGUF file, or a name as for other commands")
     add("--host", default="127.0.0.1", help="default: %(default)s; others need an API key")
     add("--port", type=int, default=8080, help="default: %(default)s; 0 takes a free one")
     add("--name", help="what clients call the model; default: its file's name")
