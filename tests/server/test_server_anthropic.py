@@ -106,7 +106,8 @@ def test_an_answer_that_was_begun_goes_on() -> None:
         ({"messages": [{"role": "system", "content": "x"}]}, r"messages\[0\].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
         ({"temperature": -1}, "temperature"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools"),
+        ({"tools": [], "tool_choice": {"type": "any"}}, "tool_choice"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(changes: Any, words: str) -> None:

@@ -19,6 +19,7 @@ from ..errors import (
     ParameterError,
     QueueFullError,
     StateError,
+    StateFormatError,
     StateWriteError,
     TokenError,
     UnsupportedError,
@@ -65,6 +66,8 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(507, "the conversation cannot be saved, so this turn has not happened")
         case _ if isinstance(error, _BAD):
             return Fault(400, why, param=getattr(error, "parameter", "") or "")
+        case StateFormatError():
+            return Fault(400, why, param="messages")
         case StateError():
             return Fault(409, why, code="state")
         case trio.BusyResourceError() | BusyError():

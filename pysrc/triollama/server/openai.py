@@ -18,9 +18,9 @@ import msgspec
 import trio
 from msgspec import Meta
 
-from ..answers import structured
+from ..answers import ToolChoice, structured
 from ..params import GenerationParams
-from ..results import Completion, TokenLogprob, Usage
+from ..results import Completion, TokenLogprob, ToolCall, Usage
 from ..streams.stream import Piece, Stream
 from .events import Events, event
 from .faults import Fault
@@ -46,7 +46,7 @@ _ENDS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 # Of GenerationParams, what a request may not choose, or has other names for.
 _OURS = frozenset(GenerationParams.__struct_fields__) - {
-    "threads", "batch_threads", "embeddings", "logprobs",
+    "threads", "batch_threads", "embeddings", "logprobs", "reasoning",
 }  # fmt: skip
 
 
@@ -91,6 +91,9 @@ class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] = 0
     response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     modalities: list[Literal["text"]] = []
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -209,7 +212,7 @@ class OpenAI:
             ours["max_tokens"] = asked.max_completion_tokens
         changes: dict[str, Any] = {"logprobs": asked.top_logprobs if asked.logprobs else None}
         if asked.response_format is not None:
-            changes["grammar"] = grammar_of(asked.response_format, ours)
+            changes |= bound_by(asked.response_format)
         params = params_of(service, ours, **changes)
         adapters = service.adapters_of(asked.model, asked.lora)
         messages = [message_of(one, index) for index, one in enumerate(asked.messages)]
@@ -223,20 +226,25 @@ class OpenAI:
                 if asked.chat_template_kwargs:
                     why = "the variables of a conversation's template stay as they are"
                     raise Fault(400, why, param="chat_template_kwargs")
+                if asked.tools:
+                    why = "a conversation that is kept here has no tools"
+                    raise Fault(400, why, param="tools")
                 chat = await stack.enter_async_context(said_in(self._chats(), id, messages))
                 chat.set_adapters(adapters)
                 last = messages[-1]
                 asks = [Ask(chat=chat, text=last["content"], role=last["role"], params=params)]
                 reply.headers.append((CONVERSATION, id))
             else:
-                tokens = await service.chat_tokens(
-                    messages, variables=asked.chat_template_kwargs or None
+                tools, choice = tools_of(asked)
+                ask = await service.chat_ask(
+                    messages,
+                    params,
+                    adapters=adapters,
+                    tools=tools,
+                    choice=choice,
+                    variables=asked.chat_template_kwargs,
                 )
-                params = service.answer_params(params)
-                asks = [
-                    Ask(tokens=tokens, params=one, adapters=adapters)
-                    for one in service.seeds(params, asked.n)
-                ]
+                asks = service.several(ask, asked.n)
             writer = _ChatWriter(service, asked.model or service.name)
             await answer(service, writer, asks, asked, reply)
 
@@ -262,15 +270,16 @@ class OpenAI:
         check_choices(service, asked.n * len(prompts))
         params = params_of(service, ours, logprobs=asked.logprobs)
         adapters = service.adapters_of(asked.model, asked.lora)
-        asks, echoes = [], []
+        asks: list[Ask] = []
+        echoes: list[str] = []
         for prompt in prompts:
             tokens = await service.tokens(prompt) if isinstance(prompt, str) else prompt
             echo = ""
             if asked.echo:
                 echo = prompt if isinstance(prompt, str) else service.llama.detokenize(prompt)
-            for one in service.seeds(params, asked.n):
-                asks.append(Ask(tokens=tokens, params=one, adapters=adapters))
-                echoes.append(echo)
+            ask = Ask(tokens=tokens, params=params, adapters=adapters)
+            asks += service.several(ask, asked.n)
+            echoes += [echo] * asked.n
         writer = _TextWriter(service, asked.model or service.name, echoes)
         with service.place():
             await answer(service, writer, asks, asked, reply)
@@ -360,16 +369,52 @@ def check_choices(service: Service, n: int) -> None:
         raise Fault(400, f"at most {service.limits.choices} texts a request, not {n}", param="n")
 
 
-def grammar_of(format: ResponseFormat, ours: Mapping[str, Any]) -> str | None:
-    """What makes the answer be of a format. Raises Fault."""
+def bound_by(format: ResponseFormat) -> dict[str, Any]:
+    """What makes the answer be of a format, as fields of GenerationParams. Raises Fault."""
     if format.type == "text":
-        return ours.get("grammar")
-    if "grammar" in ours:
-        raise Fault(400, "either a grammar or a response_format", param="response_format")
+        return {}
     if format.type == "json_object":
-        return structured(dict[str, Any]).grammar
-    why = f"the type {format.type!r} is not supported: 'text' and 'json_object' are"
-    raise Fault(400, why, param="response_format.type")
+        return {"grammar": structured(dict[str, Any]).grammar}
+    if format.type != "json_schema":
+        why = f"the type {format.type!r} is none of 'text', 'json_object' and 'json_schema'"
+        raise Fault(400, why, param="response_format.type")
+    given = format.json_schema
+    if not isinstance(given, dict) or not isinstance(given.get("schema"), (dict, bool)):
+        why = "response_format.json_schema has no schema"
+        raise Fault(400, why, param="response_format.json_schema")
+    return {"json_schema": given["schema"]}
+
+
+def tools_of(asked: ChatRequest) -> tuple[list[dict[str, Any]], ToolChoice]:
+    """What may be called, and whether it must. Raises Fault."""
+    if not asked.parallel_tool_calls and asked.tools:
+        why = "an answer may call several tools here"
+        raise Fault(400, why, param="parallel_tool_calls")
+    for index, tool in enumerate(asked.tools):
+        if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            param = f"tools[{index}]"
+            raise Fault(400, f"{param} is no function: only functions can be called", param=param)
+    return chosen_tools(asked.tools, asked.tool_choice)
+
+
+def chosen_tools(
+    tools: list[dict[str, Any]], choice: str | dict[str, Any]
+) -> tuple[list[dict[str, Any]], ToolChoice]:
+    """Those of which one may, or must, be called. ``choice``: "auto", "none", "required" or an
+    object that names one. Raises Fault."""
+    if choice == "none":
+        return [], "auto"
+    if choice == "auto":
+        return tools, "auto"
+    if choice == "required" and tools:
+        return tools, "required"
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    named = [tool for tool in tools if name and tool["function"].get("name") == name]
+    if not named:
+        why = f"tool_choice is {choice!r}, and there is no such tool"
+        raise Fault(400, why, param="tool_choice")
+    return named, "required"
 
 
 @asynccontextmanager
@@ -389,6 +434,21 @@ async def said_in(
         yield chat
 
 
+def calls_of(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """As the API has them: arguments are JSON in a string."""
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {
+                "name": call.name,
+                "arguments": msgspec.json.encode(call.arguments).decode(),
+            },
+        }
+        for call in calls
+    ]
+
+
 class _ChatWriter:
     """The shapes of chat completions."""
 
@@ -401,12 +461,14 @@ class _ChatWriter:
         logprobs = None
         if done.logprobs is not None:
             logprobs = {"content": [self._logprob(one) for one in done.logprobs], "refusal": None}
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": done.text, "refusal": None},
-            "logprobs": logprobs,
-            "finish_reason": _ENDS[done.finish_reason],
-        }
+        message: dict[str, Any] = {"role": "assistant", "content": done.text, "refusal": None}
+        if done.reasoning:
+            message["reasoning_content"] = done.reasoning
+        reason = _ENDS[done.finish_reason]
+        if done.tool_calls:
+            message |= {"content": done.text or None, "tool_calls": calls_of(done.tool_calls)}
+            reason = "tool_calls"
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     kinds = ("chat.completion", "chat.completion.chunk")
 
@@ -420,15 +482,22 @@ class _ChatWriter:
         if piece.logprobs is not None:
             content = [self._logprob(one) for one in piece.logprobs]
             logprobs = msgspec.json.encode({"content": content, "refusal": None})
-        return b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}' % (
-            index,
-            text_of(piece),
-            logprobs,
-        )
+        delta = b'"content":' + text_of(piece)
+        if piece.reasoning:
+            more = b"," + delta if piece.text else b""
+            delta = b'"reasoning_content":' + msgspec.json.encode(piece.reasoning) + more
+        return b'{"index":%d,"delta":{%b},"logprobs":%b,"finish_reason":null}' % (
+            index, delta, logprobs,
+        )  # fmt: skip
 
     def last(self, index: int, stream: Stream) -> dict[str, Any]:
         reason = _ENDS[stream.finish_reason or ""]
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+        delta: dict[str, Any] = {}
+        if stream.tool_calls:
+            calls = calls_of(stream.tool_calls)
+            delta = {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]}
+            reason = "tool_calls"
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
     def _logprob(self, one: TokenLogprob) -> dict[str, Any]:
         return {

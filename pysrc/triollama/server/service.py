@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from ..answers import Toolbox, ToolChoice
+from ..conversation.choices import given
+from ..conversation.history import State
+from ..conversation.plan import Plan, Prompts
+from ..conversation.samplers import with_thoughts
+from ..conversation.tools import Tools
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
 from ..params import MAX_SEED, GenerationParams
@@ -38,11 +44,14 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """One text to be generated: after ``tokens``, or as the answer to ``text`` in ``chat``."""
+    """One text to be generated: after ``tokens``, or as the answer to ``text`` in ``chat``.
+    ``tools``: that it may call; ``n_calls``: calls before it."""
 
     params: GenerationParams
     tokens: Sequence[int] = ()
     adapters: Scaled = ()
+    tools: Toolbox | None = None
+    n_calls: int = 0
     chat: Any = None
     role: str = "user"
     text: str = ""
@@ -122,41 +131,51 @@ class Service:
             return await trio.to_thread.run_sync(self.llama.tokenize, text)
         return self.llama.tokenize(text)
 
-    async def chat_tokens(
+    async def chat_ask(
         self,
         messages: Sequence[Mapping[str, Any]],
+        params: GenerationParams,
         *,
+        adapters: Scaled = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        choice: ToolChoice = "auto",
         variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The prompt for an answer, or for more of one where the last message is the assistant's.
-        Raises ChatTemplateError, ParameterError."""
-        chats = self.llama.conversations
-        template = chats.template(None)
-
-        def make() -> list[int]:
-            prefill = ""
-            shown = list(messages)
-            if shown and shown[-1]["role"] == "assistant":
-                prefill = str(shown.pop().get("content") or "")
-            rendered = template.render(shown, tools=tools, **(variables or {}))
-            tokens = chats.tokenizer.encode(rendered).tokens
-            return [*tokens, *self.llama.vocab.tokenize(prefill, False, False)]
-
+    ) -> Ask:
+        """An answer to messages, or more of one where the last message is the assistant's. Raises
+        Fault, ChatTemplateError, ParameterError, StateFormatError."""
         if not messages:
             raise Fault(400, "there are no messages", param="messages")
-        size = sum(500 + len(str(message.get("content"))) for message in messages)
-        return await trio.to_thread.run_sync(make) if size > LONG else make()
+        chats, vocab = self.llama.conversations, self.llama.vocab
+        template = chats.template(None)
+        state = given(None, messages)
+        prompts = Prompts(template, chats.tokenizer, vocab, None, variables)
+        prompts.thinking = params.thinking
+        offered = Tools.of(tools or None, template, vocab)
+        box = None if offered is None else offered.box(choice)
+        if offered is not None and box is not None:
+            if box.format is None and choice == "required":
+                raise Fault(
+                    400, "this model writes calls in a way unknown here", param="tool_choice"
+                )
+            offered.show(prompts)
+            params = box.constrain(params)
+        *before, last = state.messages
+        added = () if last.role == "assistant" else (last,)
+        base = state if not added else State(messages=tuple(before))
 
-    def answer_params(self, params: GenerationParams) -> GenerationParams:
-        """``params`` of an answer in a chat, which also ends where the template ends turns."""
-        chats = self.llama.conversations
-        end = chats.turn_end(chats.template(None))
+        def make() -> tuple[int, ...]:
+            return prompts.tokens(base, added, 0)
+
+        long = prompts.are_long(state.messages)
+        tokens = await trio.to_thread.run_sync(make) if long else make()
+        params = with_thoughts(params, Plan(base, added, tokens, 0, 0), prompts)
+        end = chats.turn_end(template)
         if end.stop:
             params = params.replace(stop=(*params.stop, *end.stop))
         if end.tokens and not params.ignore_eos:
             params = params.replace(stop_tokens=(*params.stop_tokens, *end.tokens))
-        return params
+        n_calls = sum(len(message.tool_calls) for message in state.messages)
+        return Ask(tokens=tokens, params=params, adapters=adapters, tools=box, n_calls=n_calls)
 
     # Answers
 
@@ -177,13 +196,21 @@ class Service:
         if ask.chat is not None:
             chat: Conversation = ask.chat
             return chat.stream(ask.text, ask.params, role=ask.role)
-        return self.llama.stream(ask.tokens, ask.params, adapters=ask.adapters)
+        stream = self.llama.stream(ask.tokens, ask.params, adapters=ask.adapters)
+        if ask.tools is not None and ask.tools.format is not None:
+            stream.find_calls(ask.tools.reader(ask.n_calls))
+        return stream
 
     async def whole(self, ask: Ask) -> Completion:
         """The answer when it is complete."""
         if ask.chat is not None:
             chat: Conversation = ask.chat
             done = await chat.say(ask.text, ask.params, role=ask.role)
+        elif ask.tools is not None:
+            async with self.stream(ask) as stream:
+                async for _ in stream:
+                    pass
+                done = stream.completion()
         else:
             done = await self.llama.generate(ask.tokens, ask.params, adapters=ask.adapters)
         self.ended(done)
@@ -213,12 +240,13 @@ class Service:
         if done.finish_reason == "cancelled":
             raise Fault(503, "the answer was ended by the server", code="cancelled")
 
-    def seeds(self, params: GenerationParams, n: int) -> list[GenerationParams]:
-        """Of ``n`` texts for one prompt: each has a seed of its own, from the one given on."""
-        if params.seed is None or n == 1:
-            return [params] * n
-        seed = params.seed
-        return [params.replace(seed=(seed + i) % (MAX_SEED + 1)) for i in range(n)]
+    def several(self, ask: Ask, n: int) -> list[Ask]:
+        """``n`` texts for one prompt: each has a seed of its own, from the one given on."""
+        seed = ask.params.seed
+        if seed is None or n == 1:
+            return [ask] * n
+        seeds = [(seed + i) % (MAX_SEED + 1) for i in range(n)]
+        return [msgspec.structs.replace(ask, params=ask.params.replace(seed=one)) for one in seeds]
 
     def token_text(self, token: int) -> bytes:
         """What a token is called in log-probabilities."""

@@ -270,6 +270,13 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     def _at_end(self) -> None:
         """Everything was received, and no error."""
         self._parse()
+        if self._calls is not None and self.finish_reason != "cancelled":
+            self.tool_calls = self._calls.calls()
+
+    def find_calls(self, calls: Calls) -> None:
+        """Before it is entered: tell calls of tools from the text. They are its ``tool_calls``
+        when the end was received, which raises AnswerError where one was cut short."""
+        self._calls = calls
 
     def _parse(self) -> None:
         if self.into is not None and self.finish_reason != "cancelled":
