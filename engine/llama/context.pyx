@@ -109,7 +109,8 @@ cdef class Context(Owner):
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
         tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off",
-        swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
+        swa_full=True, a Model with kernels=True or repack="exact" (or False), and all of it on the
+        CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).

@@ -17,7 +17,8 @@ namespace {
 thread_local bool exact_weights = false;
 
 bool rounds_each_row_alone(ggml_backend_buffer_type_t type) {
-    return ggml_backend_buft_is_host(type) || std::strcmp(ggml_backend_buft_name(type), "AMX") == 0;
+    return ggml_backend_buft_is_host(type) || std::strcmp(ggml_backend_buft_name(type), "AMX") == 0 ||
+           std::strcmp(ggml_backend_buft_name(type), "triollama") == 0;   // kernels/buffer.cpp
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "guards/abort.hpp"
 #include "guards/errors.hpp"
 #include "guards/fault.hpp"
+#include "kernels/buffer.hpp"
 #include "llama/exact.hpp"
 #include "llama/gguf_check.hpp"
 
@@ -75,7 +76,7 @@ void check_graph(ggml_cgraph * graph) {
 
 }  // namespace
 
-llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact) {
+llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact, bool with_kernels) {
     files.open(path);
     for (const std::string & part : check_model(path, !params.vocab_only, params.kv_overrides)) {
         if (part != path) {
@@ -93,6 +94,8 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
         aborts.enter();
         FaultScope faults;
         faults.enter();
+        kernels::install();
+        const kernels::LoadScope loading(with_kernels);
         model.reset(llama_model_load_from_file(path.c_str(), params));
         if (!model && faults.fault()) {
             throw format_error(faults.fault());

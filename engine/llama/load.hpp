@@ -10,8 +10,10 @@
 namespace triollama::native {
 
 // Checks each part of the model, opens it in `files`, and loads it. nullptr: see llama.cpp's log. Throws format_error,
-// file_error, invalid_argument for an override of another type, model_changed. `exact`: see ExactWeights.
-llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact = false);
+// file_error, invalid_argument for an override of another type, model_changed. `exact`: see ExactWeights; `with_kernels`:
+// see kernels/buffer.hpp; params.use_extra_bufts must be set then.
+llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact = false,
+                         bool with_kernels = false);
 
 // nullptr: see llama.cpp's log. Throws format_error where the graph of the model's architecture cannot be built from its
 // file, or could not be computed.

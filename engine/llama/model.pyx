@@ -16,8 +16,14 @@ cdef extern from "llama/gguf_check.hpp" namespace "triollama::native" nogil:
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_model * load_model(
-        ModelFiles & files, const string & path, llama.llama_model_params params, cpp_bool exact
+        ModelFiles & files, const string & path, llama.llama_model_params params, cpp_bool exact,
+        cpp_bool with_kernels
     ) except +raise_native_error
+
+cdef extern from "kernels/buffer.hpp" namespace "triollama::native::kernels" nogil:
+    string why_no_kernels()
+    vector[string] kernel_names()
+    cpp_bool choose "triollama::native::kernels::use_kernel"(const string & name)
 
 cdef dict _SPLIT_MODES = {
     "none": <int>llama.LLAMA_SPLIT_MODE_NONE,
@@ -82,6 +88,21 @@ def list_devices() -> list[str]:
     cdef size_t i
     return [ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)).decode()
             for i in range(ggml.ggml_backend_dev_count())]
+
+
+def list_kernels() -> list[str]:
+    """Instruction sets that ``Model(kernels=True)`` can compute with here, fastest first; the last,
+    "portable", is for comparison. Empty where the build leaves them out."""
+    return [name.decode() for name in kernel_names()]
+
+
+def use_kernel(name: str | None) -> None:
+    """Compute with this one of ``list_kernels``, in the whole process from now on; None: the fastest.
+    The numbers are the same, bit for bit. Raises ParameterError."""
+    if not choose(b"" if name is None else encoded("name", name)):
+        raise ParameterError(
+            f"no kernels are named {name!r}; there are {', '.join(list_kernels()) or 'none'}",
+            parameter="name", value=name)
 
 
 cdef ggml.ggml_backend_dev_t find_device(str name) except *:
@@ -174,10 +195,14 @@ cdef class Model(Owner):
     check_tensors: validate all weights while loading (slower).
     repack: rearrange weights in memory for speed (CPU); training needs False. "exact" does so only
         where products still round each row by itself (AMX), as contexts with exact=True need.
+    kernels: pack weights of the types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K and IQ4_NL for
+        kernels of our own (CPU), whose numbers do not depend on what shares a step; all others stay as
+        they are in the file, whatever ``repack`` says.
     progress: called with a float from 0 to 1, from the loading thread; returning False cancels.
 
     Raises ModelNotFoundError, ModelFormatError, LoadCancelled, OutOfMemoryError, ParameterError,
-    or whatever ``progress`` raises. Releases the GIL while loading. Ctrl-C ends the load.
+    UnsupportedError where there are no such kernels, or whatever ``progress`` raises. Releases the
+    GIL while loading. Ctrl-C ends the load.
     """
 
     def __init__(
@@ -197,6 +222,7 @@ cdef class Model(Owner):
         vocab_only: bool = False,
         check_tensors: bool = False,
         repack: bool | str = True,
+        kernels: bool = False,
         progress=None,
     ):
         self.begin()
@@ -204,7 +230,8 @@ cdef class Model(Owner):
         self.path = os.fsdecode(raw_path)
         self.vocab_only = vocab_only
         cdef int rearrange = check_choice("repack", repack, _REPACK)
-        self.repacked = rearrange
+        self.kernels = kernels
+        self.repacked = rearrange and not kernels
         self.overrides = {}
 
         cdef llama.llama_model_params params = llama.llama_model_default_params()
@@ -216,7 +243,9 @@ cdef class Model(Owner):
         params.load_mode = load_mode(use_mmap and not direct_io, use_mlock, direct_io)
         params.vocab_only = vocab_only
         params.check_tensors = check_tensors
-        params.use_extra_bufts = rearrange != 0
+        params.use_extra_bufts = rearrange != 0 or kernels
+        if kernels and not why_no_kernels().empty():
+            raise UnsupportedError(f"kernels=True: {why_no_kernels().decode()}")
 
         cdef vector[ggml.ggml_backend_dev_t] device_list
         if devices is not None:
@@ -288,7 +317,8 @@ cdef class Model(Owner):
         begin_call()
         try:
             with nogil:
-                self.ptr = load_model(dereference(self.files), c_path, params, rearrange == 2)
+                self.ptr = load_model(
+                    dereference(self.files), c_path, params, rearrange == 2, self.kernels)
                 if self.ptr != NULL:
                     check_vocab(llama.llama_model_get_vocab(self.ptr))
         except (OutOfMemoryError, ParameterError):

@@ -3,6 +3,7 @@ cdef class Model(Owner):
     cdef ModelFiles * files     # what it was loaded from
     cdef readonly str path
     cdef readonly bint vocab_only
+    cdef readonly bint kernels          # weights are packed for our own kernels, where they know the type
     cdef readonly bint repacked         # weights may be rearranged for speed: not for training
     cdef int n_gpu_layers_
     cdef dict metadata_

@@ -27,6 +27,7 @@ from ._engine import (
     embed_tokens,
     flush_native_log,
     list_devices,
+    list_kernels,
     live_objects,
     load_context,
     load_sequence,
@@ -41,6 +42,7 @@ from ._engine import (
     set_control_vector,
     training_architectures,
     training_kernels,
+    use_kernel,
 )
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "embed_tokens",
     "flush_native_log",
     "list_devices",
+    "list_kernels",
     "live_objects",
     "load_context",
     "load_sequence",
@@ -77,4 +80,5 @@ __all__ = [
     "set_control_vector",
     "training_architectures",
     "training_kernels",
+    "use_kernel",
 ]

@@ -38,12 +38,21 @@ def server_program() -> Path:
 
 
 def llama_bench(
-    model: Path, *, n_prompt: int, n_gen: int, reps: int, threads: int, n_batch: int, n_ubatch: int
+    model: Path,
+    *,
+    n_prompt: int,
+    n_gen: int,
+    reps: int,
+    threads: int,
+    n_batch: int,
+    n_ubatch: int,
+    program: str | None = None,
 ) -> float:
-    """Tokens a second that llama-bench measures: the median of its own repeats."""
+    """Tokens a second that llama-bench measures, or another ``program`` of its kind: the median of
+    its own repeats."""
     done = subprocess.run(
         [
-            str(tool("llama-bench")), "--model", str(model), "--output", "json",
+            program or str(tool("llama-bench")), "--model", str(model), "--output", "json",
             "--n-prompt", str(n_prompt), "--n-gen", str(n_gen), "--repetitions", str(reps),
             "--threads", str(threads), "--batch-size", str(n_batch), "--ubatch-size", str(n_ubatch),
         ],

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -36,14 +37,14 @@ PARAMS = GenerationParams(max_tokens=N_GEN, ignore_eos=True)
 
 
 def prompt(seed: int, n: int) -> list[int]:
-    """Tokens of the default model's vocabulary; another seed shares no prefix."""
-    return [2, *(1000 + (seed * 7919 + i * 104729) % 200_000 for i in range(n - 1))]
+    """Tokens that any model's vocabulary has; another seed shares no prefix."""
+    return [2, *(1000 + (seed * 7919 + i * 104729) % 40_000 for i in range(n - 1))]
 
 
 @contextlib.asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[Any]:
+async def serving(*, path: Path | None = None, **options: Any) -> AsyncIterator[Any]:
     settings = {"n_ctx": 2048, "max_streams": 16, "threads": THREADS, **options}
-    async with open_llama(default_model(), **settings) as llama:
+    async with open_llama(path or default_model(), **settings) as llama:
         await llama.generate(prompt(0, N_PROMPT), PARAMS)
         yield llama
 
@@ -69,10 +70,10 @@ async def together(llama: Any, n: int, n_gen: int = N_GEN) -> float:
 
 
 def batched_bench_command(
-    n: int, rounds: int, n_prompt: int = N_PROMPT, n_gen: int = N_GEN
+    n: int, rounds: int, n_prompt: int = N_PROMPT, n_gen: int = N_GEN, path: Path | None = None
 ) -> list[str]:
     return [
-        str(tool("llama-batched-bench")), "--model", str(default_model()),
+        str(tool("llama-batched-bench")), "--model", str(path or default_model()),
         "-npp", str(n_prompt), "-ntg", str(n_gen),
         "-npl", ",".join([str(n)] * rounds), "--ctx-size", str(2048 * 16), "--kv-unified",
         "--ubatch-size", str(N_UBATCH),
@@ -80,9 +81,9 @@ def batched_bench_command(
     ]  # fmt: skip
 
 
-def batched_bench(n: int) -> float:
+def batched_bench(n: int, path: Path | None = None) -> float:
     """Upstream's tokens a second for the same shape. It samples nothing."""
-    return upstream_speed(batched_bench_command(n, ROUNDS), "speed")
+    return upstream_speed(batched_bench_command(n, ROUNDS, path=path), "speed")
 
 
 def batched_bench_reading() -> float:

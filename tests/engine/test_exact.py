@@ -94,11 +94,18 @@ class Walk:
     """Streams in two contexts that are joined, stopped, forked, saved and moved at random."""
 
     def __init__(
-        self, path: Path, seed: int, *, n_streams: int, length: int = 40, adapters: bool = True
+        self,
+        path: Path,
+        seed: int,
+        *,
+        n_streams: int,
+        length: int = 40,
+        adapters: bool = True,
+        model_options: dict[str, Any] | None = None,
     ) -> None:
         self.random = random.Random(seed)
         self.stack = ExitStack()
-        self.model = self.stack.enter_context(Model(path, repack="exact"))
+        self.model = self.stack.enter_context(Model(path, **(model_options or {"repack": "exact"})))
         self.adapter = (
             self.stack.enter_context(engine.Adapter(self.model, adapter_of(path)))
             if adapters

@@ -1,0 +1,110 @@
+// How weights lie in memory for our kernels, and activations beside them.
+//
+// A panel is 16 rows of weights, cut along k into blocks of 32 values. A block of a panel is eight groups of four values
+// of k: for each row four bytes, so that one instruction multiplies a group of 16 rows with four activations. Of each
+// value four bits (or all eight) lie in the low plane: byte 4 r + i of its vector v holds values 4 v + i of row r and, in
+// the upper half, 16 + 4 v + i. The bits above lie in high planes of one or two bits each. All planes of a panel come
+// first, then its scales.
+//
+// A product's bits are fixed here, for any number of rows and threads and every instruction set. With w unsigned and a
+// signed whole numbers, for each block in order of k:
+//     n   = sum of w a, minus zero times sum of a, exact
+//     sum = fma(n, scale of weights * scale of activations, sum)
+// for each half of a block by itself where those have scales of their own; then, where there are minima,
+//     sum = fma(minimum, scale of activations * sum of a, sum).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace triollama::native::kernels {
+
+constexpr int panel_rows = 16;   // of weights
+constexpr int block      = 32;   // values of k
+constexpr int groups     = 8;    // of four values in a block
+constexpr int tile_rows  = 16;   // of activations
+constexpr int super      = 8;    // blocks that share a scale of scales
+
+enum class Scales : uint8_t {
+    half,         // a half a block
+    half_min,     // a half, and a half for the minimum
+    super_min,    // halves for scale and minimum of 8 blocks, and for each block bytes that they scale
+    super_halves, // a half for 8 blocks, and for each half of a block a signed byte
+};
+
+struct Shape {
+    uint8_t low, high;   // bits of a value in the low plane and in the high ones
+    Scales  scales;
+    uint8_t zero;        // what stands for 0
+    bool    table;       // four bits choose a value from iq4_values
+};
+
+// A row for each type; types.cpp reads the same types from GGUF's blocks.
+enum Type : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, n_types };
+
+constexpr Shape shapes[n_types] = {
+    { 4, 0, Scales::half, 8, false },
+    { 4, 0, Scales::half_min, 0, false },
+    { 4, 1, Scales::half, 16, false },
+    { 4, 1, Scales::half_min, 0, false },
+    { 8, 0, Scales::half, 128, false },
+    { 4, 0, Scales::super_min, 0, false },
+    { 4, 1, Scales::super_min, 0, false },
+    { 4, 2, Scales::super_halves, 32, false },
+    { 4, 0, Scales::half, 128, true },
+};
+
+// The values of IQ4_NL, plus 128.
+constexpr uint8_t iq4_values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };
+
+constexpr bool has_min(Shape s) { return s.scales == Scales::half_min || s.scales == Scales::super_min; }
+constexpr bool has_halves(Shape s) { return s.scales == Scales::super_halves; }
+constexpr bool is_super(Shape s) { return s.scales == Scales::super_min || s.scales == Scales::super_halves; }
+constexpr bool is_wide(Shape s) { return s.low == 8 || s.table; }   // values beyond 63
+
+constexpr size_t plane_bytes(Shape s) { return static_cast<size_t>(s.low + s.high) * block * panel_rows / 8; }
+
+// Of one block, or of `super` of them with what they share in front.
+constexpr size_t scale_bytes(Shape s) {
+    return s.scales == Scales::half ? 32 : s.scales == Scales::half_min ? 64 : s.scales == Scales::super_min ? 64 + 8 * 32 : 32 + 8 * 32;
+}
+
+constexpr size_t panel_bytes(Shape s, int64_t n_blocks) {
+    const size_t n = static_cast<size_t>(n_blocks), all = n * plane_bytes(s) + (is_super(s) ? n / super : n) * scale_bytes(s);
+    return (all + 63) / 64 * 64;
+}
+
+// A tile is `rows` rows of activations in 8 bits, block by block: their values, row by row; their scales (float); and
+// what is added for each: minus zero times their sum (int32), or their sum times their scale (float), one for each half
+// of a block where halves have scales.
+constexpr size_t tile_bytes(Shape s, int rows) { return static_cast<size_t>(rows) * (block + (has_halves(s) ? 12 : 8)); }
+
+// Numbers of rows that kernels are made for; in between, rows of zeros fill up.
+constexpr int sizes[]  = { 1, 2, 4, 8, 16 };
+constexpr int n_sizes  = 5;
+constexpr int size_index(int64_t rows) { return rows > 8 ? 4 : rows > 4 ? 3 : rows > 2 ? 2 : rows > 1 ? 1 : 0; }
+
+// A row of activations, and where its products go.
+struct Row {
+    const float * x;
+    float *       out;
+};
+
+// What an instruction set gives. All fill and read the same layouts, and round alike.
+struct Kernel {
+    const char * name;
+    bool (*available)();
+    // 32 values to whole numbers in [-127, 127] and their scale; sums of both halves.
+    void (*quantize)(const float * x, int8_t * q, float * scale, int32_t sums[2]);
+    // A tile of one of `sizes` with a panel: columns [first, first + n) of the first n_rows of its rows.
+    void (*multiply[n_types][n_sizes])(const uint8_t * panel, int64_t n_blocks, const uint8_t * tile, const Row * rows, int64_t n_rows,
+                                       int64_t first, int n);
+    // Panels behind one another with tiles of 16 rows behind one another: columns [first, last), of which all but the last
+    // panel's are whole. Or null. `scratch` has room for scratch_bytes(n_blocks).
+    void (*multiply_tiles[n_types])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
+                                    int64_t first, int64_t last, uint8_t * scratch);
+};
+
+constexpr size_t scratch_bytes(int64_t n_blocks) { return static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192; }
+
+}  // namespace triollama::native::kernels

@@ -1,0 +1,40 @@
+// The instruction sets that kernels are made for, and what they share.
+#pragma once
+
+#include "kernels/layout.hpp"
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TRIOLLAMA_X86_KERNELS 1
+#endif
+#if defined(__aarch64__) && defined(__GNUC__)
+#define TRIOLLAMA_ARM_KERNELS 1
+#endif
+
+namespace triollama::native::kernels {
+
+const Kernel & portable_kernel();
+#if TRIOLLAMA_X86_KERNELS
+const Kernel & avx2_kernel();
+const Kernel & avx_vnni_kernel();
+const Kernel & avx512_kernel();
+const Kernel & amx_kernel();
+#endif
+#if TRIOLLAMA_ARM_KERNELS
+const Kernel & neon_kernel();
+#endif
+
+namespace {
+
+// The scale of 32 activations from the bits of the largest magnitude, and by what they are multiplied.
+inline float scale_of(int32_t bits, float * scale) {
+    float largest;
+    std::memcpy(&largest, &bits, sizeof(largest));
+    *scale = largest / 127.0f;
+    return largest < 1e-35f ? 0.0f : 127.0f / largest;   // what is less would divide to infinity
+}
+
+}  // namespace
+}  // namespace triollama::native::kernels

@@ -1,0 +1,76 @@
+// Matrix tiles (AMX) of this thread, by hand: no compiler flag is needed, and none can do it wrong.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define TRIOLLAMA_HAS_TILES 1
+
+#include <cstdint>
+#include <initializer_list>
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace triollama::native {
+
+struct TileShape { int rows, row_bytes; };
+
+// Tiles of these shapes while in scope. ggml configures its own once for each thread and relies on finding them again.
+class TileScope {
+public:
+    explicit TileScope(std::initializer_list<TileShape> shapes) {
+        Config wanted{};
+        wanted.palette = 1;
+        int i = 0;
+        for (const TileShape & shape : shapes) {
+            wanted.rows[i]      = static_cast<uint8_t>(shape.rows);
+            wanted.row_bytes[i] = static_cast<uint16_t>(shape.row_bytes);
+            ++i;
+        }
+        asm volatile("sttilecfg %0" : "=m"(before));
+        asm volatile("ldtilecfg %0" ::"m"(wanted));
+    }
+    ~TileScope() {
+        if (before.palette) {
+            asm volatile("ldtilecfg %0" ::"m"(before));
+        } else {
+            asm volatile("tilerelease");
+        }
+    }
+    TileScope(const TileScope &) = delete;
+    TileScope & operator=(const TileScope &) = delete;
+
+private:
+    struct alignas(64) Config {
+        uint8_t  palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t  rows[16];
+    };
+    Config before;
+};
+
+// Linux grants tiles to a process that asks.
+inline bool tiles_are_granted() {
+    static const bool granted = [] {
+        unsigned a, b, c, d;
+        constexpr unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (amx_tile | amx_int8)) != (amx_tile | amx_int8)) {
+            return false;
+        }
+        constexpr int request_permission = 0x1023, tile_data = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return granted;
+}
+
+}  // namespace triollama::native
+
+#define TILE_LOAD(tile, base, stride) \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(static_cast<long>(stride)) : "memory")
+#define TILE_STORE(tile, base, stride) \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(static_cast<long>(stride)) : "memory")
+#define TILE_ZERO(tile) asm volatile("tilezero %tmm" #tile)
+#define TILE_MULTIPLY_BF16(c, a, b) asm volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
+#define TILE_MULTIPLY_INT8(c, a, b) asm volatile("tdpbssd %tmm" #b ", %tmm" #a ", %tmm" #c)
+
+#endif
