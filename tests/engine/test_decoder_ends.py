@@ -264,20 +264,25 @@ def test_what_a_log_filter_raises_loses_no_news(path: Path) -> None:
 def test_what_a_sampler_took_is_said(tiny: Tiny) -> None:
     """Also of a stream that is cancelled while a token is sampled beside the steps: else whoever
     goes on by its state has a token in it that no text has."""
-    params = GREEDY.replace(repeat_penalty=1.1, max_tokens=None)
+    params = GREEDY.replace(repeat_penalty=1.1, max_tokens=None, seed=1, logprobs=1000)
     with driving(tiny("llama", n_vocab=30_000), slow_sampler=0.0) as driver:
-        for number in range(100):
+        for number in range(150):
             sequence = driver.decoder.make_sequence()
             stream = driver.start(
                 prompt(1), params, sequence=sequence, keep_on_cancel=True, capacity=1000
             )
-            tokens = driver.read(stream, 1 + number % 4)
+            tokens = driver.read(stream, 2 + number % 4)
+            for _ in range(number % 20 * 2000):  # up to some milliseconds later
+                stream.waiting  # noqa: B018
             stream.cancel()
             tokens += driver.finish(stream)[0]
             driver.decoder.drop_sequence(sequence)
             sampler = driver.sampler(params)
             for token in prompt(1):
                 sampler.accept(token, False)
-            for token in tokens:
+            for token in tokens:  # drawn, and taken
+                row = np.zeros(len(driver.model.vocab), np.float32)
+                row[token] = 1e3
+                assert sampler.sample(row) == token
                 sampler.accept(token)
             assert stream.sampler_state() == sampler.save_state(), number
