@@ -77,10 +77,15 @@ cdef int check_magic(str path, str what, object wrong) except -1:
 cdef object check_int(str name, object value, long long low, long long high):
     """``value`` as an int within bounds; ParameterError otherwise. Use what this gives, never
     ``value`` again: its ``__index__`` may answer differently."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = None
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        try:
+            number = int.__index__(index(value))    # a subclass could compare as it likes
+        except TypeError:                           # an array has one, for some shapes
+            pass
+    if number is None:
         raise ParameterError(
             f"{name} must be an integer, not {shown(value)}", parameter=name, value=value)
-    number = int.__index__(index(value))    # a subclass could compare as it likes
     if not low <= number <= high:
         raise ParameterError(
             f"{name} must be from {low} to {high}, not {shown(number)}", parameter=name, value=value)

@@ -508,15 +508,15 @@ cdef class Model(Owner):
 
     @property
     def n_head(self) -> int:
-        """Attention heads of the first layer."""
+        """Attention heads of the first layer; 0, as are other sizes, where there is a vocabulary alone."""
         self.alive()
-        return llama.llama_model_n_head(self.ptr)
+        return 0 if self.vocab_only else llama.llama_model_n_head(self.ptr)
 
     @property
     def n_head_kv(self) -> int:
         """Key and value heads of the first layer."""
         self.alive()
-        return llama.llama_model_n_head_kv(self.ptr)
+        return 0 if self.vocab_only else llama.llama_model_n_head_kv(self.ptr)
 
     @property
     def n_swa(self) -> int:

@@ -165,7 +165,8 @@ class Serving:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._core is not None
+        if self._core is None:
+            raise BusyError("this is not open: use it in `async with`")
         self._core.close()
         try:
             await uninterrupted(self._core.aclose)

@@ -147,6 +147,7 @@ def test_not_a_model(tmp_path):
 def test_vocab_only_has_no_weights(tiny):
     with Model(tiny("llama"), vocab_only=True) as model:
         assert model.vocab.tokenize("hello")
+        assert (model.n_layer, model.n_head, model.n_head_kv) == (0, 0, 0)
         with pytest.raises(UnsupportedError, match="vocab_only"):
             Context(model)
         with pytest.raises(UnsupportedError, match="vocab_only"):

@@ -16,7 +16,15 @@ from .builtin import BUILTIN, MARKERS
 from .jinja import Evaluator, Limits, Raised, TemplateFault, parse
 from .jinja import origins as T
 
-__all__ = ["ROLES", "ChatTemplate", "Rendered", "Segment", "named", "template_for_model"]
+__all__ = [
+    "ROLES",
+    "ChatTemplate",
+    "Rendered",
+    "Segment",
+    "check_messages",
+    "named",
+    "template_for_model",
+]
 
 _log = logging.getLogger("triollama.chat")
 
@@ -111,7 +119,7 @@ class ChatTemplate:
         Raises ParameterError for malformed messages, and ChatTemplateError when the template
         refuses them (``refused`` is then true), fails, or costs more than ``limits``.
         """
-        checked = _check_messages(messages)
+        checked = check_messages(messages)
         check_kind("tools", tools, list, tuple, type(None))
         if fit:
             checked = self._fit(checked)
@@ -192,7 +200,7 @@ class ChatTemplate:
 
     def fitted_away(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether fitting puts the first message, a system prompt, into the second."""
-        checked = _check_messages(messages)
+        checked = check_messages(messages)
         return len(self._fit(checked)) < len(checked)
 
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,7 +248,8 @@ def _object_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """As mappings; Structs too. Raises ParameterError for what are no messages."""
     check_kind("messages", messages, Iterable)
     return [_check_message(message, index) for index, message in enumerate(messages)]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from ..errors import ChatTemplateError
+from ..checks import check_kind, shown
+from ..errors import ChatTemplateError, ParameterError
 from .template import ChatTemplate, Rendered
 
 __all__ = ["ChatTokenizer", "ChatTokens", "TurnEnd"]
@@ -64,6 +65,10 @@ class ChatTokenizer:
     """Tokenizes what templates render, with one vocabulary. Several threads may use it at once."""
 
     def __init__(self, vocab: Vocabulary) -> None:
+        if not hasattr(vocab, "tokenize"):
+            raise ParameterError(
+                f"vocab must be a Vocab, not {type(vocab).__name__}", parameter="vocab", value=vocab
+            )
         self._vocab = vocab
         self._seen: dict[str, tuple[_Special, ...]] = {}
         self._markers: frozenset[str] = frozenset()  # replaced, since other threads go through it
@@ -87,6 +92,9 @@ class ChatTokenizer:
         ``add_special`` puts the beginning-of-sequence token first if the model wants one and the
         template wrote none.
         """
+        check_kind("rendered", rendered, Rendered)
+        check_kind("start", start, int)
+        _check_spans(spans)
         text = rendered.text
         specials = self._specials(rendered)
         borders = sorted({at for span in (*spans, *context) for at in span if start < at})
@@ -127,6 +135,7 @@ class ChatTokenizer:
 
     def turn_end(self, template: ChatTemplate) -> TurnEnd:
         """How the assistant's turn ends in this template, found by rendering one."""
+        check_kind("template", template, ChatTemplate)
         said, asked = "what4assistant", "what4user"
         chat = [
             {"role": "user", "content": "what4first"},
@@ -247,6 +256,18 @@ class ChatTokenizer:
             if tokens[: len(self._newline)] == self._newline:
                 return tokens[len(self._newline) :]
         return self._vocab.tokenize(text, False, False)
+
+
+def _check_spans(spans: Any) -> None:
+    check_kind("spans", spans, list, tuple)
+    for span in spans:
+        pair = span if isinstance(span, tuple) and len(span) == 2 else (None, None)
+        if not all(isinstance(at, int) for at in pair):
+            raise ParameterError(
+                f"spans must be pairs of positions, not {shown(span)}",
+                parameter="spans",
+                value=span,
+            )
 
 
 _SPACE = " \t\n\v\f\r"

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ..checks import check_kind
 from ..errors import ChatTemplateError
-from .template import ChatTemplate, Rendered, Segment
+from .template import ChatTemplate, Rendered, Segment, check_messages
 
 __all__ = ["TrainingText", "training_texts"]
 
@@ -47,6 +48,9 @@ def training_texts(
     message, or of a field of one that is learned: the model would learn to answer what it does not
     see, or with less than it should.
     """
+
+    check_kind("template", template, ChatTemplate)
+    messages = check_messages(messages)
 
     def render(some: Sequence[Mapping[str, Any]], prompt: bool) -> Rendered:
         return template.render(some, add_generation_prompt=prompt, tools=tools, **variables)

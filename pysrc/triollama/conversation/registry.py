@@ -39,7 +39,7 @@ def _taken(id: str) -> ParameterError:
 
 
 class Conversations:
-    """The open conversations: iterate, or look one up by its id."""
+    """The open conversations: iterate, or look one up by its id. Made by the Llama."""
 
     def __init__(self, core: Core, adapters: Adapters) -> None:
         self.core = core
@@ -176,7 +176,9 @@ class Conversations:
         adapters: Sequence[tuple[LoadedAdapter, float]],
     ) -> None:
         """``Conversation.set_adapters`` for all of these or, on error, none."""
+        check_kind("conversations", conversations, list, tuple)
         for chat in conversations:
+            check_kind("conversations", chat, Conversation)
             chat._ledger.check_idle()
         for chat in conversations:
             chat.set_adapters(adapters)

@@ -34,7 +34,8 @@ class _Named(Protocol):
 
 
 class TurnStream(Stream):
-    """The answer of a turn, as a stream. Receiving its end commits the turn.
+    """The answer of a turn, as a stream. Receiving its end commits the turn. Made by
+    ``Conversation.stream`` and its kin.
 
     It commits in one step, after the last checkpoint on the way: a call that commits a turn never
     raises Cancelled, and one that raises Cancelled has committed nothing, unless ``on_cancel`` is

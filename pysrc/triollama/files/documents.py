@@ -274,6 +274,7 @@ FIRST_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "seed": 42}
 
 def saved_params(params: GenerationParams) -> dict[str, Any]:
     """All of them, as plain data: what is in effect does not follow the defaults of later days."""
+    check_kind("params", params, GenerationParams)
     plain: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
     # JSON has no infinity; this is as far below every logit.
     plain["logit_bias"] = {key: max(bias, -3e38) for key, bias in plain["logit_bias"].items()}
@@ -285,12 +286,14 @@ def saved_params(params: GenerationParams) -> dict[str, Any]:
 def unknown_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Those of later versions, to be written back."""
     fields = GenerationParams.__struct_fields__
+    check_kind("params", params, Mapping)
     return {name: value for name, value in params.items() if name not in fields}
 
 
 def known_params(params: Mapping[str, Any]) -> GenerationParams:
     """The parameters this version knows; see ``unknown_params``. Raises ParameterError."""
     fields = GenerationParams.__struct_fields__
+    check_kind("params", params, Mapping)
     known: dict[str, Any] = {**FIRST_DEFAULTS}
     known |= {name: value for name, value in params.items() if name in fields}
     if isinstance(known.get("logit_bias"), dict):

@@ -166,6 +166,7 @@ class Journal:
 
     def select(self, ids: Iterable[str]) -> Document:
         """Of everything the conversations with these ids, as far as there are any."""
+        check_kind("ids", ids, Iterable)
         found = tuple(one for id in ids if (one := self.find(id)) is not None)
         return msgspec.structs.replace(self._document, conversations=found)
 

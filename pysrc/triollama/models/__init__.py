@@ -38,4 +38,8 @@ __all__ = [
 def usual_n_ctx(model: Model) -> int:
     """Tokens of a context where nobody says how many: 4096, or what the model was trained for where
     that is less."""
+    if not hasattr(model, "n_ctx_train"):
+        raise ParameterError(
+            f"model must be a Model, not {type(model).__name__}", parameter="model", value=model
+        )
     return min(4096, model.n_ctx_train or 4096)

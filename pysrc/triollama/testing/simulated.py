@@ -6,6 +6,7 @@ from types import TracebackType
 
 import trio
 
+from ..checks import check_kind
 from ..engine.core import WhenFull
 from ..llama import Llama
 from ..serving import Serving
@@ -21,6 +22,8 @@ class open_fake_llama:
     """
 
     def __init__(self, fake: FakeEngine, *, when_full: WhenFull = "wait") -> None:
+        check_kind("fake", fake, FakeEngine)
+
         async def load() -> FakeEngine:
             await trio.sleep(fake.load_seconds)
             if fake.load_error is not None:
