@@ -450,7 +450,7 @@ cdef class Model(Owner):
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The Jinja chat template in the file (the default one, or that of this name), or None."""
-        cdef bytes raw = name.encode() if name is not None else b""
+        cdef bytes raw = encoded("name", name) if name is not None else b""
         self.alive()
         cdef const char * found = llama.llama_model_chat_template(
             self.ptr, <const char *>raw if name is not None else NULL)

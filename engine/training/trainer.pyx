@@ -461,7 +461,7 @@ cdef class Trainer(Owner):
         cdef cpp_set[string] absent
         cdef map[string, training.Audited] found
         for name in missing:
-            absent.insert(str(name).encode())
+            absent.insert(encoded("missing", name))
         self.enter()
         try:
             with nogil:
@@ -596,6 +596,7 @@ cdef class Trainer(Owner):
         """
         cdef vector[pair[string, string]] pairs
         cdef pair[string, string] item
+        check_kind("metadata", metadata, dict, type(None))
         for key, value in (metadata or {}).items():
             item.first = encoded("metadata", key)
             item.second = encoded("metadata", value)

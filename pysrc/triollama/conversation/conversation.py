@@ -10,7 +10,7 @@ import trio
 from .. import files
 from ..answers import Structured, ToolChoice, structured
 from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_texts
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.adapters import Adapters
 from ..engine.core import Core
 from ..engine.loaded import LoadedAdapter, Scaled
@@ -337,6 +337,7 @@ class Conversation:
         **changes: Any,
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
+        check_kind("params", params, GenerationParams, type(None))
         given = None if params is None else params.seed
         changes.setdefault("seed", draw_seed() if given is None else given)
 

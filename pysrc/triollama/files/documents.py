@@ -106,6 +106,15 @@ def check_text(value: Any, name: str) -> None:
 
     Such come from file names and arguments that are not UTF-8. Raises ParameterError.
     """
+    try:
+        _check_text(value, name)
+    except RecursionError:
+        raise ParameterError(
+            f"{name} is nested too deeply for a file", parameter=name, value=value
+        ) from None
+
+
+def _check_text(value: Any, name: str) -> None:
     if isinstance(value, str):
         if value.isascii():
             return
@@ -120,11 +129,11 @@ def check_text(value: Any, name: str) -> None:
             ) from None
     elif isinstance(value, Mapping):
         for key, child in value.items():
-            check_text(key, name)
-            check_text(child, name)
+            _check_text(key, name)
+            _check_text(child, name)
     elif isinstance(value, (list, tuple)):
         for child in value:
-            check_text(child, name)
+            _check_text(child, name)
 
 
 class ModelIdentity(Saved, frozen=True, kw_only=True):

@@ -212,6 +212,7 @@ class Journal:
         Those that are not whole in the file are written once more. Raises StateWriteError.
         """
         owner = self._open_owner()
+        check_kind("ids", ids, Iterable)
         if not hasattr(os, "pread"):  # Windows
             return
         held = {id: one for id in ids if (one := self._conversations.get(id)) is not None}

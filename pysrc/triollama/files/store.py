@@ -64,12 +64,16 @@ def name_of(path: StrPath) -> str:
 
 
 def real_path(path: StrPath) -> Path:
-    """Where a path leads once symbolic links are followed. Raises StateError for a loop."""
+    """Where a path leads once symbolic links are followed. Raises StateError for a loop, and for
+    what can be no file."""
     name = name_of(path)
     try:
         if _loops(name):
             raise StateError(f"{name!r} is a symbolic link that leads to itself")
-        return Path(os.path.realpath(name, strict=False))
+        found = Path(os.path.realpath(name, strict=False))
+        if not found.name:
+            raise StateError(f"{name!r} is a folder")
+        return found
     except (OSError, ValueError) as error:
         if isinstance(error, StateError):
             raise

@@ -62,8 +62,8 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
         for name, value, low in (("at_once", at_once, 1), ("start", start, 0)):
             if value is None and name == "at_once":
                 continue
-            known = isinstance(value, int) and not isinstance(value, bool)
-            if not known or not low <= value <= sys.maxsize:
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if not number or not low <= int(value or 0) <= sys.maxsize:
                 raise ParameterError(
                     f"{name} must be an integer from {low} on, not {shown(value)}",
                     parameter=name,

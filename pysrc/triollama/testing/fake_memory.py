@@ -64,9 +64,12 @@ def check_tokens(name: str, tokens: Any) -> list[int]:
         raise ParameterError(f"{name} must be integers, not {shown(tokens)}", parameter=name)
     checked = []
     for token in tokens:
-        if not hasattr(token, "__index__"):
-            raise ParameterError(f"{name} must be integers, not {shown(token)}", parameter=name)
-        checked.append(index(token))
+        try:
+            checked.append(index(token))
+        except TypeError:
+            raise ParameterError(
+                f"{name} must be integers, not {shown(token)}", parameter=name, value=token
+            ) from None
         if not 0 <= checked[-1] < N_VOCAB:
             raise TokenError(
                 f"{name} holds {shown(token)}, which is outside the vocabulary of {N_VOCAB} tokens",

@@ -90,7 +90,7 @@ def make_tiny_model(
     """
     gguf = _import_gguf()
     none = type(None)
-    given = {
+    given: dict[tuple[type, ...], dict[str, object]] = {
         (str,): {"arch": arch, "dtype": dtype},
         (str, none): {"chat_template": chat_template, "name": name},
         (int,): {
