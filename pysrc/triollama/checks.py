@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["check_kind", "shown"]
+__all__ = ["check_kind", "check_path", "shown"]
 
 _LONG = 200
 
@@ -31,3 +32,17 @@ def check_kind(name: str, value: Any, *kinds: Any) -> None:
             parameter=name,
             value=value,
         )
+
+
+def check_path(name: str, value: Any) -> str:
+    """A path as a string. Raises ParameterError for what is none: a descriptor's number too, which
+    ``open`` would take, and close."""
+    try:
+        path = os.fsdecode(value)
+    except (TypeError, UnicodeError):
+        path = "\0"
+    if "\0" in path:
+        raise ParameterError(
+            f"{name} must be a path, not {shown(value)}", parameter=name, value=value
+        )
+    return path

@@ -12,7 +12,7 @@ import trio
 
 from .answers import Structured, structured
 from .chat import ChatTemplate
-from .checks import check_kind, shown
+from .checks import check_kind
 from .conversation import saving
 from .conversation.choices import OnCancel
 from .conversation.conversation import Conversation
@@ -148,12 +148,6 @@ class Llama:
         Raises ParameterError at once; what else may fail, does so on entering.
         """
         self._core.check_open()
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise ParameterError(
-                f"capacity must be an integer from 1 on, not {shown(capacity)}",
-                parameter="capacity",
-                value=capacity,
-            )
         kind, made = self._typed(into, params, changes)
         return Stream(
             self._core,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -94,7 +94,8 @@ class ChatTokenizer:
         """
         check_kind("rendered", rendered, Rendered)
         check_kind("start", start, int)
-        _check_spans(spans)
+        _check_spans("spans", spans)
+        _check_spans("context", context)
         text = rendered.text
         specials = self._specials(rendered)
         borders = sorted({at for span in (*spans, *context) for at in span if start < at})
@@ -258,14 +259,14 @@ class ChatTokenizer:
         return self._vocab.tokenize(text, False, False)
 
 
-def _check_spans(spans: Any) -> None:
-    check_kind("spans", spans, list, tuple)
+def _check_spans(name: str, spans: Any) -> None:
+    check_kind(name, spans, list, tuple)
     for span in spans:
         pair = span if isinstance(span, tuple) and len(span) == 2 else (None, None)
         if not all(isinstance(at, int) for at in pair):
             raise ParameterError(
-                f"spans must be pairs of positions, not {shown(span)}",
-                parameter="spans",
+                f"{name} must be pairs of positions, not {shown(span)}",
+                parameter=name,
                 value=span,
             )
 

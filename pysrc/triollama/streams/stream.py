@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from ..answers import Calls, Thoughts
+from ..checks import check_kind, shown
 from ..errors import BusyError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, ToolCall, Usage
@@ -109,6 +110,13 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         adapters: Adapters | None = None,
         chosen: Scaled = (),
     ) -> None:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise ParameterError(
+                f"capacity must be an integer from 1 on, not {shown(capacity)}",
+                parameter="capacity",
+                value=capacity,
+            )
+        check_kind("priority", priority, int)
         seed = draw_seed() if params.seed is None else params.seed
         self.params = params.replace(seed=seed) if params.seed is None else params
         self.prompt = tuple(tokens)

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_path
 from .config import FREE_TO_CHANGE, TrainingConfig
 from .errors import CheckpointError, LoRASaveError
 from .records import TrainingSummary
@@ -58,7 +59,8 @@ def write_checkpoint(path: str, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Raises CheckpointError for a file that is none, or damaged."""
+    """Raises CheckpointError for a file that is none, or damaged; OSError."""
+    path = check_path("path", path)
     try:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != _FORMAT:

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 import msgspec
 
+from ..checks import check_kind, shown
 from .errors import (
     InvalidEpochsError,
     InvalidLearningRateError,
@@ -90,7 +91,8 @@ class QLoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.quant_type not in _QUANT_TYPES:
             raise InvalidQuantizationError(
-                f"quant_type must be one of {', '.join(_QUANT_TYPES)}, not {self.quant_type!r}",
+                f"quant_type must be one of {', '.join(_QUANT_TYPES)}, "
+                f"not {shown(self.quant_type)}",
                 parameter="quant_type",
                 value=self.quant_type,
             )
@@ -104,7 +106,7 @@ class QLoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.compute_dtype not in _COMPUTE:
             raise InvalidQuantizationError(
-                f"compute_dtype must be 'float32' or 'int8', not {self.compute_dtype!r}: the"
+                f"compute_dtype must be 'float32' or 'int8', not {shown(self.compute_dtype)}: the"
                 " training graph multiplies in F32, or with 8-bit activations forward; the nearest"
                 " to a half-precision type is 'float32'",
                 parameter="compute_dtype",
@@ -201,19 +203,19 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if not _is_int(self.rank) or not 1 <= self.rank <= MAX_RANK:
             raise InvalidRankError(
-                f"rank must be an integer from 1 to {MAX_RANK}, not {self.rank!r}",
+                f"rank must be an integer from 1 to {MAX_RANK}, not {shown(self.rank)}",
                 parameter="rank",
                 value=self.rank,
             )
         if not _is_number(self.learning_rate) or not 0.0 < self.learning_rate <= 1.0:
             raise InvalidLearningRateError(
-                f"learning_rate must be above 0 and at most 1, not {self.learning_rate!r}",
+                f"learning_rate must be above 0 and at most 1, not {shown(self.learning_rate)}",
                 parameter="learning_rate",
                 value=self.learning_rate,
             )
         if not _is_int(self.epochs) or not 1 <= self.epochs <= MAX_EPOCHS:
             raise InvalidEpochsError(
-                f"epochs must be an integer from 1 to {MAX_EPOCHS}, not {self.epochs!r}",
+                f"epochs must be an integer from 1 to {MAX_EPOCHS}, not {shown(self.epochs)}",
                 parameter="epochs",
                 value=self.epochs,
             )
@@ -223,7 +225,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 continue
             raise InvalidSettingError(
                 f"{name} must be an integer from {low} to {high}"
-                f"{' or None' if name in _OPTIONAL else ''}, not {value!r}",
+                f"{' or None' if name in _OPTIONAL else ''}, not {shown(value)}",
                 parameter=name,
                 value=value,
             )
@@ -231,14 +233,14 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             value = getattr(self, name)
             if not _is_number(value) or not lowest <= value <= highest:
                 raise InvalidSettingError(
-                    f"{name} must be a number from {lowest:g} to {highest:g}, not {value!r}",
+                    f"{name} must be a number from {lowest:g} to {highest:g}, not {shown(value)}",
                     parameter=name,
                     value=value,
                 )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InvalidSettingError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}",
+                    f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}",
                     parameter=name,
                     value=getattr(self, name),
                 )
@@ -246,7 +248,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, "targets", tuple(self.targets))
         if not self.targets or (isinstance(self.targets, str) and self.targets != "all-linear"):
             raise InvalidSettingError(
-                f"targets must be 'all-linear' or a tuple of names, not {self.targets!r}",
+                f"targets must be 'all-linear' or a tuple of names, not {shown(self.targets)}",
                 parameter="targets",
                 value=self.targets,
             )
@@ -270,6 +272,9 @@ def learning_rate_at(config: TrainingConfig, step: int, total_steps: int) -> flo
     falls in a straight line and "cosine" as (1 + cos(pi t)) / 2 (arXiv:1608.03983), t running from
     0 to 1 over the steps left, as transformers' schedules do.
     """
+    check_kind("config", config, TrainingConfig)
+    check_kind("step", step, int)
+    check_kind("total_steps", total_steps, int)
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     left = max(total_steps - config.warmup_steps, 1)

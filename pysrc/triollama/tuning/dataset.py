@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..checks import check_kind, shown
+from ..errors import ParameterError
 from .encode import Example, PreferenceExample, Vocab
 from .errors import DataError, InvalidSettingError
 from .rows import Row, pack_rows, row_of
@@ -139,6 +141,12 @@ class TrainingDataset:
         both texts, the better one first."""
         if self._vocab is None:
             raise InvalidSettingError("this dataset was made without a vocabulary")
+        if not isinstance(index, int) or not -len(self.train) <= index < len(self.train):
+            raise ParameterError(
+                f"there is no training example {shown(index)}; there are {len(self.train)}",
+                parameter="index",
+                value=index,
+            )
         return "\n--- rather than ---\n".join(map(self._shown, self.train[index].parts))
 
     def _shown(self, example: Example) -> str:
@@ -155,6 +163,12 @@ class TrainingDataset:
     def order(self, epoch: int, *, seed: int, shuffle: bool) -> list[int]:
         """The order of the training examples in an epoch, the same for the same arguments."""
         order = np.arange(len(self.train))
+        for name, value in (("epoch", epoch), ("seed", seed)):
+            check_kind(name, value, int)
+            if value < 0:
+                raise ParameterError(
+                    f"{name} must not be negative: {shown(value)}", parameter=name, value=value
+                )
         if shuffle:
             np.random.Generator(np.random.PCG64([seed, epoch])).shuffle(order)
         found: list[int] = order.tolist()

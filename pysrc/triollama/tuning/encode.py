@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, training_texts
+from ..checks import check_kind, shown
 from .errors import InvalidSettingError
 
 __all__ = ["Encoder", "Example", "PreferenceExample", "Tokens", "Vocab"]
@@ -87,6 +88,7 @@ class Encoder:
 
     def text(self, text: str, source: str = "") -> Example:
         """Every token is learned, the end of the text too, except a leading beginning mark."""
+        check_kind("text", text, str)
         tokens = self.vocab.tokenize(text, True, False)
         targets = [True] * len(tokens)
         return self._example(*self._ended(tokens, targets), source)
@@ -96,6 +98,14 @@ class Encoder:
     ) -> list[Example]:
         """A long text in examples of at most ``length`` tokens, all learned. Each has the beginning
         mark where the model wants one; the last has the end of the text, if it ``ends`` here."""
+        check_kind("text", text, str)
+        check_kind("ends", ends, bool)
+        if not isinstance(length, int) or length < 2:
+            raise InvalidSettingError(
+                f"length must be an integer from 2 on, not {shown(length)}",
+                parameter="length",
+                value=length,
+            )
         tokens = self.vocab.tokenize(text, False, False)
         if ends and self.vocab.eos is not None:
             tokens.append(self.vocab.eos)
@@ -106,6 +116,8 @@ class Encoder:
 
     def completion(self, prompt: str, completion: str, source: str = "") -> Example:
         """The completion and the end of the text are learned, the prompt is not."""
+        check_kind("prompt", prompt, str)
+        check_kind("completion", completion, str)
         segments = (Segment(prompt, False, 0, False), Segment(completion, False, 1, False))
         text = prompt + completion
         made = self._texts.encode(Rendered(text, segments), [(len(prompt), len(text))])
@@ -133,6 +145,8 @@ class Encoder:
         """
         if self.template is None:
             raise InvalidSettingError("chats need a template", parameter="template")
+        check_kind("learn", learn, Callable, type(None))
+        check_kind("variables", variables, Mapping, type(None))
         examples = []
         for text in training_texts(
             self.template, messages, learn=learn, tools=tools, **(variables or {})

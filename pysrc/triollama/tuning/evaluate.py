@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 
 from .._engine import Trainer
+from ..checks import check_kind
 from .encode import Example, Vocab
 from .errors import DataError, InvalidSettingError
-from .rows import row_of
+from .rows import checked_examples, row_of
 
 __all__ = ["EvaluationMetrics", "Progress", "evaluate_examples", "evaluate_text", "without_adapter"]
 
@@ -52,6 +53,9 @@ def evaluate_examples(
 
     progress: called after each with ``"held out"``, how many are done, and of how many.
     """
+    examples = checked_examples(examples)
+    check_kind("trainer", trainer, Trainer)
+    check_kind("progress", progress, Callable, type(None))
     losses = []
     hits = count = 0
     for example in examples:
@@ -74,8 +78,15 @@ def evaluate_text(
     place of its first token where the model wants one; the second half of each is scored, so that
     every scored token has at least n_ctx / 2 before it.
     """
+    check_kind("trainer", trainer, Trainer)
+    check_kind("n_ctx", n_ctx, int)
+    check_kind("text", text, str)
+    if not hasattr(vocab, "tokenize"):
+        raise InvalidSettingError(
+            f"vocab must be a Vocab, not {type(vocab).__name__}", parameter="vocab", value=vocab
+        )
     tokens = np.array(vocab.tokenize(text, True, False), np.int32)
-    n_windows = len(tokens) // n_ctx
+    n_windows = len(tokens) // max(1, n_ctx)
     if n_ctx < 4 or not n_windows:
         raise InvalidSettingError(
             f"the text has {len(tokens)} tokens; it needs at least one window of n_ctx={n_ctx}",

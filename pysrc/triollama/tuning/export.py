@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._engine import Trainer, quantize, read_gguf
+from ..checks import check_kind, check_path
 from ..errors import ModelFormatError, ModelNotFoundError, ParameterError
 from ..writing import beside, write_file
 from .config import MAX_RANK
@@ -78,8 +79,9 @@ def check_adapter(
     fingerprint: the model's (``Model.fingerprint``), to warn if the adapter was trained on another
     base. Raises AdapterFileNotFoundError; a file that is no adapter is incompatible, no error.
     """
+    path = check_path("path", path)
     if not os.path.exists(path):
-        raise AdapterFileNotFoundError(os.fspath(path))
+        raise AdapterFileNotFoundError(path)
     try:
         keys, tensors = read_gguf(path)
     except (ModelFormatError, ModelNotFoundError) as error:
@@ -220,6 +222,9 @@ def save_peft(
     base_model: the name or path of the model in transformers' format. Raises LoRASaveError, and
     ModelExportError for a matrix that PEFT has no name for.
     """
+    check_kind("trainer", trainer, Trainer)
+    check_kind("base_model", base_model, str, type(None))
+    folder = check_path("folder", folder)
     keys, _ = read_gguf(trainer.path)
     modules = _peft_modules(trainer.architecture)
     tensors: dict[str, Array] = {}
@@ -259,7 +264,8 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
 
     Raises AdapterFileNotFoundError, IncompatibleAdapterError; the trainer is then as it was.
     """
-    path = Path(folder)
+    check_kind("trainer", trainer, Trainer)
+    path = Path(check_path("folder", folder))
     try:
         text = (path / "adapter_config.json").read_bytes()
         config = msgspec.json.decode(text, type=dict[str, Any])
@@ -321,7 +327,9 @@ def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str = "au
     ``triollama.quantize`` (``"q8_0"``, ``"q4_k_m"``...) is for the whole model. Raises
     ModelSaveError, ParameterError.
     """
-    target = os.fspath(path)
+    target = check_path("path", path)
+    check_kind("trainer", trainer, Trainer)
+    check_kind("ftype", ftype, str)
     if os.path.exists(target) and os.path.samefile(target, trainer.path):
         raise ParameterError("path is the model's own file", parameter="path", value=path)
     if ftype == "auto":

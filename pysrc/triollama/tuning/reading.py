@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from .. import files
+from ..checks import check_path
 from .errors import DataError
 from .formats import Text
 
@@ -44,7 +45,8 @@ def read_file(path: str | PathLike[str]) -> Iterator[tuple[int | None, Any]]:
     What a file is tells its beginning; plain text alone its name (``.txt``, ``.text``, ``.md``).
     Raises DataError for what cannot be read at all, and a StateError for damaged conversations.
     """
-    with open(path, "rb") as file:
+    path = check_path("path", path)
+    with _opened(path) as file:
         head = file.read(4096)
     if _STATE_FILE.match(head):
         return ((None, one) for one in files.load_document(path).conversations)
@@ -63,7 +65,17 @@ def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
     Raises DataError naming the line for what is not UTF-8, no JSON, no object or too long. A byte
     order mark at the beginning is skipped.
     """
-    return _raising(_json_lines(path))
+    return _raising(_json_lines(check_path("path", path)))
+
+
+def _opened(path: str | PathLike[str]) -> BinaryIO:
+    """Raises FileNotFoundError, and DataError for what cannot be opened."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{fspath(path)} cannot be read: {error.strerror or error}") from error
 
 
 Number = TypeVar("Number", int, int | None)
@@ -77,7 +89,7 @@ def _raising(items: Iterator[tuple[Number, Any]]) -> Iterator[tuple[Number, Any]
 
 
 def _json_lines(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         for number, line in _lines(file):
             if line.strip():
                 try:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checks import check_kind
 from .encode import Example, Tokens
 
 __all__ = ["Row", "pack_rows", "row_of"]
@@ -29,8 +30,18 @@ class Row(NamedTuple):
         return int((self.labels >= 0).sum())
 
 
+def checked_examples(examples: Iterable[Example]) -> list[Example]:
+    """Raises ParameterError where some are none."""
+    check_kind("examples", examples, Iterable)
+    found = list(examples)
+    for one in found:
+        check_kind("examples", one, Example)
+    return found
+
+
 def row_of(examples: Sequence[Example]) -> Row:
     """The examples side by side."""
+    examples = checked_examples(examples)
     labels = []
     for example in examples:
         label = np.full(len(example.tokens), -1, np.int32)
@@ -50,6 +61,9 @@ def pack_rows(examples: Iterable[Example], max_length: int, open_rows: int = 16)
 
     First fit: an example goes into the first of the last ``open_rows`` rows with room for it.
     """
+    examples = checked_examples(examples)
+    check_kind("max_length", max_length, int)
+    check_kind("open_rows", open_rows, int)
     closed: list[list[Example]] = []
     rows: list[list[Example]] = []
     room: list[int] = []

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._engine import Trainer
+from ..checks import check_kind, check_path
 from ..errors import DecodeAborted
 from .base import open_trainer, quantised, wants_quantising
 from .checkpoint import (
@@ -94,6 +95,10 @@ class TrainingRun:
         adapter: str | PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> None:
+        check_kind("dataset", dataset, TrainingDataset)
+        check_kind("config", config, TrainingConfig)
+        check_kind("resume", resume, bool)
+        check_kind("progress", progress, Callable, type(None))
         if config.patience is not None and not dataset.validation:
             raise InvalidSettingError(
                 "patience needs validation examples; prepare the data with a validation_split",
@@ -106,10 +111,10 @@ class TrainingRun:
         self.status: Status = "pending"
         self.error: BaseException | None = None
         self.resumed_at = 0
-        self._model = os.fspath(model)
-        self._checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        self._model = check_path("model", model)
+        self._checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
         self._resume = resume
-        self._adapter = adapter
+        self._adapter = None if adapter is None else check_path("adapter", adapter)
         self._progress = progress
         self._objective = objective_of(dataset, config)
         self._plan: Plan[Any] = Plan(self._objective.units, config, varies=config.packing)
@@ -488,7 +493,7 @@ def train(
     progress: called in what takes long between steps, evaluations for one, with what it is and how
     much of how much is done.
     """
-    config = config or TrainingConfig()
+    config = TrainingConfig() if config is None else config
     return TrainingRun(
         model,
         dataset,

@@ -22,6 +22,7 @@ import numpy as np
 
 from .._engine import Adapter, Batch, Model, Trainer, set_adapters
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
+from ..checks import check_path
 from ..errors import AdapterError, ParameterError
 from ..params import GenerationParams
 from ..sync import Llama
@@ -201,7 +202,8 @@ class Tuner:
         self._serving()
         names = list(self._loaded)
         if path is not None:
-            names = [os.path.realpath(path) if os.fspath(path) else ""]
+            wanted = check_path("path", path)
+            names = [os.path.realpath(wanted) if wanted else ""]
         if not names or any(name not in self._loaded for name in names):
             raise NoAdapterError(
                 "no adapter is applied" if path is None else f"{path} is not applied"
