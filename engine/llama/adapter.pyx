@@ -189,9 +189,11 @@ cdef void use_adapters(tuple chosen, int change) noexcept:
 cdef tuple chosen_adapters(object adapters):
     """Pairs of an Adapter, open or not, and its scale."""
     chosen = []
-    for adapter, scale in adapters:
-        if not isinstance(adapter, Adapter):
-            raise ParameterError(f"{shown(adapter)} is no Adapter", parameter="adapters", value=adapter)
+    check_kind("adapters", adapters, list, tuple)
+    for pair in adapters:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], Adapter):
+            raise ParameterError(f"{shown(pair)} is no Adapter with its scale", parameter="adapters", value=pair)
+        adapter, scale = pair
         chosen.append((adapter, check_float("scale", scale, -1e6, 1e6)))
     if len({id(adapter) for adapter, _ in chosen}) != len(chosen):
         raise ParameterError("the same adapter is named twice", parameter="adapters")

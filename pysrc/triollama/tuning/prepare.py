@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from ..chat import ChatTemplate, template_for_model
+from ..checks import shown
 from ..errors import ChatTemplateError, ParameterError
 from .dataset import AnyExample, DatasetReport, TrainingDataset
 from .encode import Encoder, Example, PreferenceExample, Vocab
@@ -81,7 +82,7 @@ def prepare_training_data(
     """
     if not isinstance(validation_split, (int, float)) or not 0.0 <= validation_split < 1.0:
         raise InvalidValidationSplitError(
-            f"validation_split must be from 0 to below 1, not {validation_split!r}",
+            f"validation_split must be from 0 to below 1, not {shown(validation_split)}",
             parameter="validation_split",
             value=validation_split,
         )
@@ -89,15 +90,15 @@ def prepare_training_data(
         ("truncation", truncation, TRUNCATIONS),
         ("invalid", invalid, ("error", "drop")),
     ):
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InvalidSettingError(
-                f"{name} must be one of {', '.join(choices)}, not {value!r}",
+                f"{name} must be one of {', '.join(choices)}, not {shown(value)}",
                 parameter=name,
                 value=value,
             )
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise InvalidSettingError(
-            f"max_length must be an integer from 2, not {max_length!r}",
+            f"max_length must be an integer from 2, not {shown(max_length)}",
             parameter="max_length",
             value=max_length,
         )

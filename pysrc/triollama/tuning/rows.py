@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import check_kind
+from ..errors import ParameterError
 from .encode import Example, Tokens
 
 __all__ = ["Row", "pack_rows", "row_of"]
@@ -42,6 +43,8 @@ def checked_examples(examples: Iterable[Example]) -> list[Example]:
 def row_of(examples: Sequence[Example]) -> Row:
     """The examples side by side."""
     examples = checked_examples(examples)
+    if not examples:
+        raise ParameterError("a row is of one example or more", parameter="examples")
     labels = []
     for example in examples:
         label = np.full(len(example.tokens), -1, np.int32)

@@ -22,7 +22,7 @@ import numpy as np
 
 from .._engine import Adapter, Batch, Model, Trainer, set_adapters
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
-from ..checks import check_path
+from ..checks import check_kind, check_path
 from ..errors import AdapterError, ParameterError
 from ..params import GenerationParams
 from ..sync import Llama
@@ -153,6 +153,7 @@ class Tuner:
         computed otherwise, so it is forgotten. Raises AdapterFileNotFoundError,
         IncompatibleAdapterError, AdapterApplicationError; the set is then as before.
         """
+        path = check_path("path", path)
         return self._apply_file(path, os.path.realpath(path), scale)
 
     def _apply_file(
@@ -403,12 +404,13 @@ class Tuner:
     def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Float32 [n_vocab]: the logits after the last of ``tokens``, by base and adapters."""
         context = self._serving().context
+        check_kind("tokens", tokens, list, tuple)
         context.memory.clear()
         for at in range(0, len(tokens), 256):
             part = tokens[at : at + 256]
             batch = Batch(len(part))
             for i, token in enumerate(part):
-                batch.add(int(token), at + i, 0, at + i + 1 == len(tokens))
+                batch.add(token, at + i, 0, at + i + 1 == len(tokens))
             context.decode(batch)
         return context.logits(copy=True)
 
