@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import ParameterError
 from ..writing import cache_dir
 from .default import DEFAULT_PACKAGE, DEFAULT_SHA256, default_model
 from .inspection import Inspection, Needs, Tensors, inspect
