@@ -499,8 +499,10 @@ def scripts(world: World, path: Path) -> None:
     context = world.closers.enter_context(lowlevel.Context(model, n_ctx=64, n_threads=1))
     batch = lowlevel.Batch(8)
     batch.extend([5, 6, 7], 0)
+    talk = llama.chat("a", system="Be brief.", max_tokens=4)
+    talk.say("Hello")
     world.objects += [
-        llama, llama, llama.generate("Once", max_tokens=3), llama.score("hello"),
+        llama, llama, talk, talk, llama.generate("Once", max_tokens=3), llama.score("hello"),
         llama.stream("Once", max_tokens=3), model, context, context.memory, batch, model.vocab,
         lowlevel.Sampler(model.vocab, GenerationParams(seed=1)),
     ]  # fmt: skip

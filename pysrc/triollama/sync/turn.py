@@ -28,7 +28,7 @@ class TurnStream(Stream):
 
     Closed, left or failed before, it leaves the conversation as it was, or with what was said so
     far, as ``on_cancel`` says. Ctrl-C is an end like that. ``committed``: whether it is part of the
-    conversation.
+    conversation. Made by ``Conversation.stream`` and its kin.
     """
 
     committed = False
