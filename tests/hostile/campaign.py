@@ -366,7 +366,7 @@ class Campaign:
             for one in error.exceptions:
                 self.note(name, call, one, what)
             return
-        silent = not str(error) and not isinstance(
+        silent = not shown(error).partition("(")[2].strip(")") and not isinstance(
             error, (StopIteration, StopAsyncIteration, *TRIO)
         )
         if not silent and not is_fault(call, error):
