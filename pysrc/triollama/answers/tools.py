@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..checks import check_kind
 from ..errors import AnswerError, ParameterError
 from ..params import UNCONSTRAINED, GenerationParams
 from ..results import ToolCall
@@ -205,6 +206,7 @@ class Toolbox:
 
     def constrain(self, params: GenerationParams) -> GenerationParams:
         """``params`` with the grammar of answers: text, or calls that are not malformed."""
+        check_kind("params", params, GenerationParams)
         if self.format is None:
             return params
         if params.replace(reasoning=None).is_constrained:

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from ..checks import check_kind
 from ..errors import AnswerError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams
 from .grammar import Grammar
@@ -30,6 +31,7 @@ class Structured(Generic[T]):
 
     def constrain(self, params: GenerationParams) -> GenerationParams:
         """``params`` with the grammar. ParameterError if they have one, or forbid ending."""
+        check_kind("params", params, GenerationParams)
         for name in CONSTRAINTS:
             if getattr(params, name):
                 raise ParameterError(
@@ -45,6 +47,8 @@ class Structured(Generic[T]):
 
     def parse(self, text: str, finish_reason: str = "") -> T:
         """The value in an answer. Raises AnswerError if there is none, as in one that was cut."""
+        check_kind("text", text, str)
+        check_kind("finish_reason", finish_reason, str)
         try:
             return self._decoder.decode(text)
         except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:

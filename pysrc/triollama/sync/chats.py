@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from .. import files
 from .._engine import Context, Sampler, Vocab
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
+from ..checks import check_kind, shown
 from ..conversation.choices import OnCancel, check_policy, checked_id, given
 from ..conversation.plan import Overflow, check_overflow
 from ..conversation.saved import checked_state, document_of, settings_of, tell_of_other_kernels
@@ -128,11 +129,12 @@ class Chats:
     ) -> files.Document:
         """See ``Llama.save``."""
         context, settings = self.context, self._settings()
+        check_kind("conversations", conversations, Iterable)
         given: list[Any] = list(conversations)
         for one in given:
             if not isinstance(one, Conversation) or one._house is not self:
                 raise ParameterError(
-                    f"conversations must be this Llama's own, not {one!r}",
+                    f"conversations must be this Llama's own, not {shown(one)}",
                     parameter="conversations",
                     value=one,
                 )
