@@ -79,12 +79,14 @@ def test_a_program_with_swift_names(tiny: Any, tmp_path: Path) -> None:
             async with llama.start("Hello", params, "mine") as one:
                 async for _ in one.stream:
                     pass
-            async with llama.start("More", params, "mine", continue_conversation=True) as one:
+            # More than waits for a reader, so that it is still at work when it is looked at.
+            long = swift.GenerationParams(max_tokens=150, threads=1, batch_threads=1)
+            async with llama.start("More", long, "mine", continue_conversation=True) as one:
                 info = llama.get_generation_info(one.id)
                 assert info is not None
                 assert info.is_active and info.conversation_id == "mine"
-                assert info.params.max_tokens == 6
-                llama.update(one.id, swift.GenerationParams(max_tokens=3))
+                assert info.params.max_tokens == 150
+                llama.update(one.id, swift.GenerationParams(max_tokens=140))
                 assert llama.get_active_generation_ids() == [one.id]
                 async for _ in one.stream:
                     pass
