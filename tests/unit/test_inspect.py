@@ -95,5 +95,5 @@ def test_what_is_no_model(tmp_path: Path, tiny: Any) -> None:
         models.inspect(tiny("llama"), type_k="q1")
     with pytest.raises(ParameterError):
         models.inspect(tiny("llama"), n_ctx=0)
-    with pytest.raises(ParameterError, match="type_k"):
+    with pytest.raises(ParameterError, match="blocks of type q8_0"):
         models.inspect(tiny("phi3"), type_k="q8_0", type_v="q8_0")

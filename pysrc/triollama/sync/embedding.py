@@ -140,7 +140,8 @@ def _together(
     for tokens in texts:
         if pooling == "mean":
             every = [context.token_embedding(at + i, copy=True) for i in range(len(tokens))]
-            rows.append(numpy.mean(every, axis=0, dtype=numpy.float64).astype(numpy.float32))
+            mean = numpy.stack(every).mean(axis=0, dtype=numpy.float64)
+            rows.append(mean.astype(numpy.float32))
         else:
             which = at if pooling == "cls" else at + len(tokens) - 1
             rows.append(context.token_embedding(which, copy=True))
