@@ -1,11 +1,11 @@
 // Products that round each row alone, so that a sequence's numbers do not depend on how many rows share its step.
 //
 // ggml's CPU backend takes other kernels, which add up in another order, where many rows meet one matrix: llamafile's
-// products and the tiled ones. Contexts that ask for it do without. They carry ggml's own mark for reference computations
-// (use_ref), which turns off fused operations, tiled products and tiled attention; llamafile's products do not look at it,
-// so the linker leads their calls through here. Weights that were rearranged when the model was loaded have such kernels,
-// too, but for AMX: its matrix tiles add up the integers of a block, and the floats of a row block by block, as its kernel
-// for one row does. docs/kv.md has the rules, docs/pin.md the coupling.
+// products and the tiled ones. Contexts that ask for it carry ggml's own mark for reference computations (use_ref), which
+// turns off fused operations, tiled products and tiled attention. llamafile's products do not look at it, so the linker
+// leads their calls through here, where a single row is theirs, too. Weights that were rearranged when the model was loaded
+// have such kernels, but for AMX: its matrix tiles add up the integers of a block, and the floats of a row block by block,
+// as its kernel for one row does. docs/kv.md has the rules, docs/pin.md the coupling.
 #pragma once
 
 #include "llama.h"
