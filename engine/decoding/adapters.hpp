@@ -13,8 +13,9 @@ inline ReplyPtr open_adapter_between_steps(Decoder & decoder, llama_model * mode
     });
 }
 
-inline ReplyPtr free_adapter_between_steps(Decoder & decoder, llama_adapter_lora * adapter) {
-    return decoder.call([adapter](Reply &) { free_adapter(adapter); });
+inline ReplyPtr free_adapter_between_steps(
+    Decoder & decoder, const llama_model * model, llama_adapter_lora * adapter) {
+    return decoder.call([model, adapter](Reply &) { free_adapter(model, adapter); });
 }
 
 }  // namespace triollama::native

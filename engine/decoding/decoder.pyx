@@ -148,7 +148,6 @@ cdef class Decoder(Owner):
         self.dropping = {}
         self.held = {}
         context.children += 1
-        model.drivers += 1
         self.can_shift = config.can_shift
         self.opened()
 
@@ -182,7 +181,6 @@ cdef class Decoder(Owner):
             release_set(self, number)
         Owner.leave(self.context)
         self.context.children -= 1
-        self.context.model.drivers -= 1
         end_call()
 
     def close(self) -> None:
@@ -407,7 +405,8 @@ cdef class Decoder(Owner):
 
     def load_adapter(self, path) -> DecoderReply:
         """Load a LoRA adapter between two steps, which wait for it: milliseconds, if the file was
-        read lately. The reply's ``adapter`` is what came of it.
+        read lately, and until what the model's other contexts compute is done. The reply's
+        ``adapter`` is what came of it.
 
         Raises AdapterError and ModelNotFoundError for a file that is no adapter's; what llama.cpp
         refuses only while it loads, the reply raises.
@@ -418,8 +417,6 @@ cdef class Decoder(Owner):
         cdef string raw_path = os.fsencode(name)
         begin_log()
         self.alive()                    # the GIL was free meanwhile
-        if model.drivers > 1:
-            raise BusyError("several Decoders drive contexts of this model; close all but one")
         cdef DecoderReply reply = wrap_reply(
             self, decoding.open_adapter_between_steps(self.impl.get()[0], model.ptr, raw_path))
         reply.path = name
@@ -429,10 +426,9 @@ cdef class Decoder(Owner):
         """Close an adapter between two steps. BusyError while a set names it."""
         self.alive()
         adapter.check_model(self.context.model)
-        if adapter.model.drivers > 1:
-            raise BusyError("several Decoders drive contexts of this model; close all but one")
         adapter.check_childless()
-        return wrap_reply(self, decoding.free_adapter_between_steps(self.impl.get()[0], adapter.let_go()))
+        return wrap_reply(self, decoding.free_adapter_between_steps(
+            self.impl.get()[0], adapter.model.ptr, adapter.let_go()))
 
     def define_adapters(self, set_id: int, adapters=(), control=None) -> DecoderReply:
         """Name a set of (Adapter, scale) pairs by a number of your own, at least 1, for ``submit``. Sets

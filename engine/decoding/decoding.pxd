@@ -229,4 +229,5 @@ cdef extern from "decoding/adapters.hpp" namespace "triollama::native" nogil:
     shared_ptr[Reply] open_adapter_between_steps(
         Decoder & decoder, llama.llama_model * model, const string & path) except +raise_decoder_error
     shared_ptr[Reply] free_adapter_between_steps(
-        Decoder & decoder, llama.llama_adapter_lora * adapter) except +raise_decoder_error
+        Decoder & decoder, const llama.llama_model * model,
+        llama.llama_adapter_lora * adapter) except +raise_decoder_error

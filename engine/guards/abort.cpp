@@ -1,5 +1,6 @@
 #include "guards/abort.hpp"
 
+#include "guards/adapter_table.hpp"
 #include "guards/model_files.hpp"
 #include "threads/openmp.hpp"
 
@@ -11,6 +12,7 @@ namespace triollama::native {
 namespace {
 
 int32_t compute_guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context * ctx, const llama_batch & batch) {
+    const ReadingAdapters table(llama_get_model(ctx));
     AbortScope scope;
     if (in_parallel() >= 0) {
         scope.enter();

@@ -4,6 +4,7 @@
 #define TRIOLLAMA_FAULTS
 #include "guards/abort.hpp"
 #include "threads/openmp.hpp"
+#include "threads/per_process.hpp"
 
 #include <csignal>
 #include <cstdint>
@@ -23,8 +24,11 @@ constexpr int signals[] = {SIGSEGV, SIGFPE};
 
 thread_local int depth = 0;
 thread_local const char * last_fault = nullptr;
-std::mutex mutex;
-int n_scopes = 0;                           // of all threads
+struct Changing {
+    std::mutex mutex;
+};
+std::mutex & changing() { return per_process<Changing>().mutex; }
+int n_scopes = 0;                           // of all threads; of those of a parent, too, when it forked then
 struct sigaction previous[2];
 uintptr_t code_begin = 0, code_end = 0;     // of the extension
 
@@ -100,7 +104,7 @@ void on_fault(int number, siginfo_t * info, void * context) {
 }  // namespace
 
 void FaultScope::enter() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(changing());
     if (n_scopes == 0) {
         if (code_end == 0) {
             dl_iterate_phdr(find_code, nullptr);
@@ -125,7 +129,7 @@ FaultScope::~FaultScope() {
     if (!entered) {
         return;
     }
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(changing());
     depth--;
     if (--n_scopes > 0) {
         return;

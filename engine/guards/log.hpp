@@ -1,6 +1,8 @@
 // llama.cpp logs from any thread, some of which must never wait for the GIL: lines are kept here until Python asks.
 #pragma once
 
+#include "threads/per_process.hpp"
+
 #include "ggml.h"
 
 #include <atomic>
@@ -9,22 +11,12 @@
 #include <string>
 #include <utility>
 
-#include <pthread.h>
-
 namespace triollama::native {
 
 class LogQueue {
 public:
-    static LogQueue & instance() {
-        static LogQueue * const queue = [] {        // never destroyed: threads may log while the process exits
-            LogQueue * made = new LogQueue;
-            // Another thread may be writing while this one forks, and would hold the child's lock for ever.
-            pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
-                           [] { instance().mutex.unlock(); });
-            return made;
-        }();
-        return *queue;
-    }
+    // What waits when the process forks stays with the parent.
+    static LogQueue & instance() { return per_process<LogQueue>(); }
 
     // The callback for llama_log_set. Pieces without a newline are joined into lines, each thread's for themselves.
     static void write(ggml_log_level level, const char * text, void *) {

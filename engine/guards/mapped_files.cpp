@@ -1,5 +1,7 @@
 #include "guards/mapped_files.hpp"
 
+#include "threads/per_process.hpp"
+
 #include <utility>
 
 #if defined(TRIOLLAMA_WRAPS_MMAP)
@@ -38,7 +40,10 @@ struct Mapping {
 
 constexpr size_t max_mappings = 1024;       // beyond it a mapping has no guard
 Mapping table[max_mappings];
-std::mutex mutex;                           // of who changes the table
+struct Changing {
+    std::mutex mutex;                       // of who changes the table
+};
+std::mutex & changing() { return per_process<Changing>().mutex; }
 std::atomic<size_t> n_mappings{0};
 struct sigaction previous;
 bool guarding = false;
@@ -115,7 +120,7 @@ void add(uintptr_t begin, uintptr_t end, std::shared_ptr<MappedState> state) {
 }
 
 void on_map(void * at, size_t size) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(changing());
     const uintptr_t begin = reinterpret_cast<uintptr_t>(at);
     add(begin, (begin + size + page_size - 1) & ~(page_size - 1), current);
 }
@@ -125,7 +130,7 @@ void on_unmap(void * at, size_t size) {
     if (n_mappings == 0) {
         return;
     }
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(changing());
     const uintptr_t first = reinterpret_cast<uintptr_t>(at);
     const uintptr_t last  = (first + size + page_size - 1) & ~(page_size - 1);
     for (Mapping & mapping : table) {

@@ -1,6 +1,7 @@
 #include "guards/model_files.hpp"
 
 #include "guards/errors.hpp"
+#include "threads/per_process.hpp"
 
 #include <fcntl.h>
 #include <mutex>
@@ -12,8 +13,11 @@ namespace triollama::native {
 
 namespace {
 
-std::mutex mutex;
-std::unordered_map<const llama_model *, const ModelFiles *> known;      // of the models that are loaded
+struct Known {
+    std::mutex mutex;
+    std::unordered_map<const llama_model *, const ModelFiles *> files;      // of the models that are loaded
+};
+Known & known() { return per_process<Known>(); }
 
 int64_t nanoseconds(const struct timespec & t) { return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec; }
 
@@ -36,8 +40,8 @@ FileMark mark_of(const struct stat & status) {
 
 ModelFiles::~ModelFiles() {
     if (model) {        // which is freed after this: before, its address cannot be another's
-        const std::lock_guard<std::mutex> lock(mutex);
-        known.erase(model);
+        const std::lock_guard<std::mutex> lock(known().mutex);
+        known().files.erase(model);
     }
     for (const FileMark & file : files) {
         close(file.fd);
@@ -69,8 +73,8 @@ void ModelFiles::adopt(const llama_model * loaded) {
             throw model_changed(file.path + " was replaced while it was loaded");
         }
     }
-    const std::lock_guard<std::mutex> lock(mutex);
-    known[loaded] = this;
+    const std::lock_guard<std::mutex> lock(known().mutex);
+    known().files[loaded] = this;
     model = loaded;
 }
 
@@ -91,9 +95,9 @@ void ModelFiles::check() const {
 }
 
 void ModelFiles::check(const llama_model * model) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto it = known.find(model);
-    if (it != known.end() && it->second->state->mappings.load() > 0) {
+    const std::lock_guard<std::mutex> lock(known().mutex);
+    const auto it = known().files.find(model);
+    if (it != known().files.end() && it->second->state->mappings.load() > 0) {
         it->second->check();
     }
 }

@@ -2,6 +2,7 @@
 import atexit
 import os
 import time
+import warnings
 import weakref
 
 import cython
@@ -9,15 +10,23 @@ import cython
 from cpython.pythread cimport PyThread_get_thread_ident
 from libcpp.atomic cimport atomic
 
+cdef extern from "guards/stack.hpp" namespace "triollama::native" nogil:
+    size_t stack_left() noexcept
+
 
 cdef unsigned int fork_count = 0
 cdef dict owners = {}               # weak references to the objects that are open, by id
 cdef int calls = 0                  # under way in llama.cpp, or whatever else needs what C++ destroys at exit
 cdef atomic[cpp_bool] exiting       # and nothing may begin any more; read without the GIL too
 cdef long exiting_thread = 0
+cdef object warn = warnings.warn    # at the end of the interpreter a module has no names any more
 
 # Seconds that the end of the process waits for calls that nothing can stop.
 cdef double _EXIT_PATIENCE = 60.0
+
+# Bytes of stack that a call has at least. 88 KiB were seen in use, and tokenizing uses 324 bytes for each
+# character of a short word (text/tokenize.cpp).
+cdef size_t _STACK = 160 << 10
 
 
 def _after_fork_in_child() -> None:
@@ -62,6 +71,11 @@ cdef int begin_call() except -1:
     """Before a call that runs without the GIL; ``end_call`` after it, in a ``finally``."""
     if exiting.load():
         raise exit_error()
+    cdef size_t left = stack_left()
+    if left < _STACK:
+        raise EngineError(
+            f"this thread has {left >> 10} KiB of stack left, and llama.cpp may need {_STACK >> 10}: call"
+            " threading.stack_size() with more, or nothing, before the thread starts")
     begin_free()
     return 0
 
@@ -174,6 +188,11 @@ cdef class Owner:
                 f"cannot close this {type(self).__name__}: {self.children} object(s) made from it"
                 " are still open; close them first")
         return 0
+
+    def __del__(self):
+        # As files do: what nobody closed is closed now, at a time and in an order of nobody's choice.
+        if not self.closed and self.forks == fork_count:
+            warn(f"unclosed {type(self).__name__}", ResourceWarning, source=self)
 
     @property
     def is_closed(self) -> bool:

@@ -1,6 +1,7 @@
 #include "kv/insides.hpp"
 
 #include "guards/abort.hpp"
+#include "guards/adapter_table.hpp"
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
 #include "threads/openmp.hpp"
@@ -182,6 +183,7 @@ void write_whole(Bytes & io, const llama_kv_cache & cache, const llama_hparams &
 }
 
 void update(llama_context * ctx) {
+    const ReadingAdapters table(llama_get_model(ctx));
     AbortScope scope;
     if (in_parallel() >= 0) {
         scope.enter();

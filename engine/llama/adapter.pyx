@@ -3,7 +3,10 @@
 cdef extern from "llama/adapter_file.hpp" namespace "triollama::native" nogil:
     llama.llama_adapter_lora * open_adapter(
         llama.llama_model * model, const string & path) except +raise_native_error
-    void free_adapter(llama.llama_adapter_lora * adapter) noexcept
+    void free_adapter(
+        const llama.llama_model * model, llama.llama_adapter_lora * adapter) except +raise_native_error
+    void free_adapter_now(
+        const llama.llama_model * model, llama.llama_adapter_lora * adapter) except +raise_native_error
 
 
 cdef str check_adapter_file(Model model, object path):
@@ -36,10 +39,8 @@ cdef str check_adapter_file(Model model, object path):
 cdef class Adapter(Owner):
     """A LoRA adapter loaded from GGUF for one model.
 
-    Loading and closing change tables of the model that decodes read. So do either while no context
-    of the model computes; while a Decoder drives one, its ``load_adapter`` and ``free_adapter`` do
-    it between two steps, and this raises BusyError. Raises AdapterError, ModelNotFoundError.
-    Releases the GIL.
+    Loading and closing wait until what the model's contexts compute is done, and let no more begin
+    meanwhile. Raises AdapterError, ModelNotFoundError. Releases the GIL.
     """
 
     def __init__(self, Model model not None, path):
@@ -48,12 +49,11 @@ cdef class Adapter(Owner):
         cdef string name = os.fsencode(self.path)
         self.model = model
         begin_log()
-        model.enter()
+        model.hold()
         try:
-            check_undriven(model, "load it with Decoder.load_adapter")
             with nogil:
                 self.ptr = open_adapter(model.ptr, name)
-        except (BusyError, OutOfMemoryError):
+        except OutOfMemoryError:
             raise
         except TriollamaError as error:
             raise AdapterError(
@@ -61,7 +61,7 @@ cdef class Adapter(Owner):
         finally:
             if self.ptr != NULL:
                 self.opened()
-            model.leave()
+            model.release()
             flush_log()
 
     cdef void opened(self) noexcept:
@@ -86,19 +86,21 @@ cdef class Adapter(Owner):
     def __dealloc__(self):
         if self.closed or self.forks != fork_count:
             return
-        cdef llama.llama_adapter_lora * ptr = self.let_go()
-        if self.model.drivers == 0 and self.model.computing == 0:
-            free_adapter(ptr)
-        # Else a decode may be reading: llama.cpp frees it with the model, which lists it.
+        free_adapter_now(self.model.ptr, self.let_go())
 
     def close(self) -> None:
-        """Free the adapter. Idempotent; raises BusyError while a context applies it, and while a
-        Decoder drives one of the model's contexts (``Decoder.free_adapter`` closes it then)."""
+        """Free the adapter. Idempotent; raises BusyError while a context applies it, or a set of a
+        Decoder names it."""
         if self.closed or self.forks != fork_count:
             return
         self.check_childless()
-        check_undriven(self.model, "close it with Decoder.free_adapter")
-        free_adapter(self.let_go())
+        self.model.hold()
+        cdef llama.llama_adapter_lora * ptr = self.let_go()
+        try:
+            with nogil:
+                free_adapter(self.model.ptr, ptr)
+        finally:
+            self.model.release()
 
     def __enter__(self) -> Adapter:
         self.alive()
@@ -129,14 +131,6 @@ cdef class Adapter(Owner):
                 self.readers -= 1
             self.metadata_ = found
         return dict(self.metadata_)
-
-
-cdef int check_undriven(Model model, str instead) except -1:
-    if model.drivers:
-        raise BusyError(f"a Decoder drives a context of this adapter's model: {instead}")
-    if model.computing:
-        raise BusyError("a context of this adapter's model is computing in another thread")
-    return 0
 
 
 cdef Adapter adopt_adapter(Model model, str path, llama.llama_adapter_lora * ptr):

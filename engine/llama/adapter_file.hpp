@@ -1,8 +1,8 @@
-// A LoRA file becomes an adapter of a model, and is freed again. Both change a table of the model that every reserve of
-// one of its contexts reads: never while a context of the model computes.
+// A LoRA file becomes an adapter of a model, and is freed again: between the computations of the model, which wait.
 #pragma once
 
 #include "guards/abort.hpp"
+#include "guards/adapter_table.hpp"
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
 
@@ -17,6 +17,7 @@ namespace triollama::native {
 inline llama_adapter_lora * open_adapter(llama_model * model, const std::string & path) {
     LogQueue::forget_problem();
     llama_adapter_lora * adapter = nullptr;
+    const ChangingAdapters alone(model);
     try {
         adapter = guarded([&] { return llama_adapter_lora_init(model, path.c_str()); });
     } catch (const native_abort & e) {
@@ -28,6 +29,16 @@ inline llama_adapter_lora * open_adapter(llama_model * model, const std::string 
     return adapter;
 }
 
-inline void free_adapter(llama_adapter_lora * adapter) { llama_adapter_lora_free(adapter); }
+inline void free_adapter(const llama_model * model, llama_adapter_lora * adapter) {
+    const ChangingAdapters alone(model);
+    llama_adapter_lora_free(adapter);
+}
+
+// Does not wait: if the model computes, the adapter is freed with it, since it lists it.
+inline void free_adapter_now(const llama_model * model, llama_adapter_lora * adapter) {
+    if (const ChangingAdapters alone{model, ChangingAdapters::When::now}) {
+        llama_adapter_lora_free(adapter);
+    }
+}
 
 }  // namespace triollama::native

@@ -242,7 +242,6 @@ cdef class Context(Owner):
         self.model = model
         model.hold()            # until we are one of its children
         try:
-            model.check_tables()
             with nogil:
                 self.ptr = make_context(model.ptr, params)
         except ModelFormatError as error:
@@ -529,8 +528,6 @@ cdef class Context(Owner):
         cdef int code = 0
         self.output_rows.clear()
         LogQueue.forget_problem()
-        self.model.check_tables()
-        self.model.computing += 1
         try:
             with nogil:
                 if encode:
@@ -541,7 +538,6 @@ cdef class Context(Owner):
             self.broken = str(error)
             raise
         finally:
-            self.model.computing -= 1
             flush_log()
         if code != 0:
             raise exit_error() if exiting.load() else decode_error(code)

@@ -6,6 +6,7 @@
 #include "llama/load.hpp"
 
 #include "guards/abort.hpp"
+#include "guards/adapter_table.hpp"
 #include "guards/errors.hpp"
 #include "guards/fault.hpp"
 #include "kernels/buffer.hpp"
@@ -109,6 +110,7 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
 
 llama_context * make_context(llama_model * model, const llama_context_params & params) {
     llama_context_ptr context;
+    const ReadingAdapters table(model);
     AbortScope aborts;
     aborts.enter();
     FaultScope faults;

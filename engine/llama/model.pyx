@@ -370,12 +370,6 @@ cdef class Model(Owner):
         self.ended()
         self.free()     # with the GIL: a weak reference could still find what is being freed
 
-    cdef int check_tables(self) except -1:
-        """The table of adapters, which every computation reads, is not being changed."""
-        if self.busy:
-            raise BusyError("an adapter of this context's model is being loaded by another thread")
-        return 0
-
     def close(self) -> None:
         """Free the model. Idempotent; raises BusyError while contexts or adapters of it are open."""
         if self.closed or self.forks != fork_count:

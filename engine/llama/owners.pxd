@@ -9,10 +9,7 @@ cdef class Model(Owner):
     cdef dict metadata_
     cdef bytes fingerprint_
     cdef dict overrides         # kv_overrides, as metadata has them
-    cdef int drivers            # open Decoders that drive a context of it
-    cdef int computing          # contexts of it that compute now
 
-    cdef int check_tables(self) except -1
     cdef void free(self) noexcept nogil
 
 

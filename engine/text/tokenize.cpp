@@ -22,8 +22,8 @@ namespace {
 constexpr size_t stack_touched  = 400;
 constexpr size_t stack_reserved = 1024;
 
-// Matches up to this length do with the stack of any thread.
-constexpr size_t short_match = 1024;
+// Matches up to this length do with the stack that every call has: _STACK in guards/owner.pyx.
+constexpr size_t short_match = 128;
 
 enum : uint8_t { is_space = 1, is_letter = 2, is_digit = 4, is_other = 8 };
 

@@ -2,6 +2,7 @@
 // team.hpp. Only what the pinned ggml uses is here (ggml-cpu.c, amx, ggml-blas, ggml-quants.c), as GCC 9 and
 // later compile it; the names and what they
 // must do are those of libgomp's manual, "The libgomp ABI".
+#include "threads/per_process.hpp"
 #include "threads/team.hpp"
 
 #if defined(TRIOLLAMA_TEAM)
@@ -10,7 +11,10 @@
 
 namespace {
 
-std::mutex atomics;
+struct Atomics {
+    std::mutex mutex;
+};
+std::mutex & atomics() { return triollama::native::per_process<Atomics>().mutex; }
 
 bool give(bool found, const triollama::native::Chunk & chunk, long * first, long * last) {
     *first = chunk.first;
@@ -25,8 +29,8 @@ extern "C" {
 void GOMP_parallel(void (*work)(void *), void * data, unsigned n, unsigned) { triollama::native::run_team(n, work, data); }
 void GOMP_barrier() { triollama::native::team_barrier(); }
 bool GOMP_single_start() { return triollama::native::team_single(); }
-void GOMP_atomic_start() { atomics.lock(); }
-void GOMP_atomic_end() { atomics.unlock(); }
+void GOMP_atomic_start() { atomics().lock(); }
+void GOMP_atomic_end() { atomics().unlock(); }
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long * first, long * last) {
     triollama::native::Chunk mine;

@@ -1,11 +1,11 @@
 #include "threads/team.hpp"
 
+#include "threads/per_process.hpp"
 #include "threads/thread.hpp"
 
 #if defined(TRIOLLAMA_TEAM)
 
 #include <linux/futex.h>
-#include <pthread.h>
 #include <sched.h>
 #include <strings.h>
 #include <sys/syscall.h>
@@ -23,7 +23,6 @@
 #include <exception>
 #include <iterator>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -245,15 +244,7 @@ struct Pool {
 };
 
 // A forked child has none of its parent's threads.
-Pool & pool() {
-    alignas(Pool) static unsigned char place[sizeof(Pool)];     // never destroyed: threads outlive main
-    static Pool * const only = [] {
-        pthread_atfork([] { reinterpret_cast<Pool *>(place)->mutex.lock(); },
-                       [] { reinterpret_cast<Pool *>(place)->mutex.unlock(); }, [] { new (place) Pool; });
-        return new (place) Pool;
-    }();
-    return *only;
-}
+Pool & pool() { return per_process<Pool>(); }
 
 bool Crew::claim(Worker & worker) {
     const uint32_t state = worker.state.now();

@@ -15,18 +15,20 @@ namespace triollama::native {
 
 namespace {
 
-// ggml_init asserts that it gets its memory.
+// What asserts that it gets its memory, as ggml does for its own tables.
+template <class Call> auto or_no_memory(Call && call) {
+    try {
+        return guarded(call);
+    } catch (const native_abort &) {
+        throw std::bad_alloc();
+    }
+}
+
 ggml_context_ptr make_context(size_t bytes) {
     ggml_init_params params{};
     params.mem_size = bytes;
     params.no_alloc = true;
-    AbortScope scope;
-    scope.enter();
-    try {
-        return ggml_context_ptr(ggml_init(params));
-    } catch (const native_abort &) {
-        throw std::bad_alloc();
-    }
+    return or_no_memory([&] { return ggml_context_ptr(ggml_init(params)); });
 }
 
 }  // namespace
@@ -342,7 +344,9 @@ Executor::Executor(bool use_gpu, int n_threads, size_t max_nodes) {
     for (const ggml_backend_ptr & backend : backends) {
         raw.push_back(backend.get());
     }
-    sched.reset(ggml_backend_sched_new(raw.data(), nullptr, static_cast<int>(raw.size()), max_nodes, false, false));
+    or_no_memory([&] {
+        sched.reset(ggml_backend_sched_new(raw.data(), nullptr, static_cast<int>(raw.size()), max_nodes, false, false));
+    });
     if (!sched) {
         throw std::bad_alloc();
     }
@@ -362,8 +366,22 @@ void Executor::run(Graph & graph) {
     if (auditing) {
         return audit(graph);
     }
+    if (!sched) {
+        throw std::runtime_error("memory ran out in the middle of a computation: this trainer can only be saved and closed");
+    }
     ggml_backend_sched_reset(sched.get());
-    if (!ggml_backend_sched_alloc_graph(sched.get(), graph.graph())) {
+    try {
+        // Without its arena, it would take the next graph for one that has it.
+        const bool ready = or_no_memory([&] {
+            return (!arena_lost || ggml_backend_sched_reserve(sched.get(), graph.graph()))
+                && ggml_backend_sched_alloc_graph(sched.get(), graph.graph());
+        });
+        arena_lost = !ready;
+    } catch (const std::bad_alloc &) {
+        (void) sched.release();         // some of its tables are freed already: it can neither be used nor freed
+        throw;
+    }
+    if (arena_lost) {
         throw std::bad_alloc();
     }
     n_splits = std::max(n_splits, ggml_backend_sched_get_n_splits(sched.get()));
@@ -409,11 +427,15 @@ bool Executor::time_node(ggml_tensor * node, bool ask, void * self) {
 
 void Executor::start_profile() {
     timings.clear();
-    ggml_backend_sched_set_eval_callback(sched.get(), time_node, this);
+    if (sched) {
+        ggml_backend_sched_set_eval_callback(sched.get(), time_node, this);
+    }
 }
 
 std::map<std::string, Executor::Timing> Executor::stop_profile() {
-    ggml_backend_sched_set_eval_callback(sched.get(), nullptr, nullptr);
+    if (sched) {
+        ggml_backend_sched_set_eval_callback(sched.get(), nullptr, nullptr);
+    }
     return std::move(timings);
 }
 
@@ -453,8 +475,8 @@ void Executor::audit(Graph & graph) {
 
 size_t Executor::arena_bytes() const {
     size_t bytes = 0;
-    for (const ggml_backend_ptr & backend : backends) {
-        bytes += ggml_backend_sched_get_buffer_size(sched.get(), backend.get());
+    for (size_t i = 0; sched && i < backends.size(); ++i) {
+        bytes += ggml_backend_sched_get_buffer_size(sched.get(), backends[i].get());
     }
     return bytes;
 }

@@ -130,7 +130,8 @@ private:
     std::map<std::string, Timing>  timings;
     int64_t                        node_started = 0;
     std::vector<ggml_backend_ptr> backends;
-    ggml_backend_sched_ptr        sched;
+    ggml_backend_sched_ptr        sched;                // none once memory ran out in the middle of its own work
+    bool                          arena_lost = false;   // there was no memory for it
     int                           n_splits = 0;
 };
 

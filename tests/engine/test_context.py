@@ -260,6 +260,8 @@ def test_bad_batches(context, fill, error, text):
         lambda: Batch(0),
         lambda: Batch(-1),
         lambda: Batch(2**40),
+        lambda: Batch(2**24, 256),  # 2**32 places
+        lambda: Batch(2**18 + 1, 256),
         lambda: Batch(4, 0),
         lambda: Batch(2).extend([1, 2, 3], 0),
         lambda: Batch(2).extend([1], -1),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import select
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,14 @@ import pytest
 from decoding import GREEDY, Driver, driving, prompt, reference
 from test_adapter import write_adapter
 from triollama import _engine as engine
-from triollama.errors import AdapterError, BusyError, ClosedError, ParameterError, StateError
+from triollama.errors import (
+    AdapterError,
+    BusyError,
+    ClosedError,
+    DecodeAborted,
+    ParameterError,
+    StateError,
+)
 
 gguf = pytest.importorskip("gguf", reason="adapters are written with the package gguf")
 
@@ -109,24 +119,68 @@ def test_a_set_in_use_is_not_dropped(path: Path, files: list[Path]) -> None:
         driver.answer(driver.decoder.free_adapter(one))
 
 
-def test_who_drives_the_model_loads_and_frees(path: Path, files: list[Path]) -> None:
-    with engine.Model(path) as model:
+def test_anybody_loads_and_frees_beside_decoders(path: Path, files: list[Path]) -> None:
+    with engine.Model(path) as model, engine.Context(model, n_ctx=256, n_batch=64) as second:
         early = engine.Adapter(model, files[0])
-        with engine.Context(model, n_ctx=256, n_batch=64) as context:
-            with engine.Decoder(context) as decoder:
-                with pytest.raises(BusyError, match=r"Decoder\.load_adapter"):
-                    engine.Adapter(model, files[1])
-                with pytest.raises(BusyError, match=r"Decoder\.free_adapter"):
-                    early.close()
-                forgotten = engine.Context(model, n_ctx=256, n_batch=64)
-                with forgotten, engine.Decoder(forgotten):
-                    with pytest.raises(BusyError, match="several"):
-                        decoder.load_adapter(files[1])
-                    with pytest.raises(BusyError, match="several"):
-                        decoder.free_adapter(early)
-                del early  # freed with the model
+        with (
+            engine.Context(model, n_ctx=256, n_batch=64) as first,
+            engine.Decoder(first) as decoder,
+            engine.Decoder(second) as other,
+        ):
             engine.Adapter(model, files[1]).close()
+            early.close()
+            for each in (decoder, other):
+                reply = each.load_adapter(files[1])
+                while not reply.is_done:
+                    select.select([each], [], [], 1)
+                adapter = reply.adapter
+                assert adapter is not None
+                freed = decoder.free_adapter(adapter)
+                while not freed.is_done:
+                    select.select([decoder], [], [], 1)
     assert "Adapter" not in engine.live_objects()
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads")
+def test_no_adapter_comes_or_goes_while_another_context_computes(
+    path: Path, files: list[Path]
+) -> None:
+    """Every computation of the model reads the table that loading and freeing change."""
+    with (
+        driving(path, deterministic=False) as driver,
+        engine.Context(driver.model, n_ctx=8192, n_batch=8192, n_threads=1) as context,
+    ):
+        held = load(driver, files[0])
+        batch = engine.Batch(8192)
+        batch.extend([5 + i % 100 for i in range(8192)], 0)
+        for change in (
+            lambda: driver.decoder.load_adapter(files[1]),
+            lambda: driver.decoder.free_adapter(held),
+        ):
+            context.memory.clear()
+            ended: list[BaseException] = []
+
+            def work(ended: list[BaseException] = ended) -> None:
+                try:
+                    context.decode(batch)
+                except DecodeAborted as error:
+                    ended.append(error)
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            clock = time.pthread_getcpuclockid(thread.ident or 0)
+            while thread.is_alive() and time.clock_gettime(clock) < 0.1:
+                pass  # until it computes
+            reply = change()
+            select.select([driver.decoder], [], [], 0.2)
+            early = reply.is_done
+            context.aborting = True
+            thread.join()
+            context.aborting = False
+            driver.answer(reply)
+            assert len(ended) == 1, "the decode was too short for this test"
+            assert not early
+            _ = reply.value
 
 
 def test_what_is_no_adapter_is_told_by_name(path: Path, files: list[Path], tmp_path: Path) -> None:

@@ -100,6 +100,34 @@ def test_what_gcc_makes_of_openmp_runs_on_our_threads(
     assert "Sanitizer" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("sanitizer", "rounds", "forks"),
+    [("", 5000, 200), ("thread", 2000, 0), ("address,undefined", 2000, 0)],
+)
+def test_what_all_threads_share_excludes_and_survives_a_fork(
+    tmp_path: Path, time_limit: Callable[[float], float], sanitizer: str, rounds: int, forks: int
+) -> None:
+    program = tmp_path / "process"
+    command = [
+        str(COMPILER), "-std=c++17", "-O1", "-g", "-pthread",
+        *([f"-fsanitize={sanitizer}"] if sanitizer else []),
+        "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
+        "-I", str(SOURCE / "ggml" / "include"), str(ROOT / "engine/guards/adapter_table.cpp"),
+        str(ROOT / "tests/engine/native/process_check.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if sanitizer and "cannot find" in built.stderr:
+        pytest.skip(f"this compiler has no library for {sanitizer}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run(
+        [str(program), str(rounds), str(forks)],
+        capture_output=True, text=True, check=False, timeout=time_limit(120),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout == "ok\n"
+    assert "Sanitizer" not in done.stderr
+
+
 def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:
     printed = []
     for number, options in enumerate(([], ["-DTRIOLLAMA_PORTABLE_CHECKSUM"])):

@@ -319,6 +319,62 @@ def test_a_forked_child_ends_without_its_parents_threads(
     run_isolated(indented(code), tiny("llama"), tmp_path)
 
 
+def test_a_thread_without_room_for_llama_cpp_is_refused(tiny, tmp_path: Path, run_isolated) -> None:
+    """Python allows stacks of 32 KiB; what is too small is said, and what is not works."""
+    code = """
+        import sys, threading
+        from triollama import GenerationParams
+        from triollama import _engine as engine
+        from triollama.errors import EngineError
+
+        path, folder = sys.argv[1:]
+
+        def load():
+            with engine.Model(path):
+                pass
+
+        def train():
+            with engine.Trainer(path, rank=2, threads=1) as trainer:
+                trainer.forward_backward([5] * 20, [6] * 20)
+                trainer.save_adapter(folder + "/adapter.gguf")
+
+        def generate():
+            from triollama.sync import Llama
+            with Llama(path, n_ctx=64) as llama:
+                llama.generate("Once upon a time", max_tokens=3, grammar='root ::= [a-z ]+')
+
+        def tokenize():
+            with engine.Model(path, vocab_only=True) as model:
+                model.vocab.tokenize("a" * 1000)
+
+        def quantise():
+            engine.quantize(path, folder + "/quantised.gguf", "q8_0")
+
+        def outcome(call, size):
+            found = []
+
+            def work():
+                try:
+                    call()
+                    found.append("done")
+                except EngineError as error:
+                    assert "threading.stack_size" in str(error), error
+                    found.append("refused")
+
+            threading.stack_size(size << 10)
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return found
+
+        for call in (load, tokenize, train, generate, quantise):
+            for size in (32, 64, 128):
+                assert outcome(call, size) == ["refused"], (call, size)
+            assert outcome(call, 256) == ["done"], call
+    """
+    run_isolated(code, tiny("qwen2"), tmp_path)  # whose words std::regex finds
+
+
 def test_our_threads_leave_signals_to_others(tiny, tmp_path: Path, run_isolated) -> None:
     """All that can be blocked, so that a signal reaches a thread of Python's."""
     code = """

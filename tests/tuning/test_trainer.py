@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -600,6 +601,71 @@ def test_an_abort_clears_the_gradients_and_leaves_the_run_as_it_was(trainer: Any
     trainer.request_abort(False)
     assert np.array_equal(trainer.get("weights"), weights)
     assert np.array_equal(gradients(trainer, (tokens, labels)), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+def test_gradients_are_cleared_where_memory_runs_out(
+    tiny: Any, tmp_path: Path, run_isolated: Any
+) -> None:
+    """At every amount of memory with which a row fails, on the way back too. Then training goes on,
+    or says that it cannot."""
+    code = """
+        import resource, sys
+        import numpy as np
+        from triollama import _engine
+        from triollama.errors import EngineError, OutOfMemoryError
+
+        path, saved = sys.argv[1:]
+        n = 200
+        tokens = np.arange(5, 5 + n, dtype=np.int32)
+        labels = np.append(tokens[1:], -1).astype(np.int32)
+
+        def made():
+            trainer = _engine.Trainer(path, rank=4, threads=1)
+            noise = np.random.default_rng(1).normal(0.0, 0.02, trainer.n_parameters)
+            trainer.set("weights", trainer.get("weights") + noise.astype(np.float32))
+            return trainer
+
+        def fits(call, extra):
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (used + extra, before[1]))
+            try:
+                call(tokens, labels)
+                return True
+            except OutOfMemoryError:
+                return False
+            except EngineError as error:
+                assert "saved and closed" in str(error), error
+                return False
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+
+        on_the_way_back = 0
+        trainer = made()
+        ones = np.ones(trainer.n_parameters, np.float32)
+        for extra in range(0, 2**25, 2**15):
+            there = fits(trainer.evaluate, extra)
+            trainer.set("gradients", ones)
+            if fits(trainer.forward_backward, extra):
+                break
+            on_the_way_back += there
+            assert not trainer.get("gradients").any(), extra
+            if extra % 2**17 == 0:
+                trainer.save_adapter(saved)
+                trainer.close()
+                trainer = made()
+        found = trainer.get("gradients") - ones
+        trainer.clear_gradients()
+        trainer.forward_backward(tokens, labels)
+        assert np.allclose(found, trainer.get("gradients"), atol=1e-5)
+        trainer.close()
+        print(on_the_way_back)
+    """
+    # What was freed is given back, so that it does not serve the next attempt.
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = run_isolated(code, tiny("llama"), tmp_path / "saved.gguf", **given_back)
+    assert int(done.stdout) > 0
 
 
 def test_an_abort_reaches_a_call_in_another_thread(tiny: Any) -> None:
