@@ -186,9 +186,10 @@ class _Connection:
         self.idle = trio.CancelScope(deadline=trio.current_time() + self._limits.idle_seconds)
         if self.ends:
             self.idle.cancel()
+        head: object = None
         with self.idle:
             head = await self._event()
-        if self.idle.cancelled_caught or not isinstance(head, h11.Request):
+        if not isinstance(head, h11.Request):
             return None
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         body = bytearray()

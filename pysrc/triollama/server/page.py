@@ -16,7 +16,7 @@ __all__ = ["headers", "html"]
 @functools.cache
 def html() -> bytes:
     """The page."""
-    return resources.files(__package__).joinpath("page.html").read_bytes()
+    return resources.files("triollama.server").joinpath("page.html").read_bytes()
 
 
 @functools.cache
