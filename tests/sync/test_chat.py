@@ -17,6 +17,7 @@ from triollama.errors import (
     ContextFullError,
     ParameterError,
     StateMismatchError,
+    TriollamaError,
     UnsupportedError,
 )
 from triollama.sync import Conversation, Llama
@@ -324,3 +325,46 @@ def test_ctrl_c_ends_an_answer(run_isolated: Any, tiny: Any) -> None:
         tiny("llama"),
     )
     assert result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, 1.5, b"x", [5], {"a": 1}, object(), 10**5000], ids=lambda one: type(one).__name__
+)
+def test_wrong_kinds_are_refused(llama: Llama, tmp_path: Path, wrong: Any) -> None:
+    chat = llama.chat(params=GREEDY, max_tokens=2)
+    chat.say("Hello")
+    path = tmp_path / "chats"
+    chat.save(path)
+    n = 0
+    for call in (
+        lambda: llama.chat(wrong),
+        lambda: llama.chat(messages=[wrong]),
+        lambda: llama.chat(template=wrong),
+        lambda: llama.chat(params=wrong),
+        lambda: llama.chat(title=wrong),
+        lambda: llama.chat(overflow=wrong),
+        lambda: llama.chat(on_cancel=wrong),
+        lambda: llama.chat(adapters=[wrong]),
+        lambda: chat.say(wrong),
+        lambda: chat.say("x", wrong),
+        lambda: chat.say("x", role=wrong),
+        lambda: chat.edit(wrong, "x"),
+        lambda: chat.fork(wrong),
+        lambda: chat.rewind(wrong),
+        lambda: chat.set_adapters([wrong]),
+        lambda: llama.save(path, [wrong]),
+        lambda: llama.save(path, [chat], format=wrong),
+        lambda: llama.restore(path, [wrong]),
+        lambda: llama.restore(path, on_mismatch=wrong),
+        lambda: llama.restore(path, overflow=wrong),
+        lambda: llama.load_adapter(wrong),
+        lambda: llama.unload_adapter(wrong),
+        lambda: llama.generate("x", adapters=[wrong]),
+    ):
+        n += 1
+        try:
+            call()
+        except TriollamaError:
+            continue
+        raise AssertionError(f"call {n} took {type(wrong).__name__}")
+    assert chat.n_turns == 1 and not chat.is_busy

@@ -21,6 +21,7 @@ __all__ = [
     "again",
     "check_policy",
     "checked_id",
+    "checked_ids",
     "checked_title",
     "edited",
     "given",
@@ -73,7 +74,7 @@ def edited(index: int, text: str) -> Choose:
         messages = state.messages
         if not 0 <= index < len(messages) or messages[index].role not in ("user", "tool"):
             raise ParameterError(
-                f"messages[{index}] is no message of a user", parameter="index", value=index
+                f"messages[{shown(index)}] is no message of a user", parameter="index", value=index
             )
         new = _message(messages[index].role, text)
         if index < state.n_given:
@@ -133,6 +134,16 @@ def checked_id(id: str | None) -> str:
         raise ParameterError("an id is a string of 1 to 200 characters", parameter="id", value=id)
     files.check_text(id, "id")
     return id
+
+
+def checked_ids(ids: Iterable[str]) -> set[str]:
+    """``ids``, if they are strings. Raises ParameterError."""
+    chosen = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    if isinstance(ids, str) or not all(isinstance(id, str) for id in chosen):
+        raise ParameterError(
+            f"ids must be a list of strings, not {shown(ids)}", parameter="ids", value=ids
+        )
+    return set(chosen)
 
 
 def checked_title(value: Any) -> str:

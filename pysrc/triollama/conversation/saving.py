@@ -23,6 +23,7 @@ from ..errors import (
 from ..files.autosave import Autosave, Sync
 from ..files.owner import Owner
 from ..files.store import real_path
+from .choices import checked_ids
 from .conversation import Conversation
 from .plan import Overflow
 from .registry import Conversations
@@ -156,7 +157,7 @@ async def restore(
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
     if "overflow" in options:
         chats.check_overflow(options["overflow"])
-    wanted = None if ids is None else _ids(ids)
+    wanted = None if ids is None else checked_ids(ids)
     if isinstance(source, files.Document):
         document, path = source, None
     else:
@@ -192,15 +193,6 @@ async def restore(
             chats.add(chat)
     chats._extras.update(document.extras)
     return made
-
-
-def _ids(ids: Iterable[str]) -> set[str]:
-    chosen = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
-    if isinstance(ids, str) or not all(isinstance(id, str) for id in chosen):
-        raise ParameterError(
-            f"ids must be a list of strings, not {shown(ids)}", parameter="ids", value=ids
-        )
-    return set(chosen)
 
 
 def _check_replaceable(chats: Conversations, made: Iterable[Conversation]) -> None:

@@ -12,7 +12,7 @@ from .. import files
 from .._engine import Context, Sampler, Vocab
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..checks import check_kind, shown
-from ..conversation.choices import OnCancel, check_policy, checked_id, given
+from ..conversation.choices import OnCancel, check_policy, checked_id, checked_ids, given
 from ..conversation.plan import Overflow, check_overflow
 from ..conversation.saved import checked_state, document_of, settings_of, tell_of_other_kernels
 from ..engine import loaded
@@ -97,6 +97,9 @@ class Chats:
         **changes: Any,
     ) -> Conversation:
         """See ``Llama.chat``."""
+        check_kind("template", template, str, ChatTemplate, type(None))
+        check_kind("tools", tools, list, tuple, type(None))
+        check_kind("variables", variables, Mapping, type(None))
         made = make_params(params, changes)
         if made.seed is None:  # its turns go on with one random state: what they start from is kept
             made = made.replace(seed=draw_seed())
@@ -153,13 +156,15 @@ class Chats:
         **options: Any,
     ) -> list[Conversation]:
         """See ``Llama.restore``."""
+        check_kind("tools", options.get("tools"), list, tuple, type(None))
+        check_kind("variables", options.get("variables"), Mapping, type(None))
         for name, value in options.items():
             if name not in ("overflow", "on_cancel", "tools", "variables"):
                 raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
         document = source if isinstance(source, files.Document) else files.load_document(source)
         same = files.check_model(document.model, self.context.model.fingerprint, on_mismatch)
         tell_of_other_kernels(self._settings(), document.context)
-        wanted = None if ids is None else set(ids)
+        wanted = None if ids is None else checked_ids(ids)
         missing = (wanted or set()) - {one.id for one in document.conversations}
         if missing:
             raise ParameterError(

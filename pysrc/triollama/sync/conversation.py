@@ -11,6 +11,7 @@ from .. import files
 from .._engine import Context, Sampler, Vocab
 from ..answers import Structured, structured
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd
+from ..checks import shown
 from ..conversation.answer import Continued
 from ..conversation.choices import (
     Choose,
@@ -365,7 +366,7 @@ class Conversation:
         self._check_idle()
         if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.n_turns:
             raise ParameterError(
-                f"n must be from 0 to {self.n_turns}, not {n!r}", parameter="n", value=n
+                f"n must be from 0 to {self.n_turns}, not {shown(n)}", parameter="n", value=n
             )
         if n:
             self._turn = None
