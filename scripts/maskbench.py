@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import statistics
 import sys
@@ -42,12 +43,20 @@ class Result:
         return not (self.refused or self.impossible or self.accepted)
 
 
+@functools.cache
+def bytes_of(vocab: Vocab) -> dict[int, int]:
+    """The token of each byte."""
+    pieces = ((vocab.piece(token), token) for token in range(len(vocab)))
+    return {piece[0]: token for piece, token in pieces if len(piece) == 1}
+
+
 def takes(vocab: Vocab, sampler: Sampler, text: str) -> bool:
-    """Whether a grammar allows a text, as the model's own tokens, and then the end."""
-    copy = sampler.clone()
+    """Whether a grammar allows a text, byte by byte, and then the end."""
+    copy, tokens = sampler.clone(), bytes_of(vocab)
     try:
-        for token in (*vocab.tokenize(text, False, False), vocab.eog_tokens[0]):
-            copy.accept(token)
+        for byte in text.encode():
+            copy.accept(tokens[byte])
+        copy.accept(vocab.eog_tokens[0])
     except GrammarError:
         return False
     return True
