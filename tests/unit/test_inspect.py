@@ -97,3 +97,31 @@ def test_what_is_no_model(tmp_path: Path, tiny: Any) -> None:
         models.inspect(tiny("llama"), n_ctx=0)
     with pytest.raises(ParameterError, match="blocks of type q8_0"):
         models.inspect(tiny("phi3"), type_k="q8_0", type_v="q8_0")
+
+
+def test_damaged_files_are_refused_or_laid_out(
+    tiny: Any, tmp_path: Path, run_isolated: Any
+) -> None:
+    run_isolated(
+        """
+        import logging, random, sys
+        from triollama import models
+        from triollama.errors import TriollamaError
+
+        logging.disable(logging.CRITICAL)
+        draw = random.Random(5)
+        target, *paths = sys.argv[1:]
+        for path in paths:
+            data = open(path, "rb").read()
+            for _ in range(60):
+                damaged = bytearray(data)
+                for _ in range(draw.randint(1, 4)):
+                    damaged[draw.randrange(12_000)] ^= 1 << draw.randrange(8)
+                open(target, "wb").write(damaged)
+                try:
+                    models.inspect(target, n_ctx=256)
+                except TriollamaError:
+                    pass
+        """,
+        tmp_path / "damaged.gguf", tiny("llama"), tiny("gemma3"), tiny("mamba"),
+    )  # fmt: skip
