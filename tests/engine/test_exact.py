@@ -324,6 +324,14 @@ def test_in_every_type_of_weights(dtype: str, tiny: Any) -> None:
         Walk(tiny(arch, dtype=dtype), seed, n_streams=4).run(40)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_as_they_are_in_the_file(dtype: str, tiny: Any) -> None:
+    # Without AMX they are llamafile's, in tiles of 4 by 4 and what is left of them.
+    for seed, n_vocab in enumerate((480, 482, 483)):
+        path = tiny("llama", dtype=dtype, n_vocab=n_vocab)
+        Walk(path, seed, n_streams=6, model_options={"repack": False}).run(40)
+
+
 def test_with_sixteen_streams(tiny: Any) -> None:
     walk = Walk(tiny("llama"), 5, n_streams=16, length=30)
     walk.run(300)
