@@ -85,13 +85,14 @@ class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             text = getattr(self, name)
             if not isinstance(text, str) or not text.strip() or not _is_text(text):
                 raise ParameterError(
-                    f"reasoning.{name} must be a marker, not {text!r}",
+                    f"reasoning.{name} must be a marker, not {shown(text)}",
                     parameter=f"reasoning.{name}",
                     value=text,
                 )
-        if self.start not in ("inside", "free", "forced"):
+        start = self.start
+        if not isinstance(start, str) or start not in ("inside", "free", "forced"):
             raise ParameterError(
-                f"reasoning.start must be 'inside', 'free' or 'forced', not {self.start!r}",
+                f"reasoning.start must be 'inside', 'free' or 'forced', not {shown(self.start)}",
                 parameter="reasoning.start",
                 value=self.start,
             )
@@ -334,13 +335,13 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             )
         if self.reasoning is not None and not isinstance(self.reasoning, Reasoning):
             raise ParameterError(
-                f"reasoning must be a Reasoning, not {self.reasoning!r}",
+                f"reasoning must be a Reasoning, not {shown(self.reasoning)}",
                 parameter="reasoning",
                 value=self.reasoning,
             )
         if self.thinking not in (None, True, False):
             raise ParameterError(
-                f"thinking must be True, False or None, not {self.thinking!r}",
+                f"thinking must be True, False or None, not {shown(self.thinking)}",
                 parameter="thinking",
                 value=self.thinking,
             )

@@ -338,6 +338,7 @@ class Conversation:
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
         check_kind("params", params, GenerationParams, type(None))
+        check_kind("params", params, GenerationParams, type(None))
         given = None if params is None else params.seed
         changes.setdefault("seed", draw_seed() if given is None else given)
 

@@ -11,7 +11,7 @@ from .. import files
 from .._engine import Context, Sampler, Vocab
 from ..answers import Structured, structured
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..conversation.answer import Continued
 from ..conversation.choices import (
     Choose,
@@ -257,6 +257,7 @@ class Conversation:
         **changes: Any,
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
+        check_kind("params", params, GenerationParams, type(None))
         given = None if params is None else params.seed
         changes.setdefault("seed", draw_seed() if given is None else given)
         return self._begin(again, params, changes, on_cancel)

@@ -62,15 +62,14 @@ def check_tokens(name: str, tokens: Any) -> list[int]:
     """Tokens of the fake's vocabulary. Raises ParameterError, TokenError, as the native engine."""
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
         raise ParameterError(f"{name} must be integers, not {shown(tokens)}", parameter=name)
-    checked = []
-    for token in tokens:
-        try:
-            checked.append(index(token))
-        except TypeError:
-            raise ParameterError(
-                f"{name} must be integers, not {shown(token)}", parameter=name, value=token
-            ) from None
-        if not 0 <= checked[-1] < N_VOCAB:
+    try:
+        checked = list(map(index, tokens))
+    except TypeError:
+        raise ParameterError(
+            f"{name} must be integers, not {shown(tokens)}", parameter=name, value=tokens
+        ) from None
+    for token in (min(checked, default=0), max(checked, default=0)):
+        if not 0 <= token < N_VOCAB:
             raise TokenError(
                 f"{name} holds {shown(token)}, which is outside the vocabulary of {N_VOCAB} tokens",
                 parameter=name,

@@ -264,6 +264,7 @@ class Tuner:
         other arguments are as for :func:`train`.
         """
         model = self._serving(BaseModelNotLoadedError).model
+        check_kind("on_step", on_step, Callable, type(None))
         run = train(
             model.path, dataset, config, checkpoint=checkpoint, resume=resume, progress=progress
         )
