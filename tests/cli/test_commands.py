@@ -129,6 +129,7 @@ def test_inspect(command: Any, tiny: Any) -> None:
 def test_known_models_are_listed(command: Any) -> None:
     status, out, _ = command("models")
     assert status == 0 and "smollm2-135m-instruct" in out and "Apache-2.0" in out
+    assert all(model.license in out for model in triollama.models.KNOWN.values())
     listed = json.loads(command("models", "--json")[1])
     assert {one["name"] for one in listed} == set(triollama.models.KNOWN)
 

@@ -25,6 +25,12 @@ def _size(n: int) -> str:
     return f"{value:.2f} GiB"
 
 
+def _console() -> Console:
+    """For tables: whole lines where no terminal limits them."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
 @click.command()
 @click.argument("model", required=False)
 @click.option("--ctx", type=int, metavar="N", help="Tokens of each stream.")
@@ -51,7 +57,7 @@ def inspect(
         return
     for line in _lines(found):
         click.echo(line)
-    console = Console(highlight=False)
+    console = _console()
     table = Table("type", "tensors", "parameters", "size", box=None, pad_edge=False)
     for one in found.tensors:
         table.add_row(one.type, str(one.count), f"{one.parameters:,}", _size(one.bytes))
@@ -106,7 +112,7 @@ def models(name: str | None, revision: str | None, update: bool, as_json: bool) 
     table = Table("name", "size", "", "license", box=None, pad_edge=False)
     for model in sources.KNOWN.values():
         table.add_row(model.name, f"{model.bytes / 1e6:.0f} MB", model.about, model.license)
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 @click.command()
