@@ -15,7 +15,8 @@ cimport llama
 cimport sampling
 cimport training
 from grammar cimport (
-    NativeGrammar, NativeGrammarParams, forget_vocabulary, is_llguidance_loaded, load_llguidance, make_grammar,
+    NativeGrammar, NativeGrammarParams, forget_vocabulary, is_llguidance_loaded, load_llguidance,
+    make_grammar,
     syntax_gbnf, syntax_json_schema, syntax_lark, syntax_regex, thought_forced, thought_free,
     thought_inside)
 from guards cimport raise_native_error

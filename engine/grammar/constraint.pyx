@@ -132,12 +132,12 @@ cdef list children(dict schema):
 cdef str refusal(dict schema, Vocab vocab):
     """Why a schema is refused; empty if it is not."""
     cdef NativeGrammarParams params
-    cdef unique_ptr[NativeGrammar] grammar
+    cdef unique_ptr[NativeGrammar] _grammar     # only whether there is one matters
     params.syntax = syntax_json_schema
     params.text = _utf8("json_schema", spaced(msgspec.json.encode(schema).decode()))
     try:
         with nogil:
-            grammar = make_grammar(vocab.ptr, params)
+            _grammar = make_grammar(vocab.ptr, params)
     except GrammarError as error:
         return str(error)
     return ""

@@ -1,6 +1,6 @@
 """The one place where native results become exceptions."""
 
-from triollama.checks import check_kind, shown
+from triollama.checks import check_kind, shown  # no-cython-lint
 # Most are raised in the other rooms.
 from triollama.errors import (
     AdapterError, BusyError, ClosedError, ContextFullError, DecodeAborted,  # no-cython-lint

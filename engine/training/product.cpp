@@ -1,16 +1,17 @@
 #include "training/product.hpp"
 
+#include "kernels/scratch.hpp"
+#include "kernels/tiles.hpp"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TRIOLLAMA_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -28,23 +29,6 @@ namespace {
 // A product here is C[j][i] = sum over k of L[j][k] R[i][k]: in ggml's terms i runs over the rows of src0, and j over
 // the columns of src1. C has i contiguous. L is made k-contiguous beforehand, as a node that products share; R, of any
 // type and either order, is dequantised in panels of some i and all k, and each panel meets all of L.
-
-// 64-byte aligned memory of one thread, which grows.
-class Scratch {
-public:
-    template <typename T> T * get(size_t count) {
-        size_t space = count * sizeof(T) + alignment;
-        if (memory.size() < space) {
-            memory = std::vector<char>(space);
-        }
-        void * at = memory.data();
-        return static_cast<T *>(std::align(alignment, count * sizeof(T), at, space));
-    }
-
-private:
-    static constexpr size_t alignment = 64;
-    std::vector<char> memory;
-};
 
 [[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -234,43 +218,6 @@ const Kernel vector_kernel = { vector_i, sizeof(float), 1, pack_vectors, multipl
 constexpr int64_t tile_k = 32, tile_i = 32, tile_j = 32;
 constexpr size_t  tile_bytes = 1024;
 
-struct alignas(64) TileConfig {
-    uint8_t  palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t  rows[16] = {};
-};
-
-// Tiles of 16 rows while in scope. ggml configures its own once for each thread and relies on finding them again.
-class TileScope {
-public:
-    TileScope() {
-        TileConfig wanted;
-        std::fill(wanted.row_bytes, wanted.row_bytes + 8, 64);
-        std::fill(wanted.rows, wanted.rows + 8, 16);
-        asm volatile("sttilecfg %0" : "=m"(before));
-        asm volatile("ldtilecfg %0" ::"m"(wanted));
-    }
-    ~TileScope() {
-        if (before.palette) {
-            asm volatile("ldtilecfg %0" ::"m"(before));
-        } else {
-            asm volatile("tilerelease");
-        }
-    }
-    TileScope(const TileScope &) = delete;
-    TileScope & operator=(const TileScope &) = delete;
-
-private:
-    TileConfig before;
-};
-
-#define TILE_LOAD(tile, base, stride) \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(static_cast<long>(stride)) : "memory")
-#define TILE_STORE(tile, base, stride) \
-    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(static_cast<long>(stride)) : "memory")
-#define TILE_ZERO(tile) asm volatile("tilezero %tmm" #tile)
-#define TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
-
 __m512i bf16_pairs(const float * values) {   // 32 floats
     return (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values));
 }
@@ -382,12 +329,12 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
         for (int64_t s = 0; s < steps; ++s, a0 += 64, a1 += 64, b += 2 * tile_bytes) {
             TILE_LOAD(4, a0, left_stride);
             TILE_LOAD(6, b, 64);
-            TILE_MULTIPLY(0, 4, 6);
+            TILE_MULTIPLY_BF16(0, 4, 6);
             TILE_LOAD(7, b + tile_bytes, 64);
-            TILE_MULTIPLY(1, 4, 7);
+            TILE_MULTIPLY_BF16(1, 4, 7);
             TILE_LOAD(5, a1, left_stride);
-            TILE_MULTIPLY(2, 5, 6);
-            TILE_MULTIPLY(3, 5, 7);
+            TILE_MULTIPLY_BF16(2, 5, 6);
+            TILE_MULTIPLY_BF16(3, 5, 7);
         }
         char * target = reinterpret_cast<char *>(out) + static_cast<size_t>(j) * out_stride;
         const int64_t rows = std::min(tile_j, last - j);
@@ -407,13 +354,6 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
 }
 
 const Kernel tile_kernel = { tile_i, 2, tile_k, pack_tiles, multiply_tiles };
-
-// Linux grants tiles to a process that asks.
-bool tiles_are_granted() {
-    constexpr int request_permission = 0x1023, tile_data = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    return granted;
-}
 
 #endif  // TRIOLLAMA_TILES
 
@@ -503,7 +443,8 @@ template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * 
 #if TRIOLLAMA_TILES
     std::optional<TileScope> scope;
     if (tiles) {
-        scope.emplace();
+        constexpr TileShape whole = { 16, 64 };
+        scope.emplace(std::initializer_list<TileShape>{ whole, whole, whole, whole, whole, whole, whole, whole });
     }
 #endif
     for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
