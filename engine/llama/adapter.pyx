@@ -186,7 +186,8 @@ cdef tuple chosen_adapters(object adapters):
     check_kind("adapters", adapters, list, tuple)
     for pair in adapters:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], Adapter):
-            raise ParameterError(f"{shown(pair)} is no Adapter with its scale", parameter="adapters", value=pair)
+            raise ParameterError(
+                f"{shown(pair)} is no Adapter with its scale", parameter="adapters", value=pair)
         adapter, scale = pair
         chosen.append((adapter, check_float("scale", scale, -1e6, 1e6)))
     if len({id(adapter) for adapter, _ in chosen}) != len(chosen):
