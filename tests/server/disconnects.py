@@ -41,6 +41,8 @@ class Campaign:
         self._rng = random.Random(seed)
         self._expected = b""
         self._count = dict.fromkeys(("dropped", "answered", "neighbours", "disturbed", "leaked"), 0)
+        self.left: dict[str, int] = {}
+        """What is there that should not be, at the end of the last run."""
         self.seconds: list[float] = []
         """From a client's going to its stream's end, of those that were alone."""
 
@@ -57,10 +59,14 @@ class Campaign:
             stay.cancel()
         await self._settle()
         now = self._llama.statistics()
-        left = now.running + now.prefilling + now.parked + now.queued
-        left += len(self._llama.active()) + (self._llama.max_streams - now.slots_free)
-        left += len(self._server.connections)
-        self._count["leaked"] = left + max(0, _descriptors() - descriptors)
+        self.left = {
+            "streams": now.running + now.prefilling + now.parked + now.queued,
+            "active": len(self._llama.active()),
+            "places": self._llama.max_streams - now.slots_free,
+            "connections": len(self._server.connections),
+            "descriptors": max(0, _descriptors() - descriptors),
+        }
+        self._count["leaked"] = sum(self.left.values())
 
     def found(self) -> dict[str, int]:
         """What happened."""
@@ -204,14 +210,14 @@ async def drive(model: Path, n: int, seed: int) -> int:
                 await server.run(port=0, task_status=task_status)
 
             campaign = Campaign(server, await nursery.start(run), seed=seed)
-            await campaign.measure(500)
+            await campaign.measure(int(os.environ.get("M","500")))
             await campaign.run(n // 10, clients=24)
             memory = _resident()
             start = time.perf_counter()
             await campaign.run(n, clients=24)
             seconds = time.perf_counter() - start
             found = campaign.found()
-            print(json.dumps(found), f"{seconds:.0f} s")
+            print(json.dumps(found), f"{seconds:.0f} s; left:", json.dumps(campaign.left))
             print(
                 f"resident: {memory / 1e6:.1f} MB after a tenth, {_resident() / 1e6:.1f} at the end"
             )
