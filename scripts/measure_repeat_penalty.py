@@ -4,8 +4,7 @@
 
 Each model is asked to write twelve functions and twelve questions, with each seed, at each penalty,
 everything else as by default. Counted are functions that compile, answers that the model ended by
-itself, and loops: an end that repeats itself until it is cut off. docs/sampling.md has what came
-out, and what follows for the default.
+itself, and loops: an end that repeats itself until it is cut off.
 """
 
 from __future__ import annotations

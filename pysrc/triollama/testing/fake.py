@@ -66,19 +66,10 @@ class FakeEngine(FakeMemory):
         max_queue: int = 1024,
     ) -> None:
         check_kind("reply", reply, Callable)
-        for name, value in (
-            ("n_ctx", n_ctx),
-            ("max_streams", max_streams),
-            ("max_queue", max_queue),
-        ):
-            check_kind(name, value, int)
-        for name, seconds in (
-            ("token_seconds", token_seconds),
-            ("prompt_token_seconds", prompt_token_seconds),
-            ("cancel_seconds", cancel_seconds),
-            ("load_seconds", load_seconds),
-        ):
-            check_kind(name, seconds, int, float)
+        for sizes in (n_ctx, max_streams, max_queue):
+            check_kind("n_ctx, max_streams and max_queue", sizes, int)
+        for seconds in (token_seconds, prompt_token_seconds, cancel_seconds, load_seconds):
+            check_kind("seconds", seconds, int, float)
         check_kind("load_error", load_error, Exception, type(None))
         super().__init__()
         self.n_ctx = n_ctx
