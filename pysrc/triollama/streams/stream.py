@@ -284,6 +284,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     def find_calls(self, calls: Calls) -> None:
         """Before it is entered: tell calls of tools from the text. They are its ``tool_calls``
         when the end was received, which raises AnswerError where one was cut short."""
+        check_kind("calls", calls, Calls)
         self._calls = calls
 
     def _parse(self) -> None:

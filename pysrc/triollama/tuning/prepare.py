@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ..chat import ChatTemplate, template_for_model
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..errors import ChatTemplateError, ParameterError
 from .dataset import AnyExample, DatasetReport, TrainingDataset
 from .encode import Encoder, Example, PreferenceExample, Vocab
@@ -214,6 +214,7 @@ class _Reader:
         if isinstance(source, (str, PathLike)):
             items = read_file(source)
         else:
+            check_kind("conversations", source, Iterable)
             items = ((None, item) for item in source)
         found: list[Keyed] = []
         for i, (line, item) in enumerate(items):
