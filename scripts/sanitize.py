@@ -10,7 +10,7 @@ thread:  ThreadSanitizer. Threads synchronise by our own primitives (engine's te
 Each has builds of its own, in the cache and in build/sanitize-NAME, so that the checkout's stays as
 it is; the first takes minutes. Without pytest's arguments the tests of engine, aio, sync and tuning
 run. A part is cheap: `python scripts/sanitize.py thread tests/engine/test_decoder.py -k cancel`.
---ours links llama.cpp as it always is, so that only our own code is watched: built in a few minutes.
+--ours links llama.cpp as it always is, so that only our own code is watched: built in minutes.
 
 Reports are files, since a test may not look at the output of what it starts: whatever is found by
 any process fails the run and is printed at its end. What is upstream's stands in
