@@ -604,6 +604,7 @@ def test_an_abort_clears_the_gradients_and_leaves_the_run_as_it_was(trainer: Any
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need memory")
 def test_gradients_are_cleared_where_memory_runs_out(
     tiny: Any, tmp_path: Path, run_isolated: Any
 ) -> None:
