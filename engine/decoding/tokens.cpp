@@ -89,11 +89,12 @@ void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits
             w.sampling = false;
             // A token that the sampler has taken is said, also of a stream that was cancelled meanwhile: else its sampler
             // would have seen more than its text has.
-            const bool said = !w.ending || (w.ending_as == Finish::cancelled && result->failure == Failure::none);
+            const bool ending = w.ending;           // what is not may be over, and gone, after emit
+            const bool said = !ending || (w.ending_as == Finish::cancelled && result->failure == Failure::none);
             if (said && !dead) {
                 emit(stream, std::move(*result));
             }
-            if (w.ending) {
+            if (ending) {
                 complete(stream, w.ending_as);
             }
         });
