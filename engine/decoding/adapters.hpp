@@ -2,7 +2,7 @@
 #pragma once
 
 #include "decoding/decoder.hpp"
-#include "llama/adapter_file.hpp"
+#include "llama/adapter_handle.hpp"
 
 namespace triollama::native {
 

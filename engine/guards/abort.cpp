@@ -1,6 +1,6 @@
 #include "guards/abort.hpp"
 
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 #include "guards/model_files.hpp"
 #include "threads/openmp.hpp"
 

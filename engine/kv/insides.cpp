@@ -1,7 +1,7 @@
 #include "kv/insides.hpp"
 
 #include "guards/abort.hpp"
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
 #include "threads/openmp.hpp"

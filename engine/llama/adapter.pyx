@@ -1,6 +1,6 @@
 """LoRA adapters and control vectors."""
 
-cdef extern from "llama/adapter_file.hpp" namespace "triollama::native" nogil:
+cdef extern from "llama/adapter_handle.hpp" namespace "triollama::native" nogil:
     llama.llama_adapter_lora * open_adapter(
         llama.llama_model * model, const string & path) except +raise_native_error
     void free_adapter(

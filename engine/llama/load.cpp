@@ -6,7 +6,7 @@
 #include "llama/load.hpp"
 
 #include "guards/abort.hpp"
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 #include "guards/errors.hpp"
 #include "guards/fault.hpp"
 #include "kernels/buffer.hpp"

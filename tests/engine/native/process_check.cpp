@@ -1,6 +1,6 @@
 // What all threads share: who computes and who changes a model's adapters exclude each other, and a child that is forked
 // in the middle of anything waits for nobody.  process_check ROUNDS FORKS.  Prints "ok", or what was wrong.
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 #include "guards/log.hpp"
 
 #include <atomic>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "guards/abort.hpp"
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
 

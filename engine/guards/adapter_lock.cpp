@@ -1,4 +1,4 @@
-#include "guards/adapter_table.hpp"
+#include "guards/adapter_lock.hpp"
 
 #include "threads/per_process.hpp"
 
