@@ -53,7 +53,7 @@ def worse(answer: str, draw: random.Random) -> str:
 def pairs(name: str, known: set[str]) -> list[dict[str, object]]:
     """One for each question of the file that is not ``known``; it is from then on."""
     draw = random.Random(f"{SEED}-{name}")
-    found = []
+    found: list[dict[str, object]] = []
     for line in (FOLDER / name).read_text(encoding="utf-8").splitlines():
         first, second = json.loads(line)["messages"][:2]
         if first["role"] != "user" or first["content"] in known:

@@ -59,7 +59,7 @@ async def speed(llama: Any, params: GenerationParams, n: int) -> float:
     async with trio.open_nursery() as nursery:
         for _ in range(n):
             nursery.start_soon(one)
-    return sum(one.usage.tokens_per_second for one in done)
+    return float(sum(one.usage.tokens_per_second for one in done))
 
 
 def in_trio(action: Callable[[Any], Any], n: int) -> float:
