@@ -183,15 +183,16 @@ async def run_rounds(
         await trio.lowlevel.checkpoint()
         raise
     try:
+        apart = chat._apart(tools, _Apart(chat._house))
+        completion: Completion | None = None
         with scope:
-            apart = chat._apart(tools, _Apart(chat._house))
             try:
                 completion = await _rounds(
                     apart, tools, choose, options, choice, max_rounds, on_error
                 )
             finally:
                 ledger.sequence = apart._ledger.sequence
-        if scope.cancelled_caught:
+        if scope.cancelled_caught or completion is None:
             raise trio.ClosedResourceError(
                 "this turn was interrupted by another, or its conversation was closed"
             )
@@ -235,14 +236,16 @@ async def _rounds(
     max_rounds: int,
     on_error: OnToolError,
 ) -> Completion:
+    text = ""
     for _ in range(max_rounds + 1):
         completion: Completion = await apart._answer(choose, options, choice)
+        text = completion.text
         if not completion.tool_calls:
             return completion
         results = await tools.run(completion.tool_calls, on_error)
         choose, choice = _told(completion.tool_calls, results), "auto"
     raise AnswerError(
-        f"the model still calls tools after {max_rounds} rounds (max_rounds)", text=completion.text
+        f"the model still calls tools after {max_rounds} rounds (max_rounds)", text=text
     )
 
 

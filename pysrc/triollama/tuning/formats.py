@@ -301,10 +301,10 @@ def _alpaca(item: Mapping[str, Any], answer: str) -> Chat:
     if item.get("system"):
         messages.append(_turn("system", _text(item, "system")))
     for i, turn in enumerate(item.get("history") or ()):
-        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-        if not pair or not all(isinstance(one, str) for one in turn):
+        texts = list(turn) if isinstance(turn, (list, tuple)) else []
+        if len(texts) != 2 or not all(isinstance(one, str) for one in texts):
             raise DataError("must be a pair of texts", path=f"$.history[{i}]")
-        messages += [_turn("user", turn[0]), _turn("assistant", turn[1])]
+        messages += [_turn("user", texts[0]), _turn("assistant", texts[1])]
     asked = _text(item, "instruction")
     if item.get("input"):
         asked = f"{asked}\n\n{_text(item, 'input')}" if asked else _text(item, "input")

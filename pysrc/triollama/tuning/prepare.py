@@ -287,7 +287,7 @@ class _Reader:
             return self.encoder
         if template not in self._encoders:
             vocab = self.encoder.vocab
-            model = SimpleNamespace(vocab=vocab, chat_template=lambda: None)
+            model: Any = SimpleNamespace(vocab=vocab, chat_template=lambda: None)
             self._encoders[template] = Encoder(vocab, template_for_model(model, template))
         return self._encoders[template]
 
