@@ -118,6 +118,7 @@ CHECKED = {
     "Conversation.say",
     "Conversations.flush",
     "Conversations.written",
+    "Llama.choose",
     "Llama.embed",
     "Llama.flush",
     "Llama.generate",
@@ -206,6 +207,7 @@ def test_every_async_call_is_a_checkpoint_also_when_it_succeeds_at_once(
         await checked(results.__aexit__(None, None, None))
         await checked(llama.warm_up())
         await checked(llama.score("abc"))
+        await checked(llama.choose("abc", ["d", "e"]))
         await checked(llama.embed("abc"))
         await checked(chat.idle())
         await checked(chat.say("More"))
