@@ -107,15 +107,20 @@ cdef list _utf8_list(str name, object texts):
     return [_utf8(name, text) for text in _items(name, texts)]
 
 
-cdef const float[::1] _logits_view(object logits, int n_vocab):
+cdef const float[::1] _floats(object logits):
     cdef const float[::1] view
     try:
         view = logits
     except (TypeError, ValueError, BufferError) as error:
         raise ParameterError(
             f"logits must be a contiguous buffer of float32: {error}", parameter="logits") from None
-    if view is None:
+    if view is None:        # which Cython takes for any buffer
         raise ParameterError("logits is None", parameter="logits")
+    return view
+
+
+cdef const float[::1] _logits_view(object logits, int n_vocab):
+    cdef const float[::1] view = _floats(logits)
     if view.shape[0] != n_vocab:
         raise ParameterError(
             f"logits has {view.shape[0]} values; the vocabulary has {n_vocab} tokens",
@@ -383,15 +388,10 @@ def logit_logprobs(logits, k: int):
     the logits hold NaN or +inf.
     """
     import numpy
-    cdef const float[::1] view
+    cdef const float[::1] view = _floats(logits)
     cdef vector[sampling.TokenLogprob] found
     cdef int32_t count = check_int("k", k, 0, 2**31 - 1)
     cdef size_t i
-    try:
-        view = logits
-    except (TypeError, ValueError, BufferError) as error:
-        raise ParameterError(
-            f"logits must be a contiguous buffer of float32: {error}", parameter="logits") from None
     if view.shape[0] == 0 or view.shape[0] > 2**31 - 1:
         raise ParameterError(f"logits has {view.shape[0]} values", parameter="logits")
     cdef int32_t n = <int32_t>view.shape[0]

@@ -130,10 +130,19 @@ def gguf_bytes(path) -> dict[str, int]:
         del meta
 
 
+cdef object numbers(str name, object values):
+    """An array. Raises ParameterError for what is none: rows of several lengths, say."""
+    import numpy
+    try:
+        return numpy.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"{name} must be an array of numbers: {error}", parameter=name) from None
+
+
 cdef int copy_int32(str name, object values, vector[int32_t] & out, Py_ssize_t n) except -1:
     """Copies one-dimensional integers; n is the length they must have, or -1."""
     import numpy
-    array = numpy.asarray(values)
+    array = numbers(name, values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ParameterError(
             f"{name} must be a one-dimensional array of integers, not {array.dtype} of shape"
@@ -153,7 +162,7 @@ cdef int copy_int32(str name, object values, vector[int32_t] & out, Py_ssize_t n
 
 cdef int copy_float32(str name, object values, vector[float] & out, Py_ssize_t n) except -1:
     import numpy
-    array = numpy.asarray(values)
+    array = numbers(name, values)
     if array.ndim != 1 or array.dtype.kind not in "fiu" or array.shape[0] != n:
         raise ParameterError(
             f"{name} must be {n} numbers in one dimension, not {array.dtype} of shape"

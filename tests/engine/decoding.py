@@ -42,7 +42,12 @@ class Driver:
         self.decoder = engine.Decoder(
             self.context,
             deterministic=deterministic,
-            **{"max_queue": 64, **options},
+            # Who counts steps wants none in which a slow machine's sampler still runs beside them.
+            **{
+                "max_queue": 64,
+                **({"slow_sampler": 1e6} if options.get("stepwise") else {}),
+                **options,
+            },
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from triollama._engine import Model, Sampler, Vocab, logit_logprobs
+from triollama.errors import ParameterError
 from triollama.params import GenerationParams
 
 Array = npt.NDArray[np.float64]
@@ -428,6 +429,12 @@ def test_draws_follow_the_candidates_probabilities(
         freedom += 1
     # Mean `freedom`, variance twice that; the seed is fixed, so this cannot flicker.
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+def test_logit_logprobs_of_what_is_none() -> None:
+    for wrong in (None, [0.5], np.zeros(3), np.zeros((2, 2), np.float32)):
+        with pytest.raises(ParameterError, match="logits"):
+            logit_logprobs(wrong, 1)
 
 
 @pytest.mark.parametrize("n", [1, 17, 480, 5000, WIDE])

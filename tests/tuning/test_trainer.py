@@ -535,6 +535,8 @@ def test_rows_are_checked(trainer: Any) -> None:
         (tokens.astype(float), labels, {}),
         (tokens.reshape(2, 5), labels, {}),
         (tokens, labels, {"positions": np.arange(9)}),
+        (tokens, labels, {"positions": [[0], [1, 2]]}),
+        (tokens, labels, {"weights": [[0.5], [1.0, 2.0]]}),
         (tokens, labels, {"positions": np.arange(10) - 1}),
         (tokens, labels, {"segments": np.zeros(11, int)}),
         (tokens, labels, {"weights": np.full(10, np.nan)}),
