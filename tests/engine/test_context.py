@@ -89,6 +89,29 @@ def test_batch_of_two_sequences_and_of_numpy(context):
     np.testing.assert_allclose(second, context.logits(copy=True), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("dtype", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("arch", ["mamba", "mamba2", "jamba"])
+def test_recurrent_sequences_side_by_side(tiny, arch, dtype):
+    """In one ubatch each is a matrix of activations, for which there is one of weights."""
+    tokens = TOKENS[:6]
+    with (
+        Model(tiny(arch, dtype=dtype)) as model,
+        Context(model, n_ctx=32, n_seq_max=3, kv_unified=False, n_threads=2) as context,
+    ):
+        alone = []
+        for seq_id in range(3):
+            decode(context, tokens[seq_id : seq_id + 3], seq_id=seq_id)
+            alone.append(context.logits(copy=True))
+        context.memory.clear()
+        batch = Batch(9)
+        for seq_id in range(3):
+            batch.extend(tokens[seq_id : seq_id + 3], 0, seq_id)
+        context.decode(batch)
+        for seq_id in range(3):
+            together = context.logits(3 * seq_id + 2, copy=True)
+            np.testing.assert_allclose(together, alone[seq_id], rtol=0, atol=0.02)
+
+
 def test_tokens_shared_by_sequences(context):
     decode(context, TOKENS, seq_id=(0, 1, 3), n_seq_max=3)
     assert [context.memory.seq_pos_max(s) for s in range(4)] == [9, 9, -1, 9]
