@@ -12,7 +12,13 @@ from .. import files
 from ..engine import loaded
 from ..engine.loaded import Scaled
 from ..engine.protocol import Layout, Model, Sampler
-from ..errors import GrammarError, StateError, StateFormatError
+from ..errors import (
+    GrammarError,
+    ParameterError,
+    StateError,
+    StateFormatError,
+    UnsupportedError,
+)
 from ..files import Message, SavedConversation
 from ..params import UNCONSTRAINED, GenerationParams
 from .history import State, Turn, now
@@ -25,6 +31,7 @@ __all__ = [
     "exported",
     "from_saved",
     "is_data",
+    "overflow_of",
     "saved_conversation",
     "settings_of",
     "tell_of_other_kernels",
@@ -214,3 +221,21 @@ def is_data(value: Any) -> bool:
         return bool(msgspec.json.decode(msgspec.json.encode(value)) == value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         return False
+
+
+def overflow_of(
+    one: SavedConversation, options: Mapping[str, Any], check: Callable[[Any], Overflow]
+) -> Overflow:
+    """What ``options`` ask for, else what was saved, if it can be had here. Raises what ``check``
+    raises of ``options``."""
+    if "overflow" in options:
+        return check(options["overflow"])
+    try:
+        return check(one.overflow)
+    except (ParameterError, UnsupportedError):
+        _log.warning(
+            "%s: overflow=%r cannot be restored; it is 'raise' now (give restore an overflow=)",
+            one.id,
+            one.overflow,
+        )
+        return "raise"

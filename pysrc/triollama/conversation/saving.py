@@ -18,16 +18,14 @@ from ..errors import (
     StateError,
     StateMismatchError,
     StateVersionError,
-    UnsupportedError,
 )
 from ..files.autosave import Autosave, Sync
 from ..files.owner import Owner
 from ..files.store import real_path
 from .choices import checked_ids
 from .conversation import Conversation
-from .plan import Overflow
 from .registry import Conversations
-from .saved import checked_state, document_of, settings_of, tell_of_other_kernels
+from .saved import checked_state, document_of, overflow_of, settings_of, tell_of_other_kernels
 
 __all__ = ["autosave", "restore", "save"]
 
@@ -256,7 +254,7 @@ def _revive(
         template=chats.template(one.template or None),
         source=one.template,
         params=params,
-        overflow=options["overflow"] if "overflow" in options else _overflow(chats, one),
+        overflow=overflow_of(one, options, chats.check_overflow),
         on_cancel=options.get("on_cancel", one.on_cancel),
         tools=options.get("tools", one.tools),
         variables=options.get("variables", one.variables) or {},
@@ -272,19 +270,6 @@ def _revive(
     chat._extras = one.extras
     chat._unknown_params = files.unknown_params(one.params)
     return chat
-
-
-def _overflow(chats: Conversations, one: files.SavedConversation) -> Overflow:
-    """What was saved, if it can be had here."""
-    try:
-        return chats.check_overflow(one.overflow)
-    except (ParameterError, UnsupportedError):
-        _log.warning(
-            "%s: overflow=%r cannot be restored; it is 'raise' now (give restore an overflow=)",
-            one.id,
-            one.overflow,
-        )
-        return "raise"
 
 
 async def _load_kv(

@@ -14,10 +14,16 @@ from ..chat import ChatTemplate, ChatTokenizer, TurnEnd, template_for_model
 from ..checks import check_kind, shown
 from ..conversation.choices import OnCancel, check_policy, checked_id, checked_ids, given
 from ..conversation.plan import Overflow, check_overflow
-from ..conversation.saved import checked_state, document_of, settings_of, tell_of_other_kernels
+from ..conversation.saved import (
+    checked_state,
+    document_of,
+    overflow_of,
+    settings_of,
+    tell_of_other_kernels,
+)
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
-from ..errors import ParameterError, StateMismatchError, UnsupportedError
+from ..errors import ParameterError, StateMismatchError
 from ..files import Message
 from ..params import GenerationParams, draw_seed, make_params
 from .conversation import Conversation
@@ -201,7 +207,7 @@ class Chats:
             template=self.template(one.template or None),
             source=one.template,
             params=files.known_params(one.params),
-            overflow=self._overflow(one, options),
+            overflow=overflow_of(one, options, self.check_overflow),
             on_cancel=check_policy(options.get("on_cancel", one.on_cancel)),
             tools=options.get("tools", one.tools),
             variables=options.get("variables", one.variables) or {},
@@ -223,17 +229,3 @@ class Chats:
         chat._extras = one.extras
         chat._unknown_params = files.unknown_params(one.params)
         return chat
-
-    def _overflow(self, one: files.SavedConversation, options: Mapping[str, Any]) -> Overflow:
-        """What was saved, if it can be had here."""
-        if "overflow" in options:
-            return self.check_overflow(options["overflow"])
-        try:
-            return self.check_overflow(one.overflow)
-        except (ParameterError, UnsupportedError):
-            _log.warning(
-                "%s: overflow=%r cannot be restored; it is 'raise' now (give restore an overflow=)",
-                one.id,
-                one.overflow,
-            )
-            return "raise"

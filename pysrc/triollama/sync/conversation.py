@@ -200,7 +200,7 @@ class Conversation:
 
         role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
         instead of and on top of the conversation's. into: a type, whose JSON the answer will be
-        (see :func:`triollama.structured.structured`); at the end ``value`` is what it decodes to.
+        (see :func:`triollama.structured`); at the end ``value`` is what it decodes to.
         Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
 
         Raises BusyError while another stream of the Llama is open, ContextFullError
