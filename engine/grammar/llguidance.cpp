@@ -2,6 +2,7 @@
 
 #include "guards/errors.hpp"
 #include "text/text.hpp"
+#include "threads/per_process.hpp"
 
 #include <dlfcn.h>
 
@@ -15,7 +16,10 @@ namespace triollama::native::llguidance {
 
 namespace {
 
-std::mutex         loading;
+struct Loading {
+    std::mutex mutex;
+};
+
 Api                loaded;
 std::atomic<bool>  ready { false };
 
@@ -123,17 +127,15 @@ struct Kept {
     std::shared_ptr<const Prepared> prepared;
 };
 
-std::mutex keeping;
-
-std::map<const llama_vocab *, std::shared_ptr<Kept>> & kept() {
-    static auto * all = new std::map<const llama_vocab *, std::shared_ptr<Kept>>;      // outlives every model
-    return *all;
-}
+struct Keeping {
+    std::mutex                                           mutex;
+    std::map<const llama_vocab *, std::shared_ptr<Kept>> all;
+};
 
 }  // namespace
 
 void load(const std::string & path, const std::string & version) {
-    const std::lock_guard<std::mutex> lock(loading);
+    const std::lock_guard<std::mutex> lock(per_process<Loading>().mutex);
     if (ready) {
         return;
     }
@@ -178,8 +180,9 @@ OwnedMatcher new_matcher(const Tokenizer * tokenizer, const char * syntax, const
 std::shared_ptr<const Prepared> prepared(const llama_vocab * vocab) {
     std::shared_ptr<Kept> entry;
     {
-        const std::lock_guard<std::mutex> lock(keeping);
-        std::shared_ptr<Kept> & found = kept()[vocab];
+        Keeping & kept = per_process<Keeping>();
+        const std::lock_guard<std::mutex> lock(kept.mutex);
+        std::shared_ptr<Kept> & found = kept.all[vocab];
         if (!found) {
             found = std::make_shared<Kept>();
         }
@@ -212,8 +215,9 @@ std::shared_ptr<const Prepared> prepared(const llama_vocab * vocab) {
 }
 
 void forget(const llama_vocab * vocab) noexcept {
-    const std::lock_guard<std::mutex> lock(keeping);
-    kept().erase(vocab);
+    Keeping & kept = per_process<Keeping>();
+    const std::lock_guard<std::mutex> lock(kept.mutex);
+    kept.all.erase(vocab);
 }
 
 }  // namespace triollama::native::llguidance

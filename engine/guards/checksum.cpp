@@ -34,7 +34,7 @@ uint64_t load64(const uint8_t * p) {
 // Castagnoli's polynomial, reflected. table[k][b]: of byte b followed by k zero bytes.
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
-Tables make_tables() {
+constexpr Tables make_tables() {
     Tables t{};
     for (uint32_t b = 0; b < 256; b++) {
         uint32_t crc = b;
@@ -51,8 +51,9 @@ Tables make_tables() {
     return t;
 }
 
+constexpr Tables tables = make_tables();
+
 uint32_t portable(uint32_t crc, const uint8_t * data, size_t size) {
-    static const Tables t = make_tables();
     while (size >= 8) {
         uint32_t low  = crc;
         uint32_t high = 0;
@@ -60,13 +61,13 @@ uint32_t portable(uint32_t crc, const uint8_t * data, size_t size) {
             low  ^= (uint32_t) data[i] << (8 * i);
             high |= (uint32_t) data[4 + i] << (8 * i);
         }
-        crc = t[7][low & 0xFF] ^ t[6][(low >> 8) & 0xFF] ^ t[5][(low >> 16) & 0xFF] ^ t[4][low >> 24] ^
-              t[3][high & 0xFF] ^ t[2][(high >> 8) & 0xFF] ^ t[1][(high >> 16) & 0xFF] ^ t[0][high >> 24];
+        crc = tables[7][low & 0xFF] ^ tables[6][(low >> 8) & 0xFF] ^ tables[5][(low >> 16) & 0xFF] ^ tables[4][low >> 24] ^
+              tables[3][high & 0xFF] ^ tables[2][(high >> 8) & 0xFF] ^ tables[1][(high >> 16) & 0xFF] ^ tables[0][high >> 24];
         data += 8;
         size -= 8;
     }
     for (; size > 0; data++, size--) {
-        crc = (crc >> 8) ^ t[0][(crc ^ *data) & 0xFF];
+        crc = (crc >> 8) ^ tables[0][(crc ^ *data) & 0xFF];
     }
     return crc;
 }
@@ -86,10 +87,7 @@ __attribute__((target("sse4.2"))) void in_step(Lanes & lanes, size_t size) {
     lanes[2].crc = (uint32_t) c;
     lanes[3].crc = (uint32_t) d;
 }
-bool has_instruction() {
-    static const bool known = __builtin_cpu_supports("sse4.2");
-    return known;
-}
+bool has_instruction() { return __builtin_cpu_supports("sse4.2"); }
 #elif defined(TRIOLLAMA_CRC_ARM)
 void in_step(Lanes & lanes, size_t size) {
     uint32_t a = lanes[0].crc, b = lanes[1].crc, c = lanes[2].crc, d = lanes[3].crc;

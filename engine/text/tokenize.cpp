@@ -27,7 +27,7 @@ constexpr size_t short_match = 128;
 
 enum : uint8_t { is_space = 1, is_letter = 2, is_digit = 4, is_other = 8 };
 
-std::array<uint8_t, 256> make_classes() {
+constexpr std::array<uint8_t, 256> make_classes() {
     std::array<uint8_t, 256> classes{};
     for (int c = 0; c < 256; ++c) {
         if (c >= 0x80) {
@@ -51,6 +51,8 @@ std::array<uint8_t, 256> make_classes() {
     }
     return classes;
 }
+
+constexpr std::array<uint8_t, 256> classes = make_classes();
 
 // Pages that nobody has touched cost nothing.
 class Stack {
@@ -132,7 +134,6 @@ void check_vocab(const llama_vocab * vocab) {
 }
 
 size_t longest_match(const char * text, size_t n) {
-    static const std::array<uint8_t, 256> classes = make_classes();
     size_t longest = 0;
     std::array<size_t, 4> begin{};      // of the present run of each class
     for (size_t i = 0; i < n; ++i) {

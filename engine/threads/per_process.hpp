@@ -10,16 +10,26 @@
 
 namespace triollama::native {
 
-// One T, made at the first call and never destroyed, since threads outlive main.
-template <class T> T & per_process() {
-    alignas(T) static unsigned char place[sizeof(T)];
-    static T * const only = [] {
+// One T, made while the extension is loaded: were it made at the first call, a child could be forked in the middle of
+// that. Never destroyed, since threads outlive main.
+template <class T> class PerProcess {
+public:
+    static T & only() {
+        alignas(T) static unsigned char place[sizeof(T)];
+        static T * const made = [] {
 #if !defined(_WIN32)
-        pthread_atfork(nullptr, nullptr, [] { new (place) T; });
+            pthread_atfork(nullptr, nullptr, [] { new (place) T; });
 #endif
-        return new (place) T;
-    }();
-    return *only;
-}
+            return new (place) T;
+        }();
+        (void) &at_load;
+        return *made;
+    }
+
+private:
+    static inline T & at_load = only();
+};
+
+template <class T> T & per_process() { return PerProcess<T>::only(); }
 
 }  // namespace triollama::native

@@ -92,10 +92,7 @@ void turn() {
 #endif
 }
 
-const Patience & patience() {
-    static const Patience known;
-    return known;
-}
+const Patience patience;
 
 // A number that threads wait on.
 class Signal {
@@ -115,10 +112,9 @@ public:
         if (now() != old) {
             return true;
         }
-        const Patience & limit = patience();
         const auto start = Clock::now();
         auto time = start;
-        while (time - start < limit.turning) {
+        while (time - start < patience.turning) {
             for (int i = 0; i < 16; i++) {
                 turn();
                 if (now() != old) {
@@ -127,7 +123,7 @@ public:
             }
             time = Clock::now();
         }
-        while (time - start < limit.yielding && !crowd.is_there(time)) {
+        while (time - start < patience.yielding && !crowd.is_there(time)) {
             sched_yield();
             if (now() != old) {
                 return true;

@@ -7,24 +7,23 @@
 
 namespace triollama::native {
 
-const std::vector<Architecture> & trainable_architectures() {
-    static const std::vector<Architecture> table = {
-        // name     rope                     activation             scaled swa    req.   attn   final  wide
-        { "llama",  GGML_ROPE_TYPE_NORMAL, Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
-          "Llama, Mistral, SmolLM; frequency factors, linear and YaRN scaling" },
-        { "qwen2",  GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
-          "biases on Q, K and V" },
-        { "qwen3",  GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
-          "norms on Q and K" },
-        { "gemma2", GGML_ROPE_TYPE_NEOX,   Activation::gelu_tanh, true,  2, true,  50.0f, 30.0f, 46,
-          "soft caps on scores and logits, sliding windows" },
-        { "gemma3", GGML_ROPE_TYPE_NEOX,   Activation::gelu_tanh, true,  6, false,  0.0f,  0.0f, 62,
-          "norms on Q and K, sliding windows with their own rope base" },
-        { "phi3",   GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
-          "Q, K and V in one matrix, gate and up in one; longrope up to the original context" },
-    };
-    return table;
-}
+static const std::vector<Architecture> table = {
+    // name     rope                     activation             scaled swa    req.   attn   final  wide
+    { "llama",  GGML_ROPE_TYPE_NORMAL, Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "Llama, Mistral, SmolLM; frequency factors, linear and YaRN scaling" },
+    { "qwen2",  GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "biases on Q, K and V" },
+    { "qwen3",  GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "norms on Q and K" },
+    { "gemma2", GGML_ROPE_TYPE_NEOX,   Activation::gelu_tanh, true,  2, true,  50.0f, 30.0f, 46,
+      "soft caps on scores and logits, sliding windows" },
+    { "gemma3", GGML_ROPE_TYPE_NEOX,   Activation::gelu_tanh, true,  6, false,  0.0f,  0.0f, 62,
+      "norms on Q and K, sliding windows with their own rope base" },
+    { "phi3",   GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "Q, K and V in one matrix, gate and up in one; longrope up to the original context" },
+};
+
+const std::vector<Architecture> & trainable_architectures() { return table; }
 
 namespace {
 

@@ -23,6 +23,11 @@ static void check(bool good, const char * what) {
     }
 }
 
+static bool in_main = false;
+struct Probe {
+    bool made_in_main = in_main;
+};
+
 static const llama_model * model(int number) {      // only its address counts
     return reinterpret_cast<const llama_model *>(uintptr_t(number + 1) << 12);
 }
@@ -54,6 +59,8 @@ static void change(int m, bool now) {
 }
 
 int main(int, char ** arguments) {
+    in_main = true;
+    check(!per_process<Probe>().made_in_main, "what threads share is made by a call, in which a child may be forked");
     const int rounds = std::atoi(arguments[1]);
     const int forks  = std::atoi(arguments[2]);
     std::vector<std::thread> threads;
