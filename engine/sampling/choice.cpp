@@ -110,34 +110,33 @@ llama_token Sampler::Impl::pick_by_rank(double target) {
     return members.empty() ? scan.argmax(x, n_vocab) : members.back().id;
 }
 
-// What mirostat can choose from is the head of the ranking; its bound tells how long a head.
+// What mirostat can choose from is the head of the ranking; its bound tells how long a head. Where it holds equals, all is
+// sorted, as llama.cpp does: which of them comes first no shorter way tells.
 void Sampler::Impl::list_for_mirostat() {
     const double total = exp_weights(x, n_vocab, scan.max, nullptr, nullptr);
-    auto probability = [&](const llama_token_data & token) {
-        return (float) (expf(token.logit - scan.max) / total);
+    auto weigh = [&] {
+        for (llama_token_data & token : list) {
+            token.p = (float) (expf(token.logit - scan.max) / total);
+        }
     };
     if (params.mirostat == 1) {
-        list_most_likely((size_t) params.mirostat_m);
-        for (llama_token_data & token : list) {
-            token.p = probability(token);
-        }
-        list_most_likely(mirostat_1_size());
+        list_ranked((size_t) params.mirostat_m);
+        weigh();
+        list_ranked(mirostat_1_size());
         return;
     }
     const double bound = std::log(total) - state.mu * 0.693147180559945309;
     list.clear();
     scan.collect(x, n_vocab, (float) (scan.max + bound - 1e-3), list);
     sort_by_logit(list);
-    for (llama_token_data & token : list) {
-        token.p = probability(token);
-    }
+    weigh();
     const size_t keep = mirostat_2_size();
-    if (list.empty()) {
-        list_most_likely(1);
+    if (list.empty() || has_ties(keep)) {
+        list_ranked(keep);
     } else {
         list.resize(keep);
+        list_sorted = true;
     }
-    list_sorted = true;
 }
 
 // Zipf's exponent, estimated from the head of the ranking, tells how many tokens have the wanted surprise.

@@ -149,7 +149,7 @@ struct Sampler::Impl {
     void patch_row(Stage stage, Patches & patches);
     float * use_scratch();
     void list_top_k(size_t k, llama_sampler * exact);
-    void list_most_likely(size_t k);
+    void list_ranked(size_t k);
     bool has_ties(size_t k) const;
     void pad_list(size_t k);
     void list_everything();

@@ -87,8 +87,10 @@ void Sampler::Impl::list_top_k(size_t k, llama_sampler * exact) {
     list_sorted = true;
 }
 
-void Sampler::Impl::list_most_likely(size_t k) {
-    list_top_k(k, OwnedSampler(llama_sampler_init_top_k((int32_t) k)).get());
+// The k most likely of all tokens, in the order that sorting all of them gives.
+void Sampler::Impl::list_ranked(size_t k) {
+    list_top_k(k, sorter.get());
+    list.resize(std::min(list.size(), k));
 }
 
 bool Sampler::Impl::has_ties(size_t k) const {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -238,6 +238,15 @@ def test_min_p_of_equals(vocab: Vocab, keep: int) -> None:
         seeded = params.replace(seed=seed)
         expected = UpstreamSampler(vocab, seeded).sample(row)
         assert Sampler(vocab, seeded).sample(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("mirostat", "kinds"), [(1, ("ties", "plain")), (2, ("ties", "plain", "equal"))]
+)
+def test_mirostat_of_equals(vocab: Vocab, mirostat: Literal[1, 2], kinds: tuple[str, ...]) -> None:
+    params = GenerationParams(mirostat=mirostat, mirostat_tau=4.0, repeat_penalty=1.0)
+    for seed in range(40):
+        assert_same(vocab, params, seed, kinds)
 
 
 def test_dry_without_a_repetition_leaves_equals_in_their_order(vocab: Vocab) -> None:
