@@ -6,7 +6,6 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from model_files cimport ModelFiles
-from insides cimport AbortFlag
 
 cimport decoding
 cimport ggml
@@ -19,7 +18,7 @@ from grammar cimport (
     make_grammar,
     syntax_gbnf, syntax_json_schema, syntax_lark, syntax_regex, thought_forced, thought_free,
     thought_inside)
-from guards cimport raise_native_error
+from guards cimport AbortFlag, raise_native_error
 from text cimport NativeTextStream, append_piece
 
 include "guards/owners.pxd"

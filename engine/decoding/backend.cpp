@@ -3,7 +3,9 @@
 #include "guards/abort.hpp"
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
-#include "kv/insides.hpp"
+#include "kv/sequence_state.hpp"
+#include "kv/shift.hpp"
+#include "llama/compute.hpp"
 
 #include <stdexcept>
 

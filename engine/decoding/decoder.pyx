@@ -130,7 +130,7 @@ cdef class Decoder(Owner):
             config.n_swa = model.n_swa
             config.unified = context.kv_unified
             config.exact = context.exact
-            config.can_shift = not recurrent and not context.no_shift
+            config.can_shift = not context.no_shift
             config.can_roll_back = not recurrent
             # Only the CPU is asked whether to stop in the middle of a ubatch.
             config.check_span = 0 if llama.llama_supports_gpu_offload() and model.n_gpu_layers_ != 0 else 512
@@ -292,8 +292,8 @@ cdef class Decoder(Owner):
         request.special = special
         request.shift = shift
         if shift and not self.can_shift:
-            why = self.context.no_shift or "recurrent state cannot be cut"
-            raise UnsupportedError(f'context_overflow="shift": {why}; use "stop"')
+            raise UnsupportedError(
+                f'context_overflow="shift": {self.context.no_shift}; use "stop"')
         request.n_keep = check_int("n_keep", n_keep, -1, 2**31 - 1)
         request.hidden = hidden
         pooled = self.context.pooling_ != <int>llama.LLAMA_POOLING_TYPE_NONE

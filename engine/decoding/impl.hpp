@@ -4,7 +4,7 @@
 #include "decoding/cost.hpp"
 #include "decoding/decoder.hpp"
 #include "decoding/slots.hpp"
-#include "text/text.hpp"
+#include "text/text_stream.hpp"
 #include "threads/helpers.hpp"
 #include "threads/thread.hpp"
 #include "threads/worker.hpp"

@@ -2,6 +2,7 @@
 #include "decoding/impl.hpp"
 
 #include "guards/errors.hpp"
+#include "text/token_texts.hpp"
 
 #include <algorithm>
 #include <cstring>

@@ -1,7 +1,7 @@
 #include "grammar/gbnf_grammar.hpp"
 
 #include "guards/errors.hpp"
-#include "text/text.hpp"
+#include "text/token_texts.hpp"
 #include "text/tokenize.hpp"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 #include "grammar/llguidance.hpp"
 
 #include "guards/errors.hpp"
-#include "text/text.hpp"
+#include "text/token_texts.hpp"
 #include "threads/per_process.hpp"
 
 #include <dlfcn.h>

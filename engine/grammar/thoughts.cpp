@@ -1,7 +1,7 @@
 #include "grammar/thoughts.hpp"
 
 #include "guards/errors.hpp"
-#include "text/text.hpp"
+#include "text/token_texts.hpp"
 
 #include <algorithm>
 #include <cmath>

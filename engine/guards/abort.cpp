@@ -1,31 +1,11 @@
 #include "guards/abort.hpp"
 
-#include "guards/adapter_lock.hpp"
-#include "guards/model_files.hpp"
 #include "threads/openmp.hpp"
 
 #include <cstdio>
 #include <utility>
 
 namespace triollama::native {
-
-namespace {
-
-int32_t compute_guarded(int32_t (*compute)(llama_context *, llama_batch), llama_context * ctx, const llama_batch & batch) {
-    const ReadingAdapters table(llama_get_model(ctx));
-    AbortScope scope;
-    if (in_parallel() >= 0) {
-        scope.enter();
-    }
-    const int32_t code = compute(ctx, batch);
-    ModelFiles::check(llama_get_model(ctx));
-    return code;
-}
-
-}  // namespace
-
-int32_t guarded_decode(llama_context * ctx, const llama_batch & batch) { return compute_guarded(llama_decode, ctx, batch); }
-int32_t guarded_encode(llama_context * ctx, const llama_batch & batch) { return compute_guarded(llama_encode, ctx, batch); }
 
 void AbortScope::begin() {
     depth += in_parallel() >= 0;

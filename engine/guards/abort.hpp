@@ -7,9 +7,7 @@
 #pragma once
 
 #include "ggml.h"
-#include "llama.h"
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -53,10 +51,5 @@ template <class Call> auto guarded(Call && call) {
     scope.enter();
     return call();
 }
-
-// llama_decode and llama_encode inside an AbortScope. After a native_abort the context can only be freed, and after
-// model_changed the model: see model_files.hpp.
-int32_t guarded_decode(llama_context * ctx, const llama_batch & batch);
-int32_t guarded_encode(llama_context * ctx, const llama_batch & batch);
 
 }  // namespace triollama::native

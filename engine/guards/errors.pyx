@@ -30,10 +30,6 @@ cdef extern from "guards/abort.hpp" namespace "triollama::native" nogil:
         @staticmethod
         void install() noexcept
 
-    int guarded_decode(
-        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
-    int guarded_encode(
-        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
 
 cdef extern from "threads/openmp.hpp" namespace "triollama::native" nogil:
     bint has_own_threads() noexcept

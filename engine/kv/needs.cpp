@@ -3,14 +3,11 @@
 #include "guards/errors.hpp"
 #include "guards/log.hpp"
 #include "guards/model_files.hpp"
-#include "kv/insides.hpp"
 #include "llama/load.hpp"
 
 #include "ggml-backend.h"
 #include "llama-cpp.h"
 #include "llama-ext.h"
-
-#include <stdexcept>
 
 namespace triollama::native {
 
@@ -53,9 +50,6 @@ std::vector<Needs> memory_needs(
     model.reset(load_model(files, path, model_params));
     if (!model) {
         throw format_error(LogQueue::problem());
-    }
-    if (const std::string wrong = why_no_cache(model.get(), context_params.type_k, context_params.type_v); !wrong.empty()) {
-        throw std::invalid_argument(wrong);
     }
     const llama_context_ptr ctx(make_context(model.get(), context_params));
     if (!ctx) {

@@ -15,8 +15,7 @@ struct Needs {
     uint64_t free = 0, total = 0;                       // of the device, as its backend tells
 };
 
-// Host memory first. Throws what load_model and make_context throw, format_error where they give nothing, and
-// invalid_argument for a cache that cannot serve this model.
+// Host memory first. Throws what load_model and make_context throw, and format_error where they give nothing.
 std::vector<Needs> memory_needs(
     const std::string & path, llama_model_params model_params, const llama_context_params & context_params);
 

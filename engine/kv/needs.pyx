@@ -63,14 +63,7 @@ def memory_needs(
     params.n_ubatch = check_int("n_ubatch", n_ubatch, 1, _MAX_CTX)
     params.n_batch = params.n_ubatch
     params.n_outputs_max = check_int("n_outputs_max", n_outputs_max, 0, _MAX_CTX)
-    params.type_k = <ggml.ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
-    params.type_v = <ggml.ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
-    params.flash_attn_type = <llama.llama_flash_attn_type><int>check_choice(
-        "flash_attn", flash_attn, _FLASH_ATTN)
-    if ggml.ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
-        raise ParameterError(
-            f"type_v={type_v!r} is quantised, which needs flash attention",
-            parameter="type_v", value=type_v)
+    set_cache(&params, type_k, type_v, flash_attn)
     params.swa_full = swa_full
     params.kv_unified = kv_unified
     cdef vector[NativeNeeds] found
@@ -79,8 +72,10 @@ def memory_needs(
     try:
         with nogil:
             found = native_memory_needs(raw_path, model_params, params)
-    except (OutOfMemoryError, ParameterError):
+    except OutOfMemoryError:
         raise
+    except ParameterError as error:
+        raise wrong_cache(type_k, type_v, error) from None
     except OSError as error:
         if isinstance(error, TriollamaError):
             raise

@@ -14,7 +14,7 @@ import struct
 import zlib
 
 from checksum cimport state_checksum
-from insides cimport sequence_state
+from kv cimport sequence_state
 
 _HEADER = struct.Struct("<4sII32sQI")
 _MAGIC = b"TLKV"

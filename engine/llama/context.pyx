@@ -1,8 +1,17 @@
 """The context: a model's working memory, and the calls that compute."""
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
-from insides cimport (
-    AbortFlag, line_up, make_exact, rearranged, settle, why_no_cache, why_no_shift)
+from kv cimport line_up, settle, why_no_shift
+
+cdef extern from "llama/compute.hpp" namespace "triollama::native" nogil:
+    int guarded_decode(
+        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
+    int guarded_encode(
+        llama.llama_context * ctx, const llama.llama_batch & batch) except +raise_native_error
+
+cdef extern from "llama/exact.hpp" namespace "triollama::native" nogil:
+    string make_exact(llama.llama_context * ctx) except +raise_native_error
+    string rearranged(const llama.llama_model * model) except +raise_native_error
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_context * make_context(
@@ -51,6 +60,25 @@ def default_threads() -> int:
     except AttributeError:
         count = os.cpu_count() or 1
     return max(1, min(count, 16))
+
+
+cdef int set_cache(llama.llama_context_params * params, type_k, type_v, flash_attn) except -1:
+    """What the cache holds, and how it is read. ParameterError for what no model can have."""
+    params.type_k = <ggml.ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
+    params.type_v = <ggml.ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
+    params.flash_attn_type = <llama.llama_flash_attn_type><int>check_choice(
+        "flash_attn", flash_attn, _FLASH_ATTN)
+    if ggml.ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
+        raise ParameterError(
+            f"type_v={type_v!r} is quantised, which needs flash attention",
+            parameter="type_v", value=type_v)
+    return 0
+
+
+cdef object wrong_cache(type_k, type_v, object why):
+    """The exception for types that cannot hold the heads of this model, as llama/load.hpp found."""
+    return ParameterError(
+        f"type_k={type_k!r}, type_v={type_v!r}: {why}", parameter="type_k", value=type_k)
 
 
 cdef int check_fits_memory(Model model, long long cells, int n_ubatch, int outputs,
@@ -190,18 +218,7 @@ cdef class Context(Owner):
         params.n_threads = check_int("n_threads", threads, 1, 512)
         batch_threads = threads if n_threads_batch is None else n_threads_batch
         params.n_threads_batch = check_int("n_threads_batch", batch_threads, 1, 512)
-        params.type_k = <ggml.ggml_type><int>check_choice("type_k", type_k, _KV_TYPES)
-        params.type_v = <ggml.ggml_type><int>check_choice("type_v", type_v, _KV_TYPES)
-        params.flash_attn_type = <llama.llama_flash_attn_type><int>check_choice(
-            "flash_attn", flash_attn, _FLASH_ATTN)
-        if ggml.ggml_blck_size(params.type_v) > 1 and flash_attn == "off":
-            raise ParameterError(
-                f"type_v={type_v!r} is quantised, which needs flash attention",
-                parameter="type_v", value=type_v)
-        wrong = why_no_cache(model.ptr, params.type_k, params.type_v).decode()
-        if wrong:
-            raise ParameterError(
-                f"type_k={type_k!r}, type_v={type_v!r}: {wrong}", parameter="type_k", value=type_k)
+        set_cache(&params, type_k, type_v, flash_attn)
         if exact and (kv_unified or flash_attn != "off" or not swa_full):
             raise ParameterError(
                 "exact=True needs kv_unified=False, flash_attn='off' and swa_full=True",
@@ -247,6 +264,8 @@ cdef class Context(Owner):
         except ModelFormatError as error:
             raise ModelFormatError(f"{model.path} cannot be computed: {error}",
                                    path=model.path) from None
+        except ParameterError as error:
+            raise wrong_cache(type_k, type_v, error) from None
         finally:
             if self.ptr != NULL:
                 model.children += 1
@@ -544,7 +563,7 @@ cdef class Context(Owner):
         return 0
 
     cdef int settle_memory(self) except -1:
-        """Carries out at once what llama.cpp would do in the next decode: see kv/insides.hpp."""
+        """Carries out at once what llama.cpp would do in the next decode: see kv/shift.hpp."""
         try:
             with nogil:
                 settle(self.ptr, AbortFlag.ask, &self.abort_flag)
@@ -556,7 +575,8 @@ cdef class Context(Owner):
         return 0
 
     cdef int order_cells(self, int seq_id) except -1:
-        """Its cells in a row, with nothing between them: see kv/insides.hpp."""
+        """Its cells in a row, with nothing between them: see
+        kv/sequence_state.hpp."""
         try:
             with nogil:
                 line_up(self.ptr, seq_id)

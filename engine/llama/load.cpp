@@ -16,10 +16,12 @@
 #include "llama-context.h"
 #include "llama-cpp.h"
 #include "llama-graph.h"
+#include "llama-model.h"
 
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 namespace triollama::native {
@@ -75,6 +77,28 @@ void check_graph(ggml_cgraph * graph) {
     }
 }
 
+bool multiple_of_block(uint32_t width, ggml_type type) { return width % (uint32_t) ggml_blck_size(type) == 0; }
+
+// With flash attention llama.cpp refuses these too; without, it computes with heads that all lie in one place.
+void check_cache(const llama_model & model, ggml_type type_k, ggml_type type_v) {
+    const llama_hparams & h = model.hparams;
+    auto cannot_store = [](const char * what, uint32_t width, ggml_type type) {
+        throw std::invalid_argument(std::string(what) + " of " + std::to_string(width)
+            + " values a head cannot be stored in blocks of type " + ggml_type_name(type));
+    };
+    for (uint32_t il = 0; il < h.n_layer(); il++) {
+        if (h.is_recr(il) || !h.has_kv(il)) {
+            continue;
+        }
+        if (const uint32_t width = h.n_embd_head_k(il); !multiple_of_block(width, type_k)) {
+            cannot_store("keys", width, type_k);
+        }
+        if (const uint32_t width = h.n_embd_head_v(il); !h.is_mla() && !multiple_of_block(width, type_v)) {
+            cannot_store("values", width, type_v);
+        }
+    }
+}
+
 }  // namespace
 
 llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact, bool with_kernels) {
@@ -109,6 +133,7 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
 }
 
 llama_context * make_context(llama_model * model, const llama_context_params & params) {
+    check_cache(*model, params.type_k, params.type_v);
     llama_context_ptr context;
     const ReadingAdapters table(model);
     AbortScope aborts;

@@ -16,7 +16,7 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
                          bool with_kernels = false);
 
 // nullptr: see llama.cpp's log. Throws format_error where the graph of the model's architecture cannot be built from its
-// file, or could not be computed.
+// file, or could not be computed, and invalid_argument where a cache of these types cannot hold its heads.
 llama_context * make_context(llama_model * model, const llama_context_params & params);
 
 }  // namespace triollama::native

@@ -1,11 +1,21 @@
 #include "text/token_texts.hpp"
 
-#include "text/text.hpp"
-
 #include <algorithm>
 #include <cstring>
 
 namespace triollama::native {
+
+void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out) {
+    char buffer[128];
+    const int32_t n = llama_token_to_piece(vocab, token, buffer, (int32_t) sizeof(buffer), 0, special);
+    if (n >= 0) {
+        out.append(buffer, (size_t) n);
+        return;
+    }
+    const size_t before = out.size();
+    out.resize(before + (size_t) -n);
+    llama_token_to_piece(vocab, token, &out[before], -n, 0, special);
+}
 
 TokenTexts::TokenTexts(const llama_vocab * vocab, bool special) {
     struct Keyed {

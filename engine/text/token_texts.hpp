@@ -1,4 +1,5 @@
-// The texts of a vocabulary in order, for whoever tests all of them.
+// The text of a token: the one that is shown, that a grammar matches and that stop strings are found in. And the texts of a
+// vocabulary in order, for whoever tests all of them.
 #pragma once
 
 #include "llama.h"
@@ -8,6 +9,9 @@
 #include <vector>
 
 namespace triollama::native {
+
+// Appends the bytes of one token. Special tokens give text only if `special`.
+void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out);
 
 // Tokens that end a generation, and those without text, are left out. In this order those that begin alike stand together: what
 // a beginning leads to is found once, and what it rejects is passed over.

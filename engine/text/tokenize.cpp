@@ -1,7 +1,7 @@
 #include "text/tokenize.hpp"
 
 #include "guards/errors.hpp"
-#include "text/text.hpp"
+#include "text/token_texts.hpp"
 
 #include <algorithm>
 #include <array>

@@ -237,14 +237,9 @@ cdef class Vocab:
         """The bytes one token stands for; special tokens give text only if ``special``."""
         cdef cpp_bool shown = special
         cdef llama.llama_token id = self.token_id(token)
-        cdef char buffer[256]
-        cdef vector[char] text
-        cdef int32_t n = llama.llama_token_to_piece(self.ptr, id, buffer, 256, 0, shown)
-        if n >= 0:
-            return PyBytes_FromStringAndSize(buffer, n)
-        text.resize(-n)
-        n = llama.llama_token_to_piece(self.ptr, id, text.data(), <int32_t>text.size(), 0, shown)
-        return PyBytes_FromStringAndSize(text.data(), n)
+        cdef string out
+        append_piece(self.ptr, id, shown, out)
+        return out
 
     def text(self, token: int) -> bytes:
         """The token as the vocabulary stores it (with its own marks for spaces)."""

@@ -2,6 +2,7 @@
 
 #include "guards/abort.hpp"
 #include "guards/errors.hpp"
+#include "llama/compute.hpp"
 
 #include "ggml-alloc.h"
 #include "ggml-cpu.h"
@@ -385,7 +386,13 @@ void Executor::run(Graph & graph) {
         throw std::bad_alloc();
     }
     n_splits = std::max(n_splits, ggml_backend_sched_get_n_splits(sched.get()));
-    const ggml_status status = ggml_backend_sched_graph_compute(sched.get(), graph.graph());
+    ggml_status status;
+    try {
+        status = ggml_backend_sched_graph_compute(sched.get(), graph.graph());
+    } catch (const std::bad_alloc &) {
+        forget_work(sched.get());
+        throw;
+    }
     if (status == GGML_STATUS_ABORTED) {
         throw training_aborted();
     }

@@ -1,7 +1,7 @@
 #include "training/model.hpp"
 
-#include "guards/abort.hpp"
 #include "guards/errors.hpp"
+#include "llama/compute.hpp"
 #include "llama/load.hpp"
 
 #include "ggml-backend.h"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -464,3 +466,85 @@ def test_what_has_no_constructor():
         _engine.Vocab()
     with pytest.raises(TypeError):
         _engine.Memory()
+
+
+SHORT_OF_MEMORY = """
+    import logging, resource, sys
+    from triollama._engine import Batch, Context, Model
+    from triollama.errors import DecodeError, EngineError, OutOfMemoryError
+
+    def decode(context, n, output="last"):
+        batch = Batch(n)
+        batch.extend(range(300, 300 + n), 0, 0, output)
+        context.decode(batch)
+
+    def limit(room):
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
+
+    def lift():
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_context_goes_on_after_it_found_no_memory(tiny, run_isolated):
+    """Buffers may be gone then that llama.cpp takes to be there: all is laid out anew."""
+    code = """
+        lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
+        logging.getLogger("triollama.llama_cpp").addHandler(handler)
+        logging.getLogger("triollama.llama_cpp").setLevel("DEBUG")
+
+        options = {"n_ctx": 64, "n_batch": 64, "n_threads": 1}
+        with Model(sys.argv[1]) as model, Context(model, **options) as context:
+            decode(context, 64)
+            expected = context.logits(copy=True)
+            context.memory.clear()
+            limit(2**24)
+            try:
+                decode(context, 64, "all")
+                raise AssertionError("64 rows of 262,144 logits found room")
+            except DecodeError as error:
+                assert error.code == -2, error
+            lift()
+            lines.clear()
+            context.memory.clear()
+            decode(context, 64)
+            assert any("reserving" in line for line in lines), lines
+            assert (context.logits() == expected).all()
+            context.memory.clear()
+            decode(context, 64, "all")
+    """
+    wide = tiny("llama", n_vocab=262_144, n_layer=1, n_embd=16, n_head=2, n_head_kv=1)
+    run_isolated(textwrap.dedent(SHORT_OF_MEMORY) + textwrap.dedent(code), wide)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_closed_after_a_graph_found_no_memory_to_work_in(tiny, run_isolated):
+    """ggml frees its work buffer before it asks for a larger one: closing freed it again."""
+    code = """
+        with Model(sys.argv[1], repack=False) as model:
+            with Context(model, n_ctx=256, n_batch=256, n_ubatch=256, n_threads=1) as context:
+                decode(context, 1)
+                context.memory.clear()
+                limit(2**21)
+                try:
+                    decode(context, 160)
+                    raise AssertionError("160 rows of 16,384 values found room")
+                except OutOfMemoryError:
+                    pass
+                lift()
+                try:
+                    decode(context, 1)
+                    raise AssertionError("a broken context was used")
+                except EngineError:
+                    pass
+    """
+    broad = tiny("llama", n_ff=16_384, dtype="F16")
+    run_isolated(
+        textwrap.dedent(SHORT_OF_MEMORY) + textwrap.dedent(code),
+        broad,
+        MALLOC_MMAP_THRESHOLD_="65536",  # what is free already does not count
+    )

@@ -129,6 +129,24 @@ def test_where_every_layer_slides_nothing_can_be_moved(tiny: Tiny) -> None:
         context.memory.seq_add(0, 24, None, -20)
 
 
+@pytest.mark.parametrize("arch", ["mamba", "jamba"])
+def test_recurrent_state_cannot_be_cut(tiny: Tiny, arch: str) -> None:
+    """So nothing could be dropped; what stayed would have two tokens at one position."""
+    with engine.Model(tiny(arch)) as model, make(model) as context:
+        assert not context.memory.can_shift
+        decode(context, TEXT, 0)
+        with pytest.raises(UnsupportedError, match="recurrent"):
+            context.memory.seq_add(0, 24, None, -20)
+        sampler = engine.Sampler(model.vocab, GREEDY)
+        with pytest.raises(UnsupportedError, match="recurrent"):
+            engine.Generation(context, sampler, TEXT, SHIFTING)
+        with (
+            engine.Decoder(context) as decoder,
+            pytest.raises(UnsupportedError, match="recurrent"),
+        ):
+            decoder.submit(TEXT, sampler=sampler, shift=True)
+
+
 def test_positions_stay_within_the_context(model: engine.Model) -> None:
     with make(model) as context:
         decode(context, TEXT, 0)

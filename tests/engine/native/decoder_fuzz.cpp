@@ -5,7 +5,8 @@
 #include "decoding/cost.hpp"
 #include "decoding/decoder.hpp"
 #include "guards/errors.hpp"
-#include "text/text.hpp"
+#include "text/text_stream.hpp"
+#include "text/token_texts.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,15 +1,11 @@
-// From tokens to text: whole UTF-8 characters only, and stop strings found across pieces. Never needs the GIL.
+// From bytes to text: whole UTF-8 characters only, and stop strings found across pieces. Never needs the GIL.
 #pragma once
 
-#include "llama.h"
-
+#include <cstddef>
 #include <string>
 #include <vector>
 
 namespace triollama::native {
-
-// Appends the bytes of one token. Special tokens give text only if `special`.
-void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out);
 
 // Turns a stream of token bytes into text that may be shown: never half a character, nothing of a stop string.
 // Invalid bytes become U+FFFD, one per maximal subpart, as Python's errors="replace" does.

@@ -1,4 +1,4 @@
-#include "text/text.hpp"
+#include "text/text_stream.hpp"
 
 #include <algorithm>
 
@@ -37,18 +37,6 @@ size_t character_length(unsigned char first) {
 }
 
 }  // namespace
-
-void append_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out) {
-    char buffer[128];
-    const int32_t n = llama_token_to_piece(vocab, token, buffer, (int32_t) sizeof(buffer), 0, special);
-    if (n >= 0) {
-        out.append(buffer, (size_t) n);
-        return;
-    }
-    const size_t before = out.size();
-    out.resize(before + (size_t) -n);
-    llama_token_to_piece(vocab, token, &out[before], -n, 0, special);
-}
 
 TextStream::TextStream(std::vector<std::string> texts) {
     for (std::string & text : texts) {
