@@ -11,7 +11,7 @@ static bool available() {
 }
 
 const Kernel & avx2_kernel() {
-    static const Kernel kernel = [] {
+    static constexpr Kernel kernel = [] {
         Kernel made = { "avx2", available, Avx2::quantize, {}, {} };
         fill<Avx2>(made);
         return made;

@@ -12,7 +12,7 @@ static bool available() {
 }
 
 const Kernel & avx512_kernel() {
-    static const Kernel kernel = [] {
+    static constexpr Kernel kernel = [] {
         Kernel made = { "avx512", available, Avx512::quantize, {}, {} };
         fill<Avx512>(made);
         return made;

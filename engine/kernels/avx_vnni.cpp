@@ -21,7 +21,7 @@ static bool available() {
 }
 
 const Kernel & avx_vnni_kernel() {
-    static const Kernel kernel = [] {
+    static constexpr Kernel kernel = [] {
         Kernel made = { "avx-vnni", available, AvxVnni::quantize, {}, {} };
         fill<AvxVnni>(made);
         return made;

@@ -237,7 +237,7 @@ ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
         madvise(memory, whole, MADV_HUGEPAGE);   // a hint
     }
 #endif
-    static const ggml_backend_buffer_i interface = [] {
+    static constexpr ggml_backend_buffer_i interface = [] {
         ggml_backend_buffer_i calls{};
         calls.free_buffer   = free_memory;
         calls.get_base      = base_of;

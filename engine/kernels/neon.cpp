@@ -95,7 +95,7 @@ bool available() {
 }  // namespace
 
 const Kernel & neon_kernel() {
-    static const Kernel kernel = [] {
+    static constexpr Kernel kernel = [] {
         Kernel made = { "neon", available, Neon::quantize, {}, {} };
         fill<Neon>(made);
         return made;

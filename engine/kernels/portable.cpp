@@ -85,7 +85,7 @@ bool available() { return true; }
 }  // namespace
 
 const Kernel & portable_kernel() {
-    static const Kernel kernel = [] {
+    static constexpr Kernel kernel = [] {
         Kernel made = { "portable", available, Portable::quantize, {}, {} };
         fill<Portable>(made);
         return made;

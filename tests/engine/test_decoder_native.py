@@ -112,7 +112,9 @@ def test_what_all_threads_share_excludes_and_survives_a_fork(
         str(COMPILER), "-std=c++17", "-O1", "-g", "-pthread",
         *([f"-fsanitize={sanitizer}"] if sanitizer else []),
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
-        "-I", str(SOURCE / "ggml" / "include"), str(ROOT / "engine/guards/adapter_lock.cpp"),
+        "-I", str(SOURCE / "ggml" / "include"), "-I", str(SOURCE / "ggml" / "src"),
+        *(str(ROOT / "engine/guards" / name) for name in ("adapter_lock.cpp", "fork.cpp")),
+        str(SOURCE / "ggml/src/ggml-threading.cpp"),
         str(ROOT / "tests/engine/native/process_check.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True, check=False)

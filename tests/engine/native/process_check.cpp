@@ -3,6 +3,8 @@
 #include "guards/adapter_lock.hpp"
 #include "guards/log.hpp"
 
+#include "ggml-threading.h"
+
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -102,6 +104,12 @@ int main(int, char ** arguments) {
             change(0, false);
         }
     });
+    threads.emplace_back([&] {
+        while (!stop) {
+            ggml_critical_section_start();
+            ggml_critical_section_end();
+        }
+    });
     for (int i = 0; i < forks; i++) {
         const pid_t child = fork();
         if (child == 0) {
@@ -113,6 +121,8 @@ int main(int, char ** arguments) {
             check(LogQueue::instance().take(level, line) && line == "a line of the child's", "the child's own lines");
             compute(0);
             change(0, false);
+            ggml_critical_section_start();
+            ggml_critical_section_end();
             std::_Exit(0);
         }
         int status = -1;
