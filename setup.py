@@ -22,8 +22,10 @@ def stop(error: Exception) -> SystemExit:
     return SystemExit(f"\ntriollama cannot be built: {error}\n")
 
 
-if sys.platform == "win32":
-    raise stop(_native.BuildError("Windows is not served; Linux and macOS are (docs/building.md)."))
+try:
+    _native.check_python()
+except _native.BuildError as error:
+    raise stop(error) from None
 
 
 class CMakeBuild(build_ext):

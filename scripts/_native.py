@@ -73,6 +73,18 @@ class BuildError(RuntimeError):
     """The build cannot go on; the message says what is missing and how to get it."""
 
 
+def check_python() -> None:
+    """Raise BuildError where no extension can be made for this Python."""
+    if sys.platform == "win32":
+        raise BuildError("Windows is not served; Linux and macOS are (docs/building.md).")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError(
+            "free-threaded Python is not served: the lock that keeps a second thread out of a "
+            "native object, and what a call reads from being changed, is the GIL "
+            "(docs/building.md). The engine computes without it on any Python."
+        )
+
+
 def cmake_args() -> list[str]:
     """The user's CMAKE_ARGS, split as a shell would; refuses what can never work here."""
     text = os.environ.get("CMAKE_ARGS", "")
@@ -525,11 +537,16 @@ def _collect(build: Path, result: Path, upstream: Upstream, arguments: Sequence[
     (result / "native.json").write_text(json.dumps(information, indent=1) + "\n", encoding="utf-8")
 
 
+def _server(targets: Sequence[str]) -> list[str]:
+    """The group of files that llama-server needs beside those of the other programs, if it does."""
+    return ["server"] if "llama-server" in targets else []
+
+
 def find_native(targets: Sequence[str] = ()) -> tuple[Native, bool]:
     """What `build_native` returns for the present flags, and whether it is already there."""
     arguments = cmake_args()
     tools = find_tools(arguments)
-    upstream = locate(["build", "tools"] if targets else ["build"])
+    upstream = locate(["build", *(["tools"] if targets else []), *_server(targets)])
     check_switches(arguments, upstream.path)
     key = native_key(upstream, tools, arguments, targets)
     folder = cache_root() / "native" / key
@@ -571,6 +588,7 @@ def build_native(targets: Sequence[str] = ()) -> Native:
             *UPSTREAM_FLAGS,
             f"-DTRIOLLAMA_LLAMA_SOURCE={upstream.path}",
             f"-DLLAMA_BUILD_COMMON={programs}", f"-DLLAMA_BUILD_TOOLS={programs}",
+            *(["-DLLAMA_BUILD_SERVER=ON"] if _server(targets) else []),
             # Without these, upstream records the commit of the repository around it, which is ours.
             f"-DLLAMA_BUILD_COMMIT={upstream.commit}", "-DLLAMA_BUILD_NUMBER=0", "-DGIT_EXE=",
             *arguments,

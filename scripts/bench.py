@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument(
         "--peer", action="append", type=peer, default=[], metavar="NAME=PYTHON",
-        help="section streams: compare with this binding, installed for that Python "
+        help="sections streams and server: compare with this binding, installed for that Python "
         f"({', '.join(HOW)}); also TRIOLLAMA_BENCH_PEERS=NAME=PYTHON,...",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the sections and end")

@@ -4,12 +4,13 @@
 
 Each line is the body of a request; all are sent at once, each on a connection of its own, and read
 to their ends. Says as JSON the seconds from the first sending to the last end, and of each request
-the seconds to its first event with text.
+the seconds to its first event, and how many tokens its server counted.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
 import sys
@@ -17,6 +18,7 @@ import time
 from typing import Any
 
 PATH = "/v1/completions"
+END = 4096  # bytes of an answer that hold its usage
 
 
 def main() -> None:
@@ -43,13 +45,15 @@ def main() -> None:
             data = key.fileobj.recv(65536)  # type: ignore[union-attr]
             if key.fileobj not in first and b"data: " in data:
                 first[key.fileobj] = time.perf_counter() - sent[key.fileobj]
-            ends[key.fileobj] = (ends[key.fileobj] + data)[-64:] if data else ends[key.fileobj]
+            ends[key.fileobj] = (ends[key.fileobj] + data)[-END:] if data else ends[key.fileobj]
             if not data:
                 chosen.unregister(key.fileobj)
     seconds = time.perf_counter() - start
     if not all(b"[DONE]" in end for end in ends.values()):
         raise SystemExit(f"an answer did not come to its end: {ends}")
-    print(json.dumps({"seconds": seconds, "first": list(first.values())}))
+    counts = [re.findall(rb'"completion_tokens": ?(\d+)', end)[-1] for end in ends.values()]
+    found = {"seconds": seconds, "first": list(first.values()), "tokens": [*map(int, counts)]}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

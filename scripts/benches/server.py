@@ -6,13 +6,12 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,15 @@ from triollama.models import default_model
 from triollama.server import serve
 
 from ._harness import Figure, Options, Pairs
+from ._upstream import server_program
 from .streams import N_GEN, N_PROMPT, PARAMS, THREADS, prompt, serving
 
-CLIENTS = (1, 8, 16)
+CLIENTS = {1: 15, 8: 9, 16: 7}
+"""Numbers of clients, and repeats of each."""
 PROGRAM = Path(__file__).with_name("_http_program.py")
+PEER_PROGRAM = Path(__file__).with_name("_peer_server.py")
+STREAMS = 16
+N_CELLS = 2048 * STREAMS
 
 _fresh = itertools.count(5_000_000)
 
@@ -32,13 +36,12 @@ _fresh = itertools.count(5_000_000)
 def bodies(n: int, n_gen: int = N_GEN) -> str:
     """Requests, one a line, that every server understands alike."""
     sampling = {name: getattr(PARAMS, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    asked = {**sampling, "repeat_penalty": PARAMS.repeat_penalty, "ignore_eos": True}
-    return "".join(
-        json.dumps({
-            "prompt": prompt(next(_fresh), N_PROMPT), "max_tokens": n_gen, "stream": True, **asked
-        }) + "\n"
-        for _ in range(n)
-    )  # fmt: skip
+    asked = {
+        **sampling, "repeat_penalty": PARAMS.repeat_penalty, "ignore_eos": True,
+        "max_tokens": n_gen, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    prompts = [prompt(next(_fresh), N_PROMPT) for _ in range(n)]
+    return "".join(json.dumps({"prompt": tokens, **asked}) + "\n" for tokens in prompts)
 
 
 async def through_http(port: int, n: int, n_gen: int = N_GEN) -> dict[str, Any]:
@@ -49,6 +52,8 @@ async def through_http(port: int, n: int, n_gen: int = N_GEN) -> dict[str, Any]:
         capture_stdout=True,
     )
     found: dict[str, Any] = json.loads(done.stdout)
+    if found["tokens"] != [n_gen] * n:
+        raise RuntimeError(f"{found['tokens']} tokens came where {n_gen} each were asked for")
     return found
 
 
@@ -58,8 +63,15 @@ async def speed(port: int, n: int) -> float:
     return float(n * (N_PROMPT + N_GEN) / found["seconds"])
 
 
+async def rest() -> None:
+    """As long as the engine rests while the clients' program starts: threads that sleep need time
+    to wake."""
+    await trio.run_process([sys.executable, str(PROGRAM), "0"], stdin=b"", capture_stdout=True)
+
+
 async def of_library(llama: Any, n: int) -> float:
     """The same, without a server: each piece is received, as a server has to."""
+    await rest()
 
     async def one(tokens: list[int]) -> None:
         async with llama.stream(tokens, PARAMS) as stream:
@@ -91,7 +103,13 @@ async def in_turn(
 
 
 def figures(options: Options) -> Iterator[Figure]:
-    yield from trio.run(measure, options)
+    yield from trio.run(beside_library, options)
+    commands = {"llama_server": upstream_command}
+    if python := options.peers.get("xllamacpp"):
+        commands["xllamacpp"] = functools.partial(xllamacpp_command, python)
+    for name, command in commands.items():
+        if options.wants(*(f"server.{n}_over_{name}" for n in CLIENTS)):
+            yield from trio.run(beside_another, options, name, command)
 
 
 @contextlib.asynccontextmanager
@@ -102,16 +120,16 @@ async def served() -> AsyncIterator[tuple[Any, int]]:
         nursery.cancel_scope.cancel()
 
 
-async def measure(options: Options) -> list[Figure]:
+async def beside_library(options: Options) -> list[Figure]:
     found: list[Figure] = []
     async with served() as (llama, port):
-        for n in CLIENTS:
+        for n, repeats in CLIENTS.items():
             name = f"server.{n}_over_library"
             if options.wants(name):
                 pairs = await in_turn(
                     functools.partial(speed, port, n),
                     functools.partial(of_library, llama, n),
-                    options.repeats_or(11),
+                    options.repeats_or(repeats),
                 )
                 found.append(pairs.ratio(name, target=0.97, note=speeds(pairs)))
         if options.wants("server.first_token_added"):
@@ -124,9 +142,6 @@ async def measure(options: Options) -> list[Figure]:
                 "server.first_token_added", "ms", scale=1e3, target=2.0,
                 note=f"{statistics.median(pairs.b) * 1e3:.1f} ms without a server",
             ))  # fmt: skip
-        names = [f"server.{n}_over_llama_server" for n in CLIENTS]
-        if options.wants(*names):
-            found += await beside_llama_server(options, port)
     return found
 
 
@@ -140,38 +155,52 @@ async def first_token(port: int) -> float:
 
 
 async def first_of_library(llama: Any) -> float:
-    done = await llama.generate(prompt(next(_fresh), N_PROMPT), PARAMS, max_tokens=2)
-    return float(done.usage.first_token_seconds)
+    await rest()
+    async with llama.stream(prompt(next(_fresh), N_PROMPT), PARAMS, max_tokens=2) as stream:
+        start = time.perf_counter()
+        await stream.receive()
+        return time.perf_counter() - start
 
 
-async def beside_llama_server(options: Options, port: int) -> list[Figure]:
-    """Our server over upstream's, asked by the same clients. Both are loaded all the time, and idle
+def upstream_command(port: int) -> Sequence[str]:
+    """Upstream's server, with nothing to look up: no prompt begins as another does."""
+    return [
+        str(server_program()), "--model", str(default_model()), "--port", str(port),
+        "--threads", str(THREADS), "--threads-batch", str(THREADS),
+        "--ctx-size", str(N_CELLS), "--parallel", str(STREAMS), "--kv-unified",
+        "--no-cache-prompt", "--cache-ram", "0",
+    ]  # fmt: skip
+
+
+def xllamacpp_command(python: str, port: int) -> Sequence[str]:
+    words = (default_model(), port, STREAMS, N_CELLS, THREADS)
+    return [python, str(PEER_PROGRAM), *map(str, words)]
+
+
+async def beside_another(
+    options: Options, name: str, command: Callable[[int], Sequence[str]]
+) -> list[Figure]:
+    """Our server over another, asked by the same clients. Both are loaded all the time, and idle
     while the other works."""
-    from ._upstream import server_program
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         other = free.getsockname()[1]
-    command = [
-        str(await trio.to_thread.run_sync(server_program)), "--model", str(default_model()),
-        "--port", str(other), "--threads", str(THREADS), "--threads-batch", str(THREADS),
-        "--ctx-size", str(2048 * 16), "--parallel", "16", "--kv-unified",
-    ]  # fmt: skip
+    words = await trio.to_thread.run_sync(command, other)
     found: list[Figure] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
-    ) as process:
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=silent, stdout=silent, stderr=silent) as process:
         try:
             await until_healthy(other, process)
-            for n in CLIENTS:
-                name = f"server.{n}_over_llama_server"
-                if options.wants(name):
-                    pairs = await in_turn(
-                        functools.partial(speed, port, n),
-                        functools.partial(speed, other, n),
-                        options.repeats_or(11),
-                    )
-                    found.append(pairs.ratio(name, target=1.0, note=speeds(pairs)))
+            async with served() as (_, port):
+                for n, repeats in CLIENTS.items():
+                    figure = f"server.{n}_over_{name}"
+                    if options.wants(figure):
+                        pairs = await in_turn(
+                            functools.partial(speed, port, n),
+                            functools.partial(speed, other, n),
+                            options.repeats_or(repeats),
+                        )
+                        found.append(pairs.ratio(figure, target=1.0, note=speeds(pairs)))
         finally:
             process.kill()
     return found
@@ -186,4 +215,4 @@ async def until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
                 if b" 200 " in await stream.receive_some():
                     return
         await trio.sleep(0.2)
-    raise RuntimeError(f"llama-server ended with {process.returncode}")
+    raise RuntimeError(f"{process.args} ended with {process.returncode}")

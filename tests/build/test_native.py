@@ -380,3 +380,33 @@ def test_build_info(fetcher: ModuleType) -> None:
 
 def test_version() -> None:
     assert triollama.__version__ == importlib.metadata.version("triollama")
+
+
+def test_pythons_that_are_not_served_are_told_so(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.check_python()
+    with monkeypatch.context() as patch:
+        patch.setattr(native.sys, "platform", "win32")
+        with pytest.raises(native.BuildError, match="Windows"):
+            native.check_python()
+    monkeypatch.setattr(native.sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED")
+    with pytest.raises(native.BuildError, match="the GIL"):
+        native.check_python()
+
+
+def test_llama_server_has_what_its_build_runs(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def located(groups: list[str]) -> Any:
+        asked.append(groups)
+        raise native.FetchError("far enough")
+
+    monkeypatch.setattr(native, "locate", located)
+    for targets in ((), ("llama-bench",), ("llama-server",)):
+        with pytest.raises(native.FetchError):
+            native.find_native(targets)
+    assert asked == [["build"], ["build", "tools"], ["build", "tools", "server"]]
+    assert native.read_pin().groups["server"] == ["scripts"]
