@@ -144,11 +144,14 @@ class Campaign:
             "stream": rng.random() < 0.7, "temperature": rng.choice((0, 1)), "ignore_eos": True,
             "max_tokens": rng.choice((1, 8, 200)),
         }  # fmt: skip
-        kind = rng.randrange(5)
+        kind = rng.randrange(6)
         if kind == 0:
             return "/v1/completions", {**body, "prompt": [text, text + "x"]}
         if kind == 1:
             return "/v1/embeddings", {"input": [text] * rng.choice((1, 8))}
+        if kind == 5:
+            body["max_output_tokens"] = body.pop("max_tokens")
+            return "/v1/responses", {**body, "input": text}
         message = {"role": "user", "content": text}
         if kind == 2:
             return "/v1/messages", {**body, "model": "", "messages": [message]}

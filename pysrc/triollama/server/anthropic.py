@@ -12,10 +12,10 @@ from msgspec import Meta
 from ..answers import ToolChoice
 from ..results import FinishReason, ToolCall, Usage
 from ..streams.stream import Piece
+from .asked import chosen_tools, fields_of, params_of, split, text_content
 from .events import Events, event
 from .faults import Fault
 from .http import Reply, Request
-from .openai import chosen_tools, fields_of, params_of, split, text_content
 from .service import Ask, Lora, Service, text_of
 
 __all__ = ["Anthropic"]

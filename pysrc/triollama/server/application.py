@@ -25,6 +25,7 @@ from .events import event
 from .faults import Fault, as_anthropic, as_openai, fault_of
 from .http import Connections, GoneError, Limits, Reply, Request
 from .openai import OpenAI
+from .responses import Responses
 from .service import Service
 
 if TYPE_CHECKING:
@@ -86,12 +87,16 @@ class Server:
         self._origins = frozenset(origins)
         self.connections = Connections(self.limits, self._handle)
         openai, anthropic = OpenAI(self._service), Anthropic(self._service)
+        responses = Responses(self._service)
         routes: list[tuple[str, str, Answer]] = [
             ("POST", "/v1/chat/completions", openai.chat),
             ("POST", "/v1/completions", openai.complete),
             ("POST", "/v1/embeddings", openai.embed),
             ("GET", "/v1/models", openai.models),
             ("GET", "/v1/models/(.+)", openai.one_model),
+            ("POST", "/v1/responses", responses.create),
+            ("GET", "/v1/responses/([^/]+)", responses.get),
+            ("DELETE", "/v1/responses/([^/]+)", responses.delete),
             ("POST", "/v1/messages", anthropic.messages),
             ("POST", "/v1/messages/count_tokens", anthropic.count),
             ("GET", "/conversations/([^/]+)", self._conversation),

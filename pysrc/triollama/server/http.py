@@ -49,6 +49,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     ``body_bytes``: of a request. ``connections``: open at the same time; more are closed at once.
     ``requests``: that generate, or wait to, at the same time; more get 429. ``choices``: texts that
     one request may ask for. ``max_tokens``: new tokens of one text, at most; None: the context.
+    ``kept_bytes``: of answers that ``/v1/responses`` keeps to be gone on from; 0: none.
     ``seconds``: for an answer, from its request on. ``idle_seconds``: between two requests of a
     connection. ``receive_seconds``: for sending a request. ``drain_seconds``: for the answers that
     run when the server is told to end.
@@ -59,6 +60,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     requests: int = 256
     choices: int = 64
     max_tokens: int | None = None
+    kept_bytes: int = 64 * 2**20
     seconds: float = 600.0
     idle_seconds: float = 75.0
     receive_seconds: float = 30.0
