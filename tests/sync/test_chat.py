@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 from triollama import GenerationParams, open_llama
@@ -287,6 +288,40 @@ def test_adapters(tiny: Any, llama: Llama, tmp_path: Path) -> None:
         llama.restore(tmp_path / "chats")
     chat.set_adapters(())
     assert chat.say("x").finish_reason == "length"
+
+
+def test_control_vectors_are_those_of_the_trio_side(tiny: Any, llama: Llama) -> None:
+    last, width = llama.model.n_layer - 1, llama.model.n_embd
+    rows = np.random.default_rng(1).normal(0, 3, (last, width)).astype(np.float32)
+
+    async def in_trio(served: Any) -> Any:
+        vector = await served.load_control_vector(rows)
+        return (await served.generate(SYSTEM, GREEDY, adapters=[(vector, 4.0)])).tokens
+
+    plain = llama.generate(SYSTEM, params=GREEDY).tokens
+    vector = llama.load_control_vector(rows)
+    assert llama.load_control_vector(rows.copy()) is vector
+    turned = llama.generate(SYSTEM, params=GREEDY, adapters=[(vector, 4.0)]).tokens
+    assert turned == of_trio(tiny("llama"), in_trio) != plain
+    assert llama.generate(SYSTEM, params=GREEDY).tokens == plain
+    assert (llama.embed("x", adapters=[(vector, 1.0)]) != llama.embed("x")).any()
+    llama.unload_adapter(vector)
+    with pytest.raises(ParameterError, match="still loaded"):
+        llama.generate("x", adapters=[(vector, 1.0)])
+    for wrong in (rows[:, 1:], rows * np.inf, rows.astype(str)):
+        with pytest.raises(ParameterError, match="shape"):
+            llama.load_control_vector(wrong)
+    with pytest.raises(ParameterError, match="layer_start"):
+        llama.load_control_vector(rows, layer_start=0)
+
+
+def test_a_title_is_asked_for_beside(llama: Llama) -> None:
+    chat = llama.chat(params=GREEDY)
+    chat.say("Hello")
+    before = chat.tokens
+    title = chat.make_title()
+    assert chat.title == title
+    assert (chat.n_turns, chat.tokens) == (1, before)
 
 
 def test_texts_are_embedded_together(tiny: Any, llama: Llama) -> None:

@@ -16,6 +16,7 @@ from .history import State, now
 from .saved import as_given
 
 __all__ = [
+    "ASK_FOR_TITLE",
     "Choose",
     "OnCancel",
     "again",
@@ -27,7 +28,10 @@ __all__ = [
     "given",
     "onward",
     "said",
+    "title_of",
 ]
+
+ASK_FOR_TITLE = "Give this conversation a title of at most six words. Answer with the title alone."
 
 OnCancel = Literal["rollback", "keep"]
 """What a turn leaves that ends before its answer does."""
@@ -157,3 +161,9 @@ def checked_title(value: Any) -> str:
         )
     files.check_text(value, "title")
     return value
+
+
+def title_of(answer: str) -> str:
+    """The title that a model gave."""
+    lines = [line.strip(" \t\"'*#.") for line in answer.splitlines()]
+    return next((line for line in lines if line), "")[: files.MAX_TITLE]

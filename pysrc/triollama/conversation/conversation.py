@@ -15,10 +15,11 @@ from ..engine.adapters import Adapters
 from ..engine.core import Core
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
-from ..files import MAX_TITLE, Message
+from ..files import Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion
 from .choices import (
+    ASK_FOR_TITLE,
     Choose,
     OnCancel,
     again,
@@ -27,6 +28,7 @@ from .choices import (
     edited,
     onward,
     said,
+    title_of,
 )
 from .history import State, common_length, now
 from .ledger import Ledger
@@ -556,14 +558,10 @@ class Conversation:
         branch.tools = None  # which stay in the prompt
         try:
             options: dict[str, Any] = {"max_tokens": 24, **changes}
-            reply = await branch.say(
-                "Give this conversation a title of at most six words. Answer with the title alone.",
-                **options,
-            )
+            reply = await branch.say(ASK_FOR_TITLE, **options)
         finally:
             branch.delete()
-        lines = [line.strip(" \t\"'*#.") for line in reply.text.splitlines()]
-        self.title = next((line for line in lines if line), "")[:MAX_TITLE]
+        self.title = title_of(reply.text)
         return self.title
 
     # Training

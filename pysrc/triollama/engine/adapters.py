@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
 from .. import files
-from ..checks import shown
-from ..errors import AdapterError, BusyError, ParameterError, StateError
+from ..errors import BusyError, StateError
 from ..files.store import name_of
 from .core import Core
-from .loaded import LoadedAdapter, Scaled, digest_of, find, scaled
+from .loaded import (
+    LoadedAdapter,
+    Scaled,
+    control_vector,
+    digest_of,
+    find,
+    parts_of,
+    scaled,
+)
 from .protocol import Reply
 
 if TYPE_CHECKING:
@@ -76,39 +82,12 @@ class Adapters:
         """See ``Llama.load_control_vector``."""
         import numpy
 
-        model = self._engine.model
-        last = model.n_layer - 1
-        end = last if layer_end is None else layer_end
-        for name, value, low in (("layer_start", layer_start, 1), ("layer_end", end, layer_start)):
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= last:
-                raise ParameterError(
-                    f"{name} must be an integer from {low} to {last}, not {shown(value)}",
-                    parameter=name,
-                    value=value,
-                )
-        path = ""
-        if isinstance(source, numpy.ndarray):
-            rows = source
-            fits = rows.shape == (last, model.n_embd) and rows.dtype.kind in "fiu"
-            if not fits or not numpy.isfinite(rows).all():
-                raise ParameterError(
-                    f"a control vector for this model is finite and of shape "
-                    f"({last}, {model.n_embd}), not {rows.shape} of {rows.dtype}",
-                    parameter="source",
-                )
-        else:
+        path, rows = "", source
+        if not isinstance(source, numpy.ndarray):
             path = name_of(source)
             rows = await trio.to_thread.run_sync(self._engine.read_control_vector, path)
-            if not numpy.isfinite(rows).all():
-                raise AdapterError(f"{path} holds values that are not finite", path=path)
-        rows = numpy.array(rows, dtype=numpy.float32)
-        rows[: layer_start - 1] = 0
-        rows[end:] = 0
-        rows.flags.writeable = False
-        digest = hashlib.sha256(b"control" + rows.tobytes()).digest()
-        if digest not in self._loaded:
-            self._loaded[digest] = LoadedAdapter(path, digest, rows, "control")
-        return self._loaded[digest]
+        vector = control_vector(self._engine.model, path, rows, layer_start, layer_end)
+        return self._loaded.setdefault(vector.digest, vector)
 
     @trio.lowlevel.enable_ki_protection
     async def unload(self, adapter: LoadedAdapter) -> None:
@@ -147,13 +126,7 @@ class Adapters:
         key = frozenset((adapter.digest, scale) for adapter, scale in adapters)
         if key in self._sets:
             return self._sets[key]
-        pairs = [(one.inner, scale) for one, scale in adapters if one.kind == "lora"]
-        control: Any = None
-        for one, scale in adapters:
-            if one.kind == "control":
-                control = one.inner * scale if control is None else control + one.inner * scale
-        if control is not None:
-            control = control.astype("float32")
+        pairs, control = parts_of(adapters)
         # Commands keep their order: a stream may name the set before the answer is there. Numbers
         # are never used again, since memory is known by them.
         self._last_set += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -12,7 +12,20 @@ from .. import files
 from ..checks import check_kind, shown
 from ..errors import AdapterError, ParameterError
 
-__all__ = ["LoadedAdapter", "Scaled", "digest_of", "find", "saved", "scaled"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "LoadedAdapter",
+    "Scaled",
+    "control_vector",
+    "digest_of",
+    "find",
+    "parts_of",
+    "saved",
+    "scaled",
+]
 
 
 class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
@@ -44,6 +57,54 @@ def digest_of(path: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: NUL in a path
         why = getattr(error, "strerror", None) or error
         raise AdapterError(f"cannot read the adapter {path}: {why}", path=path) from error
+
+
+def control_vector(
+    model: Any,
+    path: str,
+    rows: npt.NDArray[np.float32],
+    layer_start: int,
+    layer_end: int | None,
+) -> LoadedAdapter:
+    """A control vector for a model: rows of shape [n_layer - 1, n_embd], of which those of other
+    layers are left out. ``path``: the file they are from; "" for an array. Raises ParameterError,
+    AdapterError."""
+    import numpy
+
+    last = model.n_layer - 1
+    end = last if layer_end is None else layer_end
+    for name, value, low in (("layer_start", layer_start, 1), ("layer_end", end, layer_start)):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= last:
+            raise ParameterError(
+                f"{name} must be an integer from {low} to {last}, not {shown(value)}",
+                parameter=name,
+                value=value,
+            )
+    fits = rows.shape == (last, model.n_embd) and rows.dtype.kind in "fiu"
+    if not fits or not numpy.isfinite(rows).all():
+        if path and fits:
+            raise AdapterError(f"{path} holds values that are not finite", path=path)
+        raise ParameterError(
+            f"a control vector for this model is finite and of shape "
+            f"({last}, {model.n_embd}), not {rows.shape} of {rows.dtype}",
+            parameter="source",
+        )
+    rows = numpy.array(rows, dtype=numpy.float32)
+    rows[: layer_start - 1] = 0
+    rows[end:] = 0
+    rows.flags.writeable = False
+    digest = hashlib.sha256(b"control" + rows.tobytes()).digest()
+    return LoadedAdapter(path, digest, rows, "control")
+
+
+def parts_of(adapters: Scaled) -> tuple[list[tuple[Any, float]], npt.NDArray[np.float32] | None]:
+    """The LoRA adapters of a set, with their scales, and the sum of its control vectors."""
+    pairs = [(one.inner, scale) for one, scale in adapters if one.kind == "lora"]
+    control: Any = None
+    for one, scale in adapters:
+        if one.kind == "control":
+            control = one.inner * scale if control is None else control + one.inner * scale
+    return pairs, None if control is None else control.astype("float32")
 
 
 def scaled(

@@ -14,6 +14,7 @@ from ..chat import ChatTemplate, ChatTokenizer, TurnEnd
 from ..checks import check_kind, shown
 from ..conversation.answer import Continued
 from ..conversation.choices import (
+    ASK_FOR_TITLE,
     Choose,
     OnCancel,
     again,
@@ -23,6 +24,7 @@ from ..conversation.choices import (
     edited,
     onward,
     said,
+    title_of,
 )
 from ..conversation.history import State, now
 from ..conversation.plan import Overflow, Prompts, make_plan, planned
@@ -394,6 +396,12 @@ class Conversation:
         )
         branch._unknown_params = self._unknown_params
         return branch
+
+    def make_title(self, **changes: Any) -> str:
+        """Ask the model for a title, beside the conversation, and take it."""
+        options: dict[str, Any] = {"max_tokens": 24, **changes}
+        self.title = title_of(self.fork().say(ASK_FOR_TITLE, **options).text)
+        return self.title
 
     def export(self) -> dict[str, Any]:
         """The conversation as a line of training data: ``messages`` and, where it has them,

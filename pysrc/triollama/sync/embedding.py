@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .._engine import Batch, Context, Model, embed_tokens, set_adapters
+from .._engine import Batch, Context, Model, embed_tokens, set_adapters, set_control_vector
 from ..checks import shown
+from ..engine.loaded import parts_of
 from ..errors import ContextFullError, ParameterError
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def own_pooling(model: Model) -> str:
     """The pooling a model's metadata names (``llama_pooling_type``), or "none"."""
     value = model.metadata.get(f"{model.architecture}.pooling_type", "")
     return dict(enumerate(_POOLINGS)).get(int(value) if value.isdecimal() else 0, "none")
+
+
+def use_adapters(context: Context, adapters: Scaled) -> None:
+    """Compute with these from here on."""
+    pairs, control = parts_of(adapters)
+    set_adapters(context, pairs)
+    set_control_vector(context, control)
 
 
 class Embedder:
@@ -75,7 +83,7 @@ class Embedder:
                 )
         context = self._open("none" if in_pieces else pooling, in_pieces)
         if adapters != self._adapters:
-            set_adapters(context, [(one.inner, scale) for one, scale in adapters])
+            use_adapters(context, adapters)
             self._adapters = adapters
         rows: list[npt.NDArray[np.float32]] = []
         for some in _packed(texts, context.n_ubatch):

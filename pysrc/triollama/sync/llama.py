@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from .. import models
-from .._engine import Adapter, Batch, Context, Model, score_tokens, set_adapters
+from .._engine import Adapter, Batch, Context, Model, read_control_vector, score_tokens
 from ..checks import check_kind, shown
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
@@ -16,7 +16,7 @@ from ..errors import BusyError, ParameterError
 from ..files.store import name_of
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score
-from .embedding import Embedder, own_pooling
+from .embedding import Embedder, own_pooling, use_adapters
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Llama:
         """For a computation with these adapters."""
         self._check_no_stream()
         if adapters != self._in_use:
-            set_adapters(self.context, [(one.inner, scale) for one, scale in adapters])
+            use_adapters(self.context, adapters)
             self._in_use = adapters
 
     def _opened(self, stream: Stream) -> None:
@@ -385,13 +385,33 @@ class Llama:
             self._loaded[digest] = LoadedAdapter(name, digest, Adapter(self.model, name))
         return self._loaded[digest]
 
+    def load_control_vector(
+        self,
+        source: str | os.PathLike[str] | npt.NDArray[np.float32],
+        *,
+        layer_start: int = 1,
+        layer_end: int | None = None,
+    ) -> LoadedAdapter:
+        """A control vector, to be named among ``adapters`` as a LoRA adapter is; see
+        :meth:`triollama.Llama.load_control_vector`. Raises AdapterError, ParameterError."""
+        import numpy
+
+        path, rows = "", source
+        if not isinstance(source, numpy.ndarray):
+            path = name_of(source)
+            rows = read_control_vector(self.model, path)
+        assert isinstance(rows, numpy.ndarray)
+        vector = loaded.control_vector(self.model, path, rows, layer_start, layer_end)
+        return self._loaded.setdefault(vector.digest, vector)
+
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
         """Free an adapter; conversations that name it can say no more until they get another set.
         ParameterError if it is not loaded here; BusyError while a stream is open."""
         loaded.scaled(self._loaded, [(adapter, 1.0)])
         self._make_room(())
         self._embedder.close()
-        adapter.inner.close()
+        if adapter.kind == "lora":
+            adapter.inner.close()
         del self._loaded[adapter.digest]
 
     # Scores and embeddings
