@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -15,12 +16,30 @@ import triollama
 from triollama import GenerationParams, aio
 from triollama.testing import FakeEngine, open_fake_llama
 
+T = TypeVar("T")
+
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True, max_tokens=8)
 
 
 class open_fake(aio.open_llama):
     def __init__(self, engine: FakeEngine) -> None:
         self._opening = open_fake_llama(engine)
+
+
+_new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+
+
+@pytest.fixture(params=["asyncio", "uvloop"], autouse=True)
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here, in each loop."""
+    if request.param == "uvloop":
+        uvloop = pytest.importorskip("uvloop")
+        monkeypatch.setattr(sys.modules[__name__], "_new_loop", uvloop.new_event_loop)
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        return runner.run(main)
 
 
 def run(test: Callable[[Any], Awaitable[None]], engine: FakeEngine | None = None) -> None:
@@ -31,7 +50,7 @@ def run(test: Callable[[Any], Awaitable[None]], engine: FakeEngine | None = None
                 await test(llama)
 
     before = threading.active_count()
-    asyncio.run(main())
+    run_loop(main())
     assert threading.active_count() <= before + 1  # trio keeps a worker for a while
 
 
@@ -65,7 +84,7 @@ def test_a_model_serves_asyncio_as_it_serves_trio(tiny: Any) -> None:
             assert llama.statistics().finished >= 5
             return [text, reply.text, rows.tolist(), texts]
 
-    assert asyncio.run(in_asyncio()) == trio.run(in_trio)
+    assert run_loop(in_asyncio()) == trio.run(in_trio)
 
 
 def test_many_tasks_at_once() -> None:
@@ -189,7 +208,7 @@ def test_opening_that_fails_or_is_cancelled() -> None:
             async with aio.open_llama("none.gguf"):
                 pass
 
-    asyncio.run(main())
+    run_loop(main())
 
 
 def test_after_closing_nothing_goes() -> None:
@@ -203,7 +222,7 @@ def test_after_closing_nothing_goes() -> None:
         with pytest.raises(trio.ClosedResourceError):
             await llama.generate("x")
 
-    asyncio.run(main())
+    run_loop(main())
 
 
 def test_what_the_body_raises_comes_out() -> None:
@@ -212,7 +231,7 @@ def test_what_the_body_raises_comes_out() -> None:
             async with open_fake(FakeEngine()) as llama, llama.stream("x"):
                 _ = 1 / 0
 
-    asyncio.run(main())
+    run_loop(main())
 
 
 def test_a_server_of_asyncio(tiny: Any) -> None:
@@ -253,4 +272,4 @@ def test_a_server_of_asyncio(tiny: Any) -> None:
                 await asyncio.sleep(0.001)
             server.close()
 
-    asyncio.run(main())
+    run_loop(main())
