@@ -82,8 +82,10 @@ class Adapters:
         """See ``Llama.load_control_vector``."""
         import numpy
 
-        path, rows = "", source
-        if not isinstance(source, numpy.ndarray):
+        path = ""
+        if isinstance(source, numpy.ndarray):
+            rows = source
+        else:
             path = name_of(source)
             rows = await trio.to_thread.run_sync(self._engine.read_control_vector, path)
         vector = control_vector(self._engine.model, path, rows, layer_start, layer_end)

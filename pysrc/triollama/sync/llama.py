@@ -396,11 +396,12 @@ class Llama:
         :meth:`triollama.Llama.load_control_vector`. Raises AdapterError, ParameterError."""
         import numpy
 
-        path, rows = "", source
-        if not isinstance(source, numpy.ndarray):
+        path = ""
+        if isinstance(source, numpy.ndarray):
+            rows = source
+        else:
             path = name_of(source)
             rows = read_control_vector(self.model, path)
-        assert isinstance(rows, numpy.ndarray)
         vector = loaded.control_vector(self.model, path, rows, layer_start, layer_end)
         return self._loaded.setdefault(vector.digest, vector)
 
