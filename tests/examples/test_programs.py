@@ -134,3 +134,31 @@ def test_asyncio_server(tiny: Any, tmp_path: Path, programs: list[subprocess.Pop
         time.sleep(0.01)
     program.terminate()
     assert program.wait(60) in (0, -15)
+
+
+def test_search_finds_the_line_itself(tiny: Any, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("apples are red\n\nprices rise\nwho knows?\n")
+    shown = run("search.py", tiny("llama"), notes, "prices rise", 2).splitlines()
+    assert len(shown) == 2 and shown[0] == "1.000  prices rise"
+
+
+def test_extract_gives_records_in_order(tiny: Any) -> None:
+    shown = run(
+        "extract.py", tiny("llama"), input="It crashes\n" + "x" * 9000 + "\nPlease add it\n"
+    )
+    one, two, three = map(json.loads, shown.splitlines())
+    assert list(two) == ["error"]
+    for row in (one, three):
+        assert list(row) == ["title", "kind", "urgent"]
+        assert len(row["title"]) <= 60 and row["kind"] in ("bug", "wish", "question")
+
+
+def test_assistant_answers(tiny: Any) -> None:
+    assert run("assistant.py", tiny("llama", n_ctx=4096), "What is two plus two?").strip()
+
+
+def test_openai_client_streams(tiny: Any) -> None:
+    pytest.importorskip("h11")
+    pytest.importorskip("openai")
+    assert run("openai_client.py", tiny("llama"), "Name three fruits.").strip()
