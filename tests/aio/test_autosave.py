@@ -26,7 +26,6 @@ from triollama.errors import (
 from triollama.files import (
     Journal,
     Message,
-    autosave,
     kv_folder,
     load_document,
     save_document,
@@ -106,7 +105,7 @@ def test_a_turn_while_the_journal_opens_is_saved(
             may_open.wait()
             super().__init__(*args)
 
-    monkeypatch.setattr(autosave, "Journal", Slow)
+    monkeypatch.setattr("triollama.files.held.Journal", Slow)
 
     async def main() -> None:
         async with opened() as llama, trio.open_nursery() as nursery:
@@ -121,6 +120,72 @@ def test_a_turn_while_the_journal_opens_is_saved(
             nursery.cancel_scope.cancel()
 
     run(main)
+
+
+@pytest.mark.parametrize("when", ["opens", "writes"])
+def test_a_thread_that_was_left_behind_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, when: str
+) -> None:
+    """The path is free for the next autosave of this process, as soon as the disk lets it be."""
+    path = tmp_path / "auto"
+    told: list[str] = []
+    opened_it, may_go_on = trio.Event(), threading.Event()
+
+    class Slow(Journal):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            told.append("open")
+            if when == "opens" and len(told) == 1:
+                trio.from_thread.run_sync(opened_it.set)
+                may_go_on.wait()
+
+        def close(self) -> None:
+            if self._owner is not None:
+                told.append("close")
+            super().close()
+
+    monkeypatch.setattr("triollama.files.held.Journal", Slow)
+
+    async def main() -> None:
+        async with opened() as llama, trio.open_nursery() as nursery:
+            chat = llama.conversation("a")
+            await chat.say("Hello")
+            if when == "opens":
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(llama.autosave, path)
+                    await opened_it.wait()
+                    inner.cancel_scope.cancel()
+            else:
+                async with saving(llama, path, deadline=0.0):
+                    disk.free.clear()
+                    disk.waiting.clear()
+                    await chat.say("More")
+                    await trio.to_thread.run_sync(disk.waiting.wait)
+            assert told == ["open"]
+            with trio.CancelScope() as given_up:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(llama.autosave, path)
+                    await trio.testing.wait_all_tasks_blocked()
+                    given_up.cancel()
+            nursery.start_soon(llama.autosave, path)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):
+                with pytest.raises(StateBusyError):  # whoever does not know of it
+                    await trio.to_thread.run_sync(load_and_keep, path)
+            assert told == ["open"]
+            may_go_on.set()
+            disk.free.set()
+            await llama.flush()
+            assert told == ["open", "close", "open"]
+            assert held(path) == {"a": len(chat.messages)}
+            nursery.cancel_scope.cancel()
+
+    run(main)
+    assert told == ["open", "close"] * 2
+
+
+def load_and_keep(path: Path) -> None:
+    Journal(path, load_document(path)).close()
 
 
 def test_save_onto_the_file_of_an_autosave(tmp_path: Path) -> None:

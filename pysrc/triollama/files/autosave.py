@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -20,12 +21,16 @@ from ..errors import (
     StateWriteError,
 )
 from .documents import Document, KVFile, SavedConversation
+from .held import HeldJournal
 from .journal import Journal
 from .store import StrPath, real_path
 
 __all__ = ["Autosave", "Followed", "Sync"]
 
 _log = logging.getLogger("triollama.files")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Sync = Literal["soon", "commit"]
 
@@ -67,7 +72,7 @@ class Autosave:
         self._document = document
         self._every = every
         self._ids = None if ids is None else frozenset(ids)
-        self._journal: Journal | None = None
+        self._held = HeldJournal(self.path)
         self._limiter = trio.CapacityLimiter(1)
         self._pending: dict[str, _Change] = {}
         self._writing: dict[str, _Change] = {}
@@ -80,6 +85,11 @@ class Autosave:
         self._round = trio.Event()
         self._ended = False
         self.begun = False
+
+    @property
+    def _journal(self) -> Journal | None:
+        """Once it is open, until this ends."""
+        return None if self._ended else self._held.journal
 
     # What changes
 
@@ -186,9 +196,8 @@ class Autosave:
         """Until cancelled; then once more, for at most ``deadline`` seconds."""
         late = False
         try:
-            self._journal = await trio.to_thread.run_sync(
-                Journal, self.path, self._document, abandon_on_cancel=True
-            )
+            await self._in_thread(self._held.open, self._document)
+            assert self._journal is not None
             self._check_same()
             self._closing |= set(self._journal.ids()) - self._pending.keys()
             self.begun = True
@@ -199,12 +208,20 @@ class Autosave:
                     await self._write(last=True)
                 late = scope.cancelled_caught
         finally:
-            self._ended = True
             if self._pending and self._journal is not None:
                 why = f"it took longer than {deadline:g} s" if late else "see above"
                 _log.error("autosave: left without saving %s: %s", ", ".join(self._pending), why)
-            self._journal = None  # an abandoned thread may have it still, and closes it then
+            self._ended = True
+            self._held.leave()
             self._end_round()
+
+    async def _in_thread(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """One at a time; who is cancelled does not wait for the disk."""
+        return await trio.to_thread.run_sync(
+            functools.partial(self._held.call, do, *args, **kwargs),
+            abandon_on_cancel=True,
+            limiter=self._limiter,
+        )
 
     async def _follow(self, task_status: trio.TaskStatus[None]) -> None:
         await self._write()
@@ -245,16 +262,7 @@ class Autosave:
         try:
             refused: dict[str, StateError] = {}
             if news or gone or closed or last:
-                refused = await trio.to_thread.run_sync(
-                    _commit,
-                    self._journal,
-                    news,
-                    gone,
-                    closed,
-                    last,
-                    abandon_on_cancel=True,  # a disk may hang; one thread at a time all the same
-                    limiter=self._limiter,
-                )
+                refused = await self._in_thread(_commit, self._journal, news, gone, closed, last)
         except StateError as error:
             self._put_back()
             if self._failure is None:
