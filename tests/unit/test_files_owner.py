@@ -203,3 +203,120 @@ def test_half_made_ones_end_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Owner.__new__(Owner)
     gc.collect()
     assert not heard
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGSTOP")
+@pytest.mark.parametrize("other", ["runs", "ended", "killed"])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "old"])
+def test_one_program_is_stopped_while_it_opens(
+    tmp_path: Path, run_isolated: Callable[..., Any], other: str, there: bool
+) -> None:
+    """Before each of its system calls; another one opens meanwhile. One keeps the path, and what
+    either committed is there."""
+    run_isolated(
+        """
+        import fcntl, os, signal, sys
+        from pathlib import Path
+        from triollama.errors import StateBusyError
+        from triollama import files
+        from triollama.files import Document, Journal, ModelIdentity, SavedConversation, owner
+
+        folder, other, there = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+        document = Document(model=ModelIdentity(fingerprint=bytes(32)))
+        owner._PATIENCE = 0.05
+        NAMES = "open read write stat fstat ftruncate fsync fdatasync replace unlink close".split()
+
+        def commit(journal, id):
+            journal.commit([SavedConversation(id=id)])
+
+        def ids_in(path):
+            if not path.exists():
+                return set()
+            return {one.id for one in files.load_document(path).conversations}
+
+        def stop_before(n):
+            def counted(real):
+                def call(*args, **kwargs):
+                    nonlocal n
+                    n -= 1
+                    if n == 0:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    return real(*args, **kwargs)
+                return call
+            for name in NAMES:
+                setattr(os, name, counted(getattr(os, name)))
+            fcntl.flock = counted(fcntl.flock)
+
+        def program(do):
+            pid = os.fork()
+            if not pid:
+                code = 2
+                try:
+                    code = do()
+                finally:
+                    os._exit(code)
+            return pid
+
+        def stopped(path, n):
+            stop_before(n)
+            try:
+                journal = Journal(path, document)
+            except StateBusyError:
+                return 1
+            commit(journal, "a")
+            return 0
+
+        def killed(path):
+            try:
+                journal = Journal(path, document)
+            except StateBusyError:
+                return 1
+            commit(journal, "b")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def ended(pid):
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+        won = {"a": 0, "b": 0}
+        for n in range(1, 200):
+            path = folder / f"{n}"
+            wanted = set()
+            if there:
+                with Journal(path, document) as journal:
+                    commit(journal, "old")
+                wanted.add("old")
+            first = program(lambda: stopped(path, n))
+            if not os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1]):
+                break
+            done = "a" in ids_in(path)  # it was stopped while it closed
+            journal = None
+            if other == "killed":
+                lost = ended(program(lambda: killed(path))) == 1
+            else:
+                try:
+                    journal = Journal(path, document)
+                    commit(journal, "b")
+                    lost = False
+                except StateBusyError:
+                    lost = True
+            if other == "ended" and not lost:
+                journal.close()
+            os.kill(first, signal.SIGCONT)
+            code = ended(first)
+            refused = other == "runs" and not lost and not done
+            assert code == (1 if refused else 0), n
+            wanted |= set() if refused else {"a"}
+            wanted |= set() if lost else {"b"}
+            if other == "runs" and not lost:
+                commit(journal, "later")
+                journal.close()
+                wanted.add("later")
+            assert ids_in(path) == wanted, (n, ids_in(path))
+            won["a" if lost else "b"] += 1
+        print(won)
+        assert won["a"] > 3 and won["b"] > 1, won
+        """,
+        tmp_path,
+        other,
+        there,
+    )
