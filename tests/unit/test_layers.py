@@ -184,4 +184,4 @@ def test_nobody_below_the_facade_knows_it() -> None:
         if PACKAGE / "llama.py" in neighbours(path) and top(path) != "__init__"
     }
     tops = {name.split("/")[0] for name in knows}
-    assert tops == {"aio.py", "compat", "server", "serving.py", "testing"}
+    assert tops == {"aio.py", "compat", "server", "serving.py"}

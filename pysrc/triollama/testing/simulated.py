@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import trio
 
 from ..checks import check_kind
 from ..engine.core import WhenFull
-from ..llama import Llama
 from ..serving import Serving
 from .fake import FakeEngine
 
 __all__ = ["open_fake_llama"]
 
 
-class open_fake_llama:
+class open_fake_llama(Serving):
     """``async with open_fake_llama(FakeEngine(...)) as llama``: a Llama without a model.
 
     when_full: as for ``open_llama``.
@@ -31,15 +28,4 @@ class open_fake_llama:
             fake.start()
             return fake
 
-        self._serving = Serving(load, when_full)
-
-    async def __aenter__(self) -> Llama:
-        return await self._serving.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._serving.__aexit__(exc_type, exc, traceback)
+        super().__init__(load, when_full)
