@@ -239,15 +239,12 @@ void Decoder::drop_sequence(uint64_t sequence) {
         if (self->dead) {
             return;
         }
-        const Sequence * s = self->slots.find(sequence);
-        if (s && s->busy) {
-            std::vector<StreamPtr> all = self->active;
-            all.insert(all.end(), self->queue.begin(), self->queue.end());
-            for (const StreamPtr & stream : all) {
-                if (stream->request.sequence == sequence) {
-                    stream->cancelled = true;
-                    self->end(stream, Finish::cancelled);
-                }
+        std::vector<StreamPtr> all = self->active;      // and those that wait for a place
+        all.insert(all.end(), self->queue.begin(), self->queue.end());
+        for (const StreamPtr & stream : all) {
+            if (stream->request.sequence == sequence) {
+                stream->cancelled = true;
+                self->end(stream, Finish::cancelled);
             }
         }
         self->slots.drop(sequence);

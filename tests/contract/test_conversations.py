@@ -165,6 +165,33 @@ def test_files(world: World, tmp_path: Path) -> None:
     world.run(go_on, threads=True)
 
 
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_closed_while_a_turn_waits_for_its_place(world: World, n_before: int) -> None:
+    """The turn ends as one that runs does, whether the model remembers the conversation or not."""
+
+    async def main() -> None:
+        async with world.open(max_streams=1, max_queue=4) as llama:
+            chat = llama.conversation(params=GREEDY)
+            for _ in range(n_before):
+                await chat.say("Hello")
+            reasons: list[str] = []
+
+            async def turn() -> None:
+                reasons.append((await chat.say("And then?")).finish_reason)
+
+            async with (
+                llama.stream("Once upon", GREEDY, max_tokens=None, capacity=10_000),
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(turn)
+                while llama.statistics().queued < 1:
+                    await trio.sleep(0.001)
+                chat.close()
+            assert reasons == ["cancelled"] and chat.n_turns == n_before
+
+    world.run(main)
+
+
 def test_a_small_context(world: World) -> None:
     async def main() -> None:
         async with world.open(n_ctx=256) as llama:
