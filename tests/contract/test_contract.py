@@ -220,9 +220,15 @@ def test_mistakes_are_typed_and_cost_no_place(world: World) -> None:
             with pytest.raises(ParameterError):
                 llama.update(123456, max_tokens=1)
             assert llama.cancel(123456) is False
+            refused = llama.stream(PROMPT, GREEDY)
             async with llama.stream(PROMPT, LONG), llama.stream(PROMPT, LONG):
                 with pytest.raises(QueueFullError):
                     await llama.generate(PROMPT)
+                with pytest.raises(QueueFullError):
+                    await refused.__aenter__()
+            await until(lambda: llama.statistics().slots_free == llama.max_streams)
+            async with refused:  # nothing had happened
+                assert len([piece async for piece in refused]) > 0
 
     world.run(main)
 

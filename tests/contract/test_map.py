@@ -134,6 +134,29 @@ def test_a_cancelled_receive_loses_none(world: World) -> None:
     world.run(main)
 
 
+@pytest.mark.promise("S29")
+def test_a_prompt_that_can_be_read_once_is_not_lost_either(world: World) -> None:
+    async def main() -> None:
+        async with world.open(max_streams=1, max_queue=0) as llama:
+            prompts = (iter(llama.tokenize(word)) for word in WORDS[:2])
+            async with (
+                llama.stream("once", GREEDY, capacity=1) as before,
+                llama.map(prompts, GREEDY, at_once=1) as results,
+            ):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(results.receive)
+                        await trio.testing.wait_all_tasks_blocked()
+                        scope.cancel()
+                assert scope.cancelled_caught
+                before.cancel()
+                found = [(one.index, one.unwrap().text) async for one in results]
+            whole = [(await llama.generate(word, GREEDY)).text for word in WORDS[:2]]
+            assert found == list(enumerate(whole))
+
+    world.run(main)
+
+
 def test_it_waits_for_room_and_closes_like_a_channel(world: World) -> None:
     async def main() -> None:
         async with world.open(max_streams=1, max_queue=0, when_full="raise") as llama:

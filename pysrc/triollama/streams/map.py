@@ -83,7 +83,7 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
         self._kind = kind
         self._ordered = ordered
         self._at_once = 2 * core.max_streams if at_once is None else at_once
-        self._next: tuple[int, Prompt] | None = None  # taken from the prompts, not started yet
+        self._next: tuple[int, Stream | Exception] | None = None  # not started yet
         self._started: dict[int, Stream | Exception] = {}  # and not received yet, in order
         self._receiving = False
         self._closed = False
@@ -127,20 +127,30 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
     async def _start_more(self) -> None:
         while len(self._started) < self._at_once:
             if self._next is None:
-                self._next = next(self._prompts, None)
+                self._next = self._make_next()
             if self._next is None:
                 return
-            index, prompt = self._next
-            started: Stream | Exception
-            try:
-                started = self._make_stream(prompt)
-                await started.__aenter__()
-            except TriollamaError as error:
-                started = error
+            index, started = self._next
+            if isinstance(started, Stream):
+                try:
+                    await started.__aenter__()
+                except TriollamaError as error:
+                    started = error
             self._started[index] = started
             self._next = None
             if self._closed:  # meanwhile, by another task
                 self.release()
+
+    def _make_next(self) -> tuple[int, Stream | Exception] | None:
+        """A prompt is looked at once: it may be an iterator."""
+        found = next(self._prompts, None)
+        if found is None:
+            return None
+        index, prompt = found
+        try:
+            return index, self._make_stream(prompt)
+        except TriollamaError as error:
+            return index, error
 
     def _streams(self) -> list[Any]:
         return [one.engine_stream for one in self._started.values() if isinstance(one, Stream)]
@@ -183,12 +193,14 @@ class MapResults(trio.abc.ReceiveChannel[MapResult[T]]):
         await self._core.begin()
         return self
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """End what runs. Idempotent."""
         self._core.check_run()
         self.release()
         await trio.lowlevel.checkpoint()
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

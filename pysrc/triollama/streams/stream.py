@@ -162,6 +162,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             await trio.lowlevel.checkpoint()
             raise BusyError("a stream runs once; ask for a new one")
         self._entered = True
+        self._entering = trio.CancelScope()
         try:
             await self._core.begin()
             with self._entering:
@@ -207,6 +208,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if self.params.reasoning is not None:
             self._thoughts = Thoughts(self.params.reasoning, self._core.vocab)
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -219,6 +221,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         else:  # a Cancelled here would replace what is on its way out
             await trio.lowlevel.cancel_shielded_checkpoint()
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """End the generation where it is, and free its place at once. Who is entering it meanwhile
         gets ClosedResourceError. Idempotent."""
