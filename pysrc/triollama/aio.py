@@ -13,7 +13,7 @@ trio runs as the guest of asyncio's loop, in the same thread. What ``open_llama`
 method of :class:`triollama.Llama`, and so have its streams and conversations; type checkers take
 them for those. When a task is cancelled in one of them, what it waits for is cancelled in trio, and
 the task goes on, with CancelledError, once that has ended. A turn that was committed in that very
-moment stays: a conversation's ``n_turns`` tells.
+moment stays: a conversation's ``n_turns`` tells. Tools that are async functions run in asyncio.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, ValuesView
 from types import TracebackType
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from .errors import BusyError
 from .llama import Llama
 from .serving import open_llama as _open_llama
 from .streams.map import MapResults
+from .streams.partials import Partials
 from .streams.stream import Stream
 
 __all__ = ["open_llama"]
@@ -54,12 +55,15 @@ class _Guest:
 
         async def main() -> None:
             with self._scope:
-                async with opening as llama, trio.open_nursery() as self._nursery:
-                    opened.set_result(llama)
-                    await trio.sleep_forever()
+                async with opening as llama:
+                    try:
+                        async with trio.open_nursery() as self._nursery:
+                            opened.set_result(llama)
+                            await trio.sleep_forever()
+                    finally:
+                        self._nursery = None
 
         def done(outcome: Any) -> None:
-            self._nursery = None
             error = getattr(outcome, "error", None)
             if error is None:
                 self._over.set_result(None)
@@ -199,6 +203,15 @@ class _There:
         except trio.EndOfChannel:
             raise StopAsyncIteration from None
 
+    def __reduce__(self) -> Any:
+        raise TypeError("what is open in an event loop can be neither copied nor pickled")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _There) and other._it is self._it
+
+    def __hash__(self) -> int:
+        return hash(self._it)
+
     def __iter__(self) -> Iterator[Any]:
         return (_here(self._guest, one) for one in self._it)
 
@@ -209,10 +222,10 @@ class _There:
         return _here(self._guest, self._it[key])
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._it
+        return _there(key) in self._it
 
 
-_KINDS = (Conversation, Conversations, Llama, MapResults, Stream)
+_KINDS = (Conversation, Conversations, Llama, MapResults, Partials, Stream)
 
 
 def _here(guest: _Guest, value: Any) -> Any:
@@ -226,9 +239,32 @@ def _here(guest: _Guest, value: Any) -> Any:
 def _there(value: Any) -> Any:
     if isinstance(value, _There):
         return value._it
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple, set, frozenset):
         return type(value)(map(_there, value))
-    return value
+    if isinstance(value, (Generator, ValuesView)):
+        return map(_there, value)
+    return _called_there(value) if inspect.iscoroutinefunction(value) else value
+
+
+def _called_there(function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
+    """A function of asyncio's, a tool, that trio's side may call."""
+    loop = asyncio.get_running_loop()
+
+    @functools.wraps(function)
+    async def call(*args: Any, **options: Any) -> Any:
+        task = loop.create_task(function(*args, **options))
+        ended = trio.Event()
+        task.add_done_callback(lambda _: ended.set())
+        try:
+            await ended.wait()
+        except BaseException:
+            task.cancel()
+            with trio.CancelScope(shield=True):
+                await ended.wait()
+            raise
+        return task.result()
+
+    return call
 
 
 class open_llama:

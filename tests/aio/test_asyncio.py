@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import pytest
@@ -271,5 +271,98 @@ def test_a_server_of_asyncio(tiny: Any) -> None:
             while llama.statistics().slots_free < 2:
                 await asyncio.sleep(0.001)
             server.close()
+
+    run_loop(main())
+
+
+def test_partial_values_come_as_pieces_do() -> None:
+    async def test(llama: Any) -> None:
+        async with llama.stream("Where?") as stream:
+            seen = [dict(value) async for value in stream.partials()]
+        assert seen[-1] == {"name": "Lima"} and len(seen) > 1
+
+    run(test, FakeEngine(lambda prompt: '{"name":"Lima"}', token_seconds=0.0))
+
+
+def test_an_object_is_the_same_however_it_is_reached(tmp_path: Any) -> None:
+    class Sizes(NamedTuple):
+        wide: int
+        high: int
+
+    async def test(llama: Any) -> None:
+        chat, other = llama.conversation("a"), llama.conversation("b")
+        await chat.say("Hello")
+        assert llama.conversations["a"] == chat != other
+        assert {chat, llama.conversations["a"]} == {chat}
+        for some in ((one for one in [chat]), {"a": chat}.values(), {chat}, [chat]):
+            document = await llama.save(tmp_path / "chats", some)
+            assert [one.id for one in document.conversations] == ["a"]
+        sized = llama.conversation(variables={"size": Sizes(1, 2)})
+        sized.params = sized.params.replace(top_k=3)
+        assert sized.params.top_k == 3
+
+    run(test)
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call>'
+
+
+def test_tools_are_asyncio_s() -> None:
+    started, ended = asyncio.Event(), []
+
+    async def weather(city: str) -> str:
+        """The weather of a city."""
+        assert asyncio.current_task() is not None
+        started.set()
+        try:
+            await asyncio.sleep(0.001 if city == "Lima" and not slow else 9.0)
+        finally:
+            ended.append(city)
+        return "Sun."
+
+    slow = False
+
+    async def test(llama: Any) -> None:
+        nonlocal slow
+        chat = llama.conversation(template="chatml")
+        assert (await chat.say("Go", tools=[weather])).text == "Sun there."
+        assert [m.content for m in chat.messages if m.role == "tool"] == ["Sun."]
+        slow = True
+        started.clear()
+        turn = asyncio.create_task(chat.say("Go"))
+        await started.wait()
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        assert ended == ["Lima", "Lima"]
+        assert len(chat.messages) == 4 and not chat.is_busy
+
+    def reply(prompt: str) -> str:
+        return "Sun there." if "tool_response" in prompt.rsplit("Go", 1)[1] else CALL
+
+    run(test, FakeEngine(reply, token_seconds=0.0))
+
+
+def test_a_call_while_it_is_being_closed() -> None:
+    class Slow(FakeEngine):
+        async def aclose(self) -> None:
+            with trio.CancelScope(shield=True):
+                closing.set()
+                await may_close.wait()
+            await super().aclose()
+
+    closing, may_close = asyncio.Event(), trio.Event()
+
+    async def main() -> None:
+        opening = open_fake(Slow())
+        llama: Any = await opening.__aenter__()
+        leaving = asyncio.create_task(opening.__aexit__(None, None, None))
+        await closing.wait()
+        with pytest.raises(trio.ClosedResourceError):
+            await llama.generate("x")
+        may_close.set()
+        await leaving
+        with pytest.raises(trio.ClosedResourceError):
+            await llama.generate("x")
 
     run_loop(main())
