@@ -16,6 +16,7 @@ import pytest
 from triollama.cli.chat import show
 from triollama.cli.session import Session
 from triollama.errors import ParameterError, TriollamaError
+from triollama.files import load_document
 from triollama.params import GenerationParams
 from triollama.sync import Llama, TurnStream
 
@@ -123,6 +124,27 @@ def test_files(tiny: Any, session: Session, say: Any, tmp_path: Path) -> None:
         other = Session(llama, params=PARAMS)
         assert "read anew" in str(other.handle(f"/load {path}"))
         assert other.chat.n_turns == 2
+
+
+def test_no_conversation_takes_the_place_of_another(
+    tiny: Any, session: Session, say: Any, tmp_path: Path
+) -> None:
+    """By ``/load`` and ``/save``, in memory and in files."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    with Llama(tiny("llama"), n_ctx=512, threads=1) as llama:
+        other = llama.chat("1", params=PARAMS)
+        other.say("Good morning")
+        llama.save(theirs, [other])
+    say("Hello")
+    say(f"/save {mine}")
+    assert "has other conversations" in say(f"/save {theirs}")
+    assert "this is 1.2" in say(f"/load {theirs}")
+    say("And then?")
+    assert "2 conversation(s)" in say(f"/save {theirs}")  # all of it is here
+    for path in (mine, theirs):
+        found = {one.id: one.messages for one in load_document(path).conversations}
+        assert found["1"][1].content == "Hello"
+        assert [one.content for one in found["1.2"]][0::2] == ["Good morning", "And then?"]
 
 
 def test_adapters(tiny: Any, session: Session, say: Any, tmp_path: Path) -> None:

@@ -220,3 +220,53 @@ def test_tuning_from_a_shell(command: Any, tiny: Any, tmp_path: Path) -> None:
     assert status == 2 and "--adapter" in err
     status, _, err = command("merge", adapter, merged, "-m", tiny("gemma3"))
     assert status == 1 and "IncompatibleAdapterError" in err
+
+
+def test_what_is_not_utf_8_is_told(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    for words in (("run", "-m", path, *SHORT, "--raw"), ("chat", "-m", path, "--no-history")):
+        latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", latin)
+        status, _, err = command(*words)
+        assert status == 1 and "the input is not utf-8" in err and "0xe9" in err
+    (tmp_path / "a.gbnf").write_bytes(b'root ::= "caf\xe9"')
+    status, _, err = command("run", "-m", path, "--grammar", tmp_path / "a.gbnf", "x")
+    assert status == 2 and "a.gbnf is not UTF-8" in err
+
+
+def test_the_environment_s_model_is_every_command_s(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = tmp_path / "absent.gguf"
+    monkeypatch.setenv("TRIOLLAMA_MODEL", str(absent))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "hello"}\n')
+    for words in (
+        ("run", "x"),
+        ("chat",),
+        ("serve",),
+        ("inspect",),
+        ("bench",),
+        ("train", data, "--adapter", tmp_path / "a.gguf"),
+        ("evaluate", data),
+        ("compare", tmp_path / "a.gguf", "x"),
+    ):
+        status, _, err = command(*words)
+        assert (status, str(absent) in err) == (1, True), (words, err)
+
+
+def test_options_of_training_are_explained(command: Any, tiny: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "hello"}\n')
+    train = ("train", data, "--model", tiny("llama"), "--adapter", tmp_path / "a.gguf")
+    for status, says, *words in (
+        (1, "rank cannot be 'many'", *train, "--rank", "many"),
+        (1, "max_steps cannot be '1.5'", *train, "--max-steps", "1.5"),
+        (2, "no number of items", *train, "--validation", data, "--validation-limit", "-1"),
+        (2, "no number of items", "evaluate", data, "--limit", "x"),
+    ):
+        got, _, err = command(*words)
+        assert (got, says in err) == (status, True), (words, err)
+        assert "Traceback" not in err

@@ -71,6 +71,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # What is still in the buffer has no reader either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except UnicodeDecodeError as error:
+        print(f"triollama: the input is not {error.encoding}: {error}", file=sys.stderr)
+        return 1
     except (TriollamaError, OSError) as error:
         print(f"triollama: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ def _console() -> Console:
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, envvar="TRIOLLAMA_MODEL")
 @click.option("--ctx", type=int, metavar="N", help="Tokens of each stream.")
 @click.option("--streams", type=int, default=1, show_default=True, help="At the same time.")
 @click.option("--type-k", default="f16", show_default=True, help="Of the cache's keys.")

@@ -41,6 +41,7 @@ class Session:
         self._params = params
         self._file = file
         self._chats: dict[str, Conversation] = {}
+        self._here: set[Path] = set()  # files whose conversations are all among them
         self.ended = False
         if file is not None and file.exists():
             self._load(file)
@@ -62,6 +63,10 @@ class Session:
             overflow="truncate_turns",
             **options,  # type: ignore[arg-type]
         )
+
+    def _beside(self, id: str) -> str:
+        number = next(n for n in range(2, 10**6) if f"{id}.{n}" not in self._chats)
+        return f"{id}.{number}"
 
     def _take(self, chat: Conversation) -> Conversation:
         self._chats[chat.id] = self.chat = chat
@@ -124,9 +129,8 @@ class Session:
         """Go on in a conversation that begins as this one is now."""
         if name in self._chats:
             return f"there is a conversation {name} already"
-        number = next(n for n in range(2, 10**6) if f"{self.chat.id}.{n}" not in self._chats)
         before = self.chat.id
-        self._take(self.chat.fork(name or f"{before}.{number}"))
+        self._take(self.chat.fork(name or self._beside(before)))
         return f"this is {self.chat.id} now; /switch {before} goes back"
 
     def do_switch(self, name: str) -> Reply:
@@ -182,8 +186,11 @@ class Session:
         path = Path(file).expanduser() if file else self._file
         if path is None:
             return "as: /save FILE"
+        if path.exists() and path.resolve() not in self._here:
+            return f"{path} has other conversations: /load it, or choose another name"
         self._llama.save(path, self._chats.values())
         self._file = path
+        self._here.add(path.resolve())
         return f"{len(self._chats)} conversation(s) in {path}"
 
     def do_load(self, file: str) -> Reply:
@@ -202,7 +209,11 @@ class Session:
         if not found:
             raise TriollamaError(f"{path} holds no conversation")
         for chat in found:
+            before = self._chats.get(chat.id)
+            if before is not None and before.messages:
+                chat.id = self._beside(chat.id)
             self._take(chat)
+        self._here.add(path.resolve())
         return f"{len(found)} conversation(s){note}; this is {self.chat.id}"
 
 

@@ -63,7 +63,10 @@ def run(
         raise click.UsageError("the prompt is empty")
     params = params_of(None, settings, **options)
     if grammar is not None:
-        params = params.replace(grammar=Path(grammar).read_text(encoding="utf-8"))
+        try:
+            params = params.replace(grammar=Path(grammar).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{grammar} is not UTF-8: {error}") from None
     with opened(model, ctx, threads, gpu_layers) as llama:
         chosen = adapters_of(llama, adapters)
         if raw is None:

@@ -70,7 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"An API key is taken from the environment ({KEY}): others can see arguments.",
     )
     add = parser.add_argument
-    add("model", nargs="?", type=Path, help="a GGUF file, or a name as for other commands")
+    add(
+        "model", nargs="?", type=Path, default=os.environ.get("TRIOLLAMA_MODEL"),
+        help="a GGUF file, or a name as for other commands; default: TRIOLLAMA_MODEL",
+    )  # fmt: skip
     add("--host", default="127.0.0.1", help="default: %(default)s; others need an API key")
     add("--port", type=int, default=8080, help="default: %(default)s; 0 takes a free one")
     add("--name", help="what clients call the model; default: its file's name")

@@ -8,6 +8,7 @@ further.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from ..errors import TriollamaError
 from ..writing import write_file
 from .config import QLoRAConfig, TrainingConfig
 from .dataset import TrainingDataset
-from .errors import DataError, IncompatibleAdapterError
+from .errors import DataError, IncompatibleAdapterError, InvalidSettingError
 from .evaluate import evaluate_examples
 from .export import check_adapter
 from .prepare import TRUNCATIONS, prepare_training_data
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(training)
     training.add_argument("--validation", metavar="FILE", help="held-out data, instead of a share")
     training.add_argument(
-        "--validation-limit", type=int, metavar="N", help="use only its first N items"
+        "--validation-limit", type=_count, metavar="N", help="use only its first N items"
     )
     training.add_argument("--validation-split", type=float, default=0.1, metavar="SHARE")
     training.add_argument("--adapter", required=True, metavar="FILE", help="where to write it")
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("evaluate", help="loss, perplexity and accuracy on data")
     evaluation.set_defaults(run=_evaluate)
     _data_options(evaluation)
-    evaluation.add_argument("--limit", type=int, metavar="N", help="use only the first N items")
+    evaluation.add_argument("--limit", type=_count, metavar="N", help="use only the first N items")
     evaluation.add_argument("--adapter", metavar="FILE")
     evaluation.add_argument("--threads", type=int)
     evaluation.set_defaults(max_length=2048)
@@ -100,8 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of items")
+    return int(text)
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FILE", help="a GGUF file; default: the default model")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        default=os.environ.get("TRIOLLAMA_MODEL"),
+        help="a GGUF file, or a name as for other commands; default: TRIOLLAMA_MODEL, else the"
+        " default model",
+    )
     parser.add_argument("--template", metavar="NAME", help="a chat template; default: the model's")
 
 
@@ -149,7 +162,14 @@ def _config(options: argparse.Namespace) -> TrainingConfig:
             elif field.name == "qlora":
                 value = QLoRAConfig(quant_type=value, double_quant="_k" in value.lower())
             else:
-                value = msgspec.convert(value, field.type, strict=False)
+                try:
+                    value = msgspec.convert(value, field.type, strict=False)
+                except msgspec.ValidationError as error:
+                    raise InvalidSettingError(
+                        f"{field.name} cannot be {value!r}: {error}",
+                        parameter=field.name,
+                        value=value,
+                    ) from None
         values[field.name] = value
     return TrainingConfig(**values)
 
