@@ -72,6 +72,18 @@ def test_what_nobody_uses_is_unloaded(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_what_the_program_closes_itself_is_no_loss(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await say(site, "One")
+        site.llama.conversations["ann"].close()
+        chats = site.server._chats
+        assert chats is not None
+        chats.unload(trio.current_time() + 1000)
+        assert await kept(site) == ["One", "Hello there."]
+
+    run_fake(test, folder=tmp_path)
+
+
 def test_a_history_that_differs_is_refused(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
         await say(site, "One")

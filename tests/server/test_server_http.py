@@ -186,6 +186,35 @@ def test_with_a_key() -> None:
     run_fake(test, api_key="right")
 
 
+def test_a_key_is_what_its_bytes_are() -> None:
+    async def test(site: Site) -> None:
+        headers = {"Authorization": "Bearer cl\u00e9".encode()}
+        assert (await site.get("/v1/models", headers=headers)).status_code == 200
+        headers = {"Authorization": b"Bearer cl\xe9"}
+        assert (await site.get("/v1/models", headers=headers)).status_code == 401
+
+    run_fake(test, api_key="cl\u00e9")
+
+
+def test_a_head_is_an_answer_without_its_body() -> None:
+    async def test(site: Site) -> None:
+        for path, status in (("/health", 200), ("/v1/models", 200), ("/no", 404)):
+            whole, head = await site.get(path), await site.ask("HEAD", path)
+            assert (whole.status_code, head.status_code) == (status, status)
+            if status == 200:
+                assert head.headers["content-length"] == str(len(whole.content))
+            assert whole.content and not head.content
+        assert (await site.ask("HEAD", "/v1/embeddings")).status_code == 405
+        line = b"%b /health HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+        close = b"Connection: close\r\n"
+        answers = await exchange(site, line % (b"HEAD", b""), line % (b"GET", close))
+        assert answers.count(b"HTTP/1.1 200") == 2 and answers.count(b'"ok"') == 1
+        too_much = b"HEAD /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
+        assert (await exchange(site, too_much)).startswith(b"HTTP/1.1 413")
+
+    run_fake(test)
+
+
 def test_without_a_key_nobody_else_is_served() -> None:
     async def main() -> None:
         async with open_fake_llama(Scripted()) as llama:

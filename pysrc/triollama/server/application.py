@@ -212,15 +212,17 @@ class Server:
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer":
                 given = token.strip()
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            # Headers were read as Latin-1; a client sends a key's UTF-8.
+            if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
                 reply.headers.append(("www-authenticate", "Bearer"))
                 raise Fault(401, "this server needs an API key, and this is not it")
 
     def _route(self, request: Request) -> tuple[Answer, re.Match[str]]:
         others = []
+        asked = "GET" if request.method == "HEAD" else request.method
         for method, pattern, answer in self._routes:
             found = pattern.fullmatch(request.path)
-            if found and request.method == method:
+            if found and asked == method:
                 return answer, found
             if found and request.method == "OPTIONS" and self._origins:
                 return self._options, found

@@ -65,9 +65,10 @@ class Chats:
     def unload(self, now: float) -> None:
         """Close what nobody has used for a while, by trio's clock: the file keeps it."""
         for id, left in list(self._left.items()):
-            if left + self._idle < now:
+            if left + self._idle < now and id not in self._users:
                 del self._left[id]
-                self._llama.conversations[id].close()
+                if id in self._llama.conversations:  # the program may have closed it
+                    self._llama.conversations[id].close()
 
     @contextlib.asynccontextmanager
     async def open(

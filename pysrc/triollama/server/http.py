@@ -91,11 +91,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class Reply:
     """The answer to a request: whole by ``send``, or ``begin``, ``write`` and ``end``."""
 
-    def __init__(self, connection: _Connection, headers: Headers = ()) -> None:
+    def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         self._unsent = b""
         self._sending = False
-        self.headers = list(headers)
+        self.headers: list[tuple[str, str]] = []
         self.status = 0
         """What was sent; 0 before that."""
         self.kind = ""
@@ -122,7 +122,7 @@ class Reply:
 
     async def write(self, data: bytes) -> None:
         """More of the body."""
-        if data:
+        if data and self._connection.method != "HEAD":
             self._unsent += self._connection.pack(h11.Data(data=data))
         await self._flush()
 
@@ -157,6 +157,7 @@ class _Connection:
     def __init__(self, stream: trio.SocketStream, limits: Limits, handler: Handler) -> None:
         self.stream = stream
         self.ends = False  # after this answer
+        self.method = ""  # of what is being answered
         self.idle = trio.CancelScope()
         self._limits = limits
         self._handler = handler
@@ -193,6 +194,7 @@ class _Connection:
             head = await self._event()
         if not isinstance(head, h11.Request):
             return None
+        self.method = head.method.decode("ascii")
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         body = bytearray()
         with trio.move_on_after(self._limits.receive_seconds) as receiving:
@@ -205,7 +207,7 @@ class _Connection:
         if receiving.cancelled_caught:
             raise RefusedError(408, "the request did not come to its end")
         return Request(
-            method=head.method.decode("ascii"),
+            method=self.method,
             path=unquote(head.target.decode("ascii").partition("?")[0]),
             headers=headers,
             body=bytes(body),
