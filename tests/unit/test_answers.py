@@ -6,6 +6,7 @@ import copy
 import datetime
 import itertools
 import json
+import random
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -300,6 +301,22 @@ def test_a_partial_value_grows_into_the_whole(value: Any, ascii_only: bool) -> N
             assert grows(seen, now), (seen, now)
             seen = now
         assert partial.finish() == value, places
+
+
+def test_a_partial_value_of_what_is_no_json() -> None:
+    """It is told, or passed over; it ends."""
+    chance = random.Random(0)
+    refused = 0
+    texts = ["Once upon a time", "\xa0", "\x0b1", "[\u2028 1]", "}}]", '"\\x"', '"\\uzzzz"', "[1 2"]
+    texts += ["".join(chance.choices('[]{}",:\\u01a \n\x0b\xa0\u2028', k=9)) for _ in range(2000)]
+    for text in texts:
+        partial = PartialJSON()
+        try:
+            partial.feed(text)
+            partial.finish()
+        except AnswerError:
+            refused += 1
+    assert refused > 500
 
 
 def test_a_long_partial_string() -> None:

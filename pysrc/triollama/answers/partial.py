@@ -6,11 +6,13 @@ import json
 import re
 from typing import Any
 
+from ..errors import AnswerError
+
 __all__ = ["PartialJSON"]
 
 _SPACE = " \t\r\n"
 _PLAIN = re.compile(r'[^"\\]*')
-_SCALAR = re.compile(r"[^\s,\]}]*")
+_SCALAR = re.compile(r"[^ \t\r\n,\]}]*")
 
 
 class PartialJSON:
@@ -19,6 +21,7 @@ class PartialJSON:
     ``value`` is what is there so far: one object that grows in place. A string is there from its
     opening quote on, a number or a literal once it is whole, a key with its value. What the text is
     not (malformed) is not looked at: a constraint sees to that. ``None`` before the first value.
+    Raises AnswerError where nothing can be made of it.
     """
 
     def __init__(self) -> None:
@@ -34,13 +37,19 @@ class PartialJSON:
     def feed(self, text: str) -> Any:
         """Takes more of the text; ``value`` as it is then."""
         at = 0
-        while at < len(text):
-            at = self._in_string(text, at) if self._open else self._outside(text, at)
+        try:
+            while at < len(text):
+                at = self._in_string(text, at) if self._open else self._outside(text, at)
+        except ValueError as error:
+            raise AnswerError(f"the text is no JSON: {error}", text=text) from None
         return self.value
 
     def finish(self) -> Any:
         """At the end of the text: a number or a literal that stands alone is whole now."""
-        self._end_scalar()
+        try:
+            self._end_scalar()
+        except ValueError as error:
+            raise AnswerError(f"the text is no JSON: {error}") from None
         return self.value
 
     def _outside(self, text: str, at: int) -> int:
