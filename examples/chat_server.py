@@ -47,7 +47,10 @@ class Lines:
                 return None
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
-        value = json.loads(line)
+        try:
+            value = json.loads(line)
+        except RecursionError:
+            raise ValueError("a line is nested too deeply") from None
         if not isinstance(value, dict):
             raise ValueError("a line must be a JSON object")
         return value
