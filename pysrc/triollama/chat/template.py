@@ -22,6 +22,7 @@ __all__ = [
     "Rendered",
     "Segment",
     "check_messages",
+    "check_variables",
     "named",
     "template_for_model",
 ]
@@ -102,6 +103,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -246,6 +248,24 @@ def _object_arguments(call: Any) -> Any:
     if not isinstance(arguments, dict):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+_TAKEN = ("messages", "tools", "add_generation_prompt", "fit", "learn")
+
+
+def check_variables(variables: Any) -> dict[str, Any]:
+    """Variables for templates by name, None standing for none, as ``render`` and ``training_texts``
+    take them. Raises ParameterError for other names."""
+    check_kind("variables", variables, Mapping, type(None))
+    for name in variables or ():
+        if not isinstance(name, str) or name in _TAKEN:
+            why = "that name is taken" if isinstance(name, str) else "it is no name"
+            raise ParameterError(
+                f"variables: a template's variable cannot be called {shown(name)}: {why}",
+                parameter="variables",
+                value=variables,
+            )
+    return dict(variables or {})
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

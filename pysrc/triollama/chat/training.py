@@ -26,6 +26,7 @@ class TrainingText(NamedTuple):
 def training_texts(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     learn: Callable[[int], bool] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,

@@ -15,6 +15,7 @@ import msgspec
 from .._engine import WORTH_SHARING
 from ..answers import CallFormat
 from ..chat import ChatTemplate, ChatTokens, Rendered
+from ..chat.template import check_variables
 from ..checks import shown
 from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
@@ -111,7 +112,7 @@ class Prompts:
     ) -> None:
         self.template = template
         self.tools: list[Mapping[str, Any]] | None = None if tools is None else list(tools)
-        self.variables = dict(variables or {})
+        self.variables = check_variables(variables)
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._n_keep: int | None = None

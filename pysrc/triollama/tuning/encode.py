@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, training_texts
+from ..chat.template import check_variables
 from ..checks import check_kind, shown
 from .errors import InvalidSettingError
 
@@ -146,11 +147,9 @@ class Encoder:
         if self.template is None:
             raise InvalidSettingError("chats need a template", parameter="template")
         check_kind("learn", learn, Callable, type(None))
-        check_kind("variables", variables, Mapping, type(None))
+        named = check_variables(variables)
         examples = []
-        for text in training_texts(
-            self.template, messages, learn=learn, tools=tools, **(variables or {})
-        ):
+        for text in training_texts(self.template, messages, learn=learn, tools=tools, **named):
             made = self._chats.encode(text.rendered, text.spans, context=text.context)
             tokens, targets = list(made.tokens), list(made.mask)
             end = len(targets) - targets[::-1].index(True) if True in targets else 0
