@@ -29,6 +29,7 @@ from triollama.files import (
     kv_folder,
     load_document,
     save_document,
+    write_kv,
 )
 from triollama.testing import FakeEngine, open_fake_llama
 
@@ -453,6 +454,7 @@ def test_what_is_of_another_kind_is_named(tmp_path: Path) -> None:
                 ("path", llama.restore, [5, None, object()]),
                 ("path", llama.autosave, [5, None, object()]),
                 ("ids", lambda ids: llama.restore(path, ids), [5, "a", [5], [None]]),
+                ("on_cancel", lambda how: llama.restore(path, on_cancel=how), ["x", 5, None]),
                 (
                     "conversations",
                     lambda chats: llama.save(path, chats),
@@ -474,6 +476,118 @@ def test_what_is_of_another_kind_is_named(tmp_path: Path) -> None:
                     assert caught.value.parameter == parameter
             assert held(path) == {"a": 0} and len(llama.conversations) == 1
             await llama.save(path, (one for one in [chat]))
+
+    run(main)
+
+
+def test_what_is_asked_beside_a_conversation_nobody_else_knows(tmp_path: Path) -> None:
+    """A file that is written meanwhile has it not either."""
+    path = tmp_path / "chats"
+
+    async def main() -> None:
+        known: list[list[str]] = []
+
+        def reply(prompt: str) -> str:
+            known.append([chat.id for chat in llama.conversations])
+            return "A title"
+
+        async with open_fake_llama(FakeEngine(reply)) as llama, saving(llama, path):
+            chat = llama.conversation("a")
+            await chat.say("Hello")
+            assert await chat.make_title() == "A title"
+            aside = llama.conversations.aside(messages=chat.messages)
+            await aside.say("More")
+            await llama.flush()
+            assert held(path) == {"a": 2}
+            aside.close()
+            assert known == [["a"]] * 3
+            while llama.statistics().sequences > 1:
+                await trio.sleep(0)
+
+    run(main)
+
+
+def test_what_is_deleted_while_it_is_saved_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with opened() as llama, saving(llama, path, every=1000.0):
+            chats = {name: llama.conversation(name, template="chatml") for name in "abc"}
+            for chat in chats.values():
+                await chat.say("Hello")
+
+            async def meanwhile() -> None:
+                chats["b"].delete()
+                chats["c"].close()
+                (new,) = await llama.restore(path, ["c"])
+                await new.say("More")
+
+            def write(where: Any, id: str, *rest: Any) -> Any:
+                if id == "a":
+                    trio.from_thread.run(meanwhile)
+                return write_kv(where, id, *rest)
+
+            monkeypatch.setattr("triollama.files.write_kv", write)
+            await llama.save(path, kv=True)
+            await llama.flush()
+            assert held(path) == {"a": 2, "c": 4}
+
+    run(main)
+
+
+def test_a_closed_conversation_changes_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "auto"
+
+    async def main() -> None:
+        async with opened() as llama, saving(llama, path, every=1000.0):
+            old, gone = llama.conversation("a"), llama.conversation("b")
+            for chat in (old, gone):
+                await chat.say("Hello")
+            old.close()
+            gone.delete()
+            (new,) = await llama.restore(path, ["a"])
+            await new.say("More")
+            for chat in (old, gone):
+                with pytest.raises(trio.ClosedResourceError):
+                    chat.title = "stale"
+                with pytest.raises(trio.ClosedResourceError):
+                    chat.rewind()
+            await llama.flush()
+            assert held(path) == {"a": 4}
+
+    run(main)
+
+
+def test_what_is_deleted_while_the_journal_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes from the file if it came from there; another of the same id stays."""
+    path = tmp_path / "auto"
+    begun, may_open = trio.Event(), threading.Event()
+
+    class Slow(Journal):
+        def __init__(self, *args: Any) -> None:
+            trio.from_thread.run_sync(begun.set)
+            may_open.wait()
+            super().__init__(*args)
+
+    async def main() -> None:
+        async with opened() as llama, saving(llama, path):
+            for name in "abc":
+                await llama.conversation(name).say("Hello")
+        monkeypatch.setattr("triollama.files.held.Journal", Slow)
+        async with opened() as llama, trio.open_nursery() as nursery:
+            nursery.start_soon(llama.autosave, path)
+            await begun.wait()
+            (came,) = await llama.restore(path, ["a"])
+            came.delete()
+            llama.conversation("b").delete()
+            may_open.set()
+            await llama.flush()
+            assert held(path) == {"b": 2, "c": 2}
+            nursery.cancel_scope.cancel()
 
     run(main)
 

@@ -20,6 +20,7 @@ import trio
 import worlds
 from cancelling import cut, interrupt
 from test_conversations import GREEDY, SYSTEM, World, world  # noqa: F401
+from trio.testing import MockClock
 from triollama import (
     Conversation,
     GenerationParams,
@@ -30,6 +31,7 @@ from triollama import (
 )
 from triollama._engine import live_objects
 from triollama.files import load_document
+from triollama.testing import FakeEngine, open_fake_llama
 
 SHORT = GREEDY.replace(max_tokens=4)
 SAMPLED = SHORT.replace(temperature=1.2, top_k=0, top_p=1.0, seed=7)
@@ -213,6 +215,37 @@ def test_ctrl_c(world: World, name: str, policy: Any) -> None:  # noqa: F811
                 pytest.fail("it never came to its end")
 
     world.run(main)
+
+
+@pytest.mark.promise("S6", "S27")
+def test_ctrl_c_while_tools_run() -> None:
+    """At any checkpoint of the turn: it has happened or not, and the next one can begin."""
+
+    def add(a: int, b: int) -> int:
+        """Adds."""
+        return a + b
+
+    def reply(prompt: str) -> str:
+        if "Go" in prompt and "tool_response" not in prompt.split("Go", 1)[1]:
+            return '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+        return "Done."
+
+    async def main() -> None:
+        async with open_fake_llama(FakeEngine(reply)) as llama:
+            for n in range(1, 100):
+                chat = llama.conversation(template="chatml", tools=[add])
+                found = await interrupt(lambda: chat.say("Go"), n)  # noqa: B023
+                assert not chat.is_busy, f"after {n} checkpoints"
+                assert len(chat.messages) in (0, 4)
+                assert (await chat.say("Bye")).text == "Done."
+                chat.close()
+                if not found.reached:
+                    break
+            else:
+                pytest.fail("it never came to its end")
+            assert n > 4
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.promise("S8", "S9", "S13")

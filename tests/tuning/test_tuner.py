@@ -186,6 +186,9 @@ def test_a_session_trains_and_its_adapter_is_served(
     (comparison,) = tuner.compare(["What is a and x?"], max_tokens=8)
     assert comparison.tuned != comparison.base
     assert np.array_equal(tuner.logits(TOKENS), tuned)
+    for wrong in ("What is a and x?", 5, [5], [[]], [[{"role": "user"}]]):
+        with pytest.raises(InvalidSettingError, match="prompt"):
+            tuner.compare(wrong)
 
     adapter, merged = tmp_path / "adapter.gguf", tmp_path / "merged.gguf"
     tuner.save_lora_adapter(adapter)

@@ -6,10 +6,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from triollama import GenerationParams, files
+from triollama import GenerationParams, StateFormatError, files
+from triollama.conversation.choices import again
 from triollama.conversation.history import State, Turn, went_on_from
 from triollama.conversation.saved import from_saved, is_data, to_saved
+from triollama.engine.loaded import LoadedAdapter, saved
 from triollama.files import Message, SavedConversation
+from triollama.files.codec import check
 
 PARAMS = GenerationParams(seed=1, temperature=0.5)
 
@@ -97,6 +100,14 @@ def test_what_ends_with_a_question_has_no_tokens_to_go_on_from() -> None:
     assert (back.messages, back.tokens) == (asked, ())
     assert [turn.n_tokens for turn in back.turns] == [0, 0]
     assert back.after(1).messages == one.messages[:3]
+    base, added = again(back)  # it is what is to be answered
+    assert (base.messages, added) == (one.messages, asked[-1:])
+
+
+def test_parameters_of_an_unfinished_answer_are_checked_as_others_are() -> None:
+    for name in ("params", "sampler_params", "unfinished_params"):
+        with pytest.raises(StateFormatError, match=rf"\$\.{name}\.top_k"):
+            check(SavedConversation(id="a", **{name: {"top_k": "many"}}))
 
 
 def test_data() -> None:
@@ -105,3 +116,9 @@ def test_data() -> None:
     nested.append(nested)
     for value in (object(), {1, 2}, (1, 2), float("nan"), nested, {3: 4}):
         assert not is_data(value)
+
+
+def test_an_adapter_s_file_may_have_any_name() -> None:
+    adapter = LoadedAdapter("caf\udce9.gguf", bytes(32), None)
+    (one,) = saved(((adapter, 0.5),))
+    assert (one.path, one.scale, one.digest) == ("caf\ufffd.gguf", 0.5, bytes(32))

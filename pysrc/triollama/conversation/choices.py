@@ -50,6 +50,9 @@ def again(state: State) -> tuple[State, tuple[Message, ...]]:
     """The last message, for another answer to it."""
     if not state.turns:
         raise ParameterError("there is no turn to do again", parameter="turn")
+    n = state.turns[-1].n_messages
+    if n < len(state.messages):  # a question that stands last
+        return msgspec.structs.replace(state, messages=state.messages[:n]), state.messages[n:]
     base = state.after(len(state.turns) - 1)
     return base, state.messages[len(base.messages) : state.turns[-1].n_messages - 1]
 

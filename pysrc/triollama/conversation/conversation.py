@@ -36,7 +36,7 @@ from .plan import Overflow, Prompts
 from .samplers import turn_params
 from .saved import exported, saved_conversation
 from .sequences import Sequences
-from .tools import OnToolError, Tools, run_rounds
+from .tools import Apart, OnToolError, Tools, run_rounds
 from .turn import TurnStream
 
 __all__ = ["Conversation"]
@@ -68,7 +68,8 @@ class Conversation:
     so far, as ``on_cancel`` says ("rollback" or "keep").
 
     ``id``: its name in saved files. ``title``: at most 200 characters. ``params``: of its turns,
-    unless a turn says otherwise. ``created``, ``updated``: UTC.
+    unless a turn says otherwise. ``created``, ``updated``: UTC. ``deleted``: whether ``delete``
+    ended it.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Conversation:
         self.params = params
         self.parent = parent
         self.created = self.updated = now()
+        self.deleted = False
         self._house = house
         self._source = source
         self._on_cancel: OnCancel = on_cancel
@@ -180,6 +182,7 @@ class Conversation:
 
     @title.setter
     def title(self, value: str) -> None:
+        self._ledger.check_open()  # what is closed is the file's, or is gone
         self._title = checked_title(value)
         self._touch()
 
@@ -340,10 +343,8 @@ class Conversation:
     ) -> TurnStream:
         """As ``regenerate``, in pieces."""
         check_kind("params", params, GenerationParams, type(None))
-        check_kind("params", params, GenerationParams, type(None))
         given = None if params is None else params.seed
         changes.setdefault("seed", draw_seed() if given is None else given)
-
         return self._make(again, params, changes, on_cancel, interrupt, priority, capacity)
 
     async def regenerate(
@@ -374,7 +375,6 @@ class Conversation:
         **changes: Any,
     ) -> TurnStream:
         """As ``go_on``, in pieces: those that are new."""
-
         return self._make(onward, params, changes, on_cancel, interrupt, priority, capacity)
 
     async def go_on(
@@ -413,7 +413,6 @@ class Conversation:
     ) -> Completion:
         """Say something else in place of the user's message ``index``; what followed is dropped.
         If the turn fails, nothing has changed."""
-
         return await _whole(
             self._make(edited(index, text), params, changes, on_cancel, interrupt, priority, 64)
         )
@@ -466,25 +465,42 @@ class Conversation:
             self._make(choose, params, changes, "rollback", False, priority, 64, choice=choice)
         )
 
-    def _apart(self, tools: Tools, house: Any) -> Conversation:
+    def _apart(self, tools: Tools) -> Conversation:
         """One that begins as this is now, in this one's place in memory, and that nobody knows."""
         mine = self._ledger
-        apart = Conversation(
+        apart = self._copy(Apart(self._house), self.id, tools)
+        mine.sequences.drop(apart._ledger.sequence)
+        apart._ledger.sequence = mine.sequence
+        return apart
+
+    def _copy(self, house: House, id: str, tools: Tools | None) -> Conversation:
+        """One that begins as this is now."""
+        mine = self._ledger
+        copy = Conversation(
             house,
-            self.id,
+            id,
             template=self.template,
             source=self._source,
             params=self.params,
             overflow=mine.overflow,
-            on_cancel="rollback",
-            tools=tools.sources,
+            on_cancel=self._on_cancel,
+            tools=None if tools is None else tools.sources,
             variables=mine.prompts.variables,
             state=mine.state,
             adapters=mine.chosen,
+            title=self._title,
+            parent=self.id,
         )
-        mine.sequences.drop(apart._ledger.sequence)
-        apart._ledger.sequence = mine.sequence
-        return apart
+        copy._unknown_params = self._unknown_params
+        return copy
+
+    async def _share_with(self, copy: Conversation) -> None:
+        """What is in memory."""
+        sequences, mine, theirs = self._house.sequences, self._ledger, copy._ledger
+        if await sequences.settled(mine.sequence):
+            n = common_length(mine.sequence.tokens, theirs.state.tokens)
+            if n:
+                await sequences.share(mine.sequence, theirs.sequence, n)
 
     @trio.lowlevel.enable_ki_protection
     def rewind(self, n: int = 1) -> None:
@@ -505,35 +521,16 @@ class Conversation:
         In throughput mode it shares this one's memory and costs none until they differ; in
         deterministic mode memory is copied. BusyResourceError in mid-turn.
         """
-        house, mine = self._house, self._ledger
+        house = self._house
         await house.core.begin()
-        mine.check_idle()
-        branch = Conversation(
-            house,
-            house.new_id(id),
-            template=self.template,
-            source=self._source,
-            params=self.params,
-            overflow=mine.overflow,
-            on_cancel=self._on_cancel,
-            tools=None if self.tools is None else self.tools.sources,
-            variables=mine.prompts.variables,
-            state=mine.state,
-            adapters=mine.chosen,
-            title=self._title,
-            parent=self.id,
-        )
-        branch._unknown_params = self._unknown_params
-        theirs = branch._ledger
+        self._ledger.check_idle()
+        branch = self._copy(house, house.new_id(id), self.tools)
         try:
-            if await house.sequences.settled(mine.sequence):
-                n = common_length(mine.sequence.tokens, theirs.state.tokens)
-                if n:
-                    await house.sequences.share(mine.sequence, theirs.sequence, n)
+            await self._share_with(branch)
             house.new_id(id)  # taken meanwhile?
             return house.add(branch)
         except BaseException:
-            house.sequences.drop(theirs.sequence)
+            house.sequences.drop(branch._ledger.sequence)
             raise
 
     def close(self) -> None:
@@ -549,18 +546,22 @@ class Conversation:
     @trio.lowlevel.enable_ki_protection
     def _end(self, *, deleted: bool) -> None:
         if not self._ledger.closed:
+            self.deleted = deleted
             self._house.remove(self, deleted=deleted)
             self._ledger.close()
 
     async def make_title(self, **changes: Any) -> str:
         """Ask the model for a title, beside the conversation, and take it."""
-        branch = await self.fork()
+        await self._house.core.begin()
+        self._ledger.check_idle()
+        branch = self._copy(Apart(self._house), self.id, self.tools)
         branch.tools = None  # which stay in the prompt
         try:
+            await self._share_with(branch)
             options: dict[str, Any] = {"max_tokens": 24, **changes}
             reply = await branch.say(ASK_FOR_TITLE, **options)
         finally:
-            branch.delete()
+            branch.close()
         self.title = title_of(reply.text)
         return self.title
 

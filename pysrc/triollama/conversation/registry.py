@@ -27,9 +27,10 @@ from ..files import Message
 from ..files.autosave import Autosave
 from ..params import GenerationParams, draw_seed, make_params
 from .choices import OnCancel, check_policy, checked_id, given
-from .conversation import Conversation
+from .conversation import Conversation, House
 from .plan import Overflow, check_overflow
 from .sequences import Sequences
+from .tools import Apart
 
 __all__ = ["Conversations"]
 
@@ -73,9 +74,18 @@ class Conversations:
     def __contains__(self, id: object) -> bool:
         return id in self._all
 
-    def create(
+    def create(self, id: str | None = None, **options: Any) -> Conversation:
+        """See ``Llama.conversation``."""
+        return self.add(self._make(self, self.new_id(id), **options))
+
+    def aside(self, **options: Any) -> Conversation:
+        """One that no file, and nobody else, knows of; ``close`` frees its memory."""
+        return self._make(Apart(self), self.new_id(None), **options)
+
+    def _make(
         self,
-        id: str | None = None,
+        house: House,
+        id: str,
         *,
         system: str | None = None,
         messages: Iterable[Mapping[str, Any] | Message] = (),
@@ -101,21 +111,19 @@ class Conversations:
         source = template.source if isinstance(template, ChatTemplate) else template or ""
         for name, value in (("template", source), ("tools", tools), ("variables", variables)):
             files.check_text(value, name)
-        return self.add(
-            Conversation(
-                self,
-                self.new_id(id),
-                template=self.template(template),
-                source=source,
-                params=made,
-                overflow=overflow,
-                on_cancel=on_cancel,
-                tools=tools,
-                variables=variables or {},
-                state=state,
-                adapters=self.adapters.check(adapters),
-                title=title,
-            )
+        return Conversation(
+            house,
+            id,
+            template=self.template(template),
+            source=source,
+            params=made,
+            overflow=overflow,
+            on_cancel=on_cancel,
+            tools=tools,
+            variables=variables or {},
+            state=state,
+            adapters=self.adapters.check(adapters),
+            title=title,
         )
 
     def check_overflow(self, overflow: Any) -> Overflow:
@@ -180,15 +188,16 @@ class Conversations:
         for chat in conversations:
             check_kind("conversations", chat, Conversation)
             chat._ledger.check_idle()
+        chosen = self.adapters.check(adapters)
         for chat in conversations:
-            chat.set_adapters(adapters)
+            chat.set_adapters(chosen)
 
     def remove(self, conversation: Conversation, *, deleted: bool) -> None:
         if self._all.get(conversation.id) is conversation:
             del self._all[conversation.id]
             for autosave in self._autosaves:
                 if deleted:
-                    autosave.note_deleted(conversation.id)
+                    autosave.note_deleted(conversation.id, conversation.created)
                 else:
                     autosave.note_closed(conversation)
 
@@ -222,7 +231,10 @@ class Conversations:
 
     def note_change(self, conversation: Conversation, *, turn: bool = False) -> None:
         for autosave in self._autosaves:
-            autosave.note(conversation, soon=turn)
+            if self._all.get(conversation.id) is conversation:
+                autosave.note(conversation, soon=turn)
+            elif conversation.id not in self._all:
+                autosave.note_taken_back(conversation)
 
     async def written(self, conversation: Conversation) -> None:
         """Until its last commit is where an autosave has promised that it is. Raises

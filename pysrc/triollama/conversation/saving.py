@@ -22,7 +22,7 @@ from ..errors import (
 from ..files.autosave import Autosave, Sync
 from ..files.owner import Owner
 from ..files.store import real_path
-from .choices import checked_ids
+from .choices import check_policy, checked_ids
 from .conversation import Conversation
 from .registry import Conversations
 from .saved import checked_state, document_of, overflow_of, settings_of, tell_of_other_kernels
@@ -70,7 +70,14 @@ async def save(
     chosen = list(chats) if conversations is None else _own(chats, conversations)
     keeper = _keeper(chats, path)
     if keeper is not None:
+        gone = [chat for chat in chosen if chat.deleted]
         kept = await _write_kv(chats, path, chosen) if kv else {}
+        # What was deleted meanwhile, or opened anew under its id, is not to come back.
+        chosen = [
+            chat
+            for chat in chosen
+            if chats._all.get(chat.id, chat) is chat and (not chat.deleted or chat in gone)
+        ]
         made = _document(chats, [chat.to_saved(kept.get(chat.id)) for chat in chosen])
         belonging = await keeper.save(made.conversations)
         await trio.to_thread.run_sync(files.remove_kv_except, path, belonging)
@@ -155,6 +162,8 @@ async def restore(
             raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
     if "overflow" in options:
         chats.check_overflow(options["overflow"])
+    if "on_cancel" in options:
+        check_policy(options["on_cancel"])
     wanted = None if ids is None else checked_ids(ids)
     if isinstance(source, files.Document):
         document, path = source, None

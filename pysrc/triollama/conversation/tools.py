@@ -20,7 +20,7 @@ from .ledger import Ledger
 from .plan import Prompts
 from .protocol import format_of
 
-__all__ = ["OnToolError", "Tools", "run_rounds"]
+__all__ = ["Apart", "OnToolError", "Tools", "run_rounds"]
 
 OnToolError = Literal["tell", "raise"]
 """What to do with what a tool raised."""
@@ -128,13 +128,17 @@ def _encoded(value: Any) -> str:
         return str(value)
 
 
-class _Apart:
+class Apart:
     """The house of a conversation of which files, and others, know nothing."""
 
     def __init__(self, house: Any) -> None:
         self.core, self.adapters = house.core, house.adapters
         self.sequences, self.tokenizer = house.sequences, house.tokenizer
         self.turn_end = house.turn_end
+        self.new_id, self.add = house.new_id, house.add
+
+    def remove(self, conversation: Any, *, deleted: bool) -> None:
+        pass
 
     def note_change(self, conversation: Any, *, turn: bool = False) -> None:
         pass
@@ -143,6 +147,7 @@ class _Apart:
         pass
 
 
+@trio.lowlevel.enable_ki_protection
 async def run_rounds(
     chat: Any,
     tools: Tools,
@@ -183,7 +188,7 @@ async def run_rounds(
         await trio.lowlevel.checkpoint()
         raise
     try:
-        apart = chat._apart(tools, _Apart(chat._house))
+        apart = chat._apart(tools)
         completion: Completion | None = None
         with scope:
             try:

@@ -133,8 +133,11 @@ class Adapters:
         # are never used again, since memory is known by them.
         self._last_set += 1
         number = self._sets[key] = self._last_set
-        reply = await self._answer(self._engine.define_adapters(number, pairs, control))
-        assert reply.value == 0
+        try:
+            await self._answer(self._engine.define_adapters(number, pairs, control))
+        except BaseException:
+            self._sets.pop(key, None)  # there is no such set
+            raise
         self.check(adapters)  # unloaded meanwhile?
         return number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,7 +137,12 @@ def scaled(
 def saved(adapters: Scaled) -> tuple[files.SavedAdapter, ...]:
     """For a state document."""
     return tuple(
-        files.SavedAdapter(path=adapter.path, scale=scale, digest=adapter.digest)
+        # The digest tells which it is; the name is for people, and need not have been UTF-8.
+        files.SavedAdapter(
+            path=os.fsencode(adapter.path).decode("utf-8", "replace"),
+            scale=scale,
+            digest=adapter.digest,
+        )
         for adapter, scale in adapters
     )
 

@@ -46,9 +46,15 @@ class Followed(Protocol):
         ...
 
 
+class _Deleted(msgspec.Struct, frozen=True):
+    """A conversation that was begun then."""
+
+    created: datetime.datetime
+
+
 # What is to be saved under an id: an open conversation, as it will be when its time comes; a closed
-# one, as it was; None: nothing any more.
-_Change = Followed | SavedConversation | None
+# one, as it was; or nothing any more.
+_Change = Followed | SavedConversation | _Deleted
 
 
 class Autosave:
@@ -111,10 +117,15 @@ class Autosave:
             self._closing.add(chat.id)
             self._note(chat.id, saved)
 
-    def note_deleted(self, id: str) -> None:
+    def note_taken_back(self, chat: Followed) -> None:
+        """The last turn of one that was closed has not happened."""
+        if chat.id in self._closing:
+            self.note_closed(chat)
+
+    def note_deleted(self, id: str, created: datetime.datetime) -> None:
         """It goes from the file."""
         self._closing.discard(id)
-        self._note(id, None)
+        self._note(id, _Deleted(created))
 
     def _note(self, id: str, change: _Change) -> None:
         if self.follows(id):
@@ -154,7 +165,7 @@ class Autosave:
         changes = {**self._writing, **self._pending}
         wanted = list(dict.fromkeys([*self._journal.ids(), *changes] if ids is None else ids))
         here = {id: one for id in wanted if isinstance(one := changes.get(id), SavedConversation)}
-        gone = {id for id in wanted if id in changes and changes[id] is None}
+        gone = {id for id in wanted if isinstance(changes.get(id), _Deleted)}
         document = self._journal.select(id for id in wanted if id not in gone | here.keys())
         return msgspec.structs.replace(
             document, conversations=(*document.conversations, *here.values())
@@ -234,10 +245,14 @@ class Autosave:
     def _check_same(self) -> None:
         """Refuse to replace what an old file holds by another conversation of the same id."""
         assert self._journal is not None
-        for id, change in self._pending.items():
+        for id, change in list(self._pending.items()):
             old = self._journal.created(id)
-            chat = change if change is None else self._saved(id, change)
-            if chat is not None and old not in (None, chat.created):
+            chat = change if isinstance(change, _Deleted) else self._saved(id, change)
+            if chat is None or old in (None, chat.created):
+                continue
+            if isinstance(change, _Deleted):
+                del self._pending[id]  # it is not the one that the file holds
+            else:
                 raise StateMismatchError(
                     f"{self.path} holds another conversation {id!r}, of {old}: restore it, "
                     "or give the new one another id",
@@ -252,7 +267,7 @@ class Autosave:
         self._writing, self._pending = self._pending, {}
         news, gone = [], []
         for id, change in self._writing.items():
-            if change is None:
+            if isinstance(change, _Deleted):
                 gone.append(id)
                 continue
             saved = self._saved(id, change)

@@ -349,7 +349,7 @@ def check(saved: Saved, path: str = "", place: str = "$") -> None:
                     place=f"{place}.adapters[{at}].scale",
                     path=path,
                 )
-        for name in ("params", "sampler_params"):
+        for name in ("params", "sampler_params", "unfinished_params"):
             _check_params(getattr(saved, name), f"{place}.{name}", path)
         _check_nesting(list(saved.tools or ()), f"{place}.tools", path)
         _check_nesting(saved.variables, f"{place}.variables", path)

@@ -22,7 +22,7 @@ from .dataset import TrainingDataset
 from .errors import NoAdapterError
 from .evaluate import Progress
 from .prepare import prepare_training_data
-from .protocol import Comparison
+from .protocol import ENDED, Comparison, chats_of
 from .records import TrainingStep
 from .session import TrainingRun, train
 
@@ -161,7 +161,6 @@ class Serving(Protocol):
     def vocab(self) -> Any: ...
     @property
     def conversations(self) -> Any: ...
-    def conversation(self, *, messages: Any, adapters: Any, **options: Any) -> Any: ...
     async def load_adapter(self, path: str | PathLike[str], /) -> Any: ...
 
 
@@ -258,14 +257,13 @@ class AsyncTuner:
         """
         tuned = [(self.adapter, scale)]
         found = []
-        for prompt in prompts:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for chat in chats_of(prompts):
             answers = []
             for adapters in ((), tuned):
-                branch = self._llama.conversation(messages=chat[:-1], adapters=adapters)
+                aside = self._llama.conversations.aside(messages=chat[:-1], adapters=adapters)
                 try:
                     answers.append(
-                        await branch.say(
+                        await aside.say(
                             chat[-1]["content"],
                             max_tokens=max_tokens,
                             temperature=0.0,
@@ -273,15 +271,15 @@ class AsyncTuner:
                         )
                     )
                 finally:
-                    branch.delete()
+                    aside.close()
             base, better = answers
             found.append(
                 Comparison(
                     prompt=str(chat[-1]["content"]),
                     base=base.text,
                     tuned=better.text,
-                    base_ended=base.finish_reason != "length",
-                    tuned_ended=better.finish_reason != "length",
+                    base_ended=base.finish_reason in ENDED,
+                    tuned_ended=better.finish_reason in ENDED,
                 )
             )
         return found

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
+from ..checks import shown
 from .config import TrainingConfig
 from .dataset import TrainingDataset
 from .encode import Example
+from .errors import InvalidSettingError
 from .evaluate import EvaluationMetrics
 from .export import AdapterCompatibility
 from .session import Status
 
-__all__ = ["AppliedAdapter", "Comparison", "TrainingMetrics", "TrainingSession", "Tuning"]
+__all__ = [
+    "ENDED",
+    "AppliedAdapter",
+    "Comparison",
+    "TrainingMetrics",
+    "TrainingSession",
+    "Tuning",
+    "chats_of",
+]
+
+ENDED = ("eos", "stop")
+"""Why an answer was over that the model ended by itself."""
 
 
 class AppliedAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +61,29 @@ class TrainingMetrics(msgspec.Struct, frozen=True, kw_only=True):
     training_loss: float
     validation_loss: float | None
     learning_rate: float
+
+
+def chats_of(prompts: Sequence[Any]) -> list[Sequence[Mapping[str, Any]]]:
+    """What is to be compared, as chats: a prompt is what a user says, or a chat's messages so far.
+    Raises InvalidSettingError."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise InvalidSettingError(
+            f"prompts must be a list of prompts, not {shown(prompts)}",
+            parameter="prompts",
+            value=prompts,
+        )
+    chats: list[Sequence[Mapping[str, Any]]] = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        last = chat[-1] if isinstance(chat, (list, tuple)) and chat else None
+        if not isinstance(last, Mapping) or not isinstance(last.get("content"), str):
+            raise InvalidSettingError(
+                f"a prompt is a text, or a list of messages, and not {shown(prompt)}",
+                parameter="prompts",
+                value=prompts,
+            )
+        chats.append(chat)
+    return chats
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,14 @@ from .errors import (
 from .evaluate import EvaluationMetrics, Progress, evaluate_examples
 from .export import AdapterCompatibility, check_adapter, save_merged, save_peft
 from .prepare import prepare_training_data
-from .protocol import AppliedAdapter, Comparison, TrainingMetrics, TrainingSession
+from .protocol import (
+    ENDED,
+    AppliedAdapter,
+    Comparison,
+    TrainingMetrics,
+    TrainingSession,
+    chats_of,
+)
 from .records import TrainingStep, TrainingSummary
 from .session import Status, TrainingRun, train
 
@@ -436,10 +443,7 @@ class Tuner:
             stop=end.stop,
             stop_tokens=end.tokens,
         )
-        chats = [
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        chats = chats_of(prompts)
         tokens = [tokenizer.encode(template.render(chat)).tokens for chat in chats]
         try:
             self._put({})
@@ -447,14 +451,13 @@ class Tuner:
         finally:
             self._put(self._loaded)
         tuned = [llama.generate(prompt, greedy) for prompt in tokens]
-        ended = ("eos", "stop")
         return [
             Comparison(
                 prompt=str(chat[-1]["content"]),
                 base=a.text,
                 tuned=b.text,
-                base_ended=a.finish_reason in ended,
-                tuned_ended=b.finish_reason in ended,
+                base_ended=a.finish_reason in ENDED,
+                tuned_ended=b.finish_reason in ENDED,
             )
             for chat, a, b in zip(chats, base, tuned, strict=True)
         ]
