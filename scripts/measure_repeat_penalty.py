@@ -4,7 +4,8 @@
 
 Each model is asked to write twelve functions and twelve questions, with each seed, at each penalty,
 everything else as by default. Counted are functions that compile, answers that the model ended by
-itself, and loops: an end that repeats itself until it is cut off.
+itself, and loops: an end that repeats itself until it is cut off. Each row is printed when it is
+there; the two models of docs/benchmarks.md take some minutes on two processors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ QUESTIONS = (
 )
 PENALTIES = (1.0, 1.05, 1.1)
 MAX_TOKENS = 256
+STREAMS = 8
 
 
 def code_in(text: str) -> str:
@@ -93,11 +96,12 @@ async def ask(llama: Llama, prompt: str, seed: int, penalty: float) -> Completio
         chat.close()
 
 
-async def measure(path: Path, penalties: tuple[float, ...], n_seeds: int) -> list[dict[str, Any]]:
-    rows = []
+async def measure(
+    path: Path, penalties: tuple[float, ...], n_seeds: int, told: Callable[[dict[str, Any]], None]
+) -> None:
     tasks = [(f"Write a Python function {what}.", True) for what in FUNCTIONS]
     tasks += [(question, False) for question in QUESTIONS]
-    async with open_llama(path, n_ctx=1024, max_streams=4) as llama:
+    async with open_llama(path, n_ctx=1024, max_streams=STREAMS) as llama:
         for penalty in penalties:
             answers: list[tuple[bool, Completion]] = []
 
@@ -112,7 +116,7 @@ async def measure(path: Path, penalties: tuple[float, ...], n_seeds: int) -> lis
                         nursery.start_soon(one, prompt, code, seed)
             print(file=sys.stderr)
             functions = [answer for code, answer in answers if code]
-            rows.append(
+            told(
                 {
                     "model": path.stem,
                     "repeat_penalty": penalty,
@@ -124,20 +128,18 @@ async def measure(path: Path, penalties: tuple[float, ...], n_seeds: int) -> lis
                     "mean_tokens": sum(len(answer.tokens) for _, answer in answers) / len(answers),
                 }
             )
-    return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | repeat_penalty | functions that compile | ended by itself | loops | tokens |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
+def line(row: dict[str, Any]) -> str:
+    return (
         f"| {row['model']} | {row['repeat_penalty']} | {row['compile']} of {row['functions']} |"
         f" {row['ended']} of {row['answers']} | {row['loops']} | {row['mean_tokens']:.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    )
+
+
+HEAD = """\
+| model | repeat_penalty | functions that compile | ended by itself | loops | tokens |
+|---|---|---|---|---|---|"""
 
 
 def processor() -> str:
@@ -155,10 +157,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def told(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+
+    print(f"{processor()}\n\n{HEAD}", flush=True)
     for path in options.models:
-        rows += trio.run(measure, path, tuple(options.penalties), options.seeds)
-    print(f"{processor()}\n\n{table(rows)}")
+        trio.run(measure, path, tuple(options.penalties), options.seeds, told)
     if options.json:
         options.json.write_text(json.dumps({"processor": processor(), "rows": rows}, indent=1))
 
