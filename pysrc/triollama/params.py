@@ -339,7 +339,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 parameter="reasoning",
                 value=self.reasoning,
             )
-        if self.thinking not in (None, True, False):
+        if self.thinking is not None and not isinstance(self.thinking, bool):
             raise ParameterError(
                 f"thinking must be True, False or None, not {shown(self.thinking)}",
                 parameter="thinking",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..checks import check_kind
+from ..checks import check_kind, shown
 from ..errors import AnswerError, ParameterError
 from ..params import UNCONSTRAINED, GenerationParams
 from ..results import ToolCall
@@ -41,11 +41,18 @@ class CallFormat(msgspec.Struct, frozen=True):
     arguments: str = "arguments"
 
     def write(self, calls: Iterable[Mapping[str, Any]]) -> str:
-        """The text of calls, as they stand in a message's ``tool_calls``."""
+        """The text of calls, as they stand in a message's ``tool_calls``. Raises ParameterError."""
         texts = []
         for call in calls:
-            function = call["function"]
-            arguments = function["arguments"]
+            function = call.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise ParameterError(
+                    f"a message's call is {{'function': {{'name': ..., 'arguments': ...}}}}, not "
+                    f"{shown(call)}",
+                    parameter="tool_calls",
+                    value=call,
+                )
+            arguments = function.get("arguments", {})
             text = (
                 arguments
                 if isinstance(arguments, str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -229,7 +228,7 @@ class Autosave:
     async def _in_thread(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """One at a time; who is cancelled does not wait for the disk."""
         return await trio.to_thread.run_sync(
-            functools.partial(self._held.call, do, *args, **kwargs),
+            lambda: self._held.call(do, *args, **kwargs),
             abandon_on_cancel=True,
             limiter=self._limiter,
         )

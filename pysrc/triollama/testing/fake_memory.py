@@ -22,7 +22,7 @@ from ..errors import (
     StateError,
     TokenError,
 )
-from ..params import UNCONSTRAINED, GenerationParams
+from ..params import UNCONSTRAINED, GenerationParams, draw_seed
 from .tiny import make_tiny_model
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ class FakeSampler:
     then forgotten: a script may say anything."""
 
     def __init__(self, params: GenerationParams) -> None:
-        assert params.seed is not None
-        self.seed = params.seed
+        self.seed = draw_seed() if params.seed is None else params.seed
         self.update(params)
 
     def update(self, params: GenerationParams) -> None:

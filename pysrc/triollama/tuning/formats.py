@@ -234,8 +234,8 @@ def _message(given: Any, here: str) -> dict[str, Any]:
     if role == "function_call":
         call = _json(_text(message, "content", here), f"{here}.value")
         message = {"role": "assistant", "content": "", "tool_calls": _calls(call, here)}
-    elif role not in ROLES:
-        if role not in _ALIASES:
+    elif not isinstance(role, str) or role not in ROLES:
+        if not isinstance(role, str) or role not in _ALIASES:
             raise DataError(f"unknown role {role!r}", path=f"{here}.role")
         message["role"] = _ALIASES[role]
     content = message.get("content")
