@@ -103,6 +103,12 @@ class Tool:
                 )
             self.name: str = name
             self.schema: Any = function.get("parameters") or {"type": "object", "properties": {}}
+            if not isinstance(self.schema, Mapping):
+                raise ParameterError(
+                    f"the parameters of the tool {name!r} are no schema: {shown(self.schema)}",
+                    parameter="tools",
+                    value=source,
+                )
             self.spec: dict[str, Any] = dict(source)
             return
         if not callable(source):

@@ -170,7 +170,7 @@ def _extras(item: Mapping[str, Any], path: str = "$") -> tuple[list[Any] | None,
 def _json(text: str, path: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise DataError(f"no JSON: {error}", path=path) from None
 
 
