@@ -33,7 +33,7 @@ AdapterSet::AdapterSet(const FrozenModel & model, const AdapterConfig & config, 
             LoraPair pair;
             pair.name = "blk." + std::to_string(l) + "." + target + ".weight";
             ggml_tensor * weight = model.weight(pair.name);
-            if (!weight || weight->ne[1] < 2) {
+            if (!weight || weight->ne[1] < 2 || weight->ne[2] != 1) {
                 std::string known;
                 for (const std::string & name : model.linear_targets()) {
                     known += (known.empty() ? "" : ", ") + name;

@@ -21,6 +21,16 @@ static const std::vector<Architecture> table = {
       "norms on Q and K, sliding windows with their own rope base" },
     { "phi3",   GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
       "Q, K and V in one matrix, gate and up in one; longrope up to the original context" },
+    { "mistral3", GGML_ROPE_TYPE_NORMAL, Activation::silu,    false, 0, false,  0.0f,  0.0f,  0,
+      "Ministral 3; up to the original context" },
+    { "smollm3", GGML_ROPE_TYPE_NORMAL, Activation::silu,     false, 0, false,  0.0f,  0.0f,  0,
+      "every fourth layer without rotary positions", 4 },
+    { "granite", GGML_ROPE_TYPE_NORMAL, Activation::silu,     false, 0, false,  0.0f,  0.0f,  0,
+      "scaled embeddings, scores, residuals and logits", 0, true },
+    { "qwen2moe", GGML_ROPE_TYPE_NEOX, Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "a mixture of experts, and one that all tokens take; the routed ones stay as they are", 0, false, Routing::among_all },
+    { "qwen3moe", GGML_ROPE_TYPE_NEOX, Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "a mixture of experts, which stay as they are; norms on Q and K", 0, false, Routing::among_chosen },
 };
 
 const std::vector<Architecture> & trainable_architectures() { return table; }
@@ -104,12 +114,12 @@ public:
 
     ggml_tensor * matrix(const std::string & name, int64_t n_in, int64_t n_out, bool required = true) {
         ggml_tensor * tensor = required ? need(name) : find(name);
-        if (tensor && (tensor->ne[0] != n_in || tensor->ne[1] != n_out || tensor->ne[2] != 1)) {
-            throw unsupported_error("cannot be trained: " + name + " has shape [" + std::to_string(tensor->ne[0]) + ", " +
-                                    std::to_string(tensor->ne[1]) + "], expected [" + std::to_string(n_in) + ", " +
-                                    std::to_string(n_out) + "]");
-        }
-        return tensor;
+        return tensor ? shaped(tensor, name, n_in, n_out, 1) : nullptr;
+    }
+
+    // So many of them, in one tensor.
+    ggml_tensor * matrices(const std::string & name, int64_t n_in, int64_t n_out, int64_t n) {
+        return shaped(need(name), name, n_in, n_out, n);
     }
 
     void refuse_unused() const {
@@ -126,6 +136,18 @@ public:
     }
 
 private:
+    static ggml_tensor * shaped(ggml_tensor * tensor, const std::string & name, int64_t n_in, int64_t n_out, int64_t n) {
+        if (tensor->ne[0] != n_in || tensor->ne[1] != n_out || tensor->ne[2] != n) {
+            const auto shape = [](int64_t a, int64_t b, int64_t c) {
+                return "[" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + "]";
+            };
+            throw unsupported_error("cannot be trained: " + name + " has shape " +
+                                    shape(tensor->ne[0], tensor->ne[1], tensor->ne[2]) + ", expected " +
+                                    shape(n_in, n_out, n));
+        }
+        return tensor;
+    }
+
     const std::map<std::string, ggml_tensor *> & tensors;
     std::set<std::string> used;
 };
@@ -153,7 +175,14 @@ Rope read_rope(const Keys & keys, const Architecture & arch, int n_head_dim, boo
         // ggml multiplies by 1 + 0.1 ln(factor) when extrapolating. Below a factor of 1 no such correction is wanted.
         rope.ext_factor  = 1.0f;
         const float f    = 1.0f / rope.scale;
-        const float want = f <= 1.0f ? 1.0f : 1.0f + 0.1f * std::log(f);
+        const auto magnitude = [f](float by) { return f <= 1.0f ? 1.0f : 1.0f + 0.1f * by * std::log(f); };
+        float want = magnitude(1.0f);
+        if (std::string(arch.name) == "mistral3") {
+            rope.beta_fast = static_cast<float>(keys.number("rope.scaling.yarn_beta_fast", rope.beta_fast));
+            rope.beta_slow = static_cast<float>(keys.number("rope.scaling.yarn_beta_slow", rope.beta_slow));
+            const double all = keys.number("rope.scaling.yarn_log_multiplier", 0.0);
+            want /= all == 0.0 ? 1.0f : magnitude(static_cast<float>(all));
+        }
         rope.attn_factor = want / (1.0f + 0.1f * std::log(f));
     }
     rope.attn_factor *= static_cast<float>(keys.number("rope.scaling.attn_factor", 1.0));
@@ -223,6 +252,28 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
         model.final_softcap   = static_cast<float>(keys.number("final_logit_softcapping", model.arch->final_softcap));
     }
 
+    if (model.arch->scaled) {
+        const auto scale = [&](const char * key) {
+            const double value = keys.number(key, 0.0);
+            return value == 0.0 ? 1.0f : static_cast<float>(value);
+        };
+        model.embedding_scale = scale("embedding_scale");
+        model.residual_scale  = scale("residual_scale");
+        model.output_scale    = 1.0f / scale("logit_scale");
+    }
+    for (int l = 0; l < model.n_layer; ++l) {
+        const int period = model.arch->unrotated_period;
+        model.layers[l].rotated = !(period && (l + 1) % period == 0) &&
+                                  !(model.arch->scaled && keys.number("rope.scaling.finetuned", 1.0) == 0.0);
+    }
+    if (model.arch->routing != Routing::none) {
+        model.n_expert      = keys.required("expert_count");
+        model.n_expert_used = keys.required("expert_used_count");
+        if (model.n_expert_used > model.n_expert) {
+            throw format_error(std::to_string(model.n_expert_used) + " experts of " + std::to_string(model.n_expert));
+        }
+    }
+
     TensorTable table(weights);
     model.tok_embd    = table.need("token_embd.weight");
     model.output      = table.need("output.weight");   // the caller enters tied embeddings under both names
@@ -238,6 +289,9 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
         model.rope_factors = table.vector("rope_factors_short.weight", model.rope.n_rot / 2);
         model.n_ctx_max    = model.rope.n_ctx_orig;
         table.find("rope_factors_long.weight");
+    }
+    if (std::string(model.arch->name) == "mistral3" && keys.number("attention.temperature_scale", 0.0) != 0.0) {
+        model.n_ctx_max = model.rope.n_ctx_orig;   // further on, queries grow with their position
     }
 
     const int64_t n_q = static_cast<int64_t>(model.n_head) * model.n_head_dim;
@@ -273,6 +327,21 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
         w.o   = table.matrix(p + "attn_output.weight", n_q, model.n_embd);
         w.o_b = table.vector(p + "attn_output.bias", model.n_embd);
 
+        if (model.n_expert) {
+            w.router = table.matrix(p + "ffn_gate_inp.weight", model.n_embd, model.n_expert);
+            const int64_t n_ff = table.need(p + "ffn_gate_exps.weight")->ne[1];
+            w.gates = table.matrices(p + "ffn_gate_exps.weight", model.n_embd, n_ff, model.n_expert);
+            w.ups   = table.matrices(p + "ffn_up_exps.weight", model.n_embd, n_ff, model.n_expert);
+            w.downs = table.matrices(p + "ffn_down_exps.weight", n_ff, model.n_embd, model.n_expert);
+            w.shared_share = table.vector(p + "ffn_gate_inp_shexp.weight", model.n_embd);
+            if (w.shared_share) {
+                const int64_t n_shared = table.need(p + "ffn_gate_shexp.weight")->ne[1];
+                w.shared_gate = table.matrix(p + "ffn_gate_shexp.weight", model.n_embd, n_shared);
+                w.shared_up   = table.matrix(p + "ffn_up_shexp.weight", model.n_embd, n_shared);
+                w.shared_down = table.matrix(p + "ffn_down_shexp.weight", n_shared, model.n_embd);
+            }
+            continue;
+        }
         w.down = table.need(p + "ffn_down.weight");
         const int64_t n_ff = w.down->ne[0];
         table.matrix(p + "ffn_down.weight", n_ff, model.n_embd);

@@ -14,6 +14,9 @@ namespace triollama::native {
 
 enum class Activation { silu, gelu_tanh };
 
+// How much of each expert a token takes: the softmax over the chosen ones' scores, or their part of that over all.
+enum class Routing { none, among_chosen, among_all };
+
 // One row of the table: what is fixed by the architecture's name.
 struct Architecture {
     const char * name;
@@ -26,6 +29,9 @@ struct Architecture {
     float        final_softcap;      // default soft cap of the logits; 0: none
     int          wide_scale_layers;  // with this many layers, scores are scaled by sqrt(width / heads)
     const char * notes;
+    int          unrotated_period = 0;   // every n-th layer leaves queries and keys unrotated; 0: none does
+    bool         scaled = false;         // the file scales embeddings, scores, what layers add, and logits
+    Routing      routing = Routing::none;
 };
 
 // The table; an entry is found by the value of general.architecture.
@@ -51,7 +57,12 @@ struct LayerWeights {
     ggml_tensor * ffn_norm = nullptr, * post_ffn_norm = nullptr;
     ggml_tensor * gate = nullptr,   * up = nullptr,   * down = nullptr;   // gate is null where `up` holds both
     ggml_tensor * gate_b = nullptr, * up_b = nullptr, * down_b = nullptr;
+    ggml_tensor * router = nullptr;       // of a mixture of experts, in place of gate, up and down
+    ggml_tensor * gates = nullptr, * ups = nullptr, * downs = nullptr;   // [.., .., n_expert]
+    ggml_tensor * shared_gate = nullptr, * shared_up = nullptr, * shared_down = nullptr;   // an expert that all take
+    ggml_tensor * shared_share = nullptr;                                // how much of it: sigmoid of a product
     bool sliding = false;
+    bool rotated = true;
 };
 
 // What a training graph needs to know of the frozen model. The tensors belong to the llama_model.
@@ -59,10 +70,13 @@ struct ModelGraphInfo {
     const Architecture * arch = nullptr;
     int   n_layer = 0, n_embd = 0, n_head = 0, n_head_kv = 0, n_head_dim = 0;
     int   n_vocab = 0;
+    int   n_expert = 0, n_expert_used = 0;   // of a mixture
     int   n_ctx_max = 0;       // longest row that may be trained on; 0: no limit known
     int   n_swa = 0;
     float norm_eps = 0.0f;
     float attn_scale = 0.0f, attn_softcap = 0.0f, final_softcap = 0.0f, embedding_scale = 1.0f;
+    float residual_scale = 1.0f;   // of what attention and the feed-forward part add
+    float output_scale = 1.0f;     // of the logits, before a soft cap
     Rope  rope, rope_swa;
     ggml_tensor * rope_factors = nullptr;   // llama 3 frequency factors, or the short ones of longrope
     ggml_tensor * tok_embd = nullptr, * output_norm = nullptr, * output = nullptr, * output_b = nullptr;

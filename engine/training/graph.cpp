@@ -181,10 +181,14 @@ bool is_transposed_view(const ggml_tensor * tensor) { return tensor->op == GGML_
 
 }  // namespace
 
-void Graph::differentiate(ggml_tensor * out, ggml_tensor * d_out, ggml_tensor * one,
+void Graph::differentiate(const std::vector<Output> & outputs, ggml_tensor * one,
                           const std::unordered_map<ggml_tensor *, ggml_tensor *> & accumulators,
                           ggml_tensor * input, ggml_tensor * d_input) {
-    ggml_tensor * loss = ggml_sum(nodes.get(), ggml_mul(nodes.get(), out, d_out));
+    ggml_tensor * loss = nullptr;
+    for (const Output & output : outputs) {
+        ggml_tensor * part = ggml_sum(nodes.get(), ggml_mul(nodes.get(), output.value, output.gradient));
+        loss = loss ? ggml_add(nodes.get(), loss, part) : part;
+    }
     ggml_set_loss(loss);
     if (input) {
         ggml_set_param(input);

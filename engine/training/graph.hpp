@@ -64,10 +64,14 @@ public:
     ggml_tensor * product(ggml_tensor * weight, ggml_tensor * x);
     ggml_tensor * transposed_product(ggml_tensor * weight, ggml_tensor * y);
 
-    // Adds the backward pass of the surrogate loss sum(out * d_out). `accumulators` maps each parameter to the tensor
-    // its gradient is added to. Unless `input` is null its gradient is written to `d_input`.
+    // What a graph gives, and the gradient in it.
+    struct Output {
+        ggml_tensor * value, * gradient;
+    };
+    // Adds the backward pass of the surrogate loss, the sum of value * gradient over all outputs. `accumulators` maps
+    // each parameter to the tensor its gradient is added to. Unless `input` is null its gradient is written to `d_input`.
     // Throws unsupported_error on an operation ggml cannot differentiate, where ggml itself would end the process.
-    void differentiate(ggml_tensor * out, ggml_tensor * d_out, ggml_tensor * one,
+    void differentiate(const std::vector<Output> & outputs, ggml_tensor * one,
                        const std::unordered_map<ggml_tensor *, ggml_tensor *> & accumulators,
                        ggml_tensor * input, ggml_tensor * d_input);
 

@@ -4,10 +4,12 @@
 
 namespace triollama::native {
 
+ggml_tensor * differentiable_sigmoid(ggml_context * context, ggml_tensor * x) {
+    return ggml_exp(context, ggml_scale(context, ggml_softplus(context, ggml_scale(context, x, -1.0f)), -1.0f));
+}
+
 ggml_tensor * differentiable_tanh(ggml_context * context, ggml_tensor * x) {
-    ggml_tensor * sigmoid =
-        ggml_exp(context, ggml_scale(context, ggml_softplus(context, ggml_scale(context, x, -2.0f)), -1.0f));
-    return ggml_scale_bias(context, sigmoid, 2.0f, -1.0f);
+    return ggml_scale_bias(context, differentiable_sigmoid(context, ggml_scale(context, x, 2.0f)), 2.0f, -1.0f);
 }
 
 namespace {
@@ -28,6 +30,10 @@ ggml_tensor * gelu_tanh(ggml_context * c, ggml_tensor * g) {
     const float factor = 1.5957691216057308f;
     ggml_tensor * d = ggml_scale_bias(c, ggml_sqr(c, g), 0.044715f * factor, factor);
     return ggml_div(c, ggml_silu(c, ggml_mul(c, g, d)), d);
+}
+
+ggml_tensor * add_residual(ggml_context * c, ggml_tensor * h, ggml_tensor * change, const ModelGraphInfo & m) {
+    return ggml_add(c, m.residual_scale == 1.0f ? change : ggml_scale(c, change, m.residual_scale), h);
 }
 
 }  // namespace
@@ -78,9 +84,11 @@ ggml_tensor * LayerBuilder::attention(Graph & graph, const LayerWeights & w, ggm
         q = norm(graph, q, w.q_norm);
         k = norm(graph, k, w.k_norm);
     }
-    const Rope & rope = w.sliding ? m.rope_swa : m.rope;
-    q = rotate(c, q, inputs.positions, m.rope_factors, rope);
-    k = rotate(c, k, inputs.positions, m.rope_factors, rope);
+    if (w.rotated) {
+        const Rope & rope = w.sliding ? m.rope_swa : m.rope;
+        q = rotate(c, q, inputs.positions, m.rope_factors, rope);
+        k = rotate(c, k, inputs.positions, m.rope_factors, rope);
+    }
 
     q = ggml_cont(c, ggml_permute(c, q, 0, 2, 1, 3));            // [head_dim, n_tokens, n_head]
     k = ggml_cont(c, ggml_permute(c, k, 0, 2, 1, 3));
@@ -117,21 +125,59 @@ ggml_tensor * LayerBuilder::feed_forward(Graph & graph, const LayerWeights & w, 
     return linear(graph, w.down, w.down_b, inner, inputs);
 }
 
+// sigmoid(share . x) of what the shared expert makes of x.
+ggml_tensor * LayerBuilder::shared_expert(Graph & graph, const LayerWeights & w, ggml_tensor * x,
+                                          const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    ggml_tensor * inner = ggml_swiglu_split(c, linear(graph, w.shared_gate, nullptr, x, inputs),
+                                            linear(graph, w.shared_up, nullptr, x, inputs));
+    ggml_tensor * share = differentiable_sigmoid(c, ggml_mul_mat(c, w.shared_share, x));
+    return ggml_mul(c, linear(graph, w.shared_down, nullptr, inner, inputs), share);
+}
+
+// h and what attention adds to it.
+ggml_tensor * LayerBuilder::attended(Graph & graph, const LayerWeights & w, ggml_tensor * h,
+                                     const LayerInputs & inputs) const {
+    ggml_tensor * change = attention(graph, w, norm(graph, h, w.attn_norm), inputs);
+    if (w.post_attn_norm) {
+        change = norm(graph, change, w.post_attn_norm);
+    }
+    return add_residual(graph.context(), h, change, model.info());
+}
+
 ggml_tensor * LayerBuilder::layer(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs) const {
+    const LayerWeights & w = model.info().layers[static_cast<size_t>(index)];
+    h = attended(graph, w, h, inputs);
+    ggml_tensor * change = feed_forward(graph, w, norm(graph, h, w.ffn_norm), inputs);
+    if (w.post_ffn_norm) {
+        change = norm(graph, change, w.post_ffn_norm);
+    }
+    return add_residual(graph.context(), h, change, model.info());
+}
+
+LayerBuilder::Routed LayerBuilder::route(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs,
+                                         ggml_tensor * chosen) const {
     ggml_context * c = graph.context();
     const LayerWeights & w = model.info().layers[static_cast<size_t>(index)];
-
-    ggml_tensor * attended = attention(graph, w, norm(graph, h, w.attn_norm), inputs);
-    if (w.post_attn_norm) {
-        attended = norm(graph, attended, w.post_attn_norm);
+    Routed routed;
+    routed.base   = attended(graph, w, h, inputs);
+    routed.x      = norm(graph, routed.base, w.ffn_norm);
+    routed.shares = linear(graph, w.router, nullptr, routed.x, inputs);
+    if (chosen) {
+        routed.shares = model.info().arch->routing == Routing::among_chosen
+                            ? ggml_soft_max_ext(c, routed.shares, chosen, 1.0f, 0.0f)
+                            : ggml_mul(c, ggml_soft_max(c, routed.shares), chosen);
     }
-    h = ggml_add(c, attended, h);
-
-    ggml_tensor * transformed = feed_forward(graph, w, norm(graph, h, w.ffn_norm), inputs);
-    if (w.post_ffn_norm) {
-        transformed = norm(graph, transformed, w.post_ffn_norm);
+    if (w.shared_share) {
+        routed.base = ggml_add(c, shared_expert(graph, w, routed.x, inputs), routed.base);
     }
-    return ggml_add(c, transformed, h);
+    return routed;
+}
+
+ggml_tensor * LayerBuilder::last_norm(Graph & graph, ggml_tensor * h) const {
+    ggml_tensor * x = norm(graph, h, model.info().output_norm);
+    const float scale = model.info().output_scale;
+    return scale == 1.0f ? x : ggml_scale(graph.context(), x, scale);
 }
 
 }  // namespace triollama::native

@@ -25,9 +25,23 @@ public:
     // `h` is F32 [n_embd, n_tokens]; so is the result.
     ggml_tensor * layer(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs) const;
 
-    ggml_tensor * norm(Graph & graph, ggml_tensor * x, ggml_tensor * weight) const;
+    // A layer with a mixture of experts, but for these: see Experts.
+    struct Routed {
+        ggml_tensor * base;     // [n_embd, n_tokens]: what the experts' outputs are added to
+        ggml_tensor * x;        // their input, of the same shape
+        ggml_tensor * shares;   // [n_expert, n_tokens]: how much of each a token takes; without `chosen` the scores
+    };
+    // `chosen`, of the shape of the shares: 0 for the experts that a token takes and -infinity for the others, or where
+    // shares are parts of all (Routing::among_all) 1 and 0.
+    Routed route(Graph & graph, int index, ggml_tensor * h, const LayerInputs & inputs, ggml_tensor * chosen) const;
+
+    // What the output matrix is multiplied with.
+    ggml_tensor * last_norm(Graph & graph, ggml_tensor * h) const;
 
 private:
+    ggml_tensor * norm(Graph & graph, ggml_tensor * x, ggml_tensor * weight) const;
+    ggml_tensor * attended(Graph & graph, const LayerWeights & w, ggml_tensor * h, const LayerInputs & inputs) const;
+    ggml_tensor * shared_expert(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * attention(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * feed_forward(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * linear(Graph & graph, ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x,
@@ -37,7 +51,8 @@ private:
     const AdapterSet &  adapters;
 };
 
-// tanh, by operations with bounded derivatives: tanh(x) = 2 sigmoid(2x) - 1 and sigmoid(u) = exp(-softplus(-u)).
+// By operations with bounded derivatives: sigmoid(x) = exp(-softplus(-x)) and tanh(x) = 2 sigmoid(2x) - 1.
+ggml_tensor * differentiable_sigmoid(ggml_context * context, ggml_tensor * x);
 ggml_tensor * differentiable_tanh(ggml_context * context, ggml_tensor * x);
 
 }  // namespace triollama::native

@@ -88,7 +88,8 @@ ggml_tensor * FrozenModel::weight(const std::string & name) const {
 std::vector<std::string> FrozenModel::linear_targets() const {
     std::vector<std::string> names;
     for (const char * name :
-         { "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down" }) {
+         { "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+           "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp" }) {
         if (weight("blk.0." + std::string(name) + ".weight")) {
             names.emplace_back(name);
         }

@@ -67,6 +67,9 @@ struct Trainer::Activations {
     }
 
     std::vector<ggml_tensor *> dropout_masks;
+    std::unique_ptr<Experts>   experts;   // where the model has them
+
+    size_t bytes() const { return store.bytes() + (experts ? experts->bytes() : 0); }
 };
 
 Trainer::Trainer(const TrainerConfig & config)
@@ -161,7 +164,10 @@ void Trainer::prepare(const TrainingRow & row) {
         activations.reset();   // first, so that the two never exist at once
         activations = std::make_unique<Activations>(*frozen, *adapters, static_cast<int64_t>(n), n_labels,
                                                     settings.dropout > 0.0f, executor.buffer_type());
-        peak_activations = std::max(peak_activations, activations->store.bytes());
+        if (frozen->info().n_expert) {
+            activations->experts = std::make_unique<Experts>(*frozen, builder, static_cast<int64_t>(n), executor.buffer_type());
+        }
+        peak_activations = std::max(peak_activations, activations->bytes());
     }
     ggml_backend_tensor_set(activations->tokens, row.tokens.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->positions, row.positions.data(), 0, n * sizeof(int32_t));
@@ -223,13 +229,17 @@ RowResult Trainer::forward(const TrainingRow & row, bool train) {
     }
     for (int l = 0; l < m.n_layer; ++l) {
         draw_dropout(l);
+        if (a.experts) {
+            a.experts->forward(executor, options, l, a.h[l], a.inputs, a.h[l + 1]);
+            continue;
+        }
         Graph graph(max_layer_nodes, false, options);
         graph.store(builder.layer(graph, l, a.h[l], a.inputs), a.h[l + 1]);
         executor.run(graph);
     }
     {
         Graph graph(max_layer_nodes, false, options);
-        graph.store(builder.norm(graph, ggml_get_rows(graph.context(), a.h[m.n_layer], a.picked), m.output_norm), a.selected);
+        graph.store(builder.last_norm(graph, ggml_get_rows(graph.context(), a.h[m.n_layer], a.picked)), a.selected);
         executor.run(graph);
     }
     std::vector<int32_t> labels;
@@ -257,17 +267,20 @@ void Trainer::backward() {
     {
         Graph graph(max_layer_nodes, true, options);
         ggml_tensor * last = a.h[m.n_layer];
-        ggml_tensor * selected =
-            builder.norm(graph, ggml_get_rows(graph.context(), last, a.picked), m.output_norm);
-        graph.differentiate(selected, a.d_selected, one, {}, last, a.d_out);
+        ggml_tensor * selected = builder.last_norm(graph, ggml_get_rows(graph.context(), last, a.picked));
+        graph.differentiate({ { selected, a.d_selected } }, one, {}, last, a.d_out);
         executor.run(graph);
     }
     for (int l = m.n_layer - 1; l >= 0; --l) {
         draw_dropout(l);
-        Graph graph(max_layer_nodes, true, options);
-        ggml_tensor * out = builder.layer(graph, l, a.h[l], a.inputs);
-        graph.differentiate(out, a.d_out, one, adapters->accumulators(), l ? a.h[l] : nullptr, a.d_in);
-        executor.run(graph);
+        if (a.experts) {
+            a.experts->backward(executor, options, l, a.h[l], a.inputs, a.d_out, one, adapters->accumulators(), l != 0, a.d_in);
+        } else {
+            Graph graph(max_layer_nodes, true, options);
+            ggml_tensor * out = builder.layer(graph, l, a.h[l], a.inputs);
+            graph.differentiate({ { out, a.d_out } }, one, adapters->accumulators(), l ? a.h[l] : nullptr, a.d_in);
+            executor.run(graph);
+        }
         std::swap(a.d_out, a.d_in);
     }
 }

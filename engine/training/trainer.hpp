@@ -4,6 +4,7 @@
 #pragma once
 
 #include "training/adapter.hpp"
+#include "training/experts.hpp"
 #include "training/graph.hpp"
 #include "training/head.hpp"
 #include "training/layer.hpp"

@@ -7,6 +7,12 @@ from pathlib import Path
 import numpy as np
 from triollama import _engine
 
+ARCHITECTURES = [
+    "llama", "mistral3", "smollm3", "granite", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2",
+    "gemma3", "phi3",
+]  # fmt: skip
+"""All that can be trained."""
+
 
 def decoded_nll(
     path: Path, tokens: np.ndarray, labels: np.ndarray, adapter: Path | None = None, note: str = ""

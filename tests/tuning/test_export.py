@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from served import ARCHITECTURES
 from triollama import _engine
 from triollama.tuning import (
     AdapterFileNotFoundError,
@@ -22,8 +23,6 @@ from triollama.tuning import (
 )
 from triollama.tuning.config import TARGET_NAMES
 from triollama.tuning.tensors import TensorFileError, read_tensors, write_tensors
-
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 
 
 def example(n: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {}),
     "phi3": ("phi3", {}),
     "phi3-longrope": ("phi3", {"rope_scaling": "longrope"}),
+    "mistral3": ("mistral3", {}),
+    "mistral3-yarn": ("mistral3", {"rope_scaling": "yarn", "rope_original_ctx": 64}),
+    "smollm3": ("smollm3", {"n_layer": 5}),
+    "granite": ("granite", {}),
+    "qwen2moe": ("qwen2moe", {}),
+    "qwen3moe": ("qwen3moe", {}),
+    "qwen3moe-q4_k": ("qwen3moe", {"dtype": "Q4_K", "n_ff": 512}),
     "qwen2-yarn": ("qwen2", {"rope_scaling": "yarn", "rope_original_ctx": 64}),
     "llama-q8_0": ("llama", {"dtype": "Q8_0"}),
     "gemma3-q4_k": ("gemma3", {"dtype": "Q4_K"}),
@@ -104,7 +111,7 @@ def trainer_initial_loss(path: Path, tokens: np.ndarray, labels: np.ndarray) -> 
         return float(fresh.evaluate(tokens, labels).loss)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["gemma3", "phi3", "qwen2moe"])
 def test_dropout_is_the_documented_one_and_the_same_on_the_way_back(tiny: Any, arch: str) -> None:
     path, p, seed = tiny(arch), 0.25, 11
     with _engine.Trainer(path, rank=4, alpha=8.0, seed=seed, dropout=p, threads=2) as trainer:

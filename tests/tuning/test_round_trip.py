@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import decoded_nll
+from served import ARCHITECTURES, decoded_nll
 from triollama import _engine
 from triollama.tuning import Encoder, save_merged
-
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 
 
 def example(n: int = 40) -> tuple[np.ndarray, np.ndarray]:

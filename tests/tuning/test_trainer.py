@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from served import ARCHITECTURES
 from triollama import _engine
 from triollama.errors import (
     AdapterError,
@@ -24,8 +25,6 @@ from triollama.errors import (
     TriollamaError,
     UnsupportedError,
 )
-
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 
 
 def example(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -488,6 +487,15 @@ def test_adapters_that_do_not_fit_are_refused(tiny: Any, tmp_path: Path) -> None
 def test_other_architectures_are_refused_by_name(tiny: Any, arch: str) -> None:
     with pytest.raises(UnsupportedError, match=arch):
         _engine.Trainer(tiny(arch))
+
+
+def test_experts_get_no_adapters(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="target 'ffn_up_exps'.*attn_output"):
+        _engine.Trainer(tiny("qwen3moe"), targets=("ffn_up_exps",))
+    with _engine.Trainer(tiny("qwen3moe"), rank=2) as trainer:
+        assert trainer.targets == ("attn_q", "attn_k", "attn_v", "attn_output")
+    with _engine.Trainer(tiny("qwen2moe"), rank=2) as trainer:
+        assert trainer.targets[4:] == ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 
 def test_the_table_of_architectures_is_what_the_tests_cover() -> None:

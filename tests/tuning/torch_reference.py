@@ -1,4 +1,4 @@
-"""The six trainable architectures with LoRA in plain PyTorch, straight from a GGUF file.
+"""The trainable architectures with LoRA in plain PyTorch, straight from a GGUF file.
 
 Written from the models' own definitions, apart from the engine: nothing here knows of its graphs.
 Gradients are PyTorch's, the optimiser is ``torch.optim.AdamW``.
@@ -99,21 +99,27 @@ class Reference:
         if kind == "longrope":
             inverse = inverse / self.w["rope_factors_short.weight"].double()
         elif kind == "yarn":  # arXiv:2309.00071, with its default bounds of 1 and 32 rotations
+            slow = self.key("rope.scaling.yarn_beta_slow", 1.0)
+            fast = self.key("rope.scaling.yarn_beta_fast", 32.0)
 
             def dimension(rotations: float) -> float:
                 return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-            low = max(math.floor(dimension(32.0)), 0)
-            high = min(math.ceil(dimension(1.0)), d - 1)
+            low = max(math.floor(dimension(fast)), 0)
+            high = min(math.ceil(dimension(slow)), d - 1)
             ramp = (torch.arange(d // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
             keep = 1.0 - ramp.clamp(0.0, 1.0)
             inverse = inverse * keep + inverse / factor * (1.0 - keep)
             magnitude *= 1.0 + 0.1 * math.log(factor)
+            # DeepSeek's mscale_all_dim, arXiv:2405.04434
+            magnitude /= 1.0 + 0.1 * math.log(factor) * self.key(
+                "rope.scaling.yarn_log_multiplier", 0.0
+            )
         else:
             inverse = inverse / factor
         angle = torch.outer(positions.double(), inverse)
         cos, sin = (angle.cos() * magnitude).float(), (angle.sin() * magnitude).float()
-        if self.arch == "llama":  # neighbours are pairs
+        if self.arch in ("llama", "mistral3", "smollm3", "granite"):  # neighbours are pairs
             even, odd = x[..., 0:d:2], x[..., 1:d:2]
             turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
         else:  # halves are pairs
@@ -145,9 +151,10 @@ class Reference:
             period = {"gemma2": 2, "gemma3": 6}[self.arch]
             pattern = self.key("attention.sliding_window_pattern", period)
             sliding = pattern[layer] if isinstance(pattern, list) else layer % pattern < pattern - 1
-        q, k = self.rope(q, positions, sliding), self.rope(k, positions, sliding)
+        if not (self.arch == "smollm3" and layer % 4 == 3):
+            q, k = self.rope(q, positions, sliding), self.rope(k, positions, sliding)
         k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(d)
+        scores = q @ k.transpose(-1, -2) * self.key("attention.scale", 1 / math.sqrt(d))
         if self.arch == "gemma2":
             cap = self.key("attn_logit_softcapping", 50.0)
             scores = cap * torch.tanh(scores / cap)
@@ -166,8 +173,28 @@ class Reference:
         table = F.gelu(x.half().float(), approximate="tanh").half().float()
         return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, table))
 
+    def mixture(self, x: Any, p: str) -> Any:
+        """Each expert on all tokens, by the share they take of it; the shared one besides."""
+        probabilities = self.linear(x, p + "ffn_gate_inp").softmax(-1)
+        chosen = probabilities.topk(self.key("expert_used_count"), -1).indices
+        shares = probabilities * torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
+        if self.arch == "qwen3moe":
+            shares = shares / shares.sum(-1, keepdim=True)
+        gates, ups, downs = (self.w[f"{p}ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+        inner = F.silu(torch.einsum("ti,eoi->teo", x, gates)) * torch.einsum("ti,eoi->teo", x, ups)
+        out = torch.einsum("te,tei,eoi->to", shares, inner, downs)
+        if p + "ffn_gate_inp_shexp.weight" in self.w:
+            gate = self.linear(x, p + "ffn_gate_shexp")
+            shared = self.linear(
+                F.silu(gate) * self.linear(x, p + "ffn_up_shexp"), p + "ffn_down_shexp"
+            )
+            out = out + torch.sigmoid(x @ self.w[p + "ffn_gate_inp_shexp.weight"])[:, None] * shared
+        return out
+
     def feed_forward(self, x: Any, layer: int) -> Any:
         p = f"blk.{layer}."
+        if p + "ffn_gate_inp.weight" in self.w:
+            return self.mixture(x, p)
         up = self.linear(x, p + "ffn_up")
         if p + "ffn_gate.weight" in self.w:
             gate = self.linear(x, p + "ffn_gate")
@@ -181,16 +208,16 @@ class Reference:
     def logits(self, tokens: Any, positions: Any, segments: Any) -> Any:
         gemma = self.arch.startswith("gemma")
         h = self.w["token_embd.weight"][tokens]
-        if gemma:
-            h = h * math.sqrt(h.shape[-1])
+        h = h * (math.sqrt(h.shape[-1]) if gemma else self.key("embedding_scale", 1.0))
+        add = self.key("residual_scale", 1.0)
         for layer in range(self.key("block_count")):
             p = f"blk.{layer}."
             out = self.attention(self.norm(h, p + "attn_norm"), layer, positions, segments)
-            h = h + (self.norm(out, p + "post_attention_norm") if gemma else out)
+            h = h + add * (self.norm(out, p + "post_attention_norm") if gemma else out)
             out = self.feed_forward(self.norm(h, p + "ffn_norm"), layer)
-            h = h + (self.norm(out, p + "post_ffw_norm") if gemma else out)
+            h = h + add * (self.norm(out, p + "post_ffw_norm") if gemma else out)
         output = self.w.get("output.weight", self.w["token_embd.weight"])
-        logits = self.norm(h, "output_norm") @ output.T
+        logits = self.norm(h, "output_norm") @ output.T / self.key("logit_scale", 1.0)
         cap = self.key("final_logit_softcapping", 30.0 if self.arch == "gemma2" else 0.0)
         return cap * torch.tanh(logits / cap) if gemma and cap else logits
 

@@ -20,7 +20,7 @@ def test_same_arguments_same_bytes(arch: str, tmp_path: Path) -> None:
     first = make_tiny_model(tmp_path / "a.gguf", arch, seed=3).read_bytes()
     assert make_tiny_model(tmp_path / "b.gguf", arch, seed=3).read_bytes() == first
     assert make_tiny_model(tmp_path / "b.gguf", arch, seed=4).read_bytes() != first
-    assert len(first) < 800_000
+    assert len(first) < 900_000
 
 
 def test_weights_are_pinned(tmp_path: Path) -> None:

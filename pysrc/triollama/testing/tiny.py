@@ -65,9 +65,10 @@ def make_tiny_model(
 ) -> Path:
     """Write a random model to ``path`` (a GGUF file) and return the path.
 
-    ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, qwen2, qwen3, phi3), with a
-    mixture of experts (qwen3moe: of 4, each token takes 2, half as wide as ``n_ff``), with
-    sliding-window layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba: odd
+    ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, mistral3, qwen2, qwen3, phi3,
+    granite, and smollm3, where every fourth layer knows no positions), with a mixture of experts
+    (qwen2moe, qwen3moe: of 4, each token takes 2, half as wide as ``n_ff``), with sliding-window
+    layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba: odd
     layers attend); or of :data:`ENCODERS` (bert: positions are learned, up to ``n_ctx``; pools by
     the mean). ``seed`` decides the weights, each tensor by itself: changing ``dtype`` or
     ``n_layer`` leaves the numbers behind the other tensors as they were.
@@ -153,6 +154,8 @@ def make_tiny_model(
             w.add_expert_count(N_EXPERT)
             w.add_expert_used_count(N_EXPERT_USED)
             w.add_expert_feed_forward_length(shape.n_ff_expert)
+            if a.shared_expert:
+                w.add_expert_shared_feed_forward_length(shape.n_ff_expert)
         if a.mixer == "attention":
             w.add_rope_freq_base(rope_base)
             _add_rope_scaling(w, rope_scaling, rope_factor, rope_original_ctx)
@@ -218,6 +221,11 @@ def _add_mixer_keys(
             w.add_sliding_window(sliding_window)
             if s.arch == "gemma3":
                 w.add_sliding_window_pattern(swa_pattern)
+        if s.a.scaled:
+            w.add_embedding_scale(1.5)
+            w.add_attention_scale(0.2)
+            w.add_residual_scale(0.5)
+            w.add_logit_scale(1.25)
         if s.arch == "gemma2":
             w.add_attn_logit_softcapping(50.0)
             w.add_final_logit_softcapping(30.0)
@@ -236,6 +244,11 @@ def _add_rope_scaling(w: Any, scaling: str | None, factor: float, original_ctx: 
         )
     else:
         w.add_rope_scaling_factor(factor)
+    if w.arch == "mistral3" and scaling == "yarn":
+        w.add_float32("mistral3.rope.scaling.yarn_beta_fast", 16.0)
+        w.add_float32("mistral3.rope.scaling.yarn_beta_slow", 2.0)
+        w.add_float32("mistral3.rope.scaling.yarn_log_multiplier", 0.5)
+        w.add_float32("mistral3.attention.temperature_scale", 0.1)
 
 
 def _add_vocab(w: Any, vocab: TinyVocab, chat_template: str | None) -> None:

@@ -41,6 +41,8 @@ class Arch(NamedTuple):
     window: bool = False  # has sliding-window layers
     scaled_embedding: bool = False  # the graph multiplies embeddings by sqrt(n_embd)
     experts: bool = False  # a router, and feed-forward layers of which each token takes some
+    shared_expert: bool = False  # one more that all tokens take
+    scaled: bool = False  # the file scales embeddings, scores, what layers add, and logits
     # or mamba, mamba2, jamba (mamba and attention in turn), encoder (attention both ways)
     mixer: str = "attention"
 
@@ -49,6 +51,7 @@ ARCHS: dict[str, Arch] = {
     "llama": Arch("llama", own_head_dim=True),
     "qwen2": Arch("qwen", tied=True, qkv_bias=True),
     "qwen3": Arch("qwen", tied=True, own_head_dim=True, qk_norm=True),
+    "qwen2moe": Arch("qwen", qkv_bias=True, experts=True, shared_expert=True),
     "qwen3moe": Arch("qwen", tied=True, own_head_dim=True, qk_norm=True, experts=True),
     "gemma2": Arch(
         "gemma", tied=True, own_head_dim=True, post_norm=True, window=True, scaled_embedding=True
@@ -63,6 +66,9 @@ ARCHS: dict[str, Arch] = {
         scaled_embedding=True,
     ),
     "phi3": Arch("phi", fused=True),
+    "mistral3": Arch("llama", own_head_dim=True),
+    "smollm3": Arch("llama", tied=True),
+    "granite": Arch("llama", tied=True, scaled=True),
     "mamba": Arch("gpt2", tied=True, mixer="mamba"),
     "mamba2": Arch("gpt2", tied=True, mixer="mamba2"),
     "jamba": Arch("llama", mixer="jamba"),

@@ -177,6 +177,11 @@ def _add_feed_forward(t: Tensors, s: Shape, block: str) -> None:
         t.matrices(block + "ffn_gate_exps.weight", N_EXPERT, s.n_ff_expert, s.n_embd, 1.5)
         t.matrices(block + "ffn_up_exps.weight", N_EXPERT, s.n_ff_expert, s.n_embd, 1.5)
         t.matrices(block + "ffn_down_exps.weight", N_EXPERT, s.n_embd, s.n_ff_expert, _FFN_GAIN)
+        if s.a.shared_expert:
+            t.vector(block + "ffn_gate_inp_shexp.weight", s.n_embd, 2.0 / math.sqrt(s.n_embd))
+            t.matrix(block + "ffn_gate_shexp.weight", s.n_ff_expert, s.n_embd, 1.5)
+            t.matrix(block + "ffn_up_shexp.weight", s.n_ff_expert, s.n_embd, 1.5)
+            t.matrix(block + "ffn_down_shexp.weight", s.n_embd, s.n_ff_expert, _FFN_GAIN)
         return
     if s.a.fused:
         t.matrix(block + "ffn_up.weight", 2 * s.n_ff, s.n_embd, 1.5)

@@ -45,6 +45,9 @@ TARGET_NAMES = {
     "up_proj": "ffn_up",
     "gate_up_proj": "ffn_up",
     "down_proj": "ffn_down",
+    "shared_expert.gate_proj": "ffn_gate_shexp",
+    "shared_expert.up_proj": "ffn_up_shexp",
+    "shared_expert.down_proj": "ffn_down_shexp",
 }
 """Names of target modules as PEFT and transformers say them, and as GGUF does."""
 

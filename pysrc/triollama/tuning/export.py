@@ -46,9 +46,13 @@ _PEFT_MODULES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 # Where an architecture's modules in transformers are not those: one matrix, gate above up.
 _PEFT_FUSED = {"phi3": {"ffn_up": "mlp.gate_up_proj"}}
+_PAIRED = ("llama", "mistral3", "smollm3", "granite")
 
 
 class AdapterCompatibility(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,16 +179,17 @@ def _peft_name(weight: str, part: str, modules: Mapping[str, str]) -> str:
 def _heads_of(weight: str, keys: Mapping[str, Any]) -> int | None:
     """Heads whose rows GGUF stores in another order than transformers, or None.
 
-    Llama's Q and K: transformers rotates halves of a head, GGUF neighbouring pairs, so conversion
-    to GGUF interleaves the halves.
+    Llama's Q and K, and those of its kin: transformers rotates halves of a head, GGUF neighbouring
+    pairs, so conversion to GGUF interleaves the halves.
     """
-    if keys.get("general.architecture") != "llama":
+    arch = keys.get("general.architecture")
+    if arch not in _PAIRED:
         return None
-    n_head = keys["llama.attention.head_count"]
+    n_head = keys[f"{arch}.attention.head_count"]
     if ".attn_q." in weight:
         return int(n_head)
     if ".attn_k." in weight:
-        return int(keys.get("llama.attention.head_count_kv", n_head))
+        return int(keys.get(f"{arch}.attention.head_count_kv", n_head))
     return None
 
 
@@ -245,7 +250,7 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": [modules[target].split(".")[1] for target in trainer.targets],
+        "target_modules": [modules[target].split(".", 1)[1] for target in trainer.targets],
     }
     try:
         target = Path(folder)
