@@ -15,6 +15,7 @@ struct ContextSet {
     std::vector<llama_adapter_lora *> adapters;
     std::vector<float> scales;
     std::vector<float> control;         // rows of n_embd for layers 1.., or empty
+    std::vector<llama_token> invocation;    // the set takes part from the last place on where a prompt says these
     int32_t control_first = 0;
     int32_t control_last  = 0;
 };

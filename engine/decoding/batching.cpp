@@ -7,7 +7,7 @@ namespace triollama::native {
 
 Mode Decoder::Impl::mode_of(const Stream & s) {
     const Request & r = s.request;
-    return {r.set, r.kind == Kind::embed || r.hidden, r.causal || s.work->generated > 0};
+    return {s.work->n_decoded < r.bare ? 0 : r.set, r.kind == Kind::embed || r.hidden, r.causal || s.work->generated > 0};
 }
 
 // A change costs milliseconds, so each mode has several steps before the next in turn.
@@ -122,6 +122,9 @@ int32_t Decoder::Impl::chunk(const Stream & stream, int32_t room) const {
     }
     if (every_output(stream)) {
         n = std::min(n, config.n_outputs);
+    }
+    if (w.n_decoded < stream.request.bare) {
+        n = std::min(n, stream.request.bare - w.n_decoded);
     }
     return std::min(n, room);
 }

@@ -436,6 +436,9 @@ cdef class Decoder(Owner):
 
         control: a control vector beside them, float32 [n_layer - 1, n_embd]: row l - 1 is added to
         the hidden state after layer l.
+
+        An adapter with an ``invocation`` stands alone: a stream's prompt is the bare model's up to
+        the last place where it says that, and the whole stream where it does not.
         """
         cdef decoding.ContextSet native
         cdef Adapter adapter
@@ -457,6 +460,11 @@ cdef class Decoder(Owner):
             adapter.check_model(self.context.model)
             native.adapters.push_back(adapter.ptr)
             native.scales.push_back(scale)
+            if adapter.invocation and (len(chosen) > 1 or control is not None):
+                raise ParameterError(
+                    f"{adapter.path} takes part from its invocation on, and goes with no other",
+                    parameter="adapters")
+            native.invocation = adapter.invocation
         use_adapters(chosen, 1)
         self.sets[number] = chosen
         return wrap_reply(self, self.impl.get().define_set(native_id, native))

@@ -14,6 +14,7 @@ cdef extern from "decoding/backend.hpp" namespace "triollama::native" nogil:
         vector[llama.llama_adapter_lora *] adapters
         vector[float] scales
         vector[float] control
+        vector[llama.llama_token] invocation
         int32_t control_first
         int32_t control_last
 

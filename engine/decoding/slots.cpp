@@ -115,10 +115,18 @@ void Slots::trim(Sequence & sequence, int32_t n) {
     update_runs(sequence);
 }
 
-int32_t Slots::reuse(Sequence & sequence, int32_t wanted, uint64_t set) {
-    const int32_t n = sequence.set == set ? std::min(wanted, sequence.n) : 0;
-    trim(sequence, n);
-    sequence.set = set;
+// How many of its positions are what this set, after so many tokens of the bare model, would compute.
+int32_t Slots::usable(const Sequence & sequence, uint64_t set, int32_t bare) {
+    if (sequence.set == set && sequence.bare == bare) {
+        return sequence.n;
+    }
+    return std::min({sequence.n, sequence.set ? sequence.bare : sequence.n, set ? bare : sequence.n});
+}
+
+int32_t Slots::reuse(Sequence & sequence, int32_t wanted, uint64_t set, int32_t bare) {
+    trim(sequence, std::min(wanted, usable(sequence, set, bare)));
+    sequence.set  = set;
+    sequence.bare = bare;
     return sequence.n;
 }
 
@@ -158,8 +166,9 @@ void Slots::forget_set(uint64_t set) {
         if (sequence.set == set && !sequence.busy) {
             release(sequence);
             forget_saved(sequence);
-            sequence.n   = 0;
-            sequence.set = 0;
+            sequence.n    = 0;
+            sequence.set  = 0;
+            sequence.bare = 0;
         }
     }
 }
@@ -246,13 +255,14 @@ void Slots::remember(Sequence & sequence, std::vector<llama_token> tokens) {
     sequence.tokens.resize(std::min((int32_t) sequence.tokens.size(), sequence.n));
 }
 
-std::pair<Sequence *, int32_t> Slots::find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set) {
+std::pair<Sequence *, int32_t> Slots::find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set,
+                                                 int32_t bare) {
     std::pair<Sequence *, int32_t> best{nullptr, WORTH_SHARING - 1};
     for (Sequence * s : owner) {
-        if (!s || s->busy || s->set != set) {
+        if (!s || s->busy) {
             continue;
         }
-        const int32_t known = std::min({(int32_t) s->tokens.size(), (int32_t) tokens.size(), s->n, most});
+        const int32_t known = std::min({(int32_t) s->tokens.size(), (int32_t) tokens.size(), usable(*s, set, bare), most});
         const int32_t n = (int32_t) (std::mismatch(tokens.begin(), tokens.begin() + known, s->tokens.begin()).first - tokens.begin());
         if (!rules.can_roll_back && n != s->n) {
             continue;
@@ -282,7 +292,8 @@ void Slots::fork(Sequence & from, Sequence & to, int32_t n) {
     release(to);
     forget_saved(to);
     to.n   = 0;
-    to.set = from.set;
+    to.set  = from.set;
+    to.bare = from.bare;
     to.tokens.clear();
     if (!from.busy) {
         to.tokens.assign(from.tokens.begin(), from.tokens.begin() + std::min((int32_t) from.tokens.size(), n));
@@ -360,7 +371,8 @@ bool Slots::shift(Sequence & sequence, int32_t keep, int32_t drop) {
     backend.seq_add(sequence.slot, keep + drop, n, -drop);
     sequence.runs.clear();
     sequence.shares = false;
-    sequence.n = n - drop;
+    sequence.n    = n - drop;
+    sequence.bare = shifted(sequence.bare, keep, drop);
     // A hole would be filled by what comes next, out of order, and sums are rounded in the order of cells. A sequence
     // that was evicted comes back without one, so there are none in the mode that promises equal bits.
     return rules.unified || reload(sequence);
@@ -405,7 +417,8 @@ bool Slots::load(Sequence & sequence, const uint8_t * data, size_t size, int32_t
         release(sequence);
         return false;
     }
-    sequence.set = set;
+    sequence.set  = set;
+    sequence.bare = 0;
     trim(sequence, n);
     if (sequence.n == 0) {
         release(sequence);

@@ -5,6 +5,7 @@
 #include "decoding/cost.hpp"
 #include "kv/disk.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -29,6 +30,7 @@ struct Sequence {
     int32_t  slot = -1;         // the context's sequence id, or -1: no KV there
     int32_t  n = 0;             // positions [0, n) are valid in the slot, or else in `host` or on disk
     uint64_t set = 0;           // the ContextSet that computed them
+    int32_t  bare = 0;          // but for so many at the beginning, which the bare model did
     uint64_t used = 0;          // for least recently used
     bool     busy = false;      // a stream is using it
     bool     kept = false;      // lives on without a stream
@@ -66,8 +68,8 @@ public:
 
     // Gives it a slot: its own, a free one, or one of the least recently used idle sequence. False: all are busy.
     bool acquire(Sequence & sequence);
-    // Prepares the slot to go on from at most `wanted`; returns the position to go on from.
-    int32_t reuse(Sequence & sequence, int32_t wanted, uint64_t set);
+    // Prepares the slot to go on from at most `wanted`, by this set after `bare` tokens; returns the position to go on from.
+    int32_t reuse(Sequence & sequence, int32_t wanted, uint64_t set, int32_t bare);
     // Removes what is at or after `n`. Where that cannot be done exactly everything goes, and sequence.n is 0.
     void trim(Sequence & sequence, int32_t n);
     // Takes the slot away, keeping the KV in host memory if there is room, and making room by moving what was used
@@ -83,13 +85,15 @@ public:
     void remember(Sequence & sequence, std::vector<llama_token> tokens);
     // The idle sequence with the longest beginning in common with `tokens`, and how many of them, at most `most`, at
     // least WORTH_SHARING. Or none.
-    std::pair<Sequence *, int32_t> find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set);
+    std::pair<Sequence *, int32_t> find_alike(const std::vector<llama_token> & tokens, int32_t most, uint64_t set,
+                                              int32_t bare);
     // A spare one as somebody's own.
     Sequence & adopt(Sequence & spare, uint64_t id);
 
     void fork(Sequence & from, Sequence & to, int32_t n);
     // Removes the positions [keep, keep + drop) and moves down what follows. Cells that others share are copied first.
     bool shift(Sequence & sequence, int32_t keep, int32_t drop);
+    static int32_t shifted(int32_t n, int32_t keep, int32_t drop) { return n <= keep ? n : std::max(keep, n - drop); }
     std::string save(Sequence & sequence);
     bool load(Sequence & sequence, const uint8_t * data, size_t size, int32_t n, uint64_t set);
 
@@ -106,6 +110,7 @@ public:
     int64_t spills     = 0;         // from host memory to disk
 
 private:
+    static int32_t usable(const Sequence & sequence, uint64_t set, int32_t bare);
     bool continuable(int32_t slot, int32_t n);
     int32_t oldest_needed(int32_t n) const;     // to go on at n
     bool reload(Sequence & sequence);

@@ -99,6 +99,7 @@ struct Request {
     int32_t threads_batch = 0;
 
     uint64_t set = 0;                       // a ContextSet defined before; 0: the bare model
+    int32_t bare = 0;                       // so many tokens come before the set is invoked: the bare model's
     int32_t priority = 0;                   // higher goes first
     int32_t capacity = 64;                  // pieces the ring holds before the stream parks
 };

@@ -39,6 +39,17 @@ void Decoder::Impl::arrive(const StreamPtr & stream) {
         fail(stream, Failure::adapter, "the stream names a set of adapters that was never defined");
         return;
     }
+    const std::vector<llama_token> & invocation = sets.at(r.set).invocation;
+    if (!invocation.empty()) {
+        const std::vector<llama_token> & tokens = stream->work->tokens;
+        const auto at = std::find_end(tokens.begin(), tokens.end(), invocation.begin(), invocation.end());
+        if (!r.causal) {
+            fail(stream, Failure::adapter, "without causal attention no adapter can take part from its invocation on");
+            return;
+        }
+        r.bare = (int32_t) (at - tokens.begin());
+        r.set  = at == tokens.end() ? 0 : r.set;
+    }
     enqueue(stream);
 }
 
@@ -80,7 +91,7 @@ Sequence & Decoder::Impl::begin(Stream & stream) {
     const bool scores = r.kind == Kind::score && r.given > 1;
     if (config.spares && (r.kind == Kind::generate || scores) && r.causal) {
         const int32_t most = scores ? std::min(stream.work->n_end, r.given) - 1 : stream.work->n_end - 1;
-        const auto [source, n] = slots.find_alike(stream.work->tokens, most, r.set);
+        const auto [source, n] = slots.find_alike(stream.work->tokens, most, r.set, r.bare);
         if (source) {
             r.cached = n;
             // Where a score begins others beside it may; they find what it leaves, too.
@@ -103,7 +114,7 @@ void Decoder::Impl::start(const StreamPtr & stream, Sequence & sequence) {
     const bool scores = stream->request.kind == Kind::score && stream->request.given > 1;
     const bool fresh = !(stream->request.kind == Kind::generate || scores) || !stream->request.causal;
     const int32_t wanted = fresh ? 0 : again ? w.n_decoded : stream->request.cached;
-    w.n_decoded = slots.reuse(sequence, std::min(wanted, w.n_end - 1), stream->request.set);
+    w.n_decoded = slots.reuse(sequence, std::min(wanted, w.n_end - 1), stream->request.set, stream->request.bare);
     if (stream->request.kind == Kind::score) {      // what is computed again is said again
         const size_t known = (size_t) std::max(0, w.n_decoded - (stream->request.given - 1));
         stream->values.resize(std::min(stream->values.size(), known));

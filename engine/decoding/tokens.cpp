@@ -199,6 +199,7 @@ bool Decoder::Impl::shift(Stream & stream) {
     w.tokens.erase(w.tokens.begin() + keep, w.tokens.begin() + keep + drop);
     w.n_decoded -= drop;
     w.n_end = (int32_t) w.tokens.size();
+    stream.request.bare = Slots::shifted(stream.request.bare, keep, drop);
     w.n_prompt = std::max(std::min(keep, w.n_prompt), w.n_prompt - drop);
     stream.shifted += drop;
     stream.shifts.push_back(drop);

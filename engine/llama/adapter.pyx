@@ -132,6 +132,16 @@ cdef class Adapter(Owner):
             self.metadata_ = found
         return dict(self.metadata_)
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens that activate it (aLoRA, arXiv:2504.12397): a Decoder has it take part from
+        the last place on where a prompt says them. () for one that takes part everywhere."""
+        self.alive()
+        cdef const llama.llama_token * tokens = llama.llama_adapter_get_alora_invocation_tokens(self.ptr)
+        cdef uint64_t n = llama.llama_adapter_get_alora_n_invocation_tokens(self.ptr)
+        cdef uint64_t i
+        return tuple([tokens[i] for i in range(n)])
+
 
 cdef Adapter adopt_adapter(Model model, str path, llama.llama_adapter_lora * ptr):
     """An Adapter of what is loaded already."""

@@ -281,6 +281,9 @@ cdef extern from "llama.h" nogil:
         const llama_adapter_lora * adapter, int32_t i, char * buf, size_t buf_size) noexcept
     int32_t llama_adapter_meta_val_str_by_index(
         const llama_adapter_lora * adapter, int32_t i, char * buf, size_t buf_size) noexcept
+    uint64_t llama_adapter_get_alora_n_invocation_tokens(const llama_adapter_lora * adapter) noexcept
+    const llama_token * llama_adapter_get_alora_invocation_tokens(
+        const llama_adapter_lora * adapter) noexcept
     int32_t llama_set_adapters_lora(
         llama_context * ctx,
         llama_adapter_lora ** adapters,

@@ -8,6 +8,7 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -98,6 +99,8 @@ template <typename F> void AdapterSet::for_each(AdapterPart part, F && visit) co
 
 namespace {
 
+constexpr const char * invocation_key = "adapter.alora.invocation_tokens";
+
 void require_size(size_t n, size_t expected) {
     if (n != expected) {
         throw std::invalid_argument("expected " + std::to_string(expected) + " values, one for each parameter, not " +
@@ -162,6 +165,10 @@ void AdapterSet::save(const std::string & path, const std::string & architecture
     gguf_set_val_str(gguf.get(), "general.architecture", architecture.c_str());
     gguf_set_val_str(gguf.get(), "adapter.type", "lora");
     gguf_set_val_f32(gguf.get(), "adapter.lora.alpha", settings.gguf_alpha());
+    if (!settings.invocation.empty()) {
+        const std::vector<uint32_t> tokens(settings.invocation.begin(), settings.invocation.end());
+        gguf_set_arr_data(gguf.get(), invocation_key, GGUF_TYPE_UINT32, tokens.data(), tokens.size());
+    }
 
     // Their values may be in a GPU's memory: they follow one by one.
     for_each(PART_WEIGHTS, [&](ggml_tensor * t) { gguf_add_tensor(gguf.get(), t); });
@@ -191,6 +198,10 @@ void AdapterSet::load(const std::string & path, const std::string & architecture
     if (!(std::fabs(alpha - want) <= 1e-5f * std::fabs(want))) {
         throw format_error(path + ": adapter.lora.alpha is " + std::to_string(alpha) + ", this run has " +
                            std::to_string(want));
+    }
+    const std::vector<double> invocation = meta.numbers(invocation_key).value_or(std::vector<double>());
+    if (!std::equal(invocation.begin(), invocation.end(), settings.invocation.begin(), settings.invocation.end())) {
+        throw format_error(path + ": " + invocation_key + " is not what invokes the adapter of this run");
     }
 
     ggml_context * raw = nullptr;

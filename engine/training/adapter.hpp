@@ -17,6 +17,8 @@ struct AdapterConfig {
     bool  rslora = false;                 // scale by alpha / sqrt(rank) instead of alpha / rank
     std::vector<std::string> targets;     // names within a layer, such as "attn_q"; empty: every matrix
     uint64_t seed = 0;
+    // Of an activated adapter (arXiv:2504.12397): it takes part from the last place on where a text says these.
+    std::vector<int32_t> invocation;
 
     float scale() const;
     float gguf_alpha() const;   // what a GGUF file says so that llama.cpp's alpha / rank is scale()
@@ -57,7 +59,7 @@ public:
     // llama.cpp's adapter format; extra pairs are written as string metadata. Throws file_error if writing fails.
     void save(const std::string & path, const std::string & architecture,
               const std::vector<std::pair<std::string, std::string>> & metadata) const;
-    // Throws format_error unless the file holds exactly these pairs with these shapes and this scale.
+    // Throws format_error unless the file holds exactly these pairs with these shapes, this scale and this invocation.
     void load(const std::string & path, const std::string & architecture);
 
 private:

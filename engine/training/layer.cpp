@@ -53,6 +53,9 @@ ggml_tensor * LayerBuilder::linear(Graph & graph, ggml_tensor * weight, ggml_ten
             x = ggml_mul(c, x, mask->second);
         }
         ggml_tensor * low = ggml_scale(c, ggml_mul_mat(c, lora->a, x), adapters.config().scale());
+        if (inputs.adapted) {
+            low = ggml_mul(c, low, inputs.adapted);
+        }
         y = ggml_add(c, y, ggml_mul_mat(c, lora->b, low));
     }
     return bias ? ggml_add(c, y, bias) : y;

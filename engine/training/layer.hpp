@@ -14,6 +14,7 @@ struct LayerInputs {
     ggml_tensor * positions = nullptr;   // I32 [n_tokens]
     ggml_tensor * mask = nullptr;        // F32 [n_tokens, n_tokens]: 0 where a query may see a key, else -infinity
     ggml_tensor * mask_swa = nullptr;    // the same within the sliding window; null if there is none
+    ggml_tensor * adapted = nullptr;     // F32 [1, n_tokens]: 1 where adapters take part, else 0; null: everywhere
     // Of each adapter input: 0 for a dropped element, 1 / (1 - p) for a kept one. Empty without dropout.
     std::unordered_map<const ggml_tensor *, ggml_tensor *> dropout;
 };

@@ -24,6 +24,22 @@ int64_t longest_matrix(const FrozenModel & model) {
     return std::max<int64_t>(rows, 4096);   // and blocks of the output matrix
 }
 
+// 1 from the last invocation in each text on, where there is one.
+std::vector<float> adapted_tokens(const TrainingRow & row, const std::vector<int32_t> & invocation) {
+    std::vector<float> adapted(row.tokens.size(), 0.0f);
+    const auto begin = row.tokens.begin();
+    for (size_t first = 0, last; first < row.tokens.size(); first = last) {
+        last = first + 1;
+        while (last < row.tokens.size() && row.segments[last] == row.segments[first]) {
+            ++last;
+        }
+        const auto end   = begin + static_cast<std::ptrdiff_t>(last);
+        const auto found = std::find_end(begin + static_cast<std::ptrdiff_t>(first), end, invocation.begin(), invocation.end());
+        std::fill(adapted.begin() + (found - begin), adapted.begin() + (end - begin), 1.0f);
+    }
+    return adapted;
+}
+
 }  // namespace
 
 // What depends on the length of the row.
@@ -56,6 +72,9 @@ struct Trainer::Activations {
         if (m.n_swa) {
             inputs.mask_swa = store.add(GGML_TYPE_F32, n_tokens, n_tokens);
         }
+        if (!adapters.config().invocation.empty()) {
+            inputs.adapted = store.add(GGML_TYPE_F32, 1, n_tokens);
+        }
         if (dropout) {
             // One mask for each target, shared by all layers, which have the same shapes: drawn anew before each.
             const size_t per_layer = adapters.config().targets.size();
@@ -80,6 +99,11 @@ Trainer::Trainer(const TrainerConfig & config)
       builder(*frozen, *adapters),
       head(*frozen),
       constants(4) {
+    for (const int32_t token : config.adapter.invocation) {
+        if (token < 0 || token >= frozen->info().n_vocab) {
+            throw std::invalid_argument("the invocation token " + std::to_string(token) + " is not in the vocabulary");
+        }
+    }
     if (!(config.dropout >= 0.0f && config.dropout < 1.0f)) {
         throw std::invalid_argument("dropout must be at least 0 and below 1, not " + std::to_string(config.dropout));
     }
@@ -172,6 +196,11 @@ void Trainer::prepare(const TrainingRow & row) {
     ggml_backend_tensor_set(activations->tokens, row.tokens.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->positions, row.positions.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->picked, picked.data(), 0, picked.size() * sizeof(int32_t));
+
+    if (activations->inputs.adapted) {
+        const std::vector<float> adapted = adapted_tokens(row, settings.adapter.invocation);
+        ggml_backend_tensor_set(activations->inputs.adapted, adapted.data(), 0, adapted.size() * sizeof(float));
+    }
 
     const int window = frozen->info().n_swa;
     std::vector<float> mask(n * n, -INFINITY), windowed(window ? n * n : 0, -INFINITY);
@@ -383,6 +412,9 @@ void Trainer::save_adapter(const std::string & path,
 void Trainer::load_adapter(const std::string & path) { adapters->load(path, frozen->info().arch->name); }
 
 void Trainer::save_merged(const std::string & path, ggml_type type) const {
+    if (!settings.adapter.invocation.empty()) {
+        throw unsupported_error("an activated adapter takes part from its invocation on, and merged weights everywhere");
+    }
     merge_adapter(settings.model_path, *adapters, path, type);
 }
 

@@ -114,6 +114,21 @@ def read_gguf(path) -> tuple[dict[str, str | float], dict[str, tuple[str, tuple[
         del meta
 
 
+def gguf_numbers(path, key: str) -> list[float] | None:
+    """An array of numbers among the metadata of a GGUF file; None if there is none by this key.
+    Raises ModelNotFoundError, ModelFormatError."""
+    cdef string raw_path = path_bytes("path", path)
+    cdef string raw_key = encoded("key", key)
+    check_magic(os.fsdecode(<bytes>raw_path), "", ModelFormatError)
+    cdef training.GgufMeta * meta = new training.GgufMeta(raw_path)
+    cdef optional[vector[double]] found
+    try:
+        found = meta.numbers(raw_key)
+        return list(found.value()) if found.has_value() else None
+    finally:
+        del meta
+
+
 def gguf_bytes(path) -> dict[str, int]:
     """Bytes of the tensors of a GGUF file, by type. Raises ModelNotFoundError, ModelFormatError."""
     cdef string raw_path = path_bytes("path", path)
@@ -201,6 +216,9 @@ cdef class Trainer(Owner):
     weights to F32; ``"fast"`` rounds both sides of large products to BF16 where the processor has
     matrix tiles, and without AVX-512 multiplies quantised weights with quantised activations on
     the way forward.
+    invocation: tokens that activate the adapter (aLoRA, arXiv:2504.12397): it takes part from the
+    last place on where a text says them, and before that the model is the bare one, whose KV serves
+    it; () is an adapter that takes part everywhere.
     n_gpu_layers: above 0 the graphs run on the GPU. kernel: one of ``training_kernels`` for matrix
     products on the CPU; default: the fastest that the precision admits.
 
@@ -216,7 +234,7 @@ cdef class Trainer(Owner):
     def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
                  precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0,
-                 kernel: str | None = None):
+                 kernel: str | None = None, invocation=()):
         cdef training.TrainerConfig config
         self.begin()
         cdef bytes raw_path = path_bytes("path", path)
@@ -231,6 +249,8 @@ cdef class Trainer(Owner):
         config.n_threads = check_int(
             "threads", default_threads() if threads is None else threads, 1, 512)
         config.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        for token in invocation:
+            config.adapter.invocation.push_back(check_int("invocation", token, 0, 2**31 - 1))
         if kernel is not None:
             config.kernel = <training.ProductKernel><int>check_choice("kernel", kernel, _KERNELS)
         if targets != "all-linear":
@@ -347,6 +367,13 @@ cdef class Trainer(Owner):
     def rslora(self) -> bool:
         self.alive()
         return self.native.adapter().config().rslora
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens that activate the adapter; () if it takes part everywhere."""
+        self.alive()
+        cdef vector[int32_t] tokens = self.native.adapter().config().invocation
+        return tuple([<int>token for token in tokens])
 
     @property
     def n_parameters(self) -> int:

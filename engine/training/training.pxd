@@ -39,6 +39,7 @@ cdef extern from "llama/gguf_meta.hpp" namespace "triollama::native" nogil:
         GgufMeta(const string & path) except +raise_trainer_error
         optional[string] text(const string & key) except +raise_trainer_error
         optional[double] number(const string & key) except +raise_trainer_error
+        optional[vector[double]] numbers(const string & key) except +raise_trainer_error
         vector[string] keys() except +raise_trainer_error
         vector[GgufTensor] tensors() except +raise_trainer_error
 
@@ -53,6 +54,7 @@ cdef extern from "training/adapter.hpp" namespace "triollama::native" nogil:
         cpp_bool rslora
         vector[string] targets
         uint64_t seed
+        vector[int32_t] invocation
 
     cdef cppclass LoraPair:
         string name

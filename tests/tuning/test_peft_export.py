@@ -145,3 +145,33 @@ def test_peft_computes_what_we_do(
     tuned = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
     assert loss_of(tuned, tokens, labels) == pytest.approx(expected, abs=1e-4)
     assert expected < bare - 0.1
+
+
+def test_an_activated_adapter_is_peft_s(tiny: Any, tmp_path: Path) -> None:
+    """aLoRA: PEFT finds the invocation in the tokens, as the engine does."""
+    path = tiny("llama")
+    tokens, labels = example()
+    tokens[[4, 5]] = tokens[[20, 21]] = 7, 8
+    labels = np.append(tokens[1:], -1).astype(np.int32)
+    options: dict[str, Any] = {"rank": 4, "alpha": 8.0, "invocation": (7, 8)}
+    with _engine.Trainer(path, threads=2, **options) as trainer:
+        bare = trainer.evaluate(tokens, labels).loss
+        for _ in range(5):
+            trainer.forward_backward(tokens, labels)
+            trainer.adamw_step(1e-2)
+        expected = trainer.evaluate(tokens, labels).loss
+        trainer.clear_gradients()
+        trainer.forward_backward(tokens, labels)
+        gradients, names = trainer.get("gradients"), [name for name, *_ in trainer.layout]
+        save_peft(trainer, tmp_path / "peft")
+    tuned = peft.PeftModel.from_pretrained(in_transformers(path), tmp_path / "peft")
+    assert loss_of(tuned, tokens, labels) == pytest.approx(expected, abs=1e-4)
+    assert expected < bare - 0.05
+    assert len(names) * 2 == sum("lora_" in name for name, _ in tuned.named_parameters())
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    logits = tuned(input_ids=torch.as_tensor(tokens)[None].long(), use_cache=False).logits[0]
+    wanted = torch.as_tensor(labels).long()
+    torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-1).backward()
+    norm = sum(float(p.grad.pow(2).sum()) for p in tuned.parameters() if p.grad is not None) ** 0.5
+    assert norm == pytest.approx(float(np.linalg.norm(gradients)), rel=1e-4)

@@ -13,7 +13,7 @@ from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_te
 from ..checks import check_kind, shown
 from ..engine.adapters import Adapters
 from ..engine.core import Core
-from ..engine.loaded import LoadedAdapter, Scaled
+from ..engine.loaded import LoadedAdapter, Scaled, activated
 from ..errors import ParameterError
 from ..files import Message
 from ..params import GenerationParams, draw_seed
@@ -155,14 +155,15 @@ class Conversation:
     def set_adapters(self, adapters: Iterable[tuple[LoadedAdapter, float]]) -> None:
         """Speak with these from the next turn on, in place of those before; ``()``: the bare model.
 
-        What the old ones computed is forgotten, so the next turn computes the whole conversation.
-        BusyResourceError in mid-turn; ParameterError for what is not loaded.
+        What the old ones computed is forgotten, so the next turn computes the whole conversation,
+        except between the bare model and adapters with an ``invocation``. BusyResourceError in mid-turn; ParameterError for what is not loaded.
         """
         self._ledger.check_idle()
         chosen = self._house.adapters.check(adapters)
         if chosen != self.adapters:
+            if not activated(chosen + self.adapters):
+                self._ledger.forget()
             self._ledger.chosen = chosen
-            self._ledger.forget()
             self._touch()
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import trio
 
 from ..answers import Structured, Toolbox
+from ..engine.loaded import activated
 from ..engine.protocol import EngineStream, Taken
 from ..errors import BusyError, StateError
 from ..files import Message
@@ -129,7 +130,8 @@ class TurnStream(Stream):
         if plan.shift is not None and self._remembers(base, plan.shift):
             await ledger.sequences.shift(sequence, plan.shift)
         ledger.check_open()
-        cached = await ledger.sequences.borrow(sequence, plan, adapters)
+        begin_with = 0 if activated(ledger.chosen) else adapters
+        cached = await ledger.sequences.borrow(sequence, plan, begin_with)
         params = self.params
         if params.context_overflow == "shift":
             params = params.replace(n_keep=plan.n_keep)

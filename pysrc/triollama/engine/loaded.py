@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedAdapter",
     "Scaled",
+    "activated",
     "control_vector",
     "digest_of",
     "find",
@@ -31,7 +32,8 @@ __all__ = [
 
 class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
     """An adapter ready for use: give it to ``adapters=[(adapter, scale)]`` of a stream or a
-    conversation.
+    conversation. One with an ``invocation`` (aLoRA) takes part from the last place on where a
+    prompt says these tokens, so the bare model's memory serves it; it stands alone.
 
     ``kind``: "lora", or "control" for a control vector. ``path``: its file; empty for a control
     vector given as an array. ``digest``: of its contents, by which saved conversations know it.
@@ -41,6 +43,11 @@ class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
     digest: bytes
     inner: Any
     kind: Literal["lora", "control"] = "lora"
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens that activate it; () for one that takes part everywhere."""
+        return getattr(self.inner, "invocation", ())
 
     def __repr__(self) -> str:
         return f"<LoadedAdapter {self.path!r}, {self.kind}>"
@@ -131,7 +138,17 @@ def scaled(
         )
     if len({adapter.digest for adapter, _ in chosen}) != len(chosen):
         raise ParameterError("an adapter is named twice", parameter="adapters")
+    if len(chosen) > 1 and any(adapter.invocation for adapter, _ in chosen):
+        raise ParameterError(
+            "an adapter that takes part from its invocation on goes with no other",
+            parameter="adapters",
+        )
     return tuple(chosen)
+
+
+def activated(adapters: Scaled) -> bool:
+    """Whether what comes before an invocation is the bare model's."""
+    return all(adapter.invocation for adapter, _ in adapters)
 
 
 def saved(adapters: Scaled) -> tuple[files.SavedAdapter, ...]:

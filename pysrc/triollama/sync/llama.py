@@ -12,7 +12,7 @@ from .._engine import Adapter, Batch, Context, Model, read_control_vector, score
 from ..checks import check_kind, shown
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
-from ..errors import BusyError, ParameterError
+from ..errors import BusyError, ParameterError, UnsupportedError
 from ..files.store import name_of
 from ..params import GenerationParams, make_params, make_raw_params
 from ..results import Completion, Score
@@ -377,12 +377,19 @@ class Llama:
 
     def load_adapter(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """Load a LoRA adapter in llama.cpp's GGUF format, to be named in ``adapters=``. The same
-        contents are loaded once. Raises AdapterError; BusyError while a stream is open."""
+        contents are loaded once. Raises AdapterError; UnsupportedError for one with an
+        ``invocation``, which the trio side serves; BusyError while a stream is open."""
         self._check_no_stream()
         name = name_of(path)
         digest = loaded.digest_of(name)
         if digest not in self._loaded:
-            self._loaded[digest] = LoadedAdapter(name, digest, Adapter(self.model, name))
+            adapter = LoadedAdapter(name, digest, Adapter(self.model, name))
+            if adapter.invocation:
+                adapter.inner.close()
+                raise UnsupportedError(
+                    f"{name} takes part from its invocation on: triollama.open_llama serves it so"
+                )
+            self._loaded[digest] = adapter
         return self._loaded[digest]
 
     def load_control_vector(

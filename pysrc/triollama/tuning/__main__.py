@@ -157,7 +157,9 @@ def _config(options: argparse.Namespace) -> TrainingConfig:
     for field in msgspec.structs.fields(TrainingConfig):
         value = getattr(options, field.name)
         if isinstance(value, str):
-            if field.name == "targets" and value != "all-linear":
+            if field.name == "invocation":
+                pass
+            elif field.name == "targets" and value != "all-linear":
                 value = tuple(value.split(","))
             elif field.name == "qlora":
                 value = QLoRAConfig(quant_type=value, double_quant="_k" in value.lower())
@@ -270,7 +272,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         found = check_adapter(options.adapter, path)
         if not found.is_compatible:
             raise IncompatibleAdapterError("; ".join(found.problems), path=options.adapter)
-        shape = {"rank": found.rank, "alpha": found.alpha or found.rank, "targets": found.targets}
+        shape = {
+            "rank": found.rank,
+            "alpha": found.alpha or found.rank,
+            "targets": found.targets,
+            "invocation": found.invocation,
+        }
     watch = Watch()
     with Trainer(path, threads=options.threads, **shape) as trainer:
         if options.adapter:

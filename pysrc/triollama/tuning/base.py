@@ -9,6 +9,7 @@ from .._engine import Trainer, quantize, read_gguf
 from ..errors import ParameterError, UnsupportedError
 from .config import TrainingConfig
 from .errors import InvalidRankError, UnsupportedModelError
+from .invocation import invocation_tokens
 
 __all__ = ["open_trainer", "quantised", "wants_quantising"]
 
@@ -29,6 +30,7 @@ def open_trainer(path: str, config: TrainingConfig) -> Trainer:
             precision=config.effective_precision,
             threads=config.threads,
             n_gpu_layers=config.n_gpu_layers,
+            invocation=invocation_tokens(path, config.invocation),
         )
     except UnsupportedError as error:
         raise UnsupportedModelError(str(error)) from error

@@ -133,7 +133,10 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Adapter
         ``rank`` (1 to 128; InvalidRankError), ``alpha``, ``rslora`` (scale alpha / sqrt(rank)
         instead of alpha / rank), ``targets`` (``"all-linear"``, or names as GGUF or PEFT has them:
-        ``("attn_q", "v_proj")``), ``dropout`` on the adapters' inputs.
+        ``("attn_q", "v_proj")``), ``dropout`` on the adapters' inputs. ``invocation``: an activated
+        adapter (aLoRA, arXiv:2504.12397), which takes part from the last place on where a text says
+        this (as text, special tokens by their names, or as tokens), so that the bare model's memory
+        of what comes before serves it; None is one that takes part everywhere.
 
     Optimiser
         ``learning_rate`` (above 0, at most 1; InvalidLearningRateError), ``schedule``
@@ -172,6 +175,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rslora: bool = False
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
+    invocation: str | tuple[int, ...] | None = None
 
     learning_rate: float = 2e-4
     schedule: str = "constant"
@@ -247,8 +251,22 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                     parameter=name,
                     value=getattr(self, name),
                 )
-        if isinstance(self.targets, list):  # as JSON has it; a tuple equals none
-            msgspec.structs.force_setattr(self, "targets", tuple(self.targets))
+        for name in ("targets", "invocation"):
+            if isinstance(getattr(self, name), list):  # as JSON has it; a tuple equals none
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        said = self.invocation
+        if said is not None and not (
+            said
+            and (
+                isinstance(said, str)
+                or (isinstance(said, tuple) and all(_is_int(t) and 0 <= t < 2**31 for t in said))
+            )
+        ):
+            raise InvalidSettingError(
+                f"invocation must be None, a text or a tuple of tokens, not {shown(said)}",
+                parameter="invocation",
+                value=said,
+            )
         if not self.targets or (isinstance(self.targets, str) and self.targets != "all-linear"):
             raise InvalidSettingError(
                 f"targets must be 'all-linear' or a tuple of names, not {shown(self.targets)}",

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .._engine import Trainer, quantize, read_gguf
+from .._engine import Trainer, gguf_numbers, quantize, read_gguf
 from ..checks import check_kind, check_path
 from ..errors import ModelFormatError, ModelNotFoundError, ParameterError
 from ..writing import beside, write_file
@@ -25,6 +25,7 @@ from .errors import (
     ModelExportError,
     ModelSaveError,
 )
+from .invocation import INVOCATION_KEY
 from .tensors import TensorFileError, read_tensors, write_tensors
 
 __all__ = [
@@ -59,7 +60,8 @@ class AdapterCompatibility(msgspec.Struct, frozen=True, kw_only=True):
     """Whether an adapter fits a model, and what its file says.
 
     ``problems`` make it incompatible; ``warnings`` do not. ``base_fingerprint`` is that of the
-    model it was trained on, if the file tells (files of other programs do not).
+    model it was trained on, if the file tells (files of other programs do not). ``invocation``: the
+    tokens that activate it (aLoRA); () if it takes part everywhere.
     """
 
     is_compatible: bool
@@ -70,6 +72,7 @@ class AdapterCompatibility(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float = 0.0
     targets: tuple[str, ...] = ()
     base_fingerprint: str | None = None
+    invocation: tuple[int, ...] = ()
 
 
 def check_adapter(
@@ -159,6 +162,7 @@ def check_adapter(
         alpha=float(alpha),
         targets=tuple(sorted({base.split(".")[2] for base in pairs if base.count(".") == 3})),
         base_fingerprint=base_fingerprint,
+        invocation=tuple(map(int, gguf_numbers(path, INVOCATION_KEY) or ())),
     )
 
 
@@ -249,6 +253,7 @@ def save_peft(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        "alora_invocation_tokens": list(trainer.invocation) or None,
         "modules_to_save": None,
         "target_modules": [modules[target].split(".", 1)[1] for target in trainer.targets],
     }
@@ -298,6 +303,11 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
     ):
         if config.get(key, False if key == "use_rslora" else None) != want:
             raise refuse(f"{key} is {config.get(key)!r}, this run has {want!r}")
+    if (config.get("alora_invocation_tokens") or []) != list(trainer.invocation):
+        raise refuse(
+            f"alora_invocation_tokens is {config.get('alora_invocation_tokens')}, this run has"
+            f" {list(trainer.invocation)}"
+        )
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(key):
             raise refuse(f"{key} is not supported")
@@ -330,7 +340,7 @@ def save_merged(trainer: Trainer, path: str | PathLike[str], *, ftype: str = "au
     changes is mostly smaller than a step of four bits; ``"keep"`` quantises them anew to the type
     they had; ``"f16"`` and ``"f32"`` are for all adapted matrices. Another type of
     ``triollama.quantize`` (``"q8_0"``, ``"q4_k_m"``...) is for the whole model. Raises
-    ModelSaveError, ParameterError.
+    ModelSaveError, ParameterError, and UnsupportedError for an adapter with an invocation.
     """
     target = check_path("path", path)
     check_kind("trainer", trainer, Trainer)

@@ -40,6 +40,7 @@ from .config import TrainingConfig, learning_rate_at
 from .dataset import TrainingDataset
 from .errors import CheckpointError, InvalidSettingError, LoRASaveError, NonFiniteLossError
 from .evaluate import Progress
+from .invocation import check_invoked
 from .objective import Metrics, StepLoss, objective_of
 from .plan import Plan
 from .records import TrainingStep, TrainingSummary
@@ -146,6 +147,10 @@ class TrainingRun:
             self._trainer = open_trainer(self._base(), self.config)
             if self._adapter is not None:
                 self._trainer.load_adapter(self._adapter)
+            if self._trainer.invocation:
+                examples = (*self.dataset.train, *self.dataset.validation)
+                parts = (part for example in examples for part in example.parts)
+                check_invoked(parts, self._trainer.invocation)
             self._fingerprint = self._trainer.fingerprint.hex()
             self._architecture = self._trainer.architecture
             if resume and self._checkpoint:

@@ -178,6 +178,12 @@ class Tuner:
                 _log.warning("%s; going on without it", reason)
                 return None
             raise IncompatibleAdapterError(reason, path=os.fspath(path))
+        if found.invocation:
+            raise AdapterApplicationError(
+                f"the adapter {path} takes part from its invocation on: triollama.open_llama serves"
+                " it so",
+                path=os.fspath(path),
+            )
         for warning in found.warnings:
             _log.info("adapter %s: %s", path, warning)
         old = self._loaded.get(name)
