@@ -218,7 +218,6 @@ def test_a_run_takes_a_text_and_refuses_what_it_cannot_teach(tiny: Any, tmp_path
     with train(path, last, config, checkpoint=tmp_path / "run.ckpt") as run:
         assert run.trainer.invocation == expected
         list(run)
-        assert run.trainer.gradient_norm() == 0.0
         run.save_adapter(tmp_path / "adapter.gguf")
     with train(path, last, config, checkpoint=tmp_path / "run.ckpt", resume=True) as run:
         assert run.resumed_at == 3

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ from .config import TrainingConfig, learning_rate_at
 from .dataset import TrainingDataset
 from .errors import CheckpointError, InvalidSettingError, LoRASaveError, NonFiniteLossError
 from .evaluate import Progress
+from .evaluations import Best, Evaluations
 from .invocation import check_invoked
 from .objective import Metrics, StepLoss, objective_of
 from .plan import Plan
@@ -54,20 +55,6 @@ Status = Literal["pending", "running", "stopped", "completed", "failed"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints where nobody says how many steps."""
-
-
-class _Best(NamedTuple):
-    step: int
-    loss: float
-    weights: NDArray[np.float32]
-
-
-class _Evaluated(NamedTuple):
-    """The evaluations so far; replaced as a whole, so that what interrupts leaves none by half."""
-
-    losses: tuple[tuple[int, float], ...] = ()
-    accuracies: tuple[float, ...] = ()
-    best: _Best | None = None
 
 
 class TrainingRun:
@@ -125,7 +112,7 @@ class TrainingRun:
         self._sigterm = Sigterm(self.abort)
         self._losses: list[float] = []
         self._speeds: list[float] = []
-        self._evaluated = _Evaluated()
+        self._evaluated = Evaluations()
         self._stopped_early = False
         self._last_weights: NDArray[np.float32] | None = (
             None  # where the best ones took their place
@@ -254,7 +241,7 @@ class TrainingRun:
             return
         try:
             self._evaluate_if_due()  # a run interrupted right after a step has this still to do
-            while trainer.step < plan.total_steps and not self._exhausted():
+            while trainer.step < plan.total_steps and not self._evaluated.exhaust(config.patience):
                 begun = time.monotonic()
                 index = trainer.step
                 rate = learning_rate_at(config, index, plan.total_steps)
@@ -346,23 +333,13 @@ class TrainingRun:
         )
         if not self.dataset.validation or (step and not due):
             return None
-        losses, accuracies, best = self._evaluated
-        if losses and losses[-1][0] == step:
+        if self._evaluated.has(step):
             return None
         found = self._objective.evaluate(self.trainer, self._progress)
-        if best is None or found.average_loss < best.loss - self.config.min_delta:
-            best = _Best(step, found.average_loss, self.trainer.get("weights"))
-        self._evaluated = _Evaluated(
-            (*losses, (step, found.average_loss)), (*accuracies, found.accuracy), best
+        self._evaluated = self._evaluated.after(
+            step, found, lambda: self.trainer.get("weights"), self.config.min_delta
         )
         return found
-
-    def _exhausted(self) -> bool:
-        """Whether ``patience`` evaluations have passed without a better one."""
-        losses, _, best = self._evaluated
-        if self.config.patience is None or best is None:
-            return False
-        return sum(step > best.step for step, _ in losses) >= self.config.patience
 
     # ---- results
 
@@ -473,9 +450,9 @@ class TrainingRun:
         self._losses, self._speeds = list(summary.losses), list(summary.speeds)
         best = None
         if best_loss is not None and summary.best_step is not None:
-            best = _Best(summary.best_step, best_loss, tensors["best_weights"])
+            best = Best(summary.best_step, best_loss, tensors["best_weights"])
         losses = tuple((step, loss) for step, loss in summary.validation)
-        self._evaluated = _Evaluated(losses, tuple(summary.accuracies), best)
+        self._evaluated = Evaluations(losses, tuple(summary.accuracies), best)
         self._saved_step = summary.step
 
 
