@@ -31,7 +31,7 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
         "train", str(data), *of_model, "--validation", str(data), "--validation-limit", "4",
         "--adapter", adapter, "--report", str(report), "--html", str(page), "--csv", str(table),
         "--no-shuffle", "--rslora", "--targets", "q_proj,ffn_down", *QUICK,
-        "--plot", "--preview", "1", "--sample", "What is a and x?",
+        "--plot", "--tensorboard", str(tmp_path / "events"), "--preview", "1", "--sample", "What is a and x?",
     ]  # fmt: skip
     assert main(command) == 0
     printed, told = capsys.readouterr()
@@ -44,6 +44,7 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
     assert "step 12/12" in told
     assert "<td>What is a and x?</td>" in page.read_text()
     assert len(table.read_text().splitlines()) == 14
+    assert len(list((tmp_path / "events").iterdir())) == 1
     assert (tmp_path / "adapter.gguf.ckpt").exists()
     summary = json.loads(report.read_text())
     assert summary["step"] == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from triollama import _engine
 from triollama.tuning import Comparison, TrainingConfig, TrainingStep, TrainingSummary
+from triollama.tuning.events import Events
 from triollama.tuning.report import adapter_norms, write_csv, write_report
 from triollama.tuning.watch import Watch, duration, plot
 
@@ -96,6 +98,48 @@ def test_the_table(tmp_path: Path) -> None:
     )
     assert rows[4]["validation_accuracy"] == "0.6"
     assert rows[0]["loss"] == ""
+
+
+def test_events_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    def written(folder: Path) -> dict[str, dict[int, float]]:
+        (file,) = folder.iterdir()
+        data, found = file.read_bytes(), {}
+        while data:  # a record: its length, a checksum of that, itself, a checksum of it
+            n = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + n])
+            data = data[12 + n + 4 :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+        return found
+
+    events = Events(tmp_path / "run")
+    for n in (1, 2, 4, 4):
+        events.update(summary(n, total_steps=4, validation=[(0, 2.5), (4, 1.25)][: 1 + (n == 4)]))
+    events.close()
+    found = written(tmp_path / "run")
+    assert list(found["loss/training"]) == [1, 2, 3, 4]
+    assert found["loss/training"][4] == 1.25
+    assert found["loss/held out"] == {0: 2.5, 4: 1.25}
+    assert found["accuracy/held out"][4] == pytest.approx(0.6)
+    assert found["learning rate"][1] == pytest.approx(2e-4)
+    assert found["tokens a second"][2] == 101.0
+
+    events = Events(tmp_path / "again", after=2)  # the run goes on after step 2
+    events.update(summary(4, validation=[(0, 2.5), (2, 2.0), (4, 1.25)], accuracies=[0.1, 0.2, 0.6]))
+    events.close()
+    found = written(tmp_path / "again")
+    assert list(found["loss/training"]) == [3, 4]
+    assert found["loss/held out"] == {4: 1.25}
+
+
+def test_without_a_library_for_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="tensorboard"):
+        Events(tmp_path)
 
 
 def test_the_page_needs_nothing_else(tiny: Any, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .config import QLoRAConfig, TrainingConfig
 from .dataset import TrainingDataset
 from .errors import DataError, IncompatibleAdapterError, InvalidSettingError
 from .evaluate import evaluate_examples
+from .events import Events
 from .export import check_adapter
 from .prepare import TRUNCATIONS, prepare_training_data
 from .reading import read_items
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (TriollamaError, OSError) as error:
+    except (TriollamaError, OSError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--report", metavar="FILE", help="write the run's summary as JSON")
     training.add_argument("--html", metavar="FILE", help="write curves and settings as a page")
     training.add_argument("--csv", metavar="FILE", help="write a table of the steps")
+    training.add_argument(
+        "--tensorboard", metavar="FOLDER", help="write events for TensorBoard while it runs"
+    )
     training.add_argument("--plot", action="store_true", help="show the losses as a curve")
     training.add_argument(
         "--sample",
@@ -218,8 +222,14 @@ def _train(options: argparse.Namespace) -> None:
                 watch.say(
                     f"going on after step {run.resumed_at} of {run.total_steps}: {checkpoint}"
                 )
+            events = options.tensorboard and Events(options.tensorboard, after=run.resumed_at)
             for step in run:
                 watch.step(step)
+                if events:
+                    events.update(run.summary())
+            if events:
+                events.update(run.summary())  # the evaluation before the first step, if it was all
+                events.close()
             run.save_adapter(options.adapter)
             summary, norms = run.summary(), adapter_norms(run.trainer)
     except (KeyboardInterrupt, SystemExit):
