@@ -290,7 +290,7 @@ void Graph::make_operands_contiguous(ggml_tensor * node, std::unordered_map<ggml
 void Graph::choose_products() {
     // Where rounding is admitted, there are no tiles and vectors are short, ggml multiplies quantised weights and
     // activations, as in serving.
-    const bool weights_too = options.exact || options.kernel == ProductKernel::tiles || f32_outruns_quantized();
+    const bool weights_too = options.exact || options.kernel >= ProductKernel::dots || f32_outruns_quantized();
     ProductRewriter rewriter(nodes.get(), options.kernel, weights_too);
     std::unordered_map<ggml_tensor *, ggml_tensor *> transposes;
     const int n = ggml_graph_n_nodes(cgraph);

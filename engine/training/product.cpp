@@ -10,7 +10,11 @@
 #include <optional>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#define TRIOLLAMA_DOTS 1
+#endif
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && TRIOLLAMA_DOTS && defined(__linux__)
 #define TRIOLLAMA_TILES 1
 #endif
 
@@ -211,7 +215,7 @@ const Kernel vector_kernel = { vector_i, sizeof(float), 1, pack_vectors, multipl
 
 #endif  // TRIOLLAMA_VECTORS
 
-#if TRIOLLAMA_TILES
+#if TRIOLLAMA_DOTS
 
 // A tile is 16 rows of 64 bytes. tdpbf16ps adds to C, 16 x 16 floats, the product of A, 16 rows of 32 values of k, and
 // B, whose row p holds for each of 16 columns the values 2 p and 2 p + 1 of k.
@@ -313,6 +317,65 @@ void pack_tiles(const Right & right, int64_t first, int64_t n, char * panels, si
     }
 }
 
+// vdpbf16ps does with one row of B, in registers, what tdpbf16ps does with a tile.
+template <int rows>
+void multiply_dot_rows(const char * left, size_t left_stride, const char * panel, int64_t n, int64_t steps, char * out,
+                       size_t out_stride) {
+    __m512 sum[rows][2];
+    for (int r = 0; r < rows; ++r) {
+        sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    }
+    for (int64_t s = 0; s < steps; ++s, left += 64, panel += 2 * tile_bytes) {
+        for (int p = 0; p < 16; ++p) {
+            const __m512bh b0 = (__m512bh) _mm512_load_si512(panel + 64 * p);
+            const __m512bh b1 = (__m512bh) _mm512_load_si512(panel + tile_bytes + 64 * p);
+            for (int r = 0; r < rows; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, left + static_cast<size_t>(r) * left_stride + 4 * p, sizeof(pair));
+                const __m512bh a = (__m512bh) _mm512_set1_epi32(pair);
+                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], a, b0);
+                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], a, b1);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        float * target = reinterpret_cast<float *>(out + static_cast<size_t>(r) * out_stride);
+        if (n == tile_i) {
+            _mm512_storeu_ps(target, sum[r][0]);
+            _mm512_storeu_ps(target + 16, sum[r][1]);
+        } else {
+            std::memcpy(target, sum[r], static_cast<size_t>(n) * sizeof(float));
+        }
+    }
+}
+
+// As multiply_tiles, of which `left` is.
+void multiply_dots(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
+                   int64_t n_k, float * out, size_t out_stride) {
+    const int64_t steps = round_up(n_k, tile_k) / tile_k;
+    int64_t j = first;
+    const auto step = [&](auto kernel, int rows) {
+        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, steps,
+               reinterpret_cast<char *>(out) + static_cast<size_t>(j) * out_stride, out_stride);
+        j += rows;
+    };
+    while (last - j >= rows_at_once) {
+        step(multiply_dot_rows<rows_at_once>, rows_at_once);
+    }
+    while (last - j >= 4) {
+        step(multiply_dot_rows<4>, 4);
+    }
+    while (last > j) {
+        step(multiply_dot_rows<1>, 1);
+    }
+}
+
+const Kernel dot_kernel = { tile_i, 2, tile_k, pack_tiles, multiply_dots };
+
+#endif  // TRIOLLAMA_DOTS
+
+#if TRIOLLAMA_TILES
+
 // `left` is BF16 with k padded to tiles and j to multiples of tile_j.
 void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
                     int64_t n_k, float * out, size_t out_stride) {
@@ -360,7 +423,7 @@ const Kernel tile_kernel = { tile_i, 2, tile_k, pack_tiles, multiply_tiles };
 #if TRIOLLAMA_VECTORS
 
 // L as BF16 or F32 rows of all k, from F32 rows of either order; rows and k beyond the end are zero.
-template <bool tiles> void prepare_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
+template <bool packed> void prepare_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const ggml_tensor * x = dst->src[0];
     const int64_t n_k = transposed ? x->ne[1] : x->ne[0], n_j = transposed ? x->ne[0] : x->ne[1];
     const int64_t wide = dst->ne[0];
@@ -394,8 +457,8 @@ template <bool tiles> void prepare_left(ggml_tensor * dst, int ith, int nth, voi
                 std::fill(own + n_k, own + wide, 0.0f);
             }
             char * to = target + static_cast<size_t>(j) * dst->nb[1];
-#if TRIOLLAMA_TILES
-            if (tiles) {
+#if TRIOLLAMA_DOTS
+            if (packed) {
                 for (int64_t k = 0; k < wide; k += 32) {
                     _mm512_storeu_si512(to + 2 * k, bf16_pairs(row + k));
                 }
@@ -408,10 +471,13 @@ template <bool tiles> void prepare_left(ggml_tensor * dst, int ith, int nth, voi
 }
 
 // dst = the product of src[0], as R, and src[1], as L with k contiguous. `transposed`: src[0] has i contiguous.
-template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * transposed) {
+template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const Kernel & kernel =
 #if TRIOLLAMA_TILES
-        tiles ? tile_kernel :
+        kind == ProductKernel::tiles ? tile_kernel :
+#endif
+#if TRIOLLAMA_DOTS
+        kind == ProductKernel::dots ? dot_kernel :
 #endif
         vector_kernel;
     const ggml_tensor * r = dst->src[0];
@@ -442,7 +508,7 @@ template <bool tiles> void multiply(ggml_tensor * dst, int ith, int nth, void * 
     int64_t packed = -1;
 #if TRIOLLAMA_TILES
     std::optional<TileScope> scope;
-    if (tiles) {
+    if (kind == ProductKernel::tiles) {
         constexpr TileShape whole = { 16, 64 };
         scope.emplace(std::initializer_list<TileShape>{ whole, whole, whole, whole, whole, whole, whole, whole });
     }
@@ -482,6 +548,12 @@ bool has_product_kernel(ProductKernel kernel) {
 #else
             return false;
 #endif
+        case ProductKernel::dots:
+#if TRIOLLAMA_DOTS
+            return true;
+#else
+            return false;
+#endif
         case ProductKernel::tiles:
 #if TRIOLLAMA_TILES
             return tiles_are_granted();
@@ -493,8 +565,10 @@ bool has_product_kernel(ProductKernel kernel) {
 }
 
 ProductKernel best_product_kernel(bool exact) {
-    if (!exact && has_product_kernel(ProductKernel::tiles)) {
-        return ProductKernel::tiles;
+    for (const ProductKernel kernel : { ProductKernel::tiles, ProductKernel::dots }) {
+        if (!exact && has_product_kernel(kernel)) {
+            return kernel;
+        }
     }
     return has_product_kernel(ProductKernel::vector) ? ProductKernel::vector : ProductKernel::ggml;
 }
@@ -512,6 +586,7 @@ const char * product_kernel_name(ProductKernel kernel) {
         case ProductKernel::portable: return "portable";
         case ProductKernel::ggml:     return "ggml";
         case ProductKernel::vector:   return "vector";
+        case ProductKernel::dots:     return "dots";
         case ProductKernel::tiles:    return "tiles";
     }
     return "";
@@ -534,7 +609,7 @@ ggml_tensor * ProductRewriter::rows_of(ggml_tensor * x, bool transposed, bool pa
         const int64_t n_k = transposed ? x->ne[1] : x->ne[0], n_j = transposed ? x->ne[0] : x->ne[1];
         // ggml hands the pointer back to the function; only whether it is null matters.
         void * order = transposed ? static_cast<void *>(context) : nullptr;
-#if TRIOLLAMA_TILES
+#if TRIOLLAMA_DOTS
         if (packed) {
             rows = ggml_custom_4d(context, GGML_TYPE_BF16, round_up(n_k, tile_k), round_up(n_j, tile_j), x->ne[2], 1, &x, 1,
                                   prepare_left<true>, GGML_N_TASKS_MAX, order);
@@ -574,18 +649,18 @@ bool ProductRewriter::rewrite(ggml_tensor * node) {
         return false;
     }
     const int64_t n_k = left_k_contiguous ? left->ne[0] : left->ne[1];
-    const bool tiles = kernel == ProductKernel::tiles && std::min({ node->ne[0], node->ne[1], n_k }) >= 32;
-    if (tiles || !left_k_contiguous) {
-        left = rows_of(left, !left_k_contiguous, tiles);
+    const bool packed = kernel >= ProductKernel::dots && std::min({ node->ne[0], node->ne[1], n_k }) >= 32;
+    if (packed || !left_k_contiguous) {
+        left = rows_of(left, !left_k_contiguous, packed);
     }
     void * order = outer ? static_cast<void *>(context) : nullptr;
     ggml_tensor * sources[] = { right, left };
     // Its description is what is wanted: the node itself stays, since others read it.
-    ggml_tensor * product = ggml_custom_4d(context, GGML_TYPE_F32, node->ne[0], node->ne[1], node->ne[2], 1, sources, 2,
-#if TRIOLLAMA_TILES
-                                           tiles ? multiply<true> :
-#endif
-                                           multiply<false>, GGML_N_TASKS_MAX, order);
+    const auto compute = !packed                          ? multiply<ProductKernel::vector>
+                         : kernel == ProductKernel::tiles ? multiply<ProductKernel::tiles>
+                                                          : multiply<ProductKernel::dots>;
+    ggml_tensor * product = ggml_custom_4d(context, GGML_TYPE_F32, node->ne[0], node->ne[1], node->ne[2], 1, sources, 2, compute,
+                                           GGML_N_TASKS_MAX, order);
     node->op = product->op;
     std::memcpy(node->op_params, product->op_params, sizeof(node->op_params));
     node->src[0] = right;

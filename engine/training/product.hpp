@@ -14,7 +14,8 @@ enum class ProductKernel {
     portable, // ggml's, in the form that GPU backends want: dequantised by row lookup, contiguous, no custom operation
     ggml,     // ggml's, with a transposition of ours
     vector,   // F32 throughout
-    tiles,    // both sides rounded to BF16, sums in F32: Intel's AMX; small products as `vector`
+    dots,     // both sides rounded to BF16, sums in F32: AVX-512's products of pairs; small products as `vector`
+    tiles,    // the same by Intel's AMX
 };
 
 // Whether this build on this machine has it.

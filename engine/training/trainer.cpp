@@ -120,8 +120,9 @@ Trainer::Trainer(const TrainerConfig & config)
         throw unsupported_error(std::string("this build on this machine has no product kernel '") +
                                 product_kernel_name(options.kernel) + "'");
     }
-    if (config.exact && options.kernel == ProductKernel::tiles) {
-        throw std::invalid_argument("the product kernel 'tiles' rounds to BF16, which is not exact");
+    if (config.exact && options.kernel >= ProductKernel::dots) {
+        throw std::invalid_argument(std::string("the product kernel '") + product_kernel_name(options.kernel) +
+                                    "' rounds to BF16, which is not exact");
     }
     ggml_tensor *& row_numbers = options.row_numbers;
     row_numbers  = options.kernel == ProductKernel::portable ? constants.add(GGML_TYPE_I32, longest_matrix(*frozen)) : nullptr;

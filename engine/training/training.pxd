@@ -82,6 +82,7 @@ cdef extern from "training/product.hpp" namespace "triollama::native" nogil:
         portable
         ggml
         vector
+        dots
         tiles
 
     cpp_bool has_product_kernel(ProductKernel kernel)

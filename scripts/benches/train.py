@@ -5,21 +5,23 @@ random tokens, all labelled, from the same weights: the default model's GGUF fil
 weights dequantised to F32 in transformers' Gemma3ForCausalLM there. Each side has a process of its
 own and two threads; a step is forward, backward and AdamW.
 
-PEFT needs torch, transformers, peft and gguf, which the checkout's environment does without: name
-the Python of one that has them in ``TRIOLLAMA_PEFT_PYTHON``.
+PEFT needs torch, transformers, peft and gguf: `python scripts/check.py --torch --co -q` installs them
+into the checkout's environment, or name the Python of another in ``TRIOLLAMA_PEFT_PYTHON``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +43,7 @@ class Worker:
         environment = dict(os.environ)
         python = sys.executable
         if side == "peft":
-            python = environment[PEFT_PYTHON]
+            python = peft_python()
             environment.pop("GOMP_SPINCOUNT", None)  # as PyTorch would have it
         rng = random.Random(n_tokens)
         job = {
@@ -96,20 +98,43 @@ class Worker:
                 self.process.kill()
 
 
+def peft_python() -> str:
+    """The Python that has PEFT; empty if there is none."""
+    here = all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers"))
+    return os.environ.get(PEFT_PYTHON) or (sys.executable if here else "")
+
+
+def processor() -> str:
+    """Its name, and what of it training may use."""
+    name, features = platform.processor() or platform.machine(), ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines if ":" in line)
+        values = {key.strip(): value.strip() for key, value in found.items()}
+        name = values.get("model name", name)
+        family, model = values.get("cpu family"), values.get("model")
+        known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+        has = [one for one in known if one in values.get("flags", "").split()]
+        features = f" (family {family}, model {model}; {', '.join(has)})"
+    return f"{name}{features}, {os.cpu_count()} cores"
+
+
 def figures(options: Options) -> Iterator[Figure]:
     from triollama import models
 
+    print(processor(), flush=True)
     model = models.default_model()
-    if os.environ.get(PEFT_PYTHON):
+    if peft_python():
         for n_tokens, steps, speed, share, most in (
             (512, 1, 1.0, 1 / 8, 700.0),
             (128, 2, 0.9, 1 / 4, None),
         ):
             yield from beside_peft(options, model, n_tokens, steps, speed, share, most)
         for n_tokens in (512, 128):
-            yield exact_mode(options, model, n_tokens)
+            yield in_mode(options, model, n_tokens, "exact", precision="exact")
+            yield without_tiles(options, model, n_tokens)
     else:
-        print(f"{PEFT_PYTHON} is not set: nothing is compared with PEFT", file=sys.stderr)
+        print(f"no PEFT here, nor {PEFT_PYTHON}: nothing is compared with it", file=sys.stderr)
     yield vocabulary(options)
     yield beside_finetune(options, model)
 
@@ -155,17 +180,25 @@ def beside_peft(
             )
 
 
-def exact_mode(options: Options, model: Path, n_tokens: int) -> Figure:
-    """F32 on both sides; what a processor with AVX-512 but without matrix tiles does in fast mode
-    too."""
+def without_tiles(options: Options, model: Path, n_tokens: int) -> Figure:
+    """Fast mode as on a processor without matrix tiles: where there are none either, it is what
+    ``speed`` measures."""
+    from triollama import _engine
+
+    kernel = [name for name in _engine.training_kernels() if name != "tiles"][-1]
+    return in_mode(options, model, n_tokens, "without_tiles", precision="fast", kernel=kernel)
+
+
+def in_mode(options: Options, model: Path, n_tokens: int, name: str, **mode: Any) -> Figure:
+    """Tokens a second over PEFT's, which computes in F32."""
     with (
-        Worker("triollama", model, n_tokens, 262144, precision="exact") as ours,
+        Worker("triollama", model, n_tokens, 262144, **mode) as ours,
         Worker("peft", model, n_tokens, 262144, attention="sdpa") as theirs,
     ):
         pairs = interleave(lambda: ours.rate(1), lambda: theirs.rate(1), options.repeats_or(6))
         return pairs.ratio(
-            f"train.exact_{n_tokens}",
-            note=f"exact mode {statistics.median(pairs.a):.1f} tok/s, PEFT "
+            f"train.{name}_{n_tokens}",
+            note=f"{' '.join(mode.values())} {statistics.median(pairs.a):.1f} tok/s, PEFT "
             f"{statistics.median(pairs.b):.1f}; losses differ by "
             f"{abs(ours.losses[0] - theirs.losses[0]):.1e} in the first step",
         )
