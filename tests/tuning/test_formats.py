@@ -140,21 +140,22 @@ def test_calls_that_the_template_does_not_show_are_refused(prepared: Any, tmp_pa
 
 def test_saved_conversations_bring_their_tools_and_variables(prepared: Any) -> None:
     shows = ChatTemplate(
-        "{{ mood }}{% for t in tools or [] %}{{ t.name }};{% endfor %}"
+        "{{ mood }}{% for t in tools or [] %}{{ t.function.description }};{% endfor %}"
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     messages = tuple(files.Message(**one) for one in CHAT)  # type: ignore[arg-type]
+    tool = {"type": "function", "function": {"name": "find", "description": "Finds"}}
     saved = files.SavedConversation(
-        id="a", messages=messages, tools=({"name": "find"},), variables={"mood": "glad "}
+        id="a", messages=messages, tools=(tool,), variables={"mood": "glad "}
     )
-    expected = "glad find;<user>What is 2 + 2?|<assistant>⟦It is 4.|"
+    expected = "glad Finds;<user>What is 2 + 2?|<assistant>⟦It is 4.|"
     assert expected in prepared([saved], template=shows).preview()
     line = {
-        "messages": CHAT, "tools": [{"name": "find"}], "chat_template_kwargs": {"mood": "glad "}
+        "messages": CHAT, "tools": [tool], "chat_template_kwargs": {"mood": "glad "}
     }  # fmt: skip
     assert prepared([line], template=shows).hash() == prepared([saved], template=shows).hash()
-    line["tools"] = '[{"name": "find"}]'  # as JSON, where a column is text
+    line["tools"] = json.dumps([tool])  # as JSON, where a column is text
     assert prepared([line], template=shows).hash() == prepared([saved], template=shows).hash()
 
 

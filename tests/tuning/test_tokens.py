@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import trio
 from triollama import Conversation, GenerationParams, open_llama
-from triollama.tuning import Encoder, Example
+from triollama.chat import BUILTIN, ChatTemplate, named
+from triollama.conversation.protocol import format_of
+from triollama.testing import FakeEngine, open_fake_llama
+from triollama.tuning import Encoder, Example, prepare_training_data
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=40)
 SAID = ("Hello, what's 2 + 2?", "  And <end_of_turn> <|im_end|> then? ", "Über\n\nmorgen:")
@@ -83,5 +86,77 @@ def test_a_completion_is_what_follows_the_prompt(tiny: Any, arch: str) -> None:
             pieces = b"".join(vocab.piece(token) for token in learned[:-1])
             assert pieces == b"a time"
             assert learned[-1] == vocab.eos
+
+    trio.run(main)
+
+
+TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "templates"
+WITH_TOOLS = [
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B",
+    "meta-llama-Llama-3.1-8B-Instruct", "NVIDIA-Nemotron-Nano-v2",
+    "mistralai-Mistral-Nemo-Instruct-2407", "unsloth-mistral-Devstral-Small-2507",
+    "chatml", "gemma",
+]  # fmt: skip
+SPEC = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_chat_with_tools_is_trained_as_it_was_served(name: str) -> None:
+    """By the template's own prompt of tools, or by what stands in for one: every answer is learned
+    right after the prompt that asked for it. Of the fake engine each character is a token."""
+    path = TEMPLATES / f"{name}.jinja"
+    if not path.exists() and name not in BUILTIN:
+        pytest.skip("llama.cpp's templates are not unpacked")
+    source = name if name in BUILTIN else path.read_text(encoding="utf-8")
+    template = named(name) if name in BUILTIN else ChatTemplate(source)
+    form, _ = format_of(template)
+    assert form is not None
+    function = {"name": "weather", "arguments": {"city": "Lima"}}
+    replies = [form.write([{"function": function}]), "It is sunny.", "Bye."]
+    prompts: list[str] = []
+
+    def reply(prompt: str) -> str:
+        prompts.append(prompt)
+        return replies[len(prompts) - 1]
+
+    async def main() -> None:
+        with trio.fail_after(100):
+            async with open_fake_llama(FakeEngine(reply)) as llama:
+                chat = llama.conversation(template=source, system="Be brief.", tools=[SPEC])
+                assert (await chat.say("Weather in Lima?")).tool_calls
+                await chat.say("Sun.", role="tool")
+                await chat.say("Thank you")
+                made = [(one.tokens, one.mask) for one in chat.training_examples()]
+                data = prepare_training_data(
+                    [chat.to_saved()], vocab=llama.vocab, template=template, validation_split=0.0,
+                    max_length=10_000,
+                )  # fmt: skip
+                exported = prepare_training_data(
+                    [chat.export()], vocab=llama.vocab, template=template, validation_split=0.0,
+                    max_length=10_000,
+                )  # fmt: skip
+                for one in (data, exported):
+                    found = [(e.tokens.tolist(), e.targets.tolist()) for e in one.train]
+                    assert found == made
+                spans = []
+                for tokens, mask in made:
+                    text = "".join(map(chr, tokens))
+                    begins = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
+                    spans += [(text[:at], text[at:]) for at in begins]
+                assert len(spans) == 3
+                for (before, after), prompt, said in zip(spans, prompts, replies, strict=True):
+                    assert before == prompt
+                    assert after.startswith(said)
 
     trio.run(main)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..chat import ChatTemplate, ChatTokenizer, Rendered, Segment, training_texts
-from ..chat.template import check_variables
+from ..chat.template import check_messages, check_variables
 from ..checks import check_kind, shown
+from ..files import Message
 from .errors import InvalidSettingError
 
 __all__ = ["Encoder", "Example", "PreferenceExample", "Tokens", "Vocab"]
@@ -83,6 +84,7 @@ class Encoder:
         self._chats = ChatTokenizer(vocab)
         # Of its own: the other learns a template's markers, which bare texts do not have.
         self._texts = ChatTokenizer(vocab)
+        self._calls: tuple[Any, bool] | None = None  # how the template writes calls
         self._turn_tokens = (
             frozenset() if template is None else frozenset(self._chats.turn_end(template).tokens)
         )
@@ -140,7 +142,8 @@ class Encoder:
         nothing is learned.
 
         learn: whether to learn the message of an index, if it is the assistant's; default: all.
-        tools, variables: for the template. Where neither the template nor anything after it ends
+        tools, variables: for the template; where it knows no tools, what serving says of them in
+        its place. Where neither the template nor anything after it ends
         the last answer, the end of the text does, and is learned. Raises InvalidSettingError
         without a template, ChatTemplateError.
         """
@@ -148,6 +151,9 @@ class Encoder:
             raise InvalidSettingError("chats need a template", parameter="template")
         check_kind("learn", learn, Callable, type(None))
         named = check_variables(variables)
+        if tools and not self._shows_tools():
+            messages, learn = self._with_protocol(messages, learn, tools)
+            tools = None
         examples = []
         for text in training_texts(self.template, messages, learn=learn, tools=tools, **named):
             made = self._chats.encode(text.rendered, text.spans, context=text.context)
@@ -160,6 +166,34 @@ class Encoder:
                 tokens, targets = self._ended(tokens, targets)
             examples.append(self._example(tokens, targets, source))
         return examples
+
+    def _shows_tools(self) -> bool:
+        from ..conversation.protocol import format_of
+
+        if self._calls is None:
+            assert self.template is not None
+            self._calls = format_of(self.template)
+        return self._calls[1]
+
+    def _with_protocol(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        learn: Callable[[int], bool] | None,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> tuple[list[dict[str, Any]], Callable[[int], bool]]:
+        """The chat as serving gives it to a template that knows no tools."""
+        from ..conversation.protocol import with_protocol
+
+        assert self._calls is not None and self._calls[0] is not None
+        given = []
+        for index, message in enumerate(check_messages(messages)):
+            learned = learn is None or learn(index)
+            fields = {key: message[key] for key in message.keys() & Message.__struct_fields__}
+            fields["content"] = message.get("content") or ""
+            fields["tool_calls"] = tuple(message.get("tool_calls") or ())
+            given.append(Message(**fields, finish_reason="" if learned else "length"))
+        placed = with_protocol(given, tools, self._calls[0])
+        return [one.for_template() for one in placed], lambda index: not placed[index].was_cut
 
     def _ends_turn(self, token: int) -> bool:
         return self.vocab.is_eog(token) or token in self._turn_tokens
