@@ -29,18 +29,27 @@ AdapterSet::AdapterSet(const FrozenModel & model, const AdapterConfig & config, 
     if (config.rank < 1) {
         throw std::invalid_argument("rank must be at least 1, not " + std::to_string(config.rank));
     }
+    const std::vector<std::string> known = model.linear_targets();
+    for (const std::string & target : settings.targets) {
+        if (std::find(known.begin(), known.end(), target) == known.end()) {
+            std::string all_known;
+            for (const std::string & name : known) {
+                all_known += (all_known.empty() ? "" : ", ") + name;
+            }
+            throw std::invalid_argument("target '" + target + "': the model has no matrix of this name that can have an adapter"
+                                        " (have: " + all_known + ")");
+        }
+    }
     for (int l = 0; l < model.info().n_layer; ++l) {
-        for (const std::string & target : settings.targets) {
+        for (size_t i = 0; i < settings.targets.size(); ++i) {
+            const std::string & target = settings.targets[i];
             LoraPair pair;
-            pair.name = "blk." + std::to_string(l) + "." + target + ".weight";
+            pair.name   = "blk." + std::to_string(l) + "." + target + ".weight";
+            pair.layer  = l;
+            pair.target = i;
             ggml_tensor * weight = model.weight(pair.name);
-            if (!weight || weight->ne[1] < 2 || weight->ne[2] != 1) {
-                std::string known;
-                for (const std::string & name : model.linear_targets()) {
-                    known += (known.empty() ? "" : ", ") + name;
-                }
-                throw std::invalid_argument("target '" + target + "': the model has no matrix " + pair.name + " (have: " +
-                                            known + ")");
+            if (!weight) {
+                continue;   // of a hybrid model each kind of layer has its own
             }
             const int64_t n_in = weight->ne[0], n_out = weight->ne[1];
             if (config.rank > std::min(n_in, n_out)) {

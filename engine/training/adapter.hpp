@@ -26,6 +26,8 @@ struct AdapterConfig {
 
 struct LoraPair {
     std::string name;            // of the base weight, "blk.0.attn_q.weight"
+    int    layer  = 0;
+    size_t target = 0;           // which of AdapterConfig::targets
     ggml_tensor * a = nullptr, * b = nullptr;           // [n_in, rank], [rank, n_out]
     ggml_tensor * grad_a = nullptr, * grad_b = nullptr;
     ggml_tensor * m_a = nullptr, * m_b = nullptr, * v_a = nullptr, * v_b = nullptr;

@@ -2,6 +2,7 @@
 
 #include "guards/errors.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 
@@ -31,6 +32,8 @@ static const std::vector<Architecture> table = {
       "a mixture of experts, and one that all tokens take; the routed ones stay as they are", 0, false, Routing::among_all },
     { "qwen3moe", GGML_ROPE_TYPE_NEOX, Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
       "a mixture of experts, which stay as they are; norms on Q and K", 0, false, Routing::among_chosen },
+    { "lfm2",   GGML_ROPE_TYPE_NEOX,   Activation::silu,      false, 0, false,  0.0f,  0.0f,  0,
+      "attention and short convolutions; norms on Q and K", 0, false, Routing::none, true },
 };
 
 const std::vector<Architecture> & trainable_architectures() { return table; }
@@ -206,6 +209,32 @@ void read_sliding_windows(const Keys & keys, ModelGraphInfo & model) {
     }
 }
 
+void read_feed_forward(TensorTable & table, const std::string & p, const ModelGraphInfo & model, LayerWeights & w) {
+    if (model.n_expert) {
+        w.router = table.matrix(p + "ffn_gate_inp.weight", model.n_embd, model.n_expert);
+        const int64_t n_ff = table.need(p + "ffn_gate_exps.weight")->ne[1];
+        w.gates = table.matrices(p + "ffn_gate_exps.weight", model.n_embd, n_ff, model.n_expert);
+        w.ups   = table.matrices(p + "ffn_up_exps.weight", model.n_embd, n_ff, model.n_expert);
+        w.downs = table.matrices(p + "ffn_down_exps.weight", n_ff, model.n_embd, model.n_expert);
+        w.shared_share = table.vector(p + "ffn_gate_inp_shexp.weight", model.n_embd);
+        if (w.shared_share) {
+            const int64_t n_shared = table.need(p + "ffn_gate_shexp.weight")->ne[1];
+            w.shared_gate = table.matrix(p + "ffn_gate_shexp.weight", model.n_embd, n_shared);
+            w.shared_up   = table.matrix(p + "ffn_up_shexp.weight", model.n_embd, n_shared);
+            w.shared_down = table.matrix(p + "ffn_down_shexp.weight", n_shared, model.n_embd);
+        }
+        return;
+    }
+    w.down = table.need(p + "ffn_down.weight");
+    const int64_t n_ff = w.down->ne[0];
+    table.matrix(p + "ffn_down.weight", n_ff, model.n_embd);
+    w.gate = table.matrix(p + "ffn_gate.weight", model.n_embd, n_ff, false);
+    w.up   = table.matrix(p + "ffn_up.weight", model.n_embd, w.gate ? n_ff : 2 * n_ff);
+    w.gate_b = table.vector(p + "ffn_gate.bias", n_ff);
+    w.up_b   = table.vector(p + "ffn_up.bias", w.up->ne[1]);
+    w.down_b = table.vector(p + "ffn_down.bias", model.n_embd);
+}
+
 }  // namespace
 
 ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string, ggml_tensor *> & weights) {
@@ -216,7 +245,22 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
     model.n_layer   = keys.required("block_count");
     model.n_embd    = keys.required("embedding_length");
     model.n_head    = keys.uniform("attention.head_count", 0);
-    model.n_head_kv = keys.uniform("attention.head_count_kv", model.n_head);
+    const auto kv_heads = meta.numbers(keys.prefix + "attention.head_count_kv");
+    model.layers.resize(model.n_layer);
+    std::vector<bool> convolves(model.n_layer, false);
+    if (model.arch->convolves && kv_heads && kv_heads->size() == convolves.size()) {
+        model.n_head_kv = static_cast<int>(*std::max_element(kv_heads->begin(), kv_heads->end()));
+        model.n_taps    = keys.required("shortconv.l_cache");
+        for (int l = 0; l < model.n_layer; ++l) {
+            const double n = (*kv_heads)[static_cast<size_t>(l)];
+            convolves[l] = n == 0.0;
+            if (n != 0.0 && n != model.n_head_kv) {
+                throw unsupported_error("cannot be trained: layers have different numbers of key-value heads");
+            }
+        }
+    } else {
+        model.n_head_kv = keys.uniform("attention.head_count_kv", model.n_head);
+    }
     if (model.n_head < 1 || model.n_head_kv < 1 || model.n_head % model.n_head_kv) {
         throw unsupported_error("cannot be trained: " + std::to_string(model.n_head) + " heads on " +
                                 std::to_string(model.n_head_kv) + " key-value heads");
@@ -227,7 +271,6 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
     }
     model.norm_eps  = static_cast<float>(keys.number("attention.layer_norm_rms_epsilon", 1e-5));
     model.n_ctx_max = 0;
-    model.layers.resize(model.n_layer);
 
     bool longrope = false;
     model.rope     = read_rope(keys, *model.arch, model.n_head_dim, longrope);
@@ -279,7 +322,7 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
     model.output      = table.need("output.weight");   // the caller enters tied embeddings under both names
     model.n_vocab     = static_cast<int>(model.output->ne[1]);
     model.output_b    = table.vector("output.bias", model.n_vocab);
-    model.output_norm = table.vector("output_norm.weight", model.n_embd);
+    model.output_norm = table.vector(model.arch->convolves ? "token_embd_norm.weight" : "output_norm.weight", model.n_embd);
     if (!model.output_norm) {
         throw unsupported_error("cannot be trained: tensor output_norm.weight is missing");
     }
@@ -310,6 +353,16 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
         w.ffn_norm       = norm("ffn_norm.weight", model.n_embd, true);
         w.post_attn_norm = norm("post_attention_norm.weight", model.n_embd, model.arch->scaled_embedding);
         w.post_ffn_norm  = norm("post_ffw_norm.weight", model.n_embd, model.arch->scaled_embedding);
+        if (convolves[l]) {
+            w.conv     = table.vector(p + "shortconv.conv.weight", static_cast<int64_t>(model.n_taps) * model.n_embd);
+            w.conv_in  = table.matrix(p + "shortconv.in_proj.weight", model.n_embd, 3 * model.n_embd);
+            w.conv_out = table.matrix(p + "shortconv.out_proj.weight", model.n_embd, model.n_embd);
+            if (!w.conv) {
+                throw unsupported_error("cannot be trained: tensor " + p + "shortconv.conv.weight is missing");
+            }
+            read_feed_forward(table, p, model, w);
+            continue;
+        }
         w.q_norm         = norm("attn_q_norm.weight", model.n_head_dim, false);
         w.k_norm         = norm("attn_k_norm.weight", model.n_head_dim, w.q_norm != nullptr);
 
@@ -327,29 +380,7 @@ ModelGraphInfo describe_model(const GgufMeta & meta, const std::map<std::string,
         w.o   = table.matrix(p + "attn_output.weight", n_q, model.n_embd);
         w.o_b = table.vector(p + "attn_output.bias", model.n_embd);
 
-        if (model.n_expert) {
-            w.router = table.matrix(p + "ffn_gate_inp.weight", model.n_embd, model.n_expert);
-            const int64_t n_ff = table.need(p + "ffn_gate_exps.weight")->ne[1];
-            w.gates = table.matrices(p + "ffn_gate_exps.weight", model.n_embd, n_ff, model.n_expert);
-            w.ups   = table.matrices(p + "ffn_up_exps.weight", model.n_embd, n_ff, model.n_expert);
-            w.downs = table.matrices(p + "ffn_down_exps.weight", n_ff, model.n_embd, model.n_expert);
-            w.shared_share = table.vector(p + "ffn_gate_inp_shexp.weight", model.n_embd);
-            if (w.shared_share) {
-                const int64_t n_shared = table.need(p + "ffn_gate_shexp.weight")->ne[1];
-                w.shared_gate = table.matrix(p + "ffn_gate_shexp.weight", model.n_embd, n_shared);
-                w.shared_up   = table.matrix(p + "ffn_up_shexp.weight", model.n_embd, n_shared);
-                w.shared_down = table.matrix(p + "ffn_down_shexp.weight", n_shared, model.n_embd);
-            }
-            continue;
-        }
-        w.down = table.need(p + "ffn_down.weight");
-        const int64_t n_ff = w.down->ne[0];
-        table.matrix(p + "ffn_down.weight", n_ff, model.n_embd);
-        w.gate = table.matrix(p + "ffn_gate.weight", model.n_embd, n_ff, false);
-        w.up   = table.matrix(p + "ffn_up.weight", model.n_embd, w.gate ? n_ff : 2 * n_ff);
-        w.gate_b = table.vector(p + "ffn_gate.bias", n_ff);
-        w.up_b   = table.vector(p + "ffn_up.bias", w.up->ne[1]);
-        w.down_b = table.vector(p + "ffn_down.bias", model.n_embd);
+        read_feed_forward(table, p, model, w);
     }
     table.refuse_unused();
     return model;

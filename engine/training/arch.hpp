@@ -32,6 +32,7 @@ struct Architecture {
     int          unrotated_period = 0;   // every n-th layer leaves queries and keys unrotated; 0: none does
     bool         scaled = false;         // the file scales embeddings, scores, what layers add, and logits
     Routing      routing = Routing::none;
+    bool         convolves = false;      // layers without key-value heads have a short convolution in place of attention
 };
 
 // The table; an entry is found by the value of general.architecture.
@@ -60,6 +61,7 @@ struct LayerWeights {
     ggml_tensor * router = nullptr;       // of a mixture of experts, in place of gate, up and down
     ggml_tensor * gates = nullptr, * ups = nullptr, * downs = nullptr;   // [.., .., n_expert]
     ggml_tensor * shared_gate = nullptr, * shared_up = nullptr, * shared_down = nullptr;   // an expert that all take
+    ggml_tensor * conv = nullptr, * conv_in = nullptr, * conv_out = nullptr;   // in place of attention
     ggml_tensor * shared_share = nullptr;                                // how much of it: sigmoid of a product
     bool sliding = false;
     bool rotated = true;
@@ -71,6 +73,7 @@ struct ModelGraphInfo {
     int   n_layer = 0, n_embd = 0, n_head = 0, n_head_kv = 0, n_head_dim = 0;
     int   n_vocab = 0;
     int   n_expert = 0, n_expert_used = 0;   // of a mixture
+    int   n_taps = 0;          // of a convolution: so many tokens, the last one its own
     int   n_ctx_max = 0;       // longest row that may be trained on; 0: no limit known
     int   n_swa = 0;
     float norm_eps = 0.0f;

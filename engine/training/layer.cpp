@@ -110,6 +110,27 @@ ggml_tensor * LayerBuilder::attention(Graph & graph, const LayerWeights & w, ggm
     return linear(graph, w.o, w.o_b, mixed, inputs);
 }
 
+// Of x three projections b, c and v: c times, channel by channel, a sum over b v of the last few tokens.
+ggml_tensor * LayerBuilder::convolution(Graph & graph, const LayerWeights & w, ggml_tensor * x,
+                                        const LayerInputs & inputs) const {
+    ggml_context * c = graph.context();
+    const int64_t n = model.info().n_embd, n_taps = model.info().n_taps;
+    const auto tap = [&](int64_t i) {   // a weight for each channel; the last is the token's own
+        ggml_tensor * column = ggml_view_2d(c, w.conv, 1, n, static_cast<size_t>(n_taps) * sizeof(float),
+                                            static_cast<size_t>(i) * sizeof(float));
+        return ggml_reshape_1d(c, ggml_cont(c, column), n);
+    };
+    ggml_tensor * projected = linear(graph, w.conv_in, nullptr, x, inputs);
+    ggml_tensor * gated = ggml_mul(c, part(c, projected, 0, n), part(c, projected, 2 * n, n));
+    ggml_tensor * sum   = ggml_mul(c, gated, tap(n_taps - 1));
+    for (int64_t back = 1; back < n_taps; ++back) {
+        const size_t i = static_cast<size_t>(back - 1);
+        ggml_tensor * before = ggml_mul(c, ggml_get_rows(c, gated, inputs.past[i]), inputs.has_past[i]);
+        sum = ggml_add(c, sum, ggml_mul(c, before, tap(n_taps - 1 - back)));
+    }
+    return linear(graph, w.conv_out, nullptr, ggml_mul(c, part(c, projected, n, n), sum), inputs);
+}
+
 ggml_tensor * LayerBuilder::feed_forward(Graph & graph, const LayerWeights & w, ggml_tensor * x,
                                          const LayerInputs & inputs) const {
     ggml_context * c = graph.context();
@@ -138,10 +159,11 @@ ggml_tensor * LayerBuilder::shared_expert(Graph & graph, const LayerWeights & w,
     return ggml_mul(c, linear(graph, w.shared_down, nullptr, inner, inputs), share);
 }
 
-// h and what attention adds to it.
+// h and what attention, or a convolution in its place, adds to it.
 ggml_tensor * LayerBuilder::attended(Graph & graph, const LayerWeights & w, ggml_tensor * h,
                                      const LayerInputs & inputs) const {
-    ggml_tensor * change = attention(graph, w, norm(graph, h, w.attn_norm), inputs);
+    ggml_tensor * x = norm(graph, h, w.attn_norm);
+    ggml_tensor * change = w.conv ? convolution(graph, w, x, inputs) : attention(graph, w, x, inputs);
     if (w.post_attn_norm) {
         change = norm(graph, change, w.post_attn_norm);
     }

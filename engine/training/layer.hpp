@@ -6,6 +6,7 @@
 #include "training/model.hpp"
 
 #include <unordered_map>
+#include <vector>
 
 namespace triollama::native {
 
@@ -14,6 +15,9 @@ struct LayerInputs {
     ggml_tensor * positions = nullptr;   // I32 [n_tokens]
     ggml_tensor * mask = nullptr;        // F32 [n_tokens, n_tokens]: 0 where a query may see a key, else -infinity
     ggml_tensor * mask_swa = nullptr;    // the same within the sliding window; null if there is none
+    // Of a convolution, for each token before a token's own: where it lies (I32 [n_tokens]), and 1 or, where the text
+    // does not reach back so far, 0 (F32 [1, n_tokens]).
+    std::vector<ggml_tensor *> past, has_past;
     ggml_tensor * adapted = nullptr;     // F32 [1, n_tokens]: 1 where adapters take part, else 0; null: everywhere
     // Of each adapter input: 0 for a dropped element, 1 / (1 - p) for a kept one. Empty without dropout.
     std::unordered_map<const ggml_tensor *, ggml_tensor *> dropout;
@@ -44,6 +48,7 @@ private:
     ggml_tensor * attended(Graph & graph, const LayerWeights & w, ggml_tensor * h, const LayerInputs & inputs) const;
     ggml_tensor * shared_expert(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * attention(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
+    ggml_tensor * convolution(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * feed_forward(Graph & graph, const LayerWeights & w, ggml_tensor * x, const LayerInputs & inputs) const;
     ggml_tensor * linear(Graph & graph, ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x,
                          const LayerInputs & inputs) const;

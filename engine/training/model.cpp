@@ -89,9 +89,12 @@ std::vector<std::string> FrozenModel::linear_targets() const {
     std::vector<std::string> names;
     for (const char * name :
          { "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-           "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp" }) {
-        if (weight("blk.0." + std::string(name) + ".weight")) {
-            names.emplace_back(name);
+           "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "shortconv.in_proj", "shortconv.out_proj" }) {
+        for (int l = 0; l < graph_info.n_layer; ++l) {
+            if (weight("blk." + std::to_string(l) + "." + name + ".weight")) {
+                names.emplace_back(name);
+                break;
+            }
         }
     }
     return names;

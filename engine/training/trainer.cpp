@@ -54,7 +54,8 @@ struct Trainer::Activations {
 
     Activations(const FrozenModel & model, const AdapterSet & adapters, int64_t n_tokens, int64_t n_labels, bool dropout,
                 ggml_backend_buffer_type_t type)
-        : store(static_cast<size_t>(model.info().n_layer) + adapters.config().targets.size() + 16),
+        : store(static_cast<size_t>(model.info().n_layer) + adapters.config().targets.size() +
+                2 * static_cast<size_t>(model.info().n_taps) + 16),
           n_tokens(n_tokens), n_labels(n_labels) {
         const ModelGraphInfo & m = model.info();
         tokens     = store.add(GGML_TYPE_I32, n_tokens);
@@ -72,14 +73,19 @@ struct Trainer::Activations {
         if (m.n_swa) {
             inputs.mask_swa = store.add(GGML_TYPE_F32, n_tokens, n_tokens);
         }
+        for (int back = 1; back < m.n_taps; ++back) {
+            inputs.past.push_back(store.add(GGML_TYPE_I32, n_tokens));
+            inputs.has_past.push_back(store.add(GGML_TYPE_F32, 1, n_tokens));
+        }
         if (!adapters.config().invocation.empty()) {
             inputs.adapted = store.add(GGML_TYPE_F32, 1, n_tokens);
         }
         if (dropout) {
-            // One mask for each target, shared by all layers, which have the same shapes: drawn anew before each.
-            const size_t per_layer = adapters.config().targets.size();
-            for (size_t t = 0; t < per_layer; ++t) {
-                dropout_masks.push_back(store.add(GGML_TYPE_F32, adapters.pairs()[t].a->ne[0], n_tokens));
+            // One mask for each target, shared by all layers that have it, in the same shape: drawn anew before each.
+            dropout_masks.resize(adapters.config().targets.size(), nullptr);
+            for (const LoraPair & pair : adapters.pairs()) {
+                ggml_tensor *& mask = dropout_masks[pair.target];
+                mask = mask ? mask : store.add(GGML_TYPE_F32, pair.a->ne[0], n_tokens);
             }
         }
         store.allocate(type);
@@ -198,6 +204,17 @@ void Trainer::prepare(const TrainingRow & row) {
     ggml_backend_tensor_set(activations->positions, row.positions.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->picked, picked.data(), 0, picked.size() * sizeof(int32_t));
 
+    for (size_t i = 0; i < activations->inputs.past.size(); ++i) {
+        const size_t back = i + 1;
+        std::vector<int32_t> past(n, 0);
+        std::vector<float>   has_past(n, 0.0f);
+        for (size_t t = back; t < n; ++t) {
+            past[t]     = static_cast<int32_t>(t - back);
+            has_past[t] = row.segments[t - back] == row.segments[t] ? 1.0f : 0.0f;
+        }
+        ggml_backend_tensor_set(activations->inputs.past[i], past.data(), 0, n * sizeof(int32_t));
+        ggml_backend_tensor_set(activations->inputs.has_past[i], has_past.data(), 0, n * sizeof(float));
+    }
     if (activations->inputs.adapted) {
         const std::vector<float> adapted = adapted_tokens(row, settings.adapter.invocation);
         ggml_backend_tensor_set(activations->inputs.adapted, adapted.data(), 0, adapted.size() * sizeof(float));
@@ -228,20 +245,22 @@ void Trainer::draw_dropout(int layer) {
     if (!dropping) {
         return;
     }
-    const size_t n_targets = activations->dropout_masks.size();
+    const std::vector<LoraPair> & pairs = adapters->pairs();
     const float keep = 1.0f / (1.0f - settings.dropout);
     std::vector<float> values;
-    for (size_t t = 0; t < n_targets; ++t) {
-        const size_t index = static_cast<size_t>(layer) * n_targets + t;
+    for (size_t index = 0; index < pairs.size(); ++index) {
+        if (pairs[index].layer != layer) {
+            continue;
+        }
         // Initial weights are drawn from the streams 0, 1, 2, ...: dropout has the upper half to itself.
-        const CounterRandom random(settings.adapter.seed, (1ull << 63) + n_rows * adapters->pairs().size() + index);
-        ggml_tensor * mask = activations->dropout_masks[t];
+        const CounterRandom random(settings.adapter.seed, (1ull << 63) + n_rows * pairs.size() + index);
+        ggml_tensor * mask = activations->dropout_masks[pairs[index].target];
         values.resize(static_cast<size_t>(ggml_nelements(mask)));
         for (size_t i = 0; i < values.size(); ++i) {
             values[i] = random.uniform(i) < settings.dropout ? 0.0f : keep;
         }
         ggml_backend_tensor_set(mask, values.data(), 0, ggml_nbytes(mask));
-        inputs.dropout[frozen->weight(adapters->pairs()[index].name)] = mask;
+        inputs.dropout[frozen->weight(pairs[index].name)] = mask;
     }
 }
 
@@ -301,14 +320,15 @@ void Trainer::backward() {
         graph.differentiate({ { selected, a.d_selected } }, one, {}, last, a.d_out);
         executor.run(graph);
     }
-    for (int l = m.n_layer - 1; l >= 0; --l) {
+    const int first = adapters->pairs().front().layer;   // below it nothing is learned
+    for (int l = m.n_layer - 1; l >= first; --l) {
         draw_dropout(l);
         if (a.experts) {
-            a.experts->backward(executor, options, l, a.h[l], a.inputs, a.d_out, one, adapters->accumulators(), l != 0, a.d_in);
+            a.experts->backward(executor, options, l, a.h[l], a.inputs, a.d_out, one, adapters->accumulators(), l > first, a.d_in);
         } else {
             Graph graph(max_layer_nodes, true, options);
             ggml_tensor * out = builder.layer(graph, l, a.h[l], a.inputs);
-            graph.differentiate({ { out, a.d_out } }, one, adapters->accumulators(), l ? a.h[l] : nullptr, a.d_in);
+            graph.differentiate({ { out, a.d_out } }, one, adapters->accumulators(), l > first ? a.h[l] : nullptr, a.d_in);
             executor.run(graph);
         }
         std::swap(a.d_out, a.d_in);

@@ -9,7 +9,7 @@ from triollama import _engine
 
 ARCHITECTURES = [
     "llama", "mistral3", "smollm3", "granite", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2",
-    "gemma3", "phi3",
+    "gemma3", "phi3", "lfm2",
 ]  # fmt: skip
 """All that can be trained."""
 

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2moe": ("qwen2moe", {}),
     "qwen3moe": ("qwen3moe", {}),
     "qwen3moe-q4_k": ("qwen3moe", {"dtype": "Q4_K", "n_ff": 512}),
+    "lfm2": ("lfm2", {"n_layer": 3}),
     "qwen2-yarn": ("qwen2", {"rope_scaling": "yarn", "rope_original_ctx": 64}),
     "llama-q8_0": ("llama", {"dtype": "Q8_0"}),
     "gemma3-q4_k": ("gemma3", {"dtype": "Q4_K"}),
@@ -111,7 +112,7 @@ def trainer_initial_loss(path: Path, tokens: np.ndarray, labels: np.ndarray) -> 
         return float(fresh.evaluate(tokens, labels).loss)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "phi3", "qwen2moe"])
+@pytest.mark.parametrize("arch", ["gemma3", "phi3", "qwen2moe", "lfm2"])
 def test_dropout_is_the_documented_one_and_the_same_on_the_way_back(tiny: Any, arch: str) -> None:
     path, p, seed = tiny(arch), 0.25, 11
     with _engine.Trainer(path, rank=4, alpha=8.0, seed=seed, dropout=p, threads=2) as trainer:
@@ -139,8 +140,9 @@ def test_dropout_is_the_documented_one_and_the_same_on_the_way_back(tiny: Any, a
         assert abs(trainer.evaluate(tokens, labels).loss - expected.item()) <= 1e-4
 
 
-def test_packed_rows_agree_with_block_masks_in_torch(tiny: Any) -> None:
-    path = tiny("gemma3")
+@pytest.mark.parametrize("arch", ["gemma3", "lfm2"])
+def test_packed_rows_agree_with_block_masks_in_torch(tiny: Any, arch: str) -> None:
+    path = tiny(arch)
     with _engine.Trainer(path, rank=4, alpha=8.0, threads=2) as trainer:
         with_b(trainer)
         reference = Reference(path, trainer.layout, trainer.get("weights"), scale=2.0)

@@ -31,10 +31,14 @@ def in_transformers(path: Path) -> Any:
     arch = keys["general.architecture"]
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.pad_token_id = None
-    head_dim = int(keys[f"{arch}.attention.key_length"])
-    for name in ("head_dim", "query_pre_attn_scalar"):
-        if hasattr(config, name):
-            setattr(config, name, head_dim)
+    for names, key in (
+        (("head_dim", "query_pre_attn_scalar"), "attention.key_length"),
+        (("moe_intermediate_size",), "expert_feed_forward_length"),
+        (("shared_expert_intermediate_size",), "expert_shared_feed_forward_length"),
+    ):
+        for name in names:
+            if hasattr(config, name) and f"{arch}.{key}" in keys:
+                setattr(config, name, int(keys[f"{arch}.{key}"]))
     if arch == "gemma3":
         pattern = int(keys["gemma3.attention.sliding_window_pattern"])
         config.layer_types = [
@@ -89,7 +93,13 @@ def by_hand(path: Path) -> Any:
         num_attention_heads=int(heads["attn_q"]),
         num_key_value_heads=int(heads["attn_k"]),
         rms_norm_eps=float(key("attention.layer_norm_rms_epsilon")),
-        rope_parameters={"rope_type": "default", "rope_theta": float(key("rope.freq_base"))},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(key("rope.freq_base")),
+            # Ministral's: queries grow with their position, from the original context on.
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 16384,
+        },
         tie_word_embeddings="output.weight" not in tensors,
         pad_token_id=None,
         attn_implementation="eager",
@@ -144,7 +154,7 @@ def test_peft_computes_what_we_do(
     assert loss_of(model, tokens, labels) == pytest.approx(bare, abs=1e-4)
     tuned = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
     assert loss_of(tuned, tokens, labels) == pytest.approx(expected, abs=1e-4)
-    assert expected < bare - 0.1
+    assert expected < bare - 0.05
 
 
 def test_an_activated_adapter_is_peft_s(tiny: Any, tmp_path: Path) -> None:

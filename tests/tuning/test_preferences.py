@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from served import ARCHITECTURES
 from triollama import _engine
 from triollama.tuning import (
     CheckpointError,
@@ -124,7 +125,7 @@ def test_settings_that_preferences_do_not_go_with(path: Path, dataset: TrainingD
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_the_formula(tiny: Any, arch: str, loss: str) -> None:
     """The formula of TRL's DPOTrainer, differentiated by PyTorch, for twenty steps."""
     torch = pytest.importorskip("torch")

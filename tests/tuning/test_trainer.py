@@ -491,12 +491,26 @@ def test_other_architectures_are_refused_by_name(tiny: Any, arch: str) -> None:
 
 
 def test_experts_get_no_adapters(tiny: Any) -> None:
-    with pytest.raises(ValueError, match="target 'ffn_up_exps'.*attn_output"):
+    with pytest.raises(ValueError, match=r"target 'ffn_up_exps'.*attn_output"):
         _engine.Trainer(tiny("qwen3moe"), targets=("ffn_up_exps",))
     with _engine.Trainer(tiny("qwen3moe"), rank=2) as trainer:
         assert trainer.targets == ("attn_q", "attn_k", "attn_v", "attn_output")
     with _engine.Trainer(tiny("qwen2moe"), rank=2) as trainer:
         assert trainer.targets[4:] == ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+def test_layers_without_an_adapter(tiny: Any) -> None:
+    """As the first one of a hybrid model may be: nothing is learned below the first adapter."""
+    tokens, labels = example(30)
+    with _engine.Trainer(tiny("lfm2", n_layer=5), rank=4, targets=("attn_output",)) as trainer:
+        assert [name for name, *_ in trainer.layout] == [
+            "blk.1.attn_output.weight", "blk.3.attn_output.weight"
+        ]  # fmt: skip
+        losses = []
+        for _ in range(6):
+            losses.append(trainer.forward_backward(tokens, labels).loss)
+            trainer.adamw_step(1e-2)
+        assert losses[-1] < losses[0] - 0.1
 
 
 def test_the_table_of_architectures_is_what_the_tests_cover() -> None:

@@ -135,6 +135,8 @@ class Reference:
             self.key("attention.head_count_kv"),
         )
         d = self.key("attention.key_length", self.key("embedding_length") // heads)
+        if isinstance(kv_heads, list):
+            kv_heads = max(kv_heads)
         if p + "attn_qkv.weight" in self.w:
             q, k, v = self.linear(x, p + "attn_qkv").split(
                 [heads * d, kv_heads * d, kv_heads * d], -1
@@ -166,6 +168,19 @@ class Reference:
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(n, heads * d)
         return self.linear(mixed, p + "attn_output")
 
+    def convolution(self, x: Any, layer: int, segments: Any) -> Any:
+        """LFM2's: gated on both sides, each channel by itself, each text by itself."""
+        p = f"blk.{layer}.shortconv."
+        kernel = self.w[p + "conv.weight"]  # [channels, taps]
+        b, c, v = self.linear(x, p + "in_proj").chunk(3, -1)
+        mixed = torch.zeros_like(c)
+        for text in segments.unique():
+            at = segments == text
+            padded = F.pad((b * v)[at].T[None], (kernel.shape[1] - 1, 0))
+            out = F.conv1d(padded, kernel[:, None], groups=len(kernel))[0].T
+            mixed = mixed.index_put((at.nonzero()[:, 0],), out)
+        return self.linear(c * mixed, p + "out_proj")
+
     def gelu(self, x: Any) -> Any:
         if not self.half_gelu:
             return F.gelu(x, approximate="tanh")
@@ -180,7 +195,9 @@ class Reference:
         shares = probabilities * torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
         if self.arch == "qwen3moe":
             shares = shares / shares.sum(-1, keepdim=True)
-        gates, ups, downs = (self.w[f"{p}ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+        gates, ups, downs = (
+            self.w[f"{p}ffn_{name}_exps.weight"] for name in ("gate", "up", "down")
+        )
         inner = F.silu(torch.einsum("ti,eoi->teo", x, gates)) * torch.einsum("ti,eoi->teo", x, ups)
         out = torch.einsum("te,tei,eoi->to", shares, inner, downs)
         if p + "ffn_gate_inp_shexp.weight" in self.w:
@@ -212,12 +229,17 @@ class Reference:
         add = self.key("residual_scale", 1.0)
         for layer in range(self.key("block_count")):
             p = f"blk.{layer}."
-            out = self.attention(self.norm(h, p + "attn_norm"), layer, positions, segments)
+            x = self.norm(h, p + "attn_norm")
+            if p + "shortconv.conv.weight" in self.w:
+                out = self.convolution(x, layer, segments)
+            else:
+                out = self.attention(x, layer, positions, segments)
             h = h + add * (self.norm(out, p + "post_attention_norm") if gemma else out)
             out = self.feed_forward(self.norm(h, p + "ffn_norm"), layer)
             h = h + add * (self.norm(out, p + "post_ffw_norm") if gemma else out)
         output = self.w.get("output.weight", self.w["token_embd.weight"])
-        logits = self.norm(h, "output_norm") @ output.T / self.key("logit_scale", 1.0)
+        last = "token_embd_norm" if self.arch == "lfm2" else "output_norm"
+        logits = self.norm(h, last) @ output.T / self.key("logit_scale", 1.0)
         cap = self.key("final_logit_softcapping", 30.0 if self.arch == "gemma2" else 0.0)
         return cap * torch.tanh(logits / cap) if gemma and cap else logits
 

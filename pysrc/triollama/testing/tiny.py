@@ -32,7 +32,7 @@ from .tiny_shape import (
     check_rope,
     check_shape,
 )
-from .tiny_tensors import D_CONV, D_STATE, Tensors, add_encoder, add_tensors, llama3_factors
+from .tiny_tensors import D_CONV, D_STATE, N_TAPS, Tensors, add_encoder, add_tensors, llama3_factors
 from .tiny_vocab import TinyVocab, make_vocab
 
 __all__ = ["ARCHITECTURES", "DTYPES", "ENCODERS", "ROPE_SCALINGS", "make_tiny_model"]
@@ -68,7 +68,7 @@ def make_tiny_model(
     ``arch`` is one of :data:`ARCHITECTURES`: attention alone (llama, mistral3, qwen2, qwen3, phi3,
     granite, and smollm3, where every fourth layer knows no positions), with a mixture of experts
     (qwen2moe, qwen3moe: of 4, each token takes 2, half as wide as ``n_ff``), with sliding-window
-    layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba: odd
+    layers (gemma2, gemma3), recurrent (mamba, mamba2), or both in turn (jamba, lfm2: odd
     layers attend); or of :data:`ENCODERS` (bert: positions are learned, up to ``n_ctx``; pools by
     the mean). ``seed`` decides the weights, each tensor by itself: changing ``dtype`` or
     ``n_layer`` leaves the numbers behind the other tensors as they were.
@@ -156,7 +156,7 @@ def make_tiny_model(
             w.add_expert_feed_forward_length(shape.n_ff_expert)
             if a.shared_expert:
                 w.add_expert_shared_feed_forward_length(shape.n_ff_expert)
-        if a.mixer == "attention":
+        if a.mixer in ("attention", "shortconv"):
             w.add_rope_freq_base(rope_base)
             _add_rope_scaling(w, rope_scaling, rope_factor, rope_original_ctx)
         _add_vocab(w, vocab, chat_template)
@@ -201,14 +201,16 @@ def _add_mixer_keys(
         w.add_uint32(f"{s.arch}.pooling_type", 1)  # the mean
         w.add_token_type_count(2)
         return
-    if s.a.mixer != "attention":
+    if s.a.mixer == "shortconv":
+        w.add_uint32(f"{s.arch}.shortconv.l_cache", N_TAPS)
+    elif s.a.mixer != "attention":
         w.add_ssm_conv_kernel(D_CONV)
         w.add_ssm_inner_size(s.d_inner)
         w.add_ssm_state_size(D_STATE)
         w.add_ssm_time_step_rank(s.dt_rank)
         if s.a.mixer == "mamba2":
             w.add_ssm_group_count(1)
-    if s.a.mixer == "jamba":
+    if s.a.mixer in ("jamba", "shortconv"):
         w.add_head_count(s.n_head)
         w.add_head_count_kv([0 if s.is_recurrent(i) else s.n_head_kv for i in range(s.n_layer)])
     elif s.a.mixer == "attention":

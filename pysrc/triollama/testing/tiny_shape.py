@@ -43,7 +43,8 @@ class Arch(NamedTuple):
     experts: bool = False  # a router, and feed-forward layers of which each token takes some
     shared_expert: bool = False  # one more that all tokens take
     scaled: bool = False  # the file scales embeddings, scores, what layers add, and logits
-    # or mamba, mamba2, jamba (mamba and attention in turn), encoder (attention both ways)
+    # or mamba, mamba2, jamba (mamba and attention in turn), shortconv (a short convolution and
+    # attention in turn), encoder (attention both ways)
     mixer: str = "attention"
 
 
@@ -72,6 +73,7 @@ ARCHS: dict[str, Arch] = {
     "mamba": Arch("gpt2", tied=True, mixer="mamba"),
     "mamba2": Arch("gpt2", tied=True, mixer="mamba2"),
     "jamba": Arch("llama", mixer="jamba"),
+    "lfm2": Arch("llama", tied=True, qk_norm=True, mixer="shortconv"),
     "bert": Arch("llama", mixer="encoder"),
 }
 
@@ -83,7 +85,7 @@ ARCHITECTURES = tuple(arch for arch in ARCHS if arch not in ENCODERS)
 MOST_WEIGHTS = 2**30
 """In all layers; more would take minutes, and gigabytes."""
 
-ATTENDING = ("attention", "jamba", "encoder")
+ATTENDING = ("attention", "jamba", "shortconv", "encoder")
 N_EXPERT = 4
 N_EXPERT_USED = 2
 
@@ -112,7 +114,7 @@ class Shape(NamedTuple):
         return max(self.n_ff // N_EXPERT_USED, 1)
 
     def is_recurrent(self, layer: int) -> bool:
-        if self.a.mixer == "jamba":
+        if self.a.mixer in ("jamba", "shortconv"):
             return layer % 2 == 0
         return self.a.mixer != "attention"
 

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from .tiny_shape import N_EXPERT, Shape
 from .tiny_vocab import BYTE, NORMAL, TinyVocab
 
-__all__ = ["D_CONV", "D_STATE", "Tensors", "add_encoder", "add_tensors", "llama3_factors"]
+__all__ = ["D_CONV", "D_STATE", "N_TAPS", "Tensors", "add_encoder", "add_tensors", "llama3_factors"]
 
 Array = npt.NDArray[Any]
 
+N_TAPS = 3
 D_CONV = 4
 D_STATE = 16
 _LOGIT_STD = 2.0
@@ -73,17 +74,20 @@ class Tensors:
 
 def add_tensors(t: Tensors, s: Shape, vocab: TinyVocab) -> None:
     _add_embeddings(t, s, vocab)
-    t.vector("output_norm.weight", s.n_embd, 0.1, 1.0)
+    norm = "token_embd_norm" if s.a.mixer == "shortconv" else "output_norm"
+    t.vector(f"{norm}.weight", s.n_embd, 0.1, 1.0)
     for i in range(s.n_layer):
         block = f"blk.{i}."
         t.vector(block + "attn_norm.weight", s.n_embd, 0.1, 1.0)
         if not s.is_recurrent(i):
             _add_attention(t, s, block)
+        elif s.a.mixer == "shortconv":
+            _add_short_convolution(t, s, block)
         elif s.a.mixer == "mamba2":
             _add_mamba2(t, s, block)
         else:
             _add_mamba(t, s, block)
-        if s.a.mixer in ("attention", "jamba"):
+        if s.a.mixer in ("attention", "jamba", "shortconv"):
             _add_feed_forward(t, s, block)
 
 
@@ -197,6 +201,14 @@ def _post_gain(gain: float) -> float:
     # A scaled embedding (gemma) has entries of deviation _LOGIT_STD where others have unit-free
     # ones of _LOGIT_STD / sqrt(n_embd); the layer must still outweigh it.
     return 4.0 * gain * _LOGIT_STD
+
+
+def _add_short_convolution(t: Tensors, s: Shape, block: str) -> None:
+    """Gated, over three tokens, channel by channel (arXiv:2511.23404)."""
+    t.matrix(block + "shortconv.in_proj.weight", 3 * s.n_embd, s.n_embd, 1.5)
+    kernel = block + "shortconv.conv.weight"
+    t.exact(kernel, t.draw(kernel, (s.n_embd, N_TAPS), 0.7))
+    t.matrix(block + "shortconv.out_proj.weight", s.n_embd, s.n_embd, _ATTENTION_GAIN)
 
 
 def _add_mamba(t: Tensors, s: Shape, block: str) -> None:

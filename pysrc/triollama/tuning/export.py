@@ -38,6 +38,8 @@ __all__ = [
 
 Array = NDArray[np.float32]
 
+_IN_LAYER = re.compile(r"blk\.(\d+)\.([\w.]+)\.weight")
+
 _PEFT_MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -51,8 +53,18 @@ _PEFT_MODULES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
-# Where an architecture's modules in transformers are not those: one matrix, gate above up.
-_PEFT_FUSED = {"phi3": {"ffn_up": "mlp.gate_up_proj"}}
+# Where an architecture's modules are not those; phi3's is one matrix, gate above up.
+_PEFT_OTHERS = {
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    "lfm2": {
+        "attn_output": "self_attn.out_proj",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+    },
+}
 _PAIRED = ("llama", "mistral3", "smollm3", "granite")
 
 
@@ -160,7 +172,7 @@ def check_adapter(
         architecture=architecture,
         rank=rank,
         alpha=float(alpha),
-        targets=tuple(sorted({base.split(".")[2] for base in pairs if base.count(".") == 3})),
+        targets=tuple(sorted({m[2] for base in pairs if (m := _IN_LAYER.fullmatch(base))})),
         base_fingerprint=base_fingerprint,
         invocation=tuple(map(int, gguf_numbers(path, INVOCATION_KEY) or ())),
     )
@@ -170,11 +182,18 @@ def check_adapter(
 
 
 def _peft_modules(architecture: str) -> dict[str, str]:
-    return {**_PEFT_MODULES, **_PEFT_FUSED.get(architecture, {})}
+    return {**_PEFT_MODULES, **_PEFT_OTHERS.get(architecture, {})}
+
+
+def _target_module(module: str, modules: Mapping[str, str]) -> str:
+    """As PEFT has it by itself: without what it stands in, where that leaves no doubt."""
+    short = module.partition(".")[2]
+    alike = sum(other.partition(".")[2] == short for other in modules.values())
+    return short if alike == 1 else module
 
 
 def _peft_name(weight: str, part: str, modules: Mapping[str, str]) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", weight)
+    match = _IN_LAYER.fullmatch(weight)
     if not match or match[2] not in modules:
         raise ModelExportError(f"PEFT has no name for {weight}")
     return f"base_model.model.model.layers.{match[1]}.{modules[match[2]]}.lora_{part}.weight"
@@ -255,7 +274,7 @@ def save_peft(
         "inference_mode": True,
         "alora_invocation_tokens": list(trainer.invocation) or None,
         "modules_to_save": None,
-        "target_modules": [modules[target].split(".", 1)[1] for target in trainer.targets],
+        "target_modules": [_target_module(modules[target], modules) for target in trainer.targets],
     }
     try:
         target = Path(folder)

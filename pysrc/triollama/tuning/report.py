@@ -156,7 +156,7 @@ def _norms(norms: Mapping[str, float]) -> str:
     """Layers down, matrices across; the darker, the larger."""
     layers: dict[int, dict[str, float]] = {}
     for name, norm in norms.items():
-        _, number, matrix, _ = name.split(".")
+        _, number, matrix = name.removesuffix(".weight").split(".", 2)
         layers.setdefault(int(number), {})[matrix] = norm
     matrices = list(dict.fromkeys(name for row in layers.values() for name in row))
     most = max(norms.values()) or 1.0
