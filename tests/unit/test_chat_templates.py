@@ -430,6 +430,26 @@ def test_calls_are_learned_whole_or_refused(path: Path) -> None:
     assert answered.startswith(text.rendered.text[:high])
 
 
+def test_a_system_prompt_that_only_the_last_user_is_told_with() -> None:
+    """Mistral's way: in a prompt it is there, and no more once there is an answer."""
+    template = ChatTemplate(
+        "{% set told = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[I]"
+        "{{ told if loop.last }}{{ m.content }}[/I]{% else %}{{ m.content }}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    texts = training_texts(template, [SYSTEM, *TWO])
+    shown = [text.rendered.text for text in texts]
+    system = SYSTEM["content"]
+    assert shown == [
+        f"[I]{system}Question one[/I]Answer one</s>",
+        f"[I]Question one[/I]Answer one</s>[I]{system}Question two[/I]Answer two</s>",
+    ]
+    assert [text[low:] for text, one in zip(shown, texts, strict=True) for low, _ in one.spans] == [
+        "Answer one</s>", "Answer two</s>"
+    ]  # fmt: skip
+
+
 def test_fitting() -> None:
     no_system = ChatTemplate(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"

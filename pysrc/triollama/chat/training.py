@@ -81,11 +81,14 @@ def training_texts(
         return [TrainingText(whole, spans, rest)] if spans else []
     texts = []
     for turn in learned:
-        so_far = messages[: turn.number + 1]
-        _check_context(render, so_far, turn.answered, shift, template.name)
         if turn.answered.text.startswith(turn.prompt.text):
+            so_far = messages[: turn.number + 1]
+            _check_context(render, so_far, turn.answered, shift, template.name)
             texts.append(TrainingText(turn.answered, turn.spans(), []))
         else:
+            _check_context(
+                render, messages[: turn.number], turn.prompt, shift, template.name, prompt=True
+            )
             texts.append(_spoken(turn, messages[turn.number], shift, template.name))
     return texts
 
@@ -147,7 +150,13 @@ def _check_shown(
 
 
 def _check_context(
-    render: Any, messages: Sequence[Mapping[str, Any]], whole: Rendered, shift: int, name: str
+    render: Any,
+    messages: Sequence[Mapping[str, Any]],
+    whole: Rendered,
+    shift: int,
+    name: str,
+    *,
+    prompt: bool = False,
 ) -> None:
     """What others said is there, as it would be when the model answers."""
     for index, message in enumerate(messages):
@@ -156,7 +165,7 @@ def _check_context(
         if index < shift or _by_origin(whole, index - shift):
             continue
         less = [*messages[:index], {**message, "content": ""}, *messages[index + 1 :]]
-        if _same(render, less, whole):
+        if _same(render, less, whole, prompt):
             raise ChatTemplateError(
                 f"it shows nothing of messages[{index}], of the role {message['role']!r}: what"
                 " follows would be learned as an answer to something else",
@@ -164,9 +173,11 @@ def _check_context(
             )
 
 
-def _same(render: Any, messages: Sequence[Mapping[str, Any]], rendered: Rendered) -> bool:
+def _same(
+    render: Any, messages: Sequence[Mapping[str, Any]], rendered: Rendered, prompt: bool = False
+) -> bool:
     try:
-        return bool(render(messages, False).text == rendered.text)
+        return bool(render(messages, prompt).text == rendered.text)
     except ChatTemplateError:
         return False
 
