@@ -3,11 +3,11 @@
 
     python examples/tune_while_you_talk.py MODEL.gguf FOLDER [PORT]
 
-Each connection (nc localhost 8080) is a conversation, a line a turn. "+" accepts the last answer, and
-"- text" says what it should have been. Every EVERY of these a run goes on from the adapter in use,
-beside the answers, and what it learned is used from the next turn on if the loss on every fifth
-accepted answer, which is never trained on, has fallen. As these get more, an adapter that by now
-does worse than the one before it is taken back.
+Each connection (nc localhost 8080) is a conversation, a line a turn. "+" accepts the last answer,
+and "- text" says what it should have been. Every EVERY of these a run goes on from the adapter in
+use, beside the answers, and what it learned is used from the next turn on if the loss on every
+fifth accepted answer, which is never trained on, has fallen. As these get more, an adapter that by
+now does worse than the one before it is taken back.
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ async def lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
             yield line.decode().strip()
 
 
-async def talk(llama: triollama.Llama, learner: Learner, stream: trio.abc.Stream) -> None:
-    """One user."""
-    chat = llama.conversation()
+async def talk(
+    llama: triollama.Llama, learner: Learner, stream: trio.abc.Stream, **options: Any
+) -> None:
+    """One user; ``options`` are the conversation's."""
+    chat = llama.conversation(**options)
     async for line in lines(stream):
         if line == "+" or line.startswith("- "):
             messages = [message.for_template() for message in chat.messages]
@@ -123,9 +125,7 @@ async def main(model: str, folder: str, port: int = 8080) -> None:
     async with triollama.open_llama(model) as llama, trio.open_nursery() as nursery:
         learner = Learner(llama, Path(folder), CONFIG, EVERY)
         nursery.start_soon(learner.run)
-        nursery.start_soon(
-            trio.serve_tcp, lambda stream: talk(llama, learner, stream), port
-        )
+        nursery.start_soon(trio.serve_tcp, lambda stream: talk(llama, learner, stream), port)
 
 
 if __name__ == "__main__":

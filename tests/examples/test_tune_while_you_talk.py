@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import memory_stream_pair
 from triollama import GenerationParams, open_llama
 from triollama.tuning import TrainingConfig
-from trio.testing import memory_stream_pair
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tune_while_you_talk.py"
 CONFIG = TrainingConfig(rank=4, learning_rate=2e-2, epochs=6, patience=2, threads=1)
@@ -32,7 +33,7 @@ def test_it_learns_beside_the_talk_and_takes_back(
     example: Any, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def main() -> None:
-        options = {"n_ctx": 1024, "max_streams": 2, "threads": 1, "params": GREEDY}
+        options = {"n_ctx": 1024, "max_streams": 2, "threads": 1}
         async with open_llama(tiny("gemma3"), **options) as llama, trio.open_nursery() as nursery:
             learner = example.Learner(llama, tmp_path, CONFIG, every=10)
             nursery.start_soon(learner.run)
@@ -42,7 +43,7 @@ def test_it_learns_beside_the_talk_and_takes_back(
                 ours, theirs = memory_stream_pair()
                 answers: list[str] = []
                 async with trio.open_nursery() as user:
-                    user.start_soon(example.talk, llama, learner, theirs)
+                    user.start_soon(partial(example.talk, llama, learner, theirs, params=GREEDY))
                     received = example.lines(ours)
                     for line in words:
                         await ours.send_all(f"{line}\n".encode())
