@@ -5,8 +5,8 @@ random tokens, all labelled, from the same weights: the default model's GGUF fil
 weights dequantised to F32 in transformers' Gemma3ForCausalLM there. Each side has a process of its
 own and two threads; a step is forward, backward and AdamW.
 
-PEFT needs torch, transformers, peft and gguf: `python scripts/check.py --torch --co -q` installs them
-into the checkout's environment, or name the Python of another in ``TRIOLLAMA_PEFT_PYTHON``.
+PEFT needs torch, transformers, peft and gguf: `python scripts/check.py --torch --co -q` installs
+them into the checkout's environment, or name the Python of another in ``TRIOLLAMA_PEFT_PYTHON``.
 """
 
 from __future__ import annotations

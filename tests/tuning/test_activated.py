@@ -1,5 +1,5 @@
-"""Activated adapters (aLoRA): trained with no part in what comes before their invocation, and served
-on the bare model's memory of it."""
+"""Activated adapters (aLoRA): trained with no part in what comes before their invocation, and
+served on the bare model's memory of it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_it_is_served_as_it_was_trained(tiny: Any, tmp_path: Path) -> None:
                     again = await llama.score(tokens[:n].tolist(), adapters=chosen)
                     assert np.array_equal(score.logprobs, again.logprobs)
                     if n == N:
-                        np.testing.assert_allclose(-score.logprobs, expected[:-1], atol=2e-2)
+                        np.testing.assert_allclose(-score.logprobs, expected, atol=2e-2)
                 whole = (await llama.score(tokens.tolist(), adapters=chosen)).logprobs
                 bare = (await llama.score(tokens.tolist())).logprobs
                 np.testing.assert_allclose(whole[:AT], bare[:AT], atol=1e-4)
@@ -176,7 +176,7 @@ def test_the_bare_model_s_memory_serves_it(tiny: Any, tmp_path: Path) -> None:
                     params=GREEDY, messages=chat.messages[:-2], adapters=chosen
                 )
                 assert (await fresh.say("Judge:")).text == judged.text
-                assert llama.statistics().set_changes > 1
+                assert llama.statistics().set_changes >= 1
                 # What it computed itself serves nobody else; what is before it does.
                 chat.set_adapters(())
                 chat.rewind()
@@ -230,6 +230,6 @@ def test_a_run_takes_a_text_and_refuses_what_it_cannot_teach(tiny: Any, tmp_path
     for wrong in ("", (), (1.5,), (-1,), 7):
         with pytest.raises(InvalidSettingError, match="invocation"):
             TrainingConfig(invocation=wrong)
-    with pytest.raises(InvalidSettingError, match="vocabulary"):
-        with train(path, last, TrainingConfig(invocation=(10**6,))):
-            pass
+    unknown = TrainingConfig(invocation=(10**6,))
+    with pytest.raises(InvalidSettingError, match="vocabulary"), train(path, last, unknown):
+        pass

@@ -31,7 +31,8 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
         "train", str(data), *of_model, "--validation", str(data), "--validation-limit", "4",
         "--adapter", adapter, "--report", str(report), "--html", str(page), "--csv", str(table),
         "--no-shuffle", "--rslora", "--targets", "q_proj,ffn_down", *QUICK,
-        "--plot", "--tensorboard", str(tmp_path / "events"), "--preview", "1", "--sample", "What is a and x?",
+        "--plot", "--tensorboard", str(tmp_path / "events"),
+        "--preview", "1", "--sample", "What is a and x?",
     ]  # fmt: skip
     assert main(command) == 0
     printed, told = capsys.readouterr()

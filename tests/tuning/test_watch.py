@@ -122,17 +122,19 @@ def test_events_for_tensorboard(tmp_path: Path) -> None:
     found = written(tmp_path / "run")
     assert list(found["loss/training"]) == [1, 2, 3, 4]
     assert found["loss/training"][4] == 1.25
-    assert found["loss/held out"] == {0: 2.5, 4: 1.25}
-    assert found["accuracy/held out"][4] == pytest.approx(0.6)
-    assert found["learning rate"][1] == pytest.approx(2e-4)
-    assert found["tokens a second"][2] == 101.0
+    assert found["loss/held_out"] == {0: 2.5, 4: 1.25}
+    assert found["accuracy/held_out"][4] == pytest.approx(0.6)
+    assert found["learning_rate"][1] == pytest.approx(2e-4)
+    assert found["tokens_per_second"][2] == 101.0
 
     events = Events(tmp_path / "again", after=2)  # the run goes on after step 2
-    events.update(summary(4, validation=[(0, 2.5), (2, 2.0), (4, 1.25)], accuracies=[0.1, 0.2, 0.6]))
+    events.update(
+        summary(4, validation=[(0, 2.5), (2, 2.0), (4, 1.25)], accuracies=[0.1, 0.2, 0.6])
+    )
     events.close()
     found = written(tmp_path / "again")
     assert list(found["loss/training"]) == [3, 4]
-    assert found["loss/held out"] == {4: 1.25}
+    assert found["loss/held_out"] == {4: 1.25}
 
 
 def test_without_a_library_for_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

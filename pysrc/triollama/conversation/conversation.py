@@ -156,7 +156,8 @@ class Conversation:
         """Speak with these from the next turn on, in place of those before; ``()``: the bare model.
 
         What the old ones computed is forgotten, so the next turn computes the whole conversation,
-        except between the bare model and adapters with an ``invocation``. BusyResourceError in mid-turn; ParameterError for what is not loaded.
+        except between the bare model and adapters with an ``invocation``.
+        BusyResourceError in mid-turn; ParameterError for what is not loaded.
         """
         self._ledger.check_idle()
         chosen = self._house.adapters.check(adapters)

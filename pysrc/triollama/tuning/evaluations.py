@@ -20,8 +20,8 @@ class Best(NamedTuple):
 
 
 class Evaluations(NamedTuple):
-    """``losses``: (step, held-out loss). Replaced as a whole, so that what interrupts leaves none by
-    half."""
+    """``losses``: (step, held-out loss). Replaced as a whole, so that what interrupts leaves none
+    by half."""
 
     losses: tuple[tuple[int, float], ...] = ()
     accuracies: tuple[float, ...] = ()
@@ -34,7 +34,7 @@ class Evaluations(NamedTuple):
         weights: Callable[[], NDArray[np.float32]],
         min_delta: float,
     ) -> Evaluations:
-        """With one more, after this step; ``weights`` are kept if it is the best by ``min_delta``."""
+        """With one more, after this step, and its ``weights`` if it is best by ``min_delta``."""
         best = self.best
         if best is None or found.average_loss < best.loss - min_delta:
             best = Best(step, found.average_loss, weights())

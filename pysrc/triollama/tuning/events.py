@@ -31,14 +31,14 @@ class Events:
         for step in range(self._steps + 1, len(summary.losses) + 1):
             rate = learning_rate_at(summary.config, step - 1, summary.total_steps)
             scalar("loss/training", summary.losses[step - 1], step)
-            scalar("learning rate", rate, step)
+            scalar("learning_rate", rate, step)
             if step <= len(summary.speeds):
-                scalar("tokens a second", summary.speeds[step - 1], step)
+                scalar("tokens_per_second", summary.speeds[step - 1], step)
         self._steps = len(summary.losses)
         for (step, loss), accuracy in zip(summary.validation, summary.accuracies, strict=False):
             if step > self._evaluated:
-                scalar("loss/held out", loss, step)
-                scalar("accuracy/held out", accuracy, step)
+                scalar("loss/held_out", loss, step)
+                scalar("accuracy/held_out", accuracy, step)
                 self._evaluated = step
         self._writer.flush()
 
