@@ -81,6 +81,7 @@ def state_after(plan: Plan, answer: Answer, continued: Continued, n_ctx: int) ->
         n_computed=n_computed,
         turns=(*turns, turn),
         dropped=plan.dropped,
+        told=plan.told,
     )
 
 

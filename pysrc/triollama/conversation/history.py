@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from ..files import Message
 from ..params import GenerationParams
 
-__all__ = ["Shift", "State", "Turn", "common_length", "now", "shifted", "went_on_from"]
+__all__ = ["Shift", "State", "Turn", "common_length", "now", "shifted", "tools_key", "went_on_from"]
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -26,7 +29,8 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """A conversation as of a commit. ``tokens[:n_computed]`` were decoded.
+    """A conversation as of a commit. ``tokens[:n_computed]`` were decoded; ``told``: the tools that
+    they tell the model of, by ``tools_key``.
 
     Whatever is committed is one of these, so going back is keeping the old one.
     """
@@ -36,6 +40,7 @@ class State(msgspec.Struct, frozen=True):
     n_computed: int = 0
     turns: tuple[Turn, ...] = ()
     dropped: int = 0
+    told: str = ""
 
     @property
     def sampler(self) -> tuple[bytes, GenerationParams | None]:
@@ -63,9 +68,17 @@ class State(msgspec.Struct, frozen=True):
             tokens=self.tokens[: turn.n_tokens],
             n_computed=turn.n_computed,
             turns=self.turns[:n_turns],
-            # A turn whose tokens stand was said with the same messages left out.
+            # A turn whose tokens stand was said with the same messages left out, and tools.
             dropped=self.dropped if turn.n_tokens else 0,
+            told=self.told,
         )
+
+
+def tools_key(tools: Sequence[Mapping[str, Any]] | None) -> str:
+    """Specifications of tools, in a few characters; "" for none."""
+    if not tools:
+        return ""
+    return hashlib.sha256(repr(list(tools)).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def went_on_from(state: State, commit: int) -> State:

@@ -20,7 +20,7 @@ from ..checks import shown
 from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
-from .history import Shift, State, common_length, shifted
+from .history import Shift, State, common_length, shifted, tools_key
 from .protocol import with_protocol
 
 __all__ = [
@@ -75,8 +75,8 @@ def check_overflow(overflow: Any, *, can_shift: bool, deterministic: bool = Fals
 class Plan(msgspec.Struct, frozen=True):
     """A turn that says ``messages`` after ``base``, or none: then it goes on with the last answer.
 
-    ``tokens``: the whole prompt, of which ``commit`` were committed before and computed. ``shift``
-    and ``n_keep`` with the policy of that name.
+    ``tokens``: the whole prompt, of which ``commit`` were committed before and computed, and which
+    tells of the tools ``told``. ``shift`` and ``n_keep`` with the policy of that name.
     """
 
     base: State
@@ -86,6 +86,7 @@ class Plan(msgspec.Struct, frozen=True):
     dropped: int
     shift: Shift | None = None
     n_keep: int = 0
+    told: str = ""
 
 
 class _Tokenizer(Protocol):
@@ -169,7 +170,7 @@ class Prompts:
         messages = (*base.messages, *added)
         rendered = self.render(messages, dropped)
         known, self._last = self._last, (messages, dropped, rendered.text)
-        if base.tokens and dropped == base.dropped:
+        if base.tokens and dropped == base.dropped and base.told == tools_key(self.tools):
             before, last = base.messages[:-1], base.messages[-1]
             # What the last turn rendered, usually; the messages are then the same objects.
             same = known[:2] == (before, dropped)
@@ -266,7 +267,8 @@ def make_plan(
         # The text no longer begins with what was computed: go back to a turn that still fits.
         ends = [turn.n_computed for turn in base.turns if turn.n_computed <= commit]
         commit = max(ends, default=0)
-    return Plan(base, added, tokens, commit, dropped, shift, n_keep)
+    told = tools_key(prompts.tools) if added or not base.tokens else base.told
+    return Plan(base, added, tokens, commit, dropped, shift, n_keep, told)
 
 
 def _shift(

@@ -21,7 +21,7 @@ from ..errors import (
 )
 from ..files import Message, SavedConversation
 from ..params import UNCONSTRAINED, GenerationParams
-from .history import State, Turn, now
+from .history import State, Turn, now, tools_key
 from .plan import Overflow, Prompts
 
 __all__ = [
@@ -178,6 +178,7 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
         n_computed=last.n_computed,
         turns=(*turns[:-1], last),
         dropped=one.dropped,
+        told=tools_key(one.tools),
     )
 
 

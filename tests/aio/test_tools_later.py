@@ -1,0 +1,95 @@
+"""Tools that a conversation is given, or loses, after it has begun: the model is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+from triollama import GenerationParams, Llama, open_llama
+from triollama.testing import FakeEngine, open_fake_llama
+
+GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, ignore_eos=True)
+
+
+class Noting(FakeEngine):
+    """Answers, and notes the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        super().__init__(lambda prompt: "Hello there.", token_seconds=0.0)
+
+    def submit(self, tokens: Any, *arguments: Any, **options: Any) -> Any:
+        self.prompts.append(self.detokenize(tokens))
+        return super().submit(tokens, *arguments, **options)
+
+
+def weather(city: str) -> str:
+    """The weather of a city."""
+    return f"sunny in {city}"
+
+
+def clock() -> str:
+    """What time it is."""
+    return "noon"
+
+
+def run(test: Callable[[Llama, list[str]], Awaitable[None]]) -> None:
+    async def main() -> None:
+        engine = Noting()
+        async with open_fake_llama(engine) as llama:
+            await test(llama, engine.prompts)
+
+    trio.run(main)
+
+
+def test_tools_of_a_later_turn_are_shown() -> None:
+    async def test(llama: Llama, prompts: list[str]) -> None:
+        chat = llama.conversation(template="chatml")
+        await chat.say("One")
+        assert "weather of a city" not in prompts[-1]
+        await chat.say("Two", tools=[weather])
+        assert "weather of a city" in prompts[-1] and "One" in prompts[-1]
+        await chat.say("Three", tools=[clock])
+        assert "weather of a city" not in prompts[-1] and "What time it is" in prompts[-1]
+        await chat.say("Four")  # from that turn on
+        assert prompts[-1].startswith(prompts[-2]) and "What time it is" in prompts[-1]
+
+    run(test)
+
+
+def test_a_restored_conversation_is_told_of_its_tools_once(tmp_path: Path) -> None:
+    async def test(llama: Llama, prompts: list[str]) -> None:
+        chat = llama.conversation("ann", template="chatml", tools=[weather])
+        await chat.say("One")
+        await llama.save(tmp_path / "chats")
+        chat.delete()
+        (back,) = await llama.restore(tmp_path / "chats")
+        await back.say("Two")
+        assert prompts[-1].startswith(prompts[0]) and prompts[-1].count("weather of a city") == 1
+        await back.say("Three", tools=[clock])
+        assert "weather of a city" not in prompts[-1] and "What time it is" in prompts[-1]
+
+    run(test)
+
+
+def test_what_the_new_tools_leave_alone_is_not_computed_again(tiny: Any) -> None:
+    """And a model goes on as if the tools had been there from the start."""
+
+    async def main() -> None:
+        opened = open_llama(tiny("llama"), n_ctx=1024, threads=1, deterministic=True)
+        async with opened as llama:
+            late = llama.conversation(template="chatml", params=GREEDY)
+            await late.say("One")
+            done = await late.say("Two", tools=[clock])
+            first = llama.conversation(
+                template="chatml",
+                params=GREEDY,
+                messages=[message.for_template() for message in late.messages[:2]],
+            )
+            same = await first.say("Two", tools=[clock])
+            assert same.tokens == done.tokens
+            assert (await late.say("Three")).usage.cached_tokens > len(done.tokens)
+
+    trio.run(main)
