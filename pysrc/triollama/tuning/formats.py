@@ -300,7 +300,10 @@ def _alpaca(item: Mapping[str, Any], answer: str) -> Chat:
     messages: Messages = []
     if item.get("system"):
         messages.append(_turn("system", _text(item, "system")))
-    for i, turn in enumerate(item.get("history") or ()):
+    history = item.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        raise DataError("must be a list of pairs", path="$.history")
+    for i, turn in enumerate(history):
         texts = list(turn) if isinstance(turn, (list, tuple)) else []
         if len(texts) != 2 or not all(isinstance(one, str) for one in texts):
             raise DataError("must be a pair of texts", path=f"$.history[{i}]")
