@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from os import PathLike
 from typing import Any
 
@@ -47,14 +49,9 @@ class Events:
 
 
 def _writer(folder: str) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[no-redef]
-        except ImportError as error:
-            raise ImportError(
-                "events for TensorBoard are written by tensorboardX: pip install"
-                " 'triollama[tensorboard]'"
-            ) from error
-    return SummaryWriter(folder)
+    for name in ("tensorboardX", "torch.utils.tensorboard"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).SummaryWriter(folder)
+    raise ImportError(
+        "events for TensorBoard are written by tensorboardX: pip install 'triollama[tensorboard]'"
+    )
