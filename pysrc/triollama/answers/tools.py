@@ -44,7 +44,7 @@ class CallFormat(msgspec.Struct, frozen=True):
         """The text of calls, as they stand in a message's ``tool_calls``. Raises ParameterError."""
         texts = []
         for call in calls:
-            function = call.get("function")
+            function = call.get("function") if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise ParameterError(
                     f"a message's call is {{'function': {{'name': ..., 'arguments': ...}}}}, not "
