@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from triollama.errors import (
     QueueFullError,
     TokenError,
 )
+from triollama.testing import FakeEngine, open_fake_llama
 from worlds import World
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, seed=42)
@@ -801,3 +803,27 @@ def test_warm_up_leaves_nothing(world: World) -> None:
             assert llama.model.architecture
 
     world.run(main)
+
+
+def test_long_texts_are_tokenized_beside_the_event_loop() -> None:
+    beside: list[bool] = []
+
+    class Noted(FakeEngine):
+        def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+            if len(text) > 20_000:
+                beside.append(threading.current_thread() is not threading.main_thread())
+            return super().tokenize(text, add_special=add_special)
+
+    async def main() -> None:
+        engine = Noted(n_ctx=100_000, prompt_token_seconds=0.0)
+        async with open_fake_llama(engine) as llama:
+            text = "a b " * 6_000
+            assert (await llama.embed([text, "a"])).shape[0] == 2
+            assert len((await llama.score(text)).tokens) == len(text) - 1
+            assert len((await llama.score("x", given=text)).tokens) == 1
+            assert (await llama.choose(text, ["a", "bb"])).index in (0, 1)
+            with pytest.raises(ContextFullError):
+                await llama.embed(text * 5)
+        assert beside == [True] * 5
+
+    trio.run(main)

@@ -16,7 +16,10 @@ from ..params import GenerationParams
 from .protocol import Engine, EngineStream, Model, Reply, Vocab
 from .pump import Pump
 
-__all__ = ["Core", "OpenStream", "WhenFull"]
+__all__ = ["LONG", "Core", "OpenStream", "WhenFull"]
+
+LONG = 20_000
+"""Characters of a text whose tokenizing takes milliseconds: others should not wait for it."""
 
 WhenFull = Literal["wait", "raise"]
 
@@ -94,6 +97,18 @@ class Core:
             why = "is empty" if prompt == "" else f"is {type(prompt).__name__}, not text or tokens"
             raise ParameterError(f"the {name} {why}", parameter=name, value=prompt)
         return list(prompt)
+
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """A text tokenized, beside the event loop if it is long. Not always a checkpoint."""
+        if len(text) <= LONG:
+            return self.engine.tokenize(text, add_special=add_special)
+        return await self.engine.beside(lambda: self.engine.tokenize(text, add_special=add_special))
+
+    async def tokens_of(self, prompt: str | Iterable[int], name: str = "prompt") -> list[int]:
+        """As ``prompt_tokens``, beside the event loop if it is a long text."""
+        if isinstance(prompt, str) and len(prompt) > LONG:
+            return await self.tokenize(prompt)
+        return self.prompt_tokens(prompt, name)
 
     # Every call
 

@@ -219,7 +219,7 @@ class OpenAI:
         adapters = service.adapters_of(asked.model, asked.lora)
         with service.place():
             rows = await service.llama.embed(texts, pooling=asked.pooling, adapters=adapters)
-        n = sum(len(service.llama.tokenize(text)) for text in texts)
+        n = sum([len(await service.tokens(text)) for text in texts])
         plain = asked.encoding_format == "float"
         body = {
             "object": "list",

@@ -16,6 +16,7 @@ from ..conversation.history import State
 from ..conversation.plan import Plan, Prompts
 from ..conversation.samplers import with_thoughts
 from ..conversation.tools import Tools
+from ..engine.core import LONG
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
 from ..params import MAX_SEED, GenerationParams
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 __all__ = ["Ask", "Lora", "Service", "text_of"]
-
-LONG = 20_000
-"""Characters of a chat whose rendering takes milliseconds: others should not wait for it."""
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

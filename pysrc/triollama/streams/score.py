@@ -36,9 +36,9 @@ async def score(
     """See ``Llama.score``."""
     import numpy
 
-    before = core.prompt_tokens(given, "given") if given is not None else []
+    before = await core.tokens_of(given, "given") if given is not None else []
     if isinstance(text, str):
-        tokens = before + core.engine.tokenize(text, add_special=not before)
+        tokens = before + await core.tokenize(text, add_special=not before)
     else:
         tokens = before + core.prompt_tokens(text, "text")
     n_given = max(1, len(before))
@@ -72,7 +72,7 @@ async def choose(
                 parameter="options",
                 value=options,
             )
-    before = core.prompt_tokens(prompt)
+    before = await core.tokens_of(prompt)
     # The prompt is read once: the options begin with what it leaves, all but its last token.
     if len(before) > 1:
         await _read(core, adapters, before[:-1], chosen, priority)
@@ -140,7 +140,7 @@ async def embed(
             parameter="text",
             value=text,
         )
-    prompts = [core.prompt_tokens(one, "text") for one in texts]
+    prompts = [await core.tokens_of(one, "text") for one in texts]
     rows = []
     for first in range(0, len(prompts), core.max_streams):
         some = prompts[first : first + core.max_streams]
