@@ -150,6 +150,7 @@ class Encoder:
         if self.template is None:
             raise InvalidSettingError("chats need a template", parameter="template")
         check_kind("learn", learn, Callable, type(None))
+        check_kind("tools", tools, list, tuple, type(None))
         named = check_variables(variables)
         if tools and not self._shows_tools():
             messages, learn = self._with_protocol(messages, learn, tools)
