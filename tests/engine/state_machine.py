@@ -60,6 +60,17 @@ class Held:
         self.elsewhere = False
         """Its cells lie otherwise than they would, and sums are rounded otherwise if not exact."""
 
+    def back(self, n: int, *, slides: bool) -> None:
+        """What is undone as a whole is not told to the reference: there it could have taken cells
+        that the window had passed and now comes back to (K5)."""
+        events = list(self.events)
+        while events and events[-1][0] == "decode" and self.n - len(events[-1][1]) >= n:
+            self.n -= len(events.pop()[1])
+            self.elsewhere |= slides
+        if self.n > n:
+            events.append(("back", n))
+        self.events, self.n = tuple(events), n
+
     def copy(self) -> Held:
         made = Held(self.events, self.n)
         made.elsewhere = self.elsewhere
@@ -215,8 +226,7 @@ class Walk:
         if n and not place.context.memory.can_continue_at(sequence, n):
             return
         assert place.context.memory.seq_rm(sequence, n)
-        held.events = (*held.events, ("back", n)) if n else ()
-        held.n = n
+        held.back(n, slides=self.model.n_swa > 0)
         if not n:
             place.held[sequence] = Held()
 
@@ -260,7 +270,7 @@ class Walk:
 
     def loaded(self, held: Held) -> Held:
         made = held.copy()
-        made.elsewhere = held.elsewhere or 0 < self.model.n_swa < held.n  # K14
+        made.elsewhere = held.elsewhere or 0 < self.model.n_swa <= held.n  # K14
         return made
 
     def save_whole(self) -> None:
