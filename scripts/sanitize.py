@@ -9,7 +9,8 @@ thread:  ThreadSanitizer. Threads synchronise by our own primitives (engine's te
 
 Each has builds of its own, in the cache and in build/sanitize-NAME, so that the checkout's stays as
 it is; the first takes minutes. Without pytest's arguments the tests of engine, aio, sync and tuning
-run. A part is cheap: `python scripts/sanitize.py thread tests/engine/test_decoder.py -k cancel`.
+run, but for those marked slow. A part is cheap:
+`python scripts/sanitize.py thread tests/engine/test_decoder.py -k cancel`.
 --ours links llama.cpp as it always is, so that only our own code is watched: built in minutes.
 
 Reports are files, since a test may not look at the output of what it starts: whatever is found by
@@ -35,7 +36,7 @@ from _env import SetupError, ensure_environment
 from _native import BuildError, Native, build_extension, build_native
 from fetch_llama_cpp import FetchError, fetch
 
-DEFAULT = ("tests/engine", "tests/aio", "tests/sync", "tests/tuning")
+DEFAULT = ("tests/engine", "tests/aio", "tests/sync", "tests/tuning", "-m", "not slow")
 HERE = Path(__file__).resolve().parent / "sanitizers"
 
 # -O1: quick to compile, and stacks stay readable. NDEBUG as in a release: upstream's assert() also

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -319,6 +320,9 @@ def test_a_forked_child_ends_without_its_parents_threads(
     run_isolated(indented(code), tiny("llama"), tmp_path)
 
 
+@pytest.mark.skipif(
+    "san.so" in os.environ.get("LD_PRELOAD", ""), reason="what a sanitizer compiles needs more room"
+)
 def test_a_thread_without_room_for_llama_cpp_is_refused(tiny, tmp_path: Path, run_isolated) -> None:
     """Python allows stacks of 32 KiB; what is too small is said, and what is not works."""
     code = """
