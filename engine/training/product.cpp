@@ -565,10 +565,8 @@ bool has_product_kernel(ProductKernel kernel) {
 }
 
 ProductKernel best_product_kernel(bool exact) {
-    for (const ProductKernel kernel : { ProductKernel::tiles, ProductKernel::dots }) {
-        if (!exact && has_product_kernel(kernel)) {
-            return kernel;
-        }
+    if (!exact && has_product_kernel(ProductKernel::tiles)) {
+        return ProductKernel::tiles;   // not `dots`: where they were measured, F32 vectors are faster
     }
     return has_product_kernel(ProductKernel::vector) ? ProductKernel::vector : ProductKernel::ggml;
 }

@@ -74,7 +74,8 @@ def training_kernels() -> tuple[str, ...]:
     "portable": ggml's own, in the form that GPU backends want. "ggml": ggml's own. "vector": F32
     throughout, and a quantised matrix is dequantised panel by panel where it is multiplied.
     "dots": both sides are rounded to BF16 and summed in F32 (AVX-512 with BF16: Zen 4 and later,
-    and Intel's servers since Cooper Lake). "tiles": the same by matrix tiles (Intel AMX).
+    and Intel's servers since Cooper Lake); never chosen by itself. "tiles": the same by matrix
+    tiles (Intel AMX).
     """
     return tuple([name for name, kernel in _KERNELS.items()
                   if training.has_product_kernel(<training.ProductKernel><int>kernel)])
@@ -215,7 +216,7 @@ cdef class Trainer(Owner):
     that an element of an adapter's input is dropped while training. seed: of the initial A
     (uniform in +-1/sqrt(n_in); B is zero) and of dropout. precision: ``"exact"`` dequantises
     weights to F32; ``"fast"`` rounds both sides of large products to BF16 where the processor has
-    matrix tiles or AVX-512 with BF16, and without AVX-512 multiplies quantised weights with quantised activations on
+    matrix tiles, and without AVX-512 multiplies quantised weights with quantised activations on
     the way forward.
     invocation: tokens that activate the adapter (aLoRA, arXiv:2504.12397): it takes part from the
     last place on where a text says them, and before that the model is the bare one, whose KV serves

@@ -121,6 +121,7 @@ def processor() -> str:
 
 def figures(options: Options) -> Iterator[Figure]:
     from triollama import models
+    from triollama._engine import training_kernels
 
     print(processor(), flush=True)
     model = models.default_model()
@@ -132,7 +133,9 @@ def figures(options: Options) -> Iterator[Figure]:
             yield from beside_peft(options, model, n_tokens, steps, speed, share, most)
         for n_tokens in (512, 128):
             yield in_mode(options, model, n_tokens, "exact", precision="exact")
-            yield without_tiles(options, model, n_tokens)
+            if "dots" in training_kernels():
+                dots = {"precision": "fast", "kernel": "dots"}
+                yield in_mode(options, model, n_tokens, "dots", **dots)
     else:
         print(f"no PEFT here, nor {PEFT_PYTHON}: nothing is compared with it", file=sys.stderr)
     yield vocabulary(options)
@@ -178,15 +181,6 @@ def beside_peft(
             yield sample_figure(
                 f"train.memory_{n_tokens}", [ours.peak / MB], "MB", target=most, at_least=False
             )
-
-
-def without_tiles(options: Options, model: Path, n_tokens: int) -> Figure:
-    """Fast mode as on a processor without matrix tiles: where there are none either, it is what
-    ``speed`` measures."""
-    from triollama import _engine
-
-    kernel = [name for name in _engine.training_kernels() if name != "tiles"][-1]
-    return in_mode(options, model, n_tokens, "without_tiles", precision="fast", kernel=kernel)
 
 
 def in_mode(options: Options, model: Path, n_tokens: int, name: str, **mode: Any) -> Figure:

@@ -243,7 +243,7 @@ def test_fast_mode_points_where_exact_mode_points(
                 (trainer.evaluate(tokens, labels).loss, gradients(trainer, (tokens, labels)))
             )
     (exact_loss, exact), (fast_loss, fast) = found
-    if kernel or {"dots", "tiles"} & set(_engine.training_kernels()):  # else it may be the same
+    if kernel or "tiles" in _engine.training_kernels():  # else it may be the same
         assert fast_loss != exact_loss
     assert fast_loss == pytest.approx(exact_loss, rel=0.02)
     assert fast @ exact / np.linalg.norm(fast) / np.linalg.norm(exact) > 0.98
