@@ -10,9 +10,12 @@ torch, transformers, peft and gguf, and nothing of this checkout.
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder, in which transformers would find a package "kernels"
+
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
