@@ -5,6 +5,13 @@
 
 namespace triollama::native {
 
+namespace {
+
+// Tokens of what grammars force that streams may compute in one step beside others.
+constexpr int32_t forced_at_once = 16;
+
+}  // namespace
+
 Mode Decoder::Impl::mode_of(const Stream & s) {
     const Request & r = s.request;
     return {s.work->n_decoded < r.bare ? 0 : r.set, r.kind == Kind::embed || r.hidden, r.causal || s.work->generated > 0};
@@ -75,8 +82,27 @@ std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready
             budget = 0;             // one step without prompts shows what an ordinary one costs
         }
     }
+    // What a grammar forced is computed with the token before it, as far as others need not wait for it.
+    AttentionBudget attention(config.n_ubatch, config.check_span);
+    const bool lonely = n_running == 1 && prompts.empty();
+    int32_t more = std::min(lonely ? config.n_ubatch : std::max(budget, forced_at_once), config.n_ubatch - n_running);
+    for (Entry & e : running) {
+        const Work & w = *e.stream->work;
+        const int32_t n = std::min({w.n_end - w.n_decoded - e.n, more, attention.room(w.n_decoded)});
+        if (n > 0) {
+            attention.spend(w.n_decoded, n);
+            e.n += n;
+            more -= n;
+            budget = std::max(budget - n, 0);
+        }
+    }
     if (config.packing == Packing::equal) {
-        if (n_running > 0) {
+        std::stable_partition(running.begin(), running.end(), [](const Entry & e) { return e.n == 1; });
+        while (!running.empty() && running.back().n > 1) {
+            plan.push_back(Group{running.back()});
+            running.pop_back();
+        }
+        if (!running.empty()) {
             plan.push_back(std::move(running));
         }
         for (const StreamPtr & s : prompts) {
@@ -90,9 +116,12 @@ std::vector<Group> Decoder::Impl::make_plan(const std::vector<StreamPtr> & ready
     }
 
     Group mixed = std::move(running);
-    int32_t room = std::min(budget, config.n_ubatch - n_running);
+    int32_t n_mixed = 0;
+    for (const Entry & e : mixed) {
+        n_mixed += e.n;
+    }
+    int32_t room = std::min(budget, config.n_ubatch - n_mixed);
     int32_t rows = config.n_outputs - n_running;
-    AttentionBudget attention(config.n_ubatch, config.check_span);
     for (const StreamPtr & s : prompts) {
         int32_t n = chunk(*s, std::min(room, attention.room(s->work->n_decoded)));
         int32_t need = outputs(*s, n);

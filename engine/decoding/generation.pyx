@@ -15,6 +15,24 @@ cdef inline bint contains(const vector[llama.llama_token] & tokens, llama.llama_
     return False
 
 
+cdef int go_back(Context context, const vector[llama.llama_token] & tokens, size_t most) except -1:
+    """Leaves in sequence 0 what it still holds of the tokens, and nothing else: so many, at most
+    ``most``, and none if they are few."""
+    cdef size_t n = 0
+    most = min(most, context.held.size()) if context.holds else 0
+    while n < most and context.held[n] == tokens[n]:
+        n += 1
+    memory = context.memory
+    if n < <size_t>decoding.WORTH_SHARING or not (
+        memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)
+    ):
+        n = 0
+    if n == 0:
+        memory.clear()
+    context.held.resize(n)
+    return <int>n
+
+
 @cython.no_gc_clear
 cdef class Generation:
     """Decodes a prompt and then a token at a time.
@@ -55,6 +73,7 @@ cdef class Generation:
         self.logprobs = -1 if params.logprobs is None else params.logprobs
         self.causal_prompt = params.causal_attention
         self.embeddings = params.embeddings
+        self.forces = self.logprobs < 0 and not self.embeddings
         self.reuse = reuse
         self.accept_from = check_int("accept_from", accept_from, 0, 2**31 - 1)
         for token in params.stop_tokens:
@@ -147,25 +166,12 @@ cdef class Generation:
 
     cdef int begin(self) except -1:
         cdef Context context = self.context
-        cdef size_t n = 0
-        cdef size_t i
-        cdef size_t most
+        cdef size_t most = self.prompt.size() - 1 if self.reuse and self.causal_prompt else 0
+        cdef int i
         self.t_start = llama.llama_time_us()
-        if self.reuse and self.causal_prompt and context.holds:
-            most = min(context.held.size(), self.prompt.size() - 1)
-            while n < most and context.held[n] == self.prompt[n]:
-                n += 1
-        memory = context.memory
-        if n < <size_t>decoding.WORTH_SHARING or not (
-            memory.seq_rm(0, n, None) and memory.can_continue_at(0, n)
-        ):
-            n = 0
-        if n == 0:
-            memory.clear()
-        context.held.resize(n)
-        for i in range(self.accept_from, n):
+        self.n_past = self.n_cached = go_back(context, self.prompt, most)
+        for i in range(self.accept_from, self.n_past):
             self.sampler.native.get().accept(self.prompt[i], False)
-        self.n_past = self.n_cached = <int>n
         self.tracks = True
         if context.embeddings_ != self.embeddings:
             context.embeddings = self.embeddings
@@ -211,17 +217,24 @@ cdef class Generation:
         cdef llama.llama_token token
         cdef float * logits
         cdef string piece
-        cdef bint ends
-        cdef bint stops
+        cdef bint ends = False
+        cdef bint stops = False
         if self.n_generated == self.max_tokens:
             return self.end("length", out)
-        if self.undecoded and self.n_past >= self.context.n_ctx and not self.make_room():
+        if self.n_past + self.n_undecoded > self.context.n_ctx and not self.make_room():
             return self.end("context", out)
+        if self.n_generated == 0:
+            self.look_ahead()
+        if self.n_forced < self.forced.size():
+            token = self.forced[self.n_forced]
+            self.sampler.native.get().accept(token, True)
+            append_piece(self.vocab.ptr, token, self.special, piece)
+            self.n_forced += 1
+            return self.say(token, piece, out)
         self.context.enter()
         try:
-            if self.undecoded:
+            if self.n_undecoded:
                 self.decode_last()
-                self.note_held()
             logits = self.context.logits_row(-1)
             with nogil:
                 token = self.sampler.native.get().sample(logits)
@@ -234,31 +247,59 @@ cdef class Generation:
                 self.note_logprobs(logits, token)
         finally:
             self.context.leave()
-        if self.n_generated == 0:
-            self.t_first = llama.llama_time_us()
         if ends:
             self.eog_token = token
             return self.end("eos", out)
         if stops:
             self.stop_index = list(self.stop_tokens).index(token)
             return self.end("stop", out)
+        self.look_ahead()
+        return self.say(token, piece, out)
+
+    cdef int say(self, llama.llama_token token, const string & piece, string & out) except -1:
+        if self.n_generated == 0:
+            self.t_first = llama.llama_time_us()
         self.tokens.push_back(token)
         self.n_generated += 1
-        self.undecoded = True
+        self.n_undecoded += 1
         if self.text.get().feed(piece.data(), piece.size(), out):
             self.stop_index = self.text.get().matched_stop()
             self.finish("stop")
         return 0
 
+    cdef int look_ahead(self) except -1:
+        """Finds what comes next without a choice."""
+        cdef size_t n = 0
+        self.n_forced = 0
+        self.forced.clear()
+        if self.forces:
+            with nogil:
+                self.forced = self.sampler.native.get().forced()
+            while n < self.forced.size() and not self.ends_it(self.forced[n]):
+                n += 1
+            self.forced.resize(n)
+        return 0
+
+    cdef bint ends_it(self, llama.llama_token token) noexcept:
+        return (llama.llama_vocab_is_eog(self.vocab.ptr, token) or contains(self.end_tokens, token)
+                or contains(self.stop_tokens, token))
+
     cdef int decode_last(self) except -1:
-        """As Context.decode, without the checks that a token of the model's own cannot fail."""
+        """As Context.decode, without the checks that tokens of the model's own cannot fail."""
+        cdef size_t first
+        cdef int n, i
         self.context.check_no_views()
-        self.batch.c.n_tokens = 0
-        self.batch.put(self.tokens.back(), self.n_past, 0, True)
-        self.context.compute(self.batch, False)
-        self.context.note_outputs(self.batch, False)
-        self.n_past += 1
-        self.undecoded = False
+        while self.n_undecoded:
+            n = min(self.n_undecoded, self.batch.capacity)
+            first = self.tokens.size() - self.n_undecoded
+            self.batch.c.n_tokens = 0
+            for i in range(n):
+                self.batch.put(self.tokens[first + i], self.n_past + i, 0, i + 1 == self.n_undecoded)
+            self.context.compute(self.batch, False)
+            self.context.note_outputs(self.batch, False)
+            self.note_held()
+            self.n_past += n
+            self.n_undecoded -= n
         return 0
 
     cdef int make_room(self) except -1:
@@ -334,10 +375,11 @@ cdef class Generation:
         return self.drops
 
 
-def score_tokens(Context context not None, tokens, n_given: int = 1):
+def score_tokens(Context context not None, tokens, n_given: int = 1, *, reuse: bool = False):
     """Log-probabilities of tokens[n_given:], each given all before it.
 
-    Clears the context. Returns float32 of shape [len(tokens) - n_given]. Natural logarithms, sums
+    reuse: begin with what sequence 0 still holds of the given tokens, as a Generation does; False:
+    clear the context. Returns float32 of shape [len(tokens) - n_given]. Natural logarithms, sums
     in double. Raises ParameterError, TokenError, ContextFullError.
     """
     cdef vector[llama.llama_token] ids = token_vector(tokens)
@@ -364,7 +406,11 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
     result = numpy.empty(n - given, dtype=numpy.float32)
     cdef float[::1] out = result
     cdef Batch batch = Batch(min(context.n_ubatch, context.n_batch))
-    context.memory.clear()
+    if reuse:
+        start = go_back(context, ids, given - 1)
+    else:
+        context.memory.clear()
+        context.held.clear()
     # The last token predicts nothing that is asked for, so it is not computed.
     while start < n - 1:
         batch.clear()
@@ -375,6 +421,8 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
         for i in range(count):
             batch.put(ids[start + i], start + i, 0, start + i + 1 >= given)
         context.decode(batch)
+        for i in range(count):
+            context.held.push_back(ids[start + i])
         PyErr_CheckSignals()
         context.enter()
         try:
@@ -387,6 +435,7 @@ def score_tokens(Context context not None, tokens, n_given: int = 1):
         finally:
             context.leave()
         start += count
+    context.holds = True
     return result
 
 

@@ -38,7 +38,8 @@ struct Mode {
 
 // What one sampler call gave, wherever it ran.
 struct Sampled {
-    llama_token token = LLAMA_TOKEN_NULL;
+    llama_token token = LLAMA_TOKEN_NULL;   // none where the text begins with what is forced
+    std::vector<llama_token> forced;        // what follows without a choice; the sampler has not seen it yet
     bool end = false;
     int32_t stop = -1;                  // the stop string whose name it is
     TokenScore score;
@@ -55,6 +56,7 @@ struct Work {
     int32_t n_decoded = 0;              // tokens [0, n_decoded) are in the KV
     int32_t n_end = 0;                  // what must be decoded before the stream's next result
     int32_t generated = 0;
+    int32_t n_new = 0;                  // of those, said since the last decode that gave a result
     int32_t max_tokens = -1;
     TextStream text;
     Piece piece;                        // tokens whose text is not complete
@@ -69,7 +71,8 @@ struct Work {
     std::vector<double> sum;            // embed
     uint64_t order = 0;                 // of submission
 
-    bool running() const { return generated > 0 && n_end - n_decoded == 1; }
+    // Not a prompt, nor one that is computed again.
+    bool running() const { return generated > 0 && n_end - n_decoded <= n_new; }
 };
 
 struct Entry {
@@ -217,6 +220,7 @@ struct Decoder::Impl {
     void sample_all(std::vector<Sampling> & samplings);
     void sample_beside(const StreamPtr & stream, const float * logits);
     void emit(const StreamPtr & stream, Sampled sampled);
+    bool say(const StreamPtr & stream, llama_token token, TokenScore score);
     void note_first_token(double seconds);
     bool apply_updates(const StreamPtr & stream);
     bool shift(Stream & stream);

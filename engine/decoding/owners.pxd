@@ -27,7 +27,10 @@ cdef class Generation:
     cdef bint begun             # __init__ was called
     cdef bint busy              # a thread is inside; guarded by the GIL
     cdef bint prefilled         # the whole prompt is in memory
-    cdef bint undecoded         # the last token is not in memory yet
+    cdef int n_undecoded        # of the last tokens, not in memory yet
+    cdef bint forces            # what a grammar forces is not sampled
+    cdef vector[llama.llama_token] forced       # what comes next
+    cdef size_t n_forced        # of those, said
     cdef int64_t t_start
     cdef int64_t t_first
     cdef int64_t t_end
@@ -42,6 +45,9 @@ cdef class Generation:
     cdef int prefill(self) except -1
     cdef void note_held(self) noexcept
     cdef int next_token(self, string & out) except -1
+    cdef int say(self, llama.llama_token token, const string & piece, string & out) except -1
+    cdef int look_ahead(self) except -1
+    cdef bint ends_it(self, llama.llama_token token) noexcept
     cdef int decode_last(self) except -1
     cdef int make_room(self) except -1
     cdef int note_logprobs(self, const float * logits, llama.llama_token token) except -1

@@ -41,7 +41,9 @@ bool Decoder::Impl::step() {
         for (const Entry & e : planned) {
             if (still_here(*e.stream)) {
                 group.push_back(e);
-                (e.stream->work->running() ? n_running : n_prompt) += e.n;
+                const bool running = e.stream->work->running();
+                n_running += running;
+                n_prompt  += e.n - running;
             }
         }
         whole = !group.empty() && execute(group) && whole;

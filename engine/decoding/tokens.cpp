@@ -18,14 +18,31 @@ Failure failure_of(const std::exception & e) {
     return dynamic_cast<const std::bad_alloc *>(&e) ? Failure::memory : Failure::sampler;
 }
 
-Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & request, float * logits) {
+// `begins`: nothing was said yet.
+Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & request, float * logits, bool begins) {
     const std::vector<llama_token> & ends  = request.end_tokens;
     const std::vector<llama_token> & stops = request.stop_tokens;
     Sampler & sampler = *request.sampler;
     const int32_t logprobs = request.logprobs;
+    const bool forces = logprobs < 0 && !request.hidden;        // for which each token needs an output
+    const auto ends_it = [&](llama_token token) {
+        return llama_vocab_is_eog(vocab, token) || std::find(ends.begin(), ends.end(), token) != ends.end() ||
+               std::find(stops.begin(), stops.end(), token) != stops.end();
+    };
+    const auto forced = [&] {
+        std::vector<llama_token> tokens = sampler.forced();
+        tokens.erase(std::find_if(tokens.begin(), tokens.end(), ends_it), tokens.end());
+        return tokens;
+    };
     Sampled out;
     const int64_t start = now_ns();
     try {
+        if (begins && forces) {
+            out.forced = forced();
+            if (!out.forced.empty()) {
+                return out;
+            }
+        }
         double log_sum = 0.0;
         if (logprobs >= 0) {
             log_sum = log_sum_exp(logits, n_vocab);
@@ -45,6 +62,9 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & reque
         }
         if (!out.end) {
             sampler.accept(out.token, true);
+            if (forces) {
+                out.forced = forced();
+            }
         }
     } catch (const std::exception & e) {
         out.failure = failure_of(e);
@@ -60,7 +80,7 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & reque
 void Decoder::Impl::sample_all(std::vector<Sampling> & samplings) {
     auto one = [this, &samplings](int32_t i) {
         Sampling & s = samplings[i];
-        s.result = sample(vocab, n_vocab, s.stream->request, s.logits);
+        s.result = sample(vocab, n_vocab, s.stream->request, s.logits, s.stream->work->generated == 0);
     };
     double expected = 0.0;
     for (const Sampling & s : samplings) {
@@ -84,7 +104,8 @@ void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits
     w.sampling = true;
     count.slow_samples++;
     worker.run([this, stream] {
-        auto result = std::make_shared<Sampled>(sample(vocab, n_vocab, stream->request, stream->work->logits.data()));
+        Work & w = *stream->work;
+        auto result = std::make_shared<Sampled>(sample(vocab, n_vocab, stream->request, w.logits.data(), w.generated == 0));
         post([this, stream, result] {
             Work & w = *stream->work;
             w.sampling = false;
@@ -120,9 +141,31 @@ void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {
         end(stream, Finish::eos);
         return;
     }
+    w.n_new = 0;
+    const bool changes = !w.updates.empty();    // what is forced by one grammar is not by the next
+    bool goes_on = sampled.token == LLAMA_TOKEN_NULL || say(stream, sampled.token, std::move(sampled.score));
+    for (size_t i = 0; goes_on && i < sampled.forced.size() && !(changes && w.n_new > 0); i++) {
+        try {
+            stream->request.sampler->accept(sampled.forced[i], true);
+        } catch (const std::exception & e) {
+            fail(stream, failure_of(e), e.what());
+            return;
+        }
+        goes_on = say(stream, sampled.forced[i], {});
+    }
+    if (goes_on && !w.piece.text.empty()) {
+        deliver(*stream, std::move(w.piece));
+        w.piece = Piece();
+    }
+}
+
+// One token more; its text goes into the piece. False if the stream ends, or is over.
+bool Decoder::Impl::say(const StreamPtr & stream, llama_token token, TokenScore score) {
+    Work & w = *stream->work;
     const int64_t now = now_ns();
-    w.tokens.push_back(sampled.token);
+    w.tokens.push_back(token);
     w.n_end = (int32_t) w.tokens.size();
+    w.n_new++;
     w.generated++;
     count.generated_tokens++;
     {
@@ -135,30 +178,29 @@ void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {
         }
     }
     std::string bytes;
-    append_piece(vocab, sampled.token, stream->request.special, bytes);
-    w.piece.tokens.push_back(sampled.token);
+    append_piece(vocab, token, stream->request.special, bytes);
+    w.piece.tokens.push_back(token);
     if (stream->request.logprobs >= 0) {
-        w.piece.scores.push_back(std::move(sampled.score));
+        w.piece.scores.push_back(std::move(score));
     }
-    const bool stop = w.text.feed(bytes.data(), bytes.size(), w.piece.text);
-    if (!w.piece.text.empty() && !stop) {
-        w.piece.time_ns = now;
-        deliver(*stream, std::move(w.piece));
-        w.piece = Piece();
-    }
-    if (stop) {
+    w.piece.time_ns = now;
+    if (w.text.feed(bytes.data(), bytes.size(), w.piece.text)) {
         stream->stop_index = w.text.matched_stop();
         end(stream, Finish::stop);
-        return;
+        return false;
     }
     if (w.ending || !apply_updates(stream)) {
-        return;
+        return false;
     }
     if (w.max_tokens >= 0 && w.generated >= w.max_tokens) {
         end(stream, Finish::length);
-    } else if ((int32_t) w.tokens.size() > config.n_ctx && !(stream->request.shift && shift(*stream))) {
-        end(stream, Finish::context);
+        return false;
     }
+    if ((int32_t) w.tokens.size() > config.n_ctx && !(stream->request.shift && shift(*stream))) {
+        end(stream, Finish::context);
+        return false;
+    }
+    return true;
 }
 
 void Decoder::Impl::note_first_token(double seconds) {

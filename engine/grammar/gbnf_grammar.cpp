@@ -1,5 +1,6 @@
 #include "grammar/gbnf_grammar.hpp"
 
+#include "grammar/forced.hpp"
 #include "guards/errors.hpp"
 #include "text/token_texts.hpp"
 #include "text/tokenize.hpp"
@@ -191,6 +192,39 @@ const TokenTexts & GbnfGrammar::token_texts() const {
         texts = std::make_shared<const TokenTexts>(vocab, params_.special);
     }
     return *texts;
+}
+
+std::vector<llama_token> GbnfGrammar::forced() const {
+    if (awaiting || params_.special) {
+        return {};
+    }
+    std::string text;
+    std::vector<size_t> reach;
+    try {
+        begin_call();
+        Matcher::State at = state;
+        while (text.size() < most_forced && !matcher->accepts(at) && !matcher->names_tokens(at)) {
+            int only = -1;
+            for (int byte = 0; byte < 256 && only > -2; ++byte) {
+                if (matcher->after_byte(at, (unsigned char) byte) != Matcher::nothing) {
+                    only = only == -1 ? byte : -2;
+                }
+            }
+            if (only < 0) {
+                break;
+            }
+            size_t longest = 0;
+            token_texts().walk(
+                at, Matcher::nothing, [&](Matcher::State from, unsigned char byte) { return matcher->after_byte(from, byte); },
+                [&](llama_token token) { longest = std::max(longest, text_of(token).size()); });
+            reach.push_back(text.size() + longest);
+            text.push_back((char) only);
+            at = matcher->after_byte(at, (unsigned char) only);
+        }
+    } catch (const grammar_error &) {           // too ambiguous to look ahead
+        return {};
+    }
+    return cut_forced(vocab, text, reach);
 }
 
 bool GbnfGrammar::is_done() const {

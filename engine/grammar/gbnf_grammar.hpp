@@ -22,6 +22,7 @@ public:
     void mask(std::vector<llama_token_data> & tokens) const override;
     std::vector<llama_token> allowed() const override;
     void accept(llama_token token) override;
+    std::vector<llama_token> forced() const override;
     bool is_done() const override;
     std::unique_ptr<Grammar> clone() const override { return std::make_unique<GbnfGrammar>(*this); }
 

@@ -14,6 +14,8 @@ namespace triollama::native {
 // as special ones are, may follow only where the grammar names it. Methods throw grammar_error, and change nothing then.
 class Grammar {
 public:
+    static constexpr size_t most_forced = 256;      // bytes at a time
+
     virtual ~Grammar() = default;
     Grammar & operator=(const Grammar &) = delete;
 
@@ -26,6 +28,10 @@ public:
     virtual std::vector<llama_token> allowed() const = 0;
 
     virtual void accept(llama_token token) = 0;
+
+    // What follows where nothing else may: bytes without a choice, cut as the model's tokenizer would cut them, up to where a
+    // token that may follow goes on beyond them. Empty where there is a choice.
+    virtual std::vector<llama_token> forced() const { return {}; }
 
     // Whether nothing but the end of generation may follow.
     virtual bool is_done() const = 0;

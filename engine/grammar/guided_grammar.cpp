@@ -1,5 +1,6 @@
 #include "grammar/guided_grammar.hpp"
 
+#include "grammar/forced.hpp"
 #include "guards/errors.hpp"
 
 #include <algorithm>
@@ -123,6 +124,67 @@ void GuidedGrammar::accept(llama_token token) {
         known = false;
     }
     accepted_.push_back(token);
+}
+
+namespace {
+
+// What a mask leaves: how many tokens (2: several), and the byte that all of them begin with, if they do.
+struct Left {
+    int         tokens = 0;
+    llama_token token = LLAMA_TOKEN_NULL;
+    int         byte = -1;
+    size_t      longest = 0;            // bytes, where there is such a byte
+};
+
+Left left_by(const std::vector<uint32_t> & bits, const llguidance::Prepared & prepared) {
+    Left left;
+    for (size_t word = 0; word < bits.size(); ++word) {
+        for (uint32_t some = bits[word]; some != 0; some &= some - 1) {
+            const size_t token = word * 32 + (size_t) __builtin_ctz(some);
+            const uint32_t size = token < prepared.sizes.size() ? prepared.sizes[token] : 0;
+            const int byte = size ? prepared.firsts[token] : -1;
+            left.byte    = left.tokens == 0 || left.byte == byte ? byte : -1;
+            left.tokens  = std::min(left.tokens + 1, 2);
+            left.token   = (llama_token) token;
+            left.longest = std::max(left.longest, (size_t) size);
+            if (left.tokens == 2 && left.byte < 0) {
+                return left;
+            }
+        }
+    }
+    return left;
+}
+
+}  // namespace
+
+std::vector<llama_token> GuidedGrammar::forced() const {
+    if (api().matcher_is_stopped(matcher.get()) || api().matcher_is_accepting(matcher.get())) {
+        return {};
+    }
+    find_mask();
+    Left left = left_by(bits, *prepared);
+    if (left.tokens == 1 && left.byte < 0) {
+        return { left.token };                  // a special one
+    }
+    std::string text;
+    std::vector<size_t> reach;                  // for each byte of it, where the longest token from there ends
+    llguidance::OwnedMatcher ahead;
+    std::vector<uint32_t> mask(bits.size());
+    while (left.byte >= 0 && text.size() < most_forced && prepared->bytes[left.byte] != LLAMA_TOKEN_NULL) {
+        if (!ahead) {
+            ahead.reset(api().clone_matcher(matcher.get()));
+        }
+        reach.push_back(text.size() + left.longest);
+        text.push_back((char) left.byte);
+        const size_t size = api().matcher_get_mask_byte_size(ahead.get());
+        if (api().matcher_consume_token(ahead.get(), (uint32_t) prepared->bytes[left.byte]) != 0 ||
+            api().matcher_is_stopped(ahead.get()) || api().matcher_is_accepting(ahead.get()) ||
+            api().matcher_compute_mask_into(ahead.get(), mask.data(), size) != 0) {
+            break;
+        }
+        left = left_by(mask, *prepared);
+    }
+    return cut_forced(vocab, text, reach);
 }
 
 bool GuidedGrammar::is_done() const {

@@ -47,7 +47,6 @@ Api functions_of(void * library, const std::string & path) {
     find(library, path, "llg_matcher_validate_tokens", api.matcher_validate_tokens);
     find(library, path, "llg_matcher_is_accepting", api.matcher_is_accepting);
     find(library, path, "llg_matcher_is_stopped", api.matcher_is_stopped);
-    find(library, path, "llg_matcher_compute_ff_tokens", api.matcher_compute_ff_tokens);
     return api;
 }
 
@@ -193,6 +192,9 @@ std::shared_ptr<const Prepared> prepared(const llama_vocab * vocab) {
         auto made = std::make_shared<Prepared>();
         Vocabulary vocabulary;
         const int32_t n = llama_vocab_n_tokens(vocab);
+        made->sizes.resize((size_t) n);
+        made->firsts.resize((size_t) n);
+        made->bytes.fill(LLAMA_TOKEN_NULL);
         std::string text;
         for (llama_token token = 0; token < n; ++token) {
             text.clear();
@@ -205,6 +207,12 @@ std::shared_ptr<const Prepared> prepared(const llama_vocab * vocab) {
             if (text.empty()) {         // a special token: a grammar may name it
                 append_piece(vocab, token, true, text);
                 text.insert(0, text.empty() ? 0 : 1, '\xFF');
+            } else {
+                made->sizes[(size_t) token]  = (uint32_t) text.size();
+                made->firsts[(size_t) token] = (unsigned char) text[0];
+                if (text.size() == 1) {
+                    made->bytes[(unsigned char) text[0]] = token;
+                }
             }
             vocabulary.add(text);
         }

@@ -3,6 +3,7 @@
 
 #include "llama.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -66,7 +67,6 @@ struct Api {
     int32_t      (*matcher_validate_tokens)(Matcher *, const uint32_t *, size_t);
     bool         (*matcher_is_accepting)(Matcher *);
     bool         (*matcher_is_stopped)(const Matcher *);
-    int32_t      (*matcher_compute_ff_tokens)(Matcher *, uint32_t *, size_t);
 };
 
 // Opens the library at `path`, looks for every function, and tries it on a grammar whose masks are known; once a process.
@@ -85,6 +85,9 @@ using OwnedMatcher = std::unique_ptr<Matcher, Deleter>;
 struct Prepared {
     std::unique_ptr<Tokenizer, Deleter> tokenizer;
     std::vector<llama_token> ends;              // all that end a generation
+    std::vector<uint32_t> sizes;                // of each token's text; 0: it has none
+    std::vector<unsigned char> firsts;          // its first byte
+    std::array<llama_token, 256> bytes;         // the tokens of single bytes
 };
 
 // `syntax` is llguidance's name for it. Throws grammar_error.

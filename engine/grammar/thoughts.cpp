@@ -116,6 +116,14 @@ std::vector<llama_token> Thoughts::allowed() const {
     return result;
 }
 
+std::vector<llama_token> Thoughts::forced() const {
+    if (place == Place::opening || place == Place::closing) {
+        const auto & tokens = place == Place::opening ? params_.thought.open_tokens : params_.thought.close_tokens;
+        return { tokens.begin() + (std::ptrdiff_t) count, tokens.end() };
+    }
+    return place == Place::text && rules ? rules->forced() : std::vector<llama_token>();
+}
+
 void Thoughts::accept(llama_token token) {
     const ThoughtParams & thought = params_.thought;
     const bool fits = allows(token);

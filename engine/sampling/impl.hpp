@@ -137,6 +137,7 @@ struct Sampler::Impl {
     Impl(const Impl & other);           // in the same state; its working set starts empty
     void configure(SamplingParams p);
     bool is_active(Stage stage) const;
+    bool forbids(llama_token token) const;      // whatever the row
     float dynamic_range() const { return params.mirostat ? 0.0f : params.dynatemp_range; }
     bool is_greedy() const { return params.temperature == 0.0f && dynamic_range() == 0.0f; }
     void restart();

@@ -145,6 +145,14 @@ bool Sampler::Impl::is_active(Stage stage) const {
     }
 }
 
+bool Sampler::Impl::forbids(llama_token token) const {
+    const bool biased = std::find(active.begin(), active.end(), Stage::logit_bias) != active.end();
+    return std::find(banned.begin(), banned.end(), token) != banned.end() ||
+           (biased && std::any_of(params.logit_bias.begin(), params.logit_bias.end(), [token](const llama_logit_bias & bias) {
+                return bias.token == token && bias.bias == -infinity;
+            }));
+}
+
 void Sampler::Impl::restart() {
     state.rng     = CountedEngine(params.seed);
     state.xtc_rng = CountedEngine(params.seed);
@@ -322,6 +330,16 @@ const SamplingParams & Sampler::params() const {
 
 uint32_t Sampler::seed() const {
     return impl->state.rng.seed();
+}
+
+std::vector<llama_token> Sampler::forced() const {
+    std::vector<llama_token> tokens;
+    if (impl->grammar) {
+        tokens = impl->grammar->forced();
+        tokens.erase(std::find_if(tokens.begin(), tokens.end(), [this](llama_token token) { return impl->forbids(token); }),
+                     tokens.end());
+    }
+    return tokens;
 }
 
 bool Sampler::is_grammar_done() const {

@@ -92,6 +92,10 @@ public:
     // If it throws grammar_error because the token may not follow, nothing was recorded.
     void accept(llama_token token, bool generated);
 
+    // Tokens that follow whatever is sampled, since the grammar leaves no choice (Grammar::forced) and nothing else forbids
+    // them; none of them is recorded yet.
+    std::vector<llama_token> forced() const;
+
     // The candidates that the last sample() chose from, with their final probabilities, most likely first.
     // Those without probability are left out.
     void candidates(std::vector<llama_token_data> & out) const;

@@ -334,6 +334,18 @@ cdef class Sampler:
         finally:
             self.leave()
 
+    def forced(self) -> list[int]:
+        """Tokens that come next whatever is sampled, since the grammar leaves no choice: cut as the
+        model's tokenizer would cut their text. Nothing is recorded."""
+        cdef vector[llama.llama_token] found
+        self.enter()
+        try:
+            with nogil:
+                found = self.native.get().forced()
+        finally:
+            self.leave()
+        return found
+
     def is_grammar_done(self) -> bool:
         """Whether a grammar is set and nothing but the end of generation may follow.
 

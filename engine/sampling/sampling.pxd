@@ -67,6 +67,7 @@ cdef extern from "sampling/sampler.hpp" namespace "triollama::native" nogil:
         Sampler(const llama.llama_vocab * vocab, SamplingParams params) except +raise_native_error
         llama.llama_token sample(float * logits) except +raise_native_error
         void accept(llama.llama_token token, cpp_bool generated) except +raise_native_error
+        vector[llama.llama_token] forced() except +raise_native_error
         void candidates(vector[llama.llama_token_data] & out) except +raise_native_error
         void reset() except +raise_native_error
         unique_ptr[Sampler] clone() except +raise_native_error

@@ -211,6 +211,31 @@ bool is_utf8(const char * text, size_t n) {
 
 }  // namespace
 
+std::vector<llama_token> tokenize_more(const llama_vocab * vocab, const std::string & text) {
+    const auto says = [vocab](const std::vector<llama_token> & tokens, const std::string & wanted) {
+        std::string said;
+        for (const llama_token token : tokens) {
+            append_piece(vocab, token, false, said);
+        }
+        return said == wanted;
+    };
+    std::vector<llama_token> tokens = tokenize(vocab, text.data(), (int32_t) text.size(), false, false);
+    if (says(tokens, text)) {
+        return tokens;
+    }
+    const std::string after_line = "\n" + text;
+    tokens = tokenize(vocab, after_line.data(), (int32_t) after_line.size(), false, false);
+    std::string said;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        append_piece(vocab, tokens[i], false, said);
+        if (said == "\n" || said == " \n") {
+            tokens.erase(tokens.begin(), tokens.begin() + (std::ptrdiff_t) i + 1);
+            return says(tokens, text) ? tokens : std::vector<llama_token>();
+        }
+    }
+    return {};
+}
+
 LongText::LongText(const llama_vocab * vocab, const char * text, size_t n, bool parse_special)
     : vocab(vocab), text(text), n(n), parse_special(parse_special) {
     if (n <= chunk_bytes) {

@@ -22,6 +22,10 @@ size_t longest_match(const char * text, size_t n);
 std::vector<llama_token> tokenize(const llama_vocab * vocab, const char * text, int32_t n, bool add_special,
                                   bool parse_special);
 
+// The tokens of what goes on after other text: without the space that some vocabularies put in front. Their text is exactly this;
+// empty where the tokenizer changes it.
+std::vector<llama_token> tokenize_more(const llama_vocab * vocab, const std::string & text);
+
 // The tokens of a long text, a chunk at a time: what llama.cpp does with the text as a whole takes time by the square of the
 // number of special tokens in it (every line's end may be one), and by that of unknown characters. The text is cut after a
 // special token, or between characters that no token holds; what is on one side of such a place does not matter to the other.

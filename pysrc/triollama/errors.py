@@ -226,12 +226,13 @@ class GrammarError(TriollamaError, ValueError):
 
 class AnswerError(TriollamaError, ValueError):
     """An answer is no value of the type that was asked for. ``text`` is the answer;
-    ``finish_reason`` tells whether it was cut short."""
+    ``finish_reason`` tells whether it was cut short, ``tries`` how many answers there were."""
 
     def __init__(self, message: str, *, text: str = "", finish_reason: str = "") -> None:
         super().__init__(message)
         self.text = text
         self.finish_reason = finish_reason
+        self.tries = 1
 
 
 class AdapterError(TriollamaError, ValueError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 import trio
 
-from .answers import Structured, structured
+from .answers import Structured, Tries, structured
 from .chat import ChatTemplate
 from .checks import check_kind
 from .conversation import saving
@@ -18,12 +18,13 @@ from .conversation.choices import OnCancel
 from .conversation.conversation import Conversation
 from .conversation.plan import Overflow
 from .conversation.registry import Conversations
+from .conversation.tools import ToolSource
 from .engine.adapters import Adapters
 from .engine.core import Core
 from .engine.loaded import LoadedAdapter
 from .engine.protocol import Model, Vocab
 from .engine.statistics import Statistics
-from .errors import ParameterError, TriollamaError
+from .errors import AnswerError, ParameterError, TriollamaError
 from .files import Document, Message
 from .params import GenerationParams, make_params, make_raw_params
 from .results import Choice, Completion, Score, Usage
@@ -167,6 +168,7 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: type[T],
+        retries: int = ...,
         priority: int = ...,
         adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
         **changes: Any,
@@ -190,27 +192,34 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: Any = None,
+        retries: int = 2,
         priority: int = 0,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Any:
         """Generate to the end: a Completion, or with ``into`` the value of that type. Arguments
-        as for :meth:`stream`; raises what ``receive`` raises."""
-        async with self.stream(
-            prompt,
-            params,
-            into=into,
-            priority=priority,
-            adapters=adapters,
-            capacity=_UNREAD,
-            **changes,
-        ) as stream:
-            await stream.ended()  # nobody looks at the pieces: they are not worth waking up for
-            async for _ in stream:
-                pass
-            if stream.into is None:
-                return stream.completion()
-            return stream.value if stream.parsed else stream.into.parse(stream.text, "cancelled")
+        as for :meth:`stream`; raises what ``receive`` raises.
+
+        retries: so many answers more, with other seeds, where the type refuses a whole one for
+        what no grammar can say (its own ``__post_init__``, an element twice in a set); then
+        AnswerError, which counts them (``tries``).
+        """
+        tries, chosen = Tries(retries), self._adapters.check(adapters)
+        while True:
+            stream = self.stream(
+                prompt,
+                params,
+                into=into,
+                priority=priority,
+                adapters=chosen,
+                capacity=_UNREAD,
+                **changes,
+            )
+            prompt = stream.prompt
+            try:
+                return await _whole(stream)
+            except AnswerError as error:
+                changes["seed"] = tries.seed_after(error, stream.params)
 
     @staticmethod
     def _typed(
@@ -401,7 +410,7 @@ class Llama:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        tools: Iterable[ToolSource] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
@@ -635,3 +644,13 @@ class Llama:
         """Counts of the engine, as of its last step."""
         self._core.check_open()
         return self._core.engine.statistics()
+
+
+async def _whole(stream: Stream) -> Any:
+    async with stream:
+        await stream.ended()  # nobody looks at the pieces: they are not worth waking up for
+        async for _ in stream:
+            pass
+        if stream.into is None:
+            return stream.completion()
+        return stream.value if stream.parsed else stream.into.parse(stream.text, "cancelled")

@@ -153,6 +153,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         Keywords that cannot be enforced raise GrammarError, with their place.
         ``regex``: the whole text matches it (syntax of Rust's regex crate, no look-around).
         ``choices``: the text is one of these.
+        ``show_schema``: in a conversation, whether the schema of ``json_schema`` or ``into`` is
+        told to the model, with its descriptions, at the end of what is said; once.
 
     Thoughts (docs/answers.md)
         ``thinking``: in a conversation, whether the model is to think before it answers; ``None``
@@ -216,6 +218,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     json_schema: dict[str, Any] | bool | str | None = None
     regex: str | None = None
     choices: tuple[str, ...] = ()
+    show_schema: bool = True
 
     thinking: bool | None = None
     max_reasoning_tokens: int | None = None
@@ -382,7 +385,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "threads": (1, 512),
     "batch_threads": (1, 512),
 }
-_BOOLS = ("ignore_eos", "special", "embeddings", "causal_attention")
+_BOOLS = ("ignore_eos", "special", "embeddings", "causal_attention", "show_schema")
 _OPTIONAL = frozenset(
     {"max_tokens", "seed", "logprobs", "max_reasoning_tokens", "threads", "batch_threads"}
 )

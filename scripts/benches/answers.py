@@ -45,6 +45,24 @@ PROMPT = (
     'People as JSON, with name, age and email:\n[{"name": "Ann Lee", "age": 41, "email": null}]\n'
 )
 
+LONG_KEYS = (
+    "date_of_last_successful_delivery_confirmed",
+    "customer_prefers_contact_by_telephone",
+    "number_of_previous_complaints_registered",
+    "requires_signature_of_a_household_member",
+    "is_eligible_for_the_loyalty_programme_discount",
+    "preferred_language_of_correspondence",
+)
+LONG = {
+    "type": "object",
+    "properties": {
+        key: {"type": "boolean"} if at % 2 else {"type": "integer", "minimum": 0, "maximum": 99}
+        for at, key in enumerate(LONG_KEYS)
+    },
+    "required": list(LONG_KEYS),
+    "additionalProperties": False,
+}
+
 _fresh = itertools.count()
 
 
@@ -70,6 +88,15 @@ def in_trio(action: Callable[[Any], Any], n: int) -> float:
             return float(await action(llama))
 
     return trio.run(main)
+
+
+async def whole_answer(llama: Any, **changes: Any) -> float:
+    """Characters a second of an answer with long keys."""
+    params = GenerationParams(temperature=0.0, repeat_penalty=1.0, seed=1, json_schema=LONG)
+    prompt = f"{next(_fresh)}. The record of a customer as JSON:\n"
+    start = time.perf_counter()
+    done = await llama.generate(prompt, params, **changes)
+    return len(done.text) / (time.perf_counter() - start)
 
 
 def mask_us(vocab: Vocab, make: Callable[[], Any], text: str) -> float:
@@ -108,6 +135,20 @@ def figures(options: Options) -> Iterator[Figure]:
                 at_least=False,
                 note=f"time of a token; {bound:.0f} against {free:.0f} tok/s",
             )
+    if options.wants("answers.forced"):
+        # Where log-probabilities are asked for, each token is sampled; they cost a hundredth.
+        pairs = interleave(
+            functools.partial(in_trio, whole_answer, 1),
+            functools.partial(in_trio, functools.partial(whole_answer, logprobs=0), 1),
+            options.repeats_or(7),
+            warm_up=0,
+        )
+        forced, sampled = statistics.median(pairs.a), statistics.median(pairs.b)
+        yield pairs.ratio(
+            "answers.forced",
+            target=1.5,
+            note=f"long keys; {forced:.0f} against {sampled:.0f} sampled characters a second",
+        )
     names = ("answers.mask", "answers.mask_gbnf", "answers.prepare")
     if not options.wants(*names):
         return

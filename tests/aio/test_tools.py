@@ -14,7 +14,7 @@ from msgspec import Meta
 from triollama import GenerationParams, open_llama, sync
 from triollama.chat import BUILTIN, ChatTemplate, named
 from triollama.conversation.protocol import format_of
-from triollama.errors import AnswerError, ParameterError, UnsupportedError
+from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import FakeEngine, open_fake_llama
 
@@ -421,3 +421,78 @@ def test_formats_of_the_templates_that_upstream_ships() -> None:
         assert found[stem] == name, (stem, found[stem])
     for name in BUILTIN:
         assert format_of(named(name))[1] is False
+
+
+def test_a_schema_that_cannot_be_bound_names_its_tool(tiny: Any) -> None:
+    good = {"name": "good", "parameters": {"type": "object", "properties": {}}}
+    bad = {"name": "find", "parameters": {
+        "type": "object", "properties": {"what": {"not": {"type": "string"}}}}}  # fmt: skip
+    tools = [{"type": "function", "function": function} for function in (good, bad)]
+
+    async def main() -> None:
+        async with open_llama(tiny("llama"), n_ctx=2048, max_streams=2, threads=1) as llama:
+            chat = llama.conversation(template="chatml", tools=tools, params=PARAMS)
+            with pytest.raises(GrammarError, match="the tool find") as caught:
+                await chat.say("Go")
+            assert caught.value.place == "$.properties.what"
+            assert chat.messages == () and not chat.is_busy
+
+    run(main)
+    with sync.Llama(tiny("llama"), n_ctx=2048, threads=1) as llama:
+        chat = llama.chat(template="chatml", tools=tools, params=PARAMS)
+        with pytest.raises(GrammarError, match="the tool find"):
+            chat.say("Go")
+
+
+def test_results_are_said_by_the_ids_of_their_calls() -> None:
+    async def main() -> None:
+        specs = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+        engine, prompts = scripted(call("a") + call("b"), "Both.", call("a"), "One.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=qwen(), tools=specs)
+            one, two = (made.id for made in (await chat.say("Go")).tool_calls)
+            for wrong in ("alone", {one: "x"}, {"other": "x"}):
+                with pytest.raises(ParameterError, match="results"):
+                    await chat.say(wrong, role="tool")
+            await chat.say({two: "second", one: "first"}, role="tool")
+            heard = [(m.content, m.name, m.tool_call_id) for m in chat.messages[-3:-1]]
+            assert heard == [("first", "a", one), ("second", "b", two)]
+            assert prompts[1].index("first") < prompts[1].index("second")
+            assert chat.n_turns == 2
+            (three,) = (made.id for made in (await chat.say("More")).tool_calls)
+            await chat.say("third", role="tool")
+            assert (chat.messages[-2].tool_call_id, chat.messages[-2].name) == (three, "a")
+            chat.rewind(3)
+            assert [message.role for message in chat.messages] == ["user", "assistant"]
+
+    run(main)
+
+
+def test_a_schema_is_shown_once() -> None:
+    async def main() -> None:
+        engine, prompts = scripted(*['{"name":"Lima","coast":true}'] * 4, "1", "Bye.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml", system="S")
+            await chat.say("Where?", into=City)
+            await chat.say("And?", into=City)
+            schema = chat.messages[1].schema
+            assert json.loads(schema)["properties"]["name"]["maxLength"] == 6
+            assert prompts[1].count(schema) == prompts[0].count(schema) == 1
+            assert [m.schema for m in chat.messages] == ["", schema, "", "", ""]
+            assert chat.messages[1].content == "Where?"
+            hidden = llama.conversation(template="chatml", show_schema=False)
+            await hidden.say("Where?", into=City)
+            assert schema not in prompts[2] and hidden.messages[0].schema == ""
+            saved = msgspec.to_builtins(chat.to_saved())
+            again = llama.conversation(template="chatml", messages=saved["messages"])
+            assert [m.schema for m in again.messages] == [m.schema for m in chat.messages]
+            chat.rewind()
+            await chat.say("And?", into=City)
+            assert prompts[3].count(schema) == 1
+            await chat.say("How many?", json_schema={"type": "integer"})
+            assert '{"type":"integer"}' in prompts[4]
+            await chat.say("Thanks")
+            assert prompts[5].startswith(prompts[4])
+            assert schema in chat.export()["messages"][1]["content"]
+
+    run(main)

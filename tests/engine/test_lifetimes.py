@@ -73,6 +73,7 @@ READERS: dict[str, Callable[[engine.Vocab], Callable[[], object]]] = {
     "sample": lambda vocab: bound(engine.Sampler(vocab, GRAMMAR), "sample", LOGITS[: len(vocab)]),
     "accept": lambda vocab: bound(engine.Sampler(vocab, GRAMMAR), "accept", 5, False),
     "load_state": lambda vocab: load_state(engine.Sampler(vocab, GRAMMAR)),
+    "forced": lambda vocab: bound(engine.Sampler(vocab, GRAMMAR), "forced"),
     "is_grammar_done": lambda vocab: bound(engine.Sampler(vocab, GRAMMAR), "is_grammar_done"),
     "clone": lambda vocab: bound(engine.Sampler(vocab, GRAMMAR), "clone"),
     "upstream": lambda vocab: bound(

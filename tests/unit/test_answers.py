@@ -115,6 +115,16 @@ def test_where_thoughts_stand(source: str, prompt: str, open_: str | None, start
 
 HERMES, MISTRAL, NAMED = FORMATS[0], FORMATS[1], FORMATS[2]
 LLAMA = next(form for form in FORMATS if form.style == "lone")
+CODER, SEED, GLM, MINIMAX = (form for form in FORMATS if form.style == "tagged")
+SCHEMAS: dict[str, Any] = {
+    "f": {
+        "properties": {
+            "a": {"type": "string"}, "n": {"type": ["integer", "array"]},
+            "flag": {"type": "boolean"},
+        },
+    },
+    "g": {},
+}  # fmt: skip
 CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
     (HERMES, 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": "}<"}}\n</tool_call>',
      "Let me see.", [("f", {"a": "}<"})]),
@@ -128,6 +138,21 @@ CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
     (NAMED, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', "", [("f", {"a": 1}), ("g", {})]),
     (LLAMA, '{"name": "f", "parameters": {"a": {}}}', "", [("f", {"a": {}})]),
     (LLAMA, "Not {this}", "Not {this}", []),
+    (CODER, "Well.\n\n<tool_call>\n<function=f>\n<parameter=a>\n\nif x < 5:\n  y = '</p>'\n\n"
+     "</parameter>\n<parameter=n>\n5\n</parameter>\n<parameter=flag>\nTrue\n</parameter>\n"
+     "</function>\n</tool_call>\n"
+     "<tool_call>\n<function=g>\n</function>\n</tool_call>",
+     "Well.", [("f", {"a": "\nif x < 5:\n  y = '</p>'\n", "n": 5, "flag": True}), ("g", {})]),
+    (CODER, "<tool_call><function=f><parameter=a>5</parameter></function></tool_call>",
+     "", [("f", {"a": "5"})]),
+    (SEED, "<seed:tool_call>\n<function=f>\n<parameter=a>x\n</parameter>\n<parameter=n>[1, 2]"
+     "</parameter>\n</function>\n</seed:tool_call>", "", [("f", {"a": "x\n", "n": [1, 2]})]),
+    (GLM, "Hm.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>é <b></arg_value>\n"
+     "<arg_key>n</arg_key>\n<arg_value>7</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>",
+     "Hm.", [("f", {"a": "é <b>", "n": 7}), ("g", {})]),
+    (MINIMAX, '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">null</parameter>\n'
+     '</invoke>\n<invoke name="g">\n</invoke>\n</minimax:tool_call>',
+     "", [("f", {"a": "null"}), ("g", {})]),
 ]  # fmt: skip
 
 
@@ -137,10 +162,8 @@ def test_calls_are_found_however_the_answer_is_cut(
     form: CallFormat, text: str, said: str, calls: list[Any], special: bool
 ) -> None:
     words = Words(*([form.begin] if special and form.begin else []))
-    if special and form is HERMES and '"</tool_call>"' in text:
-        words = Words(form.begin)
     for places in cuts(len(text)):
-        reader = Calls(form, words, frozenset({"f", "g"}), 3)
+        reader = Calls(form, words, SCHEMAS, 3)
         got = "".join(reader.feed(*piece) for piece in pieces(words, text, places))
         assert got + reader.finish() == said, places
         found = reader.calls()
@@ -158,11 +181,17 @@ def test_calls_are_found_however_the_answer_is_cut(
         (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call> and more'),
         (MISTRAL, '[TOOL_CALLS][{"name": "f"}]'),
         (LLAMA, '{"name": "f"'),
+        (CODER, "<tool_call>\n<function=f>\n<parameter=a>\nx\n</param"),
+        (CODER, "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</tool_call>"),
+        (CODER, "<tool_call>\n<function=h>\n</function>\n</tool_call>"),
+        (CODER, "<tool_call>\nf(x)\n</tool_call>"),
+        (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>"),
+        (MINIMAX, '<minimax:tool_call>\n<invoke name="f">\n</invoke>\n'),
         (HERMES, "<tool_call>\n" + "[" * 100_000),
     ],
 )
 def test_what_is_no_call_is_an_error(form: CallFormat, text: str) -> None:
-    reader = Calls(form, Words(), frozenset({"f"}))
+    reader = Calls(form, Words(), {"f": {}})
     reader.feed(text, ())
     with pytest.raises(AnswerError) as caught:
         reader.calls()
@@ -175,7 +204,7 @@ def test_what_is_written_is_read(form: CallFormat) -> None:
         {"function": {"name": "f", "arguments": {"a": "é\n", "b": [1.5]}}},
         {"function": {"name": "g", "arguments": {}}},
     ][: 1 if form.style == "lone" else 2]
-    reader = Calls(form, Words(), frozenset({"f", "g"}))
+    reader = Calls(form, Words(), SCHEMAS)
     assert reader.feed(form.write(calls), ()) + reader.finish() == ""
     assert [{"name": one.name, "arguments": one.arguments} for one in reader.calls()] == [
         call["function"] for call in calls

@@ -1,4 +1,4 @@
-"""Grammars of JSON texts, in llguidance's Lark.
+"""Grammars of the JSON texts of types.
 
 ``msgspec`` describes types (``msgspec.inspect``); the grammar allows the JSON texts of a type and
 nothing else. It is made from the type itself, not from its JSON schema: a schema forgets the types
@@ -8,7 +8,7 @@ of a mapping's keys, and what a string without a time zone stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -16,14 +16,10 @@ import msgspec
 from msgspec import inspect
 
 from ..errors import ParameterError, UnsupportedError
+from .lark import Lark, literal
+from .numbers import DIGITS, integers, reals, tighter
 
 __all__ = ["Grammar"]
-
-SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""What llguidance allows in JSON: a space after commas and colons."""
-
-DIGITS = 20
-"""Digits of an integer that has no limits."""
 
 ZERO = Decimal(0)
 ZEROS = r"/\.0{1,17}/"
@@ -31,53 +27,6 @@ ZEROS = r"/\.0{1,17}/"
 _I64 = 2**63 - 1
 _MOST = 2**31 - 1  # of what is counted
 
-# Each JSON value without parts is one terminal: a lexeme that ends by itself. After a terminal's
-# body: those that it is made of.
-_TERMINALS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "COMMA": ("/, ?/", ()),
-    "COLON": ("/: ?/", ()),
-    "TRUE": ('"true"', ()),
-    "FALSE": ('"false"', ()),
-    "NULL": ('"null"', ()),
-    # A code point: itself, or escaped; of surrogates whole pairs alone.
-    "CHAR": (
-        r'/[^"\\\x00-\x1F]|\\(["\\\/bfnrt]|u([0-9a-cA-CefEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
-        r"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))/",
-        (),
-    ),
-    "STRING": (r'"\"" CHAR* "\""', ("CHAR",)),
-    "INTEGER": (f"/-?(0|[1-9][0-9]{{0,{DIGITS - 1}}})/", ()),
-    "FRACTION": (r"/\.[0-9]{1,25}/", ()),
-    # With an exponent one digit stands before the point, so that nothing is too large for a float.
-    "NUMBER": (
-        r"/-?((0|[1-9][0-9]{0,19})(\.[0-9]{1,25})?|[0-9](\.[0-9]{1,25})?[eE](-[0-9]{1,3}|\+?"
-        r"([0-9]{1,2}|[12][0-9]{2}|30[0-7]))|1(\.[0-6][0-9]{0,16})?[eE]\+?308)/",
-        (),
-    ),
-    "DAY": (
-        "/([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])-"
-        "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
-        "|02-(0[1-9]|1[0-9]|2[0-8]))"
-        "|([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29/",
-        (),
-    ),
-    "CLOCK": (r"/([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?/", ()),
-    "ZONE": ("/Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9]/", ()),
-    "DATE": (r'"\"" DAY "\""', ("DAY",)),
-    "DURATION": (
-        r'/"-?P([0-9]{1,9}D(T[0-9]{1,5}(\.[0-9]{1,6})?S)?|T[0-9]{1,5}(\.[0-9]{1,6})?S)"/',
-        (),
-    ),
-    "UUID": (
-        '/"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"/',
-        (),
-    ),
-    "DECIMAL": (r'/"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?"/', ()),
-    "BASE64": (
-        r'/"([A-Za-z0-9+\/]{4})*([A-Za-z0-9+\/]{2}==|[A-Za-z0-9+\/]{3}=)?"/',
-        (),
-    ),
-}
 _VALUE = {
     "value": "object | array | STRING | NUMBER | TRUE | FALSE | NULL",
     "object": '"{" (STRING COLON value (COMMA STRING COLON value)*)? "}"',
@@ -86,20 +35,13 @@ _VALUE = {
 _OF_VALUE = ("STRING", "NUMBER", "TRUE", "FALSE", "NULL", "COMMA", "COLON")
 
 
-def _literal(text: str) -> str:
-    """``text`` as a string of a grammar."""
-    return _encoded(text)
-
-
-class Grammar:
-    """Rules and terminals of one grammar."""
+class Grammar(Lark):
+    """A grammar that knows types."""
 
     def __init__(self) -> None:
-        self._rules: dict[str, str] = {}
-        self._terminals: dict[str, str] = {}
+        super().__init__()
         self._named: dict[int, str] = {}
         self._kept: list[inspect.Type] = []  # so that ids stay their own
-        self._count = 0
 
     def type(self, into: Any, place: str = "$") -> str:
         """The rule of a type's JSON texts. Raises UnsupportedError, naming the place of what no
@@ -114,47 +56,10 @@ class Grammar:
             ) from None
         return self._type(info, place)
 
-    def schema(self, schema: dict[str, Any]) -> str:
-        """The rule of a JSON schema, as llguidance reads it."""
-        return self.rule("%json " + msgspec.json.encode({"x-guidance": SPACES, **schema}).decode())
-
-    def text(self, start: str) -> str:
-        """The grammar that begins with these."""
-        rules = {"start": start, **self._rules, **self._terminals}
-        return "".join(f"{name}: {body}\n" for name, body in rules.items())
-
-    def add(self, name: str, body: str) -> None:
-        """A rule, or a terminal (in capitals), of this name."""
-        (self._terminals if name.isupper() else self._rules)[name] = body
-
-    def rule(self, body: str) -> str:
-        """A name for ``body``."""
-        for name, known in self._rules.items():
-            if known == body:
-                return name
-        self._count += 1
-        name = f"r{self._count}"
-        self._rules[name] = body
-        return name
-
-    def use(self, name: str) -> str:
-        """A terminal by its name in the table, with those that it is made of."""
-        if name not in self._terminals:
-            body, needed = _TERMINALS[name]
-            for other in needed:
-                self.use(other)
-            self._terminals[name] = body
-        return name
-
-    def _terminal(self, body: str) -> str:
-        """A terminal of this body."""
-        for name, known in self._terminals.items():
-            if known == body:
-                return name
-        self._count += 1
-        name = f"T{self._count}"
-        self._terminals[name] = body
-        return name
+    def item(self, into: Any, place: str) -> str:
+        """One name that stands for a type. Raises what ``type`` does."""
+        body = self.type(into, place)
+        return body if body.isalnum() else self.rule(body)
 
     def _item(self, info: inspect.Type, place: str) -> str:
         """One name that stands for a type."""
@@ -199,10 +104,10 @@ class Grammar:
             )
         parts = []
         if low < 0:
-            parts.append(f"-({'|'.join(_digits(max(1, -high), -low))})")
+            parts.append(f"-({'|'.join(integers(max(1, -high), -low))})")
         if high >= 0:
-            parts += _digits(max(0, low), high)
-        return self._terminal(f"/{'|'.join(parts)}/")
+            parts += integers(max(0, low), high)
+        return self.terminal(f"/{'|'.join(parts)}/")
 
     def _multiple(self, of: float, low: int | None, high: int | None, place: str) -> str:
         if of != int(of) or not 0 < of <= _I64:
@@ -223,8 +128,8 @@ class Grammar:
         limits = (info.gt, info.ge, info.lt, info.le)
         if any(limit is not None and not math.isfinite(limit) for limit in limits):
             raise UnsupportedError(f"into: {place} has a limit that is no number")
-        low, low_open = _tighter(info.ge, info.gt, max)
-        high, high_open = _tighter(info.le, info.lt, min)
+        low, low_open = tighter(info.ge, info.gt, max)
+        high, high_open = tighter(info.le, info.lt, min)
         both = low is not None and high is not None
         if both and (low > high or (low == high and (low_open or high_open))):  # type: ignore[operator]
             raise UnsupportedError(f"into: the limits of {place} leave no number")
@@ -232,7 +137,7 @@ class Grammar:
             first = None if low is None else math.floor(low) + 1 if low_open else math.ceil(low)
             last = None if high is None else math.ceil(high) - 1 if high_open else math.floor(high)
             whole = self._multiple(info.multiple_of, first, last, place)
-            return self.rule(f"{whole} {self._terminal(ZEROS)}?")
+            return self.rule(f"{whole} {self.terminal(ZEROS)}?")
         if low is None and high is None:
             return self.use("NUMBER")
         below, above = (None if one is None else Decimal(repr(one)) for one in (low, high))
@@ -240,11 +145,11 @@ class Grammar:
         # Down from zero, mirrored, then up.
         if below is None or below < 0:
             least, open_ = (-above, high_open) if above is not None and above <= 0 else (ZERO, True)
-            parts += [f"-({one})" for one in _reals(least, open_, below and -below, low_open)]
+            parts += [f"-({one})" for one in reals(least, open_, below and -below, low_open)]
         if above is None or above >= 0:
             least, open_ = (below, low_open) if below is not None and below >= 0 else (ZERO, False)
-            parts += _reals(least, open_, above, high_open)
-        return self._terminal(f"/{'|'.join(parts)}/")
+            parts += reals(least, open_, above, high_open)
+        return self.terminal(f"/{'|'.join(parts)}/")
 
     def _string(self, info: inspect.StrType, place: str) -> str:
         low, high = info.min_length or 0, info.max_length
@@ -259,7 +164,7 @@ class Grammar:
         if not low and high is None:
             return self.use("STRING")
         self.use("CHAR")
-        return self._terminal(rf'"\"" CHAR{_times(low, high)} "\""')
+        return self.terminal(rf'"\"" CHAR{_times(low, high)} "\""')
 
     def _bytes(self, info: Any, place: str) -> str:
         low, high = info.min_length or 0, info.max_length
@@ -273,16 +178,16 @@ class Grammar:
             most = None if high is None else (high - more) // 3
             if most is None or most >= least:
                 parts.append(f"({sixbits}{{4}}){_times(least, most)}{end}")
-        return self._terminal(f'/"({"|".join(parts)})"/')
+        return self.terminal(f'/"({"|".join(parts)})"/')
 
     def _date_time(self, info: inspect.DateTimeType, place: str) -> str:
         self.use("DAY")
         self.use("CLOCK")
-        return self._terminal(rf'"\"" DAY "T" CLOCK{self._zone(info.tz)} "\""')
+        return self.terminal(rf'"\"" DAY "T" CLOCK{self._zone(info.tz)} "\""')
 
     def _time(self, info: inspect.TimeType, place: str) -> str:
         self.use("CLOCK")
-        return self._terminal(rf'"\"" CLOCK{self._zone(info.tz)} "\""')
+        return self.terminal(rf'"\"" CLOCK{self._zone(info.tz)} "\""')
 
     def _zone(self, tz: bool | None) -> str:
         if tz is False:
@@ -293,10 +198,10 @@ class Grammar:
     # Choices
 
     def _literals(self, info: inspect.LiteralType, place: str) -> str:
-        return self._terminal(_one_of([_literal(_encoded(value)) for value in info.values]))
+        return self.terminal(_one_of([literal(_encoded(value)) for value in info.values]))
 
     def _enum(self, info: inspect.EnumType, place: str) -> str:
-        return self._terminal(_one_of([_literal(_encoded(value)) for value in info.cls]))
+        return self.terminal(_one_of([literal(_encoded(value)) for value in info.cls]))
 
     def _union(self, info: inspect.UnionType, place: str) -> str:
         if any(isinstance(one, inspect.RawType) for one in info.types):
@@ -336,12 +241,12 @@ class Grammar:
         if isinstance(info, inspect.IntType | inspect.FloatType):
             number = self._type(info, place)
             if number in self._terminals:
-                return self._terminal(rf'"\"" {number} "\""')
+                return self.terminal(rf'"\"" {number} "\""')
         if isinstance(info, inspect.EnumType | inspect.LiteralType):
             values = info.cls if isinstance(info, inspect.EnumType) else info.values
             quoted = [_encoded(value) for value in values]
             quoted = [one if one.startswith('"') else f'"{one}"' for one in quoted]
-            return self._terminal(_one_of([_literal(one) for one in quoted]))
+            return self.terminal(_one_of([literal(one) for one in quoted]))
         if isinstance(info, _TEXTUAL):
             return self._item(info, place)
         raise UnsupportedError(f"into: the keys of {place} cannot be written as strings: {info}")
@@ -351,9 +256,10 @@ class Grammar:
         _check_times(low, high, place)
         if high == 0:
             return '""'
-        comma = self.use("COMMA")
-        more = _times(max(0, low - 1), None if high is None else high - 1)
-        body = f"{item} ({comma} {item}){more}"
+        body = item
+        if high != 1:
+            more = _times(max(0, low - 1), None if high is None else high - 1)
+            body = f"{item} ({self.use('COMMA')} {item}){more}"
         return body if low else f"({body})?"
 
     def _array(self, items: Sequence[str], n_required: int) -> str:
@@ -373,7 +279,7 @@ class Grammar:
             return name
         fields: list[tuple[str, str, bool]] = []
         if getattr(info, "tag_field", None) is not None:
-            fields.append((info.tag_field, self._terminal(_literal(_encoded(info.tag))), True))
+            fields.append((info.tag_field, self.terminal(literal(_encoded(info.tag))), True))
         for field in info.fields:
             item = self._item(field.type, f"{place}.{field.encode_name}")
             fields.append((field.encode_name, item, field.required))
@@ -384,7 +290,7 @@ class Grammar:
         # first: what may follow where nothing was written yet; rest: where something was.
         first, rest = "", ""
         for key, item, required in reversed(fields):
-            member = f"{_literal(_encoded(key))} {colon} {item}"
+            member = f"{literal(_encoded(key))} {colon} {item}"
             after = f" {rest}" if rest else ""
             both = f"{member}{after}"
             if required:
@@ -407,8 +313,7 @@ class Grammar:
         known = self._named.get(id(info))
         if known is None:
             self._kept.append(info)
-            self._count += 1
-            self._named[id(info)] = f"r{self._count}"
+            self._named[id(info)] = self.name()
         return known
 
     def _end(self, info: inspect.Type, body: str) -> str:
@@ -517,91 +422,3 @@ def _int_limits(info: inspect.IntType) -> tuple[int | None, int | None]:
     lows = [one for one in (info.ge, None if info.gt is None else info.gt + 1) if one is not None]
     highs = [one for one in (info.le, None if info.lt is None else info.lt - 1) if one is not None]
     return (max(lows) if lows else None), (min(highs) if highs else None)
-
-
-def _tighter(
-    closed: float | None, opened: float | None, tighter: Callable[[Iterable[float]], float]
-) -> tuple[float | None, bool]:
-    """The limit that counts, and whether it is itself left out."""
-    both = [one for one in (closed, opened) if one is not None]
-    if not both:
-        return None, False
-    limit = tighter(both)
-    return limit, opened is not None and limit == opened
-
-
-def _digits(low: int, high: int) -> list[str]:
-    """Patterns for the decimal texts of 0 <= low..high."""
-    parts: list[str] = []
-    while low <= high:
-        # The largest block of the form dddXXX (X: any digit) that begins at low.
-        power = 0
-        while (
-            low % 10 ** (power + 1) == 0
-            and low + 10 ** (power + 1) - 1 <= high
-            and low >= 10 ** (power + 1)
-        ):
-            power += 1
-        head, unit = low // 10**power, 10**power
-        last = min(head // 10 * 10 + 9, (high + 1) // unit - 1)
-        stem, first = str(head)[:-1], head % 10
-        digit = f"[{first}-{last % 10}]" if last > head else str(first)
-        rest = f"[0-9]{{{power}}}" if power else ""
-        parts.append(stem + digit + rest)
-        low = (last + 1) * unit
-    return parts
-
-
-def _reals(low: Decimal, low_open: bool, high: Decimal | None, high_open: bool) -> list[str]:
-    """Patterns for decimal fractions from ``low`` >= 0 to ``high``."""
-    most = Decimal(10**DIGITS - 1) if high is None else high
-    # What is rounded to a limit is not beyond it, so where that is left out digits are few.
-    digits = (
-        25 if not (low_open or high_open) else max(1, 15 - len(str(int(most if high else low))))
-    )
-    first, last = int(low), int(most)
-    parts = []
-    for whole in sorted({first, last}):
-        least = _digits_after(low) if whole == first else None
-        greatest = _digits_after(most) if whole == last and high is not None else None
-        bare, more = _fraction(least, greatest, low_open, high_open, digits)
-        if bare or more:
-            some = rf"(\.({more})){'?' if bare else ''}" if more else ""
-            parts.append(f"{whole}{some}")
-    if last - first > 1:
-        between = "|".join(_digits(first + 1, last - 1))
-        parts.append(rf"({between})(\.[0-9]{{1,{digits}}})?")
-    return parts
-
-
-def _digits_after(number: Decimal) -> str:
-    """The digits after the point, without zeros at the end."""
-    return f"{number:f}".partition(".")[2].rstrip("0")
-
-
-def _fraction(
-    low: str | None, high: str | None, low_open: bool, high_open: bool, left: int
-) -> tuple[bool, str]:
-    """Digits after a point, or after some of them, from ``low`` to ``high``: whether there may be
-    none, and a pattern for one to ``left`` of them. None: no limit; "": so far they are equal."""
-    if low == "" and not low_open:
-        low = None
-    if high == "":
-        if high_open or low is not None:
-            return False, ""
-        return True, f"0{{1,{left}}}"
-    if low is None and high is None:
-        return True, f"[0-9]{{1,{left}}}"
-    if low == "" and high is None:
-        return False, f"0{{0,{left}}}[1-9][0-9]{{0,{left}}}"
-    parts = []
-    least, most = int((low or "0")[0]), int((high or "9")[0])
-    for digit in range(least, most + 1):
-        bare, more = _fraction(
-            (low[1:] if digit == least else None) if low is not None else None,
-            (high[1:] if digit == most else None) if high is not None else None,
-            low_open, high_open, max(1, left - 1),
-        )  # fmt: skip
-        if more or bare:
-            parts.append(f"{digit}" + (f"({more}){'?' if bare else ''}" if more else ""))
-    return low is None, "|".join(parts)

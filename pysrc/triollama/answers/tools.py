@@ -1,83 +1,33 @@
-"""Tools: functions as schemas, calls as grammars, and calls in the text of an answer."""
+"""Tools: functions as schemas, and the grammar of answers that call them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from ..checks import check_kind, shown
-from ..errors import AnswerError, ParameterError
+from ..errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from ..params import UNCONSTRAINED, GenerationParams
-from ..results import ToolCall
+from .calls import Calls
+from .formats import CallFormat, Tags
 from .grammar import Grammar
-from .marks import Marks, Vocabulary, may_begin
+from .lark import literal
+from .marks import Vocabulary
+from .schemas import is_text, resolved, values_of, without_refs
 
-__all__ = ["FORMATS", "CallFormat", "Calls", "Tool", "ToolChoice", "Toolbox"]
+__all__ = ["Tool", "ToolChoice", "Toolbox"]
+
+S = TypeVar("S")
+
+_COMPOUND = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
 
 ToolChoice = Literal["auto", "required"]
 """Whether the model may call tools, or must."""
-
-_SPACE = " \t\r\n"
-
-
-class CallFormat(msgspec.Struct, frozen=True):
-    """How a model writes calls.
-
-    ``style``: "each" call stands between ``begin`` and ``end``; a "list" of them does; a "lone" one
-    is the whole answer; or the name, ``[ARGS]`` and the arguments follow ``begin`` ("named").
-    ``arguments``: the key of a call's arguments.
-    """
-
-    name: str
-    style: Literal["each", "list", "lone", "named"]
-    begin: str = ""
-    end: str = ""
-    arguments: str = "arguments"
-
-    def write(self, calls: Iterable[Mapping[str, Any]]) -> str:
-        """The text of calls, as they stand in a message's ``tool_calls``. Raises ParameterError."""
-        texts = []
-        for call in calls:
-            function = call.get("function") if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise ParameterError(
-                    f"a message's call is {{'function': {{'name': ..., 'arguments': ...}}}}, not "
-                    f"{shown(call)}",
-                    parameter="tool_calls",
-                    value=call,
-                )
-            arguments = function.get("arguments", {})
-            text = (
-                arguments
-                if isinstance(arguments, str)
-                else json.dumps(arguments, ensure_ascii=False)
-            )
-            if self.style == "named":
-                texts.append(f"{self.begin}{function['name']}[ARGS]{text}")
-                continue
-            name = json.dumps(function["name"], ensure_ascii=False)
-            text = f'{{"name": {name}, "{self.arguments}": {text}}}'
-            texts.append(f"{self.begin}\n{text}\n{self.end}" if self.style == "each" else text)
-        if self.style == "list":
-            return f"{self.begin}[{', '.join(texts)}]{self.end}"
-        return ("" if self.style == "named" else "\n").join(texts)
-
-
-FORMATS: tuple[CallFormat, ...] = (
-    CallFormat("hermes", "each", "<tool_call>", "</tool_call>"),
-    CallFormat("mistral", "list", "[TOOL_CALLS]"),
-    CallFormat("mistral-named", "named", "[TOOL_CALLS]"),
-    CallFormat("granite", "list", "<|tool_call|>"),
-    CallFormat("nemotron", "list", "<TOOLCALL>", "</TOOLCALL>"),
-    CallFormat("llama3", "lone", arguments="parameters"),
-)
-"""The formats that are known. The first is the protocol for templates that know no tools."""
 
 
 class Tool:
@@ -121,7 +71,7 @@ class Tool:
         self.name = getattr(source, "__name__", type(source).__name__)
         self._arguments = _struct_of(source, self.name)
         try:
-            self.schema = _without_refs(msgspec.json.schema(self._arguments))
+            self.schema = without_refs(msgspec.json.schema(self._arguments))
         except TypeError as error:
             raise ParameterError(f"{self.name}: {error}", parameter="tools", value=source) from None
         self.spec = {
@@ -141,6 +91,29 @@ class Tool:
         if self._arguments is None:
             return grammar.schema(self.schema)
         return grammar.type(self._arguments, f"{self.name}(...)")
+
+    def parameters(self) -> Iterator[tuple[str, Any, bool]]:
+        """Its parameters: name, schema, and whether it is required. Raises UnsupportedError where
+        the schema is no list of them."""
+        properties = self.schema.get("properties")
+        if not isinstance(properties, Mapping):
+            if self.schema.get("type") == "object" and not self.schema.keys() & _COMPOUND:
+                return
+            raise UnsupportedError(
+                f"the tool {self.name}: this model's calls name each argument, and the schema of "
+                "its arguments has no properties to name"
+            )
+        required = self.schema.get("required") or ()
+        for name, schema in properties.items():
+            yield name, resolved(schema, self.schema), name in required
+
+    def rule_of(self, grammar: Grammar, name: str, schema: Any) -> str:
+        """The rule of one argument."""
+        if self._arguments is not None:
+            fields = {one.name: one.type for one in msgspec.structs.fields(self._arguments)}
+            return grammar.item(fields[name], f"{self.name}({name})")
+        shared = {key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema}
+        return grammar.schema({**shared, **schema})
 
     def keywords(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call, of the types of the signature. Raises AnswerError."""
@@ -185,20 +158,6 @@ def _struct_of(function: Callable[..., Any], name: str) -> type[msgspec.Struct]:
     return made
 
 
-def _without_refs(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema that begins with the object itself, as templates show it, not with a reference."""
-    named = schema.get("$ref", "").rpartition("/")[2]
-    if not named:
-        return schema
-    definitions = dict(schema["$defs"])
-    top = dict(definitions[named])
-    recursive = f'"#/$defs/{named}"' in json.dumps(definitions)
-    if not recursive:
-        del definitions[named]
-    top.pop("title", None)
-    return {**top, **({"$defs": definitions} if definitions else {})}
-
-
 class Toolbox:
     """The tools of an answer, and how its model writes calls.
 
@@ -238,144 +197,95 @@ class Toolbox:
         if form is None:
             return None
         grammar = Grammar()
-        colon, comma = grammar.use("COLON"), grammar.use("COMMA")
-        names = []
-        for tool in self.tools.values():
-            arguments = tool.rule(grammar)
-            name = json.dumps(tool.name, ensure_ascii=False)
-            if form.style == "named":
-                body = f"{json.dumps(tool.name + '[ARGS]')} {arguments}"
-            else:
-                body = (
-                    f'"{{" {json.dumps(json.dumps("name"))} {colon} {json.dumps(name)} {comma} '
-                    f'{json.dumps(json.dumps(form.arguments))} {colon} {arguments} "}}"'
-                )
-            names.append(grammar.rule(body))
-        call = grammar.rule(" | ".join(names))
-        begin = self._marker(form.begin)
-        end = f" gap {self._marker(form.end)}" if form.end else ""
         grammar.add("gap", "GAP?")
         grammar.add("GAP", r"/[ \n]{1,2}/")
         grammar.add("TEXT", r"/(.|\n)*/")
+        rules = [grammar.rule(self._call(grammar, form, tool)) for tool in self.tools.values()]
+        call = grammar.rule(" | ".join(rules))
         if form.style == "lone":
-            calls = call
-            free = r"/[^{\s](.|\n)*/"
-            grammar.add("FREE", free)
-            return grammar.text(calls if self.choice == "required" else f"{calls} | FREE")
+            grammar.add("FREE", r"/[^{\s](.|\n)*/")
+            return grammar.text(call if self.choice == "required" else f"{call} | FREE")
+        begin, end = self._marker(form.begin), self._marker(form.end) if form.end else ""
+        more = f" (gap {begin} calls)*"
         if form.style == "list":
-            first = f'gap "[" {call} ({comma} {call})* "]"{end}'
+            calls = f'gap "[" {call} ({grammar.use("COMMA")} {call})* "]" gap {end}'
             more = ""
+        elif form.tags is not None:
+            calls = f"{call}+ {end}" if form.tags.grouped else f"{call} {end}"
+            more = "" if form.tags.grouped else more
         else:
-            first = f"gap {call}{end}"
-            more = f" (gap {begin} {first})*"
+            calls = f"gap {call} gap {end}" if end else f"gap {call}"
+        grammar.add("calls", calls)
+        if self.choice == "required":
+            return grammar.text(f"gap {begin} calls{more}")
         if begin.startswith("<["):  # a special token: text cannot be it
             head = f"TEXT {begin}"
         else:
             grammar.add("head[lazy]", f"TEXT {begin}")
             head = "head"
-        whole = f"{head} {first}{more}"
-        if self.choice == "required":
-            return grammar.text(f"gap {begin} {first}{more}")
-        return grammar.text(f"{whole} | TEXT")
+        return grammar.text(f"{head} calls{more} | TEXT")
+
+    def _call(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
+        if form.tags is not None:
+            return self._tagged(grammar, form.tags, tool)
+        arguments = tool.rule(grammar)
+        if form.style == "named":
+            return f"{literal(tool.name + '[ARGS]')} {arguments}"
+        colon, comma = grammar.use("COLON"), grammar.use("COMMA")
+        name, key = literal(literal("name")), literal(literal(form.arguments))
+        return (
+            f'"{{" {name} {colon} {literal(literal(tool.name))} {comma} '
+            f'{key} {colon} {arguments} "}}"'
+        )
+
+    def _tagged(self, grammar: Grammar, tags: Tags, tool: Tool) -> str:
+        end = literal(tags.value)
+        parts = [literal(tool.name.join(tags.name))]
+        for key, schema, required in tool.parameters():
+            values = values_of(schema) if isinstance(schema, Mapping) else None
+            text = is_text(schema, tool.schema)
+            if text and values is not None:
+                value = f"({' | '.join(map(literal, values))}) {end}"
+            elif text is False:
+                value = f"{tool.rule_of(grammar, key, schema)} {end}"
+            else:
+                grammar.add("bare[lazy]", f"TEXT {end}")
+                value = "bare"
+            one = f"{literal(key.join(tags.key))} {value}"
+            parts.append(one if required else f"({one})?")
+        if tags.close:
+            parts.append(literal(tags.close))
+        return " ".join(parts)
 
     def _marker(self, marker: str) -> str:
         """A marker in a grammar: a special token by its number, others as text."""
         tokens = self._vocab.tokenize(marker, False, True)
         if len(tokens) == 1 and not self._vocab.piece(tokens[0]):
             return f"<[{tokens[0]}]>"
-        return json.dumps(marker, ensure_ascii=False)
+        return literal(marker)
 
     def reader(self, first: int) -> Calls:
         """What finds the calls in an answer. ``first``: the number of calls before it."""
         assert self.format is not None
-        return Calls(self.format, self._vocab, frozenset(self.tools), first)
+        schemas = {name: tool.schema for name, tool in self.tools.items()}
+        return Calls(self.format, self._vocab, schemas, first)
 
-
-class Calls:
-    """Cuts an answer, piece by piece, into text and the calls after it."""
-
-    def __init__(
-        self, format: CallFormat, vocab: Vocabulary, names: frozenset[str], first: int = 0
-    ) -> None:
-        self._format = format
-        self._names = names
-        self._first = first
-        self._marks = Marks(vocab, [marker for marker in (format.begin, format.end) if marker])
-        self._held = ""
-        self._calls: str | None = None  # the text of calls, once they began
-        self._begun = False  # the text has
-
-    def feed(self, text: str, tokens: Iterable[int]) -> str:
-        """What is new of the text."""
-        text = self._held + self._marks.put(text, tokens)
-        self._held = ""
-        if self._calls is not None:
-            self._calls += text
-            return ""
-        if self._format.style == "lone":
-            if not self._begun and text.lstrip(_SPACE).startswith("{"):
-                self._calls = text
-                return ""
-            if not text.strip(_SPACE) and not self._begun:
-                self._held = text
-                return ""
-            self._begun = True
-            return text
-        before, found, after = text.partition(self._format.begin)
-        if found:
-            self._calls = found + after
-            return before.rstrip(_SPACE)
-        kept = len(text) - may_begin(self._format.begin, text)
-        kept = len(text[:kept].rstrip(_SPACE))
-        self._held = text[kept:]
-        return text[:kept]
-
-    def finish(self) -> str:
-        """What was held back of the text, at the end."""
-        held, self._held = self._held, ""
-        return held
-
-    def calls(self) -> tuple[ToolCall, ...]:
-        """The calls of a finished answer. Raises AnswerError where they are cut, or no calls."""
-        if self._calls is None:
-            return ()
-        found: list[tuple[str, Any]] = []
-        form, text, at = self._format, self._calls, 0
-        decoder = json.JSONDecoder()
+    def naming(
+        self,
+        make: Callable[[], S],
+        new: Callable[[GenerationParams], object],
+        params: GenerationParams,
+    ) -> S:
+        """What ``make`` gives. A GrammarError of it names the tool whose schema it is about, and
+        the place: found by ``new`` samplers by ``params`` with one schema each."""
         try:
-            while at < len(text):
-                at = _skip(text, at, form.begin)
-                name = ""
-                if form.style == "named":
-                    name, sep, _ = text[at:].partition("[ARGS]")
-                    at += len(name) + len(sep)
-                value, at = decoder.raw_decode(text, _skip(text, at))
-                at = _skip(text, _skip(text, at), form.end)
-                at = _skip(text, at)
-                if form.style == "list":
-                    found += [(one["name"], one[form.arguments]) for one in value]
-                elif form.style == "named":
-                    found.append((name.strip(), value))
-                else:
-                    found.append((value["name"], value[form.arguments]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise AnswerError(
-                f"the answer's calls are cut or malformed: {error}", text=text
-            ) from None
-        calls: list[ToolCall] = []
-        for name, arguments in found:
-            if name not in self._names or not isinstance(arguments, dict):
-                raise AnswerError(f"the answer calls {name!r}, which is no tool", text=text)
-            # Nine letters and digits, which some templates insist on.
-            calls.append(ToolCall(f"call{self._first + len(calls):05d}", name, arguments))
-        return tuple(calls)
-
-
-def _skip(text: str, at: int, what: str | None = None) -> int:
-    """Past ``what``, or past whitespace."""
-    if what is None:
-        return len(text) - len(text[at:].lstrip(_SPACE))
-    at = _skip(text, at)
-    if not text.startswith(what, at):
-        raise ValueError(f"no {what} at {at}")
-    return at + len(what)
+            return make()
+        except GrammarError as error:
+            for tool in self.tools.values():
+                schema = {**UNCONSTRAINED, "json_schema": tool.schema}
+                try:
+                    new(params.replace(**schema))
+                except GrammarError as found:
+                    why = f"the tool {tool.name}: {found}"
+                    raise GrammarError(why, place=found.place) from error
+            raise

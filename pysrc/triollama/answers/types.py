@@ -11,6 +11,7 @@ from ..checks import check_kind
 from ..errors import AnswerError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams
 from .grammar import Grammar
+from .schemas import without_refs
 
 __all__ = ["Structured", "structured"]
 
@@ -21,13 +22,22 @@ class Structured(Generic[T]):
     """A type, as grammar and decoder. Made by ``structured``.
 
     ``into``: the type. ``grammar``: of the JSON texts of its values, in llguidance's Lark.
+    ``schema``: its JSON schema, with descriptions, for a model to read; empty where there is none.
     """
 
     def __init__(self, into: type[T]) -> None:
         self.into = into
         grammar = Grammar()
         self.grammar = grammar.text(grammar.type(into))
-        self._decoder = msgspec.json.Decoder(into)
+        self.schema = _schema_of(into)
+        try:
+            self._decoder = msgspec.json.Decoder(into)
+        except TypeError as error:
+            raise ParameterError(
+                f"into={into!r} is no type that msgspec decodes: {error}",
+                parameter="into",
+                value=into,
+            ) from None
 
     def constrain(self, params: GenerationParams) -> GenerationParams:
         """``params`` with the grammar. ParameterError if they have one, or forbid ending."""
@@ -79,6 +89,14 @@ def structured(into: type[T]) -> Structured[T]:
 @functools.lru_cache(maxsize=64)
 def _cached(into: Any) -> Structured[Any]:
     return Structured(into)
+
+
+def _schema_of(into: Any) -> str:
+    try:
+        schema = without_refs(msgspec.json.schema(into))
+    except TypeError:  # which grammars know more of
+        return ""
+    return msgspec.json.encode(schema).decode()
 
 
 def _name(into: Any) -> str:

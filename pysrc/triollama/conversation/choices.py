@@ -9,9 +9,11 @@ from typing import Any, Literal, cast
 import msgspec
 
 from .. import files
+from ..answers import Structured
 from ..checks import check_kind, shown
 from ..errors import ParameterError
 from ..files import Message
+from ..params import GenerationParams
 from .history import State, now
 from .saved import as_given
 
@@ -29,6 +31,8 @@ __all__ = [
     "onward",
     "said",
     "title_of",
+    "told",
+    "with_schema",
 ]
 
 ASK_FOR_TITLE = "Give this conversation a title of at most six words. Answer with the title alone."
@@ -40,10 +44,72 @@ Choose = Callable[[State], tuple[State, tuple[Message, ...]]]
 """Raises ParameterError where there is nothing of the kind."""
 
 
-def said(role: str, text: str) -> Choose:
-    """Something new. Raises ParameterError at once."""
-    added = (_message(role, text),)
-    return lambda state: (state, added)
+def said(role: str, text: str | Mapping[str, str]) -> Choose:
+    """Something new; with ``role`` "tool" what came of the last answer's calls. Raises
+    ParameterError at once for what is no message."""
+    if role != "tool":
+        return told((_message(role, text),))
+    results: dict[Any, Message]
+    if isinstance(text, Mapping):
+        results = {id: _message(role, result) for id, result in text.items()}
+    else:
+        results = {None: _message(role, text)}
+    return lambda state: (state, _answering(state, results))
+
+
+def told(added: Iterable[Message]) -> Choose:
+    """These messages."""
+    messages = tuple(added)
+    return lambda state: (state, messages)
+
+
+def with_schema(choose: Choose, params: GenerationParams, into: Structured[Any] | None) -> Choose:
+    """The same, and what the answer has to be, unless the model was shown that already."""
+    schema = (params.json_schema if into is None else into.schema) if params.show_schema else ""
+    if not schema:
+        return choose
+
+    def chosen(state: State) -> tuple[State, tuple[Message, ...]]:
+        base, added = choose(state)
+        known = any(message.schema == schema for message in base.messages[base.dropped :])
+        if added and not known:
+            added = (*added[:-1], msgspec.structs.replace(added[-1], schema=schema))
+        return base, added
+
+    return chosen
+
+
+def _answering(state: State, results: dict[Any, Message]) -> tuple[Message, ...]:
+    """Results with the ids and names of the calls that wait for one."""
+    at = len(state.messages)
+    while at and state.messages[at - 1].role == "tool":
+        at -= 1
+    heard = {message.tool_call_id for message in state.messages[at:]}
+    calls = state.messages[at - 1].tool_calls if at else ()
+    names = {id: name for id, name in map(_identity, calls) if id not in heard}
+    wanted = names or {"": ""}
+    if None in results and len(wanted) == 1:
+        results = dict.fromkeys(wanted, results[None])
+    if results.keys() != wanted.keys():
+        want = ", ".join(map(repr, names))
+        raise ParameterError(
+            f"the last answer's calls wait for a mapping of {want} to their results"
+            if names
+            else "no call of the last answer waits for results",
+            parameter="text",
+            value=list(results),
+        )
+    return tuple(
+        msgspec.structs.replace(results[id], tool_call_id=id, name=name)
+        for id, name in wanted.items()
+    )
+
+
+def _identity(call: Any) -> tuple[str, str]:
+    """The id and the name of a call, as messages have them."""
+    function = call.get("function") or call
+    name = function.get("name") if isinstance(function, Mapping) else ""
+    return str(call.get("id") or ""), str(name or "")
 
 
 def again(state: State) -> tuple[State, tuple[Message, ...]]:
@@ -83,7 +149,7 @@ def edited(index: int, text: str) -> Choose:
             raise ParameterError(
                 f"messages[{shown(index)}] is no message of a user", parameter="index", value=index
             )
-        new = _message(messages[index].role, text)
+        new = msgspec.structs.replace(messages[index], content=text, created=now())
         if index < state.n_given:
             return State(messages=messages[:index]), (new,)
         n_turns = sum(turn.n_messages <= index for turn in state.turns)
@@ -95,7 +161,7 @@ def edited(index: int, text: str) -> Choose:
     return choose
 
 
-def _message(role: str, text: str) -> Message:
+def _message(role: str, text: Any) -> Message:
     if not isinstance(role, str) or role not in ("user", "tool"):
         raise ParameterError(
             f"a turn begins with a message of 'user' or 'tool', not {shown(role)}",
@@ -119,7 +185,18 @@ def given(system: str | None, messages: Iterable[Mapping[str, Any] | Message]) -
             if isinstance(message, Message)
             else files.document_from(dict(message), Message, place=f"messages[{at}]")
         )
-    return State(messages=tuple(history))
+    return State(messages=tuple(_named(history)))
+
+
+def _named(messages: Iterable[Message]) -> Iterable[Message]:
+    """Results of calls with the names of these, which some APIs leave out and templates ask for."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names.update(map(_identity, message.tool_calls))
+        name = names.get(message.tool_call_id, "") if message.role == "tool" else ""
+        if name and not message.name:
+            message = msgspec.structs.replace(message, name=name)  # noqa: PLW2901
+        yield message
 
 
 def check_policy(on_cancel: Any) -> OnCancel:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeVar, overload
 
 import trio
 
 from .. import files
-from ..answers import Structured, ToolChoice, structured
+from ..answers import Structured, ToolChoice, Tries, structured
 from ..chat import ChatTemplate, ChatTokenizer, ChatTokens, TurnEnd, training_texts
 from ..checks import check_kind, shown
 from ..engine.adapters import Adapters
 from ..engine.core import Core
 from ..engine.loaded import LoadedAdapter, Scaled, activated
-from ..errors import ParameterError
+from ..errors import AnswerError, ParameterError
 from ..files import Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion
@@ -29,14 +29,16 @@ from .choices import (
     onward,
     said,
     title_of,
+    with_schema,
 )
 from .history import State, common_length, now
 from .ledger import Ledger
 from .plan import Overflow, Prompts
+from .rounds import Apart, run_rounds
 from .samplers import turn_params
 from .saved import exported, saved_conversation
 from .sequences import Sequences
-from .tools import Apart, OnToolError, Tools, run_rounds
+from .tools import OnToolError, Tools, ToolSource, check_not_run, show
 from .turn import TurnStream
 
 __all__ = ["Conversation"]
@@ -82,7 +84,7 @@ class Conversation:
         params: GenerationParams,
         overflow: Overflow,
         on_cancel: OnCancel,
-        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None,
+        tools: Iterable[ToolSource] | None,
         variables: Mapping[str, Any],
         state: State,
         adapters: Scaled = (),
@@ -102,8 +104,7 @@ class Conversation:
         self._title = checked_title(title)
         self.tools = Tools.of(tools, template, house.core.vocab)
         prompts = Prompts(template, house.tokenizer, house.core.vocab, None, variables)
-        if self.tools is not None:
-            self.tools.show(prompts)
+        show(self.tools, prompts)
         self._ledger = Ledger(
             house.core,
             house.sequences,
@@ -196,7 +197,7 @@ class Conversation:
 
     def stream(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         role: str = "user",
@@ -210,8 +211,9 @@ class Conversation:
     ) -> TurnStream:
         """A turn, to be used in ``async with``: ``text`` is said, the answer comes in pieces.
 
-        role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
-        instead of and on top of the conversation's. into: a type, whose JSON the answer will be
+        role: "user", or "tool" for the result of the last answer's call; where it made several,
+        ``text`` maps their ids to their results. params, changes: for this turn, instead of and on
+        top of the conversation's. into: a type, whose JSON the answer will be
         (see :func:`triollama.structured`); at the end ``value`` is what it decodes to.
         Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
         tool_choice: where the conversation has tools, whether the model may call some or must
@@ -239,10 +241,11 @@ class Conversation:
     @overload
     async def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         into: type[T],
+        retries: int = ...,
         role: str = ...,
         on_cancel: OnCancel | None = ...,
         interrupt: bool = ...,
@@ -253,12 +256,12 @@ class Conversation:
     @overload
     async def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         into: None = ...,
         role: str = ...,
-        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = ...,
+        tools: Iterable[ToolSource] | None = ...,
         tool_choice: ToolChoice = ...,
         max_rounds: int = ...,
         on_tool_error: OnToolError = ...,
@@ -270,12 +273,13 @@ class Conversation:
 
     async def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         role: str = "user",
         into: Any = None,
-        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        retries: int = 2,
+        tools: Iterable[ToolSource] | None = None,
         tool_choice: ToolChoice = "auto",
         max_rounds: int = 8,
         on_tool_error: OnToolError = "tell",
@@ -286,6 +290,9 @@ class Conversation:
     ) -> Any:
         """A whole turn: its Completion, or with ``into`` the value of that type. Arguments and
         errors as for ``stream``.
+
+        retries: with ``into``, so many answers more, with other seeds, where the type refuses a
+        whole one for what no grammar can say; then AnswerError, which counts them (``tries``).
 
         tools: functions that the model may call, from this turn on (see ``Llama.conversation``).
         Where all of a conversation's tools are functions, they are run: all calls of an answer at
@@ -309,29 +316,30 @@ class Conversation:
                 on_error=on_tool_error,
                 interrupt=interrupt,
             )
-        if tools is not None:
-            raise ParameterError(
-                "tools= is for functions, and takes no into=; specifications that others run are "
-                "given to Llama.conversation",
-                parameter="tools",
-                value=tools,
+        check_not_run(tools)
+        tries = Tries(retries)
+        while True:
+            turn = self.stream(
+                text,
+                params,
+                role=role,
+                into=into,
+                tool_choice=tool_choice,
+                on_cancel=on_cancel,
+                interrupt=interrupt,
+                priority=priority,
+                **changes,
             )
-        turn = self.stream(
-            text,
-            params,
-            role=role,
-            into=into,
-            tool_choice=tool_choice,
-            on_cancel=on_cancel,
-            interrupt=interrupt,
-            priority=priority,
-            **changes,
-        )
-        completion = await _whole(turn)
-        if turn.into is None:
-            return completion
-        # Ended by others it was not looked at.
-        return turn.value if turn.parsed else turn.into.parse(turn.text, "cancelled")
+            try:
+                completion = await _whole(turn)
+                if turn.into is None:
+                    return completion
+                # Ended by others it was not looked at.
+                return turn.value if turn.parsed else turn.into.parse(turn.text, "cancelled")
+            except AnswerError as error:
+                if into is None:
+                    raise
+                changes["seed"] = tries.seed_after(error, turn.params)
 
     def stream_again(
         self,
@@ -446,7 +454,7 @@ class Conversation:
         return TurnStream(
             self,
             self._ledger,
-            choose,
+            with_schema(choose, made, into),
             made,
             policy,
             into,

@@ -51,10 +51,12 @@ class State(msgspec.Struct, frozen=True):
         """Messages given at the start: they belong to no turn, so no rewind takes them."""
         if not self.turns:
             return len(self.messages)
-        answer = self.turns[0].n_messages - 1
-        # A turn is one message and the answer to it.
-        asked = answer > 0 and self.messages[answer - 1].role in ("user", "tool")
-        return answer - asked
+        # A turn is one message, or the results of all calls before it, and the answer to it.
+        at = answer = self.turns[0].n_messages - 1
+        while at and self.messages[at - 1].role == "tool":
+            at -= 1
+        asked = at == answer > 0 and self.messages[at - 1].role == "user"
+        return at - asked
 
     def after(self, n_turns: int) -> State:
         """As it was after that many turns."""

@@ -21,7 +21,7 @@ from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted, tools_key
-from .protocol import with_protocol
+from .protocol import with_protocol, with_schemas
 
 __all__ = [
     "Overflow",
@@ -142,6 +142,7 @@ class Prompts:
 
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template is given them."""
+        messages = with_schemas(messages)
         if self.protocol is None:
             return messages
         return with_protocol(messages, self.tools or (), self.protocol)

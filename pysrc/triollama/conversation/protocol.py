@@ -14,7 +14,7 @@ from ..chat import ChatTemplate
 from ..errors import ChatTemplateError
 from ..files import Message
 
-__all__ = ["format_of", "with_protocol"]
+__all__ = ["format_of", "with_protocol", "with_schemas"]
 
 _SPEC = {
     "type": "function",
@@ -34,6 +34,8 @@ _CALL = {
     "function": {"name": "what4call", "arguments": {"what4name": "what4value"}},
 }
 _ARGUMENTS = r'\{"what4name":\s*"what4value"\}'
+
+_SCHEMA = "{}\n\nAnswer with JSON of this schema:\n{}"
 
 _PROTOCOL = """You may call these functions:
 {tools}
@@ -66,12 +68,25 @@ def _rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
 
 def _pattern(form: CallFormat) -> str:
     begin, end = re.escape(form.begin), re.escape(form.end)
+    if form.tags is not None:
+        parts = re.split(r"\s+|(?<=>)|(?=<)", form.write([_CALL]))
+        return r"\s*".join(re.escape(part) for part in parts if part)
     if form.style == "named":
         return rf"{begin}what4call\[ARGS\]\s*{_ARGUMENTS}"
     call = rf'\{{"name":\s*"what4call",\s*"{form.arguments}":\s*{_ARGUMENTS}'
     if form.style == "list":
         return rf"{begin}\s*\[\s*{call}"
     return rf"{begin}\s*{call}\s*\}}\s*{end}"
+
+
+def with_schemas(messages: Sequence[Message]) -> list[Message]:
+    """Messages with what their answers have to be in their text."""
+    return [
+        msgspec.structs.replace(message, content=_SCHEMA.format(message.content, message.schema))
+        if message.schema
+        else message
+        for message in messages
+    ]
 
 
 def with_protocol(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,8 +29,9 @@ from ..params import GenerationParams, draw_seed, make_params
 from .choices import OnCancel, check_policy, checked_id, given
 from .conversation import Conversation, House
 from .plan import Overflow, check_overflow
+from .rounds import Apart
 from .sequences import Sequences
-from .tools import Apart
+from .tools import ToolSource
 
 __all__ = ["Conversations"]
 
@@ -94,7 +95,7 @@ class Conversations:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        tools: Iterable[ToolSource] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,

@@ -104,10 +104,25 @@ def _goes_on(plan: Plan) -> bool:
 
 
 def sampler_for(
-    new: Callable[[GenerationParams], S], params: GenerationParams, plan: Plan, *, fresh: bool
+    new: Callable[[GenerationParams], S],
+    params: GenerationParams,
+    plan: Plan,
+    *,
+    fresh: bool,
+    toolbox: Toolbox | None = None,
 ) -> tuple[S, int]:
     """A sampler, made by ``new``, that goes on from the last turn's, and how many tokens it has
-    seen already. ``fresh``: with a random state of its own."""
+    seen already. ``fresh``: with a random state of its own. ``toolbox``: whose grammar it has."""
+
+    def make() -> tuple[S, int]:
+        return _sampler_for(new, params, plan, fresh)
+
+    return make() if toolbox is None else toolbox.naming(make, new, params)
+
+
+def _sampler_for(
+    new: Callable[[GenerationParams], S], params: GenerationParams, plan: Plan, fresh: bool
+) -> tuple[S, int]:
     unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
     data, before = plan.base.sampler
     if unfinished is not None and _constraint(params) == _constraint(unfinished[1]):
@@ -122,12 +137,17 @@ def sampler_for(
 
 
 async def make_sampler(
-    engine: Engine, params: GenerationParams, plan: Plan, *, fresh: bool
+    engine: Engine,
+    params: GenerationParams,
+    plan: Plan,
+    *,
+    fresh: bool,
+    toolbox: Toolbox | None = None,
 ) -> tuple[Sampler, int]:
     """The same by an engine; a grammar is compiled beside the event loop."""
 
     def make() -> tuple[Sampler, int]:
-        return sampler_for(engine.make_sampler, params, plan, fresh=fresh)
+        return sampler_for(engine.make_sampler, params, plan, fresh=fresh, toolbox=toolbox)
 
     if not params.is_constrained:
         return make()

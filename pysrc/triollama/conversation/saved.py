@@ -23,6 +23,7 @@ from ..files import Message, SavedConversation
 from ..params import UNCONSTRAINED, GenerationParams
 from .history import State, Turn, now, tools_key
 from .plan import Overflow, Prompts
+from .protocol import with_schemas
 
 __all__ = [
     "as_given",
@@ -136,7 +137,7 @@ def exported(messages: Iterable[Message], prompts: Prompts) -> dict[str, Any]:
     line: dict[str, Any] = {
         "messages": [
             message.for_template() | ({"weight": 0} if message.was_cut else {})
-            for message in messages
+            for message in with_schemas(tuple(messages))
         ]
     }
     if prompts.tools:

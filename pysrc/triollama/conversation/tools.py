@@ -1,29 +1,43 @@
-"""A conversation's tools, and the rounds in which a model calls them and hears what came of it."""
+"""A conversation's tools, and the rounds in which a model calls them and hears what came of it.
+
+Who runs them is not said here: the trio layer in a nursery (``rounds``), scripts one by one.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import msgspec
-import trio
 
-from ..answers import CallFormat, Tool, Toolbox, ToolChoice
+from ..answers import CallFormat, Calls, Tool, Toolbox, ToolChoice
 from ..chat import ChatTemplate
-from ..errors import AnswerError, ParameterError, StateError, UnsupportedError
+from ..errors import AnswerError, ParameterError, UnsupportedError
 from ..files import Message
-from ..results import Completion, ToolCall, Usage
-from .choices import Choose
-from .history import State, now
-from .ledger import Ledger
-from .plan import Prompts
+from ..results import Completion, ToolCall
+from .choices import Choose, told
+from .history import now
+from .plan import Plan, Prompts
 from .protocol import format_of
 
-__all__ = ["Apart", "OnToolError", "Tools", "run_rounds"]
+__all__ = [
+    "OnToolError",
+    "Rounds",
+    "ToolSource",
+    "Tools",
+    "check_not_run",
+    "check_on_error",
+    "reader_for",
+    "result_of",
+    "show",
+    "told_of",
+]
 
 OnToolError = Literal["tell", "raise"]
 """What to do with what a tool raised."""
+
+ToolSource = Mapping[str, Any] | Callable[..., Any]
+"""A function, or the specification of one that others run."""
 
 
 class Tools:
@@ -33,17 +47,18 @@ class Tools:
         self, sources: Iterable[Any], format: CallFormat | None, shown: bool, vocab: Any
     ) -> None:
         self.sources = tuple(sources)
-        self._tools = [Tool(source) for source in self.sources]
+        self._tools: dict[str, Tool] = {}
+        for tool in map(Tool, self.sources):
+            if tool.name in self._tools:
+                raise ParameterError(
+                    f"two tools are called {tool.name!r}", parameter="tools", value=tool.name
+                )
+            self._tools[tool.name] = tool
         self._format = format
         self._shown = shown
         self._vocab = vocab
-        self.can_run = bool(self._tools) and all(tool.function is not None for tool in self._tools)
-        names = [tool.name for tool in self._tools]
-        for name in names:
-            if names.count(name) > 1:
-                raise ParameterError(
-                    f"two tools are called {name!r}", parameter="tools", value=name
-                )
+        functions = [tool.function for tool in self._tools.values()]
+        self.can_run = bool(functions) and None not in functions
         if self.can_run and format is None:
             raise UnsupportedError(
                 "this template writes calls of tools in a format that is not known, so they can be "
@@ -71,197 +86,112 @@ class Tools:
                 parameter="tool_choice",
                 value=choice,
             )
-        return Toolbox(self._tools, self._format, self._vocab, choice) if self._tools else None
+        if not self._tools:
+            return None
+        return Toolbox(self._tools.values(), self._format, self._vocab, choice)
 
     def show(self, prompts: Prompts) -> None:
         """Let these prompts tell the model of them."""
-        prompts.tools = [tool.spec for tool in self._tools]
+        prompts.tools = [tool.spec for tool in self._tools.values()]
         prompts.protocol = None if self._shown else self._format
 
-    async def run(self, calls: tuple[ToolCall, ...], on_error: OnToolError) -> list[str]:
-        """What the functions return, as text, in the order of the calls."""
-        results = [""] * len(calls)
-        raised: list[BaseException] = []
-        tools = {tool.name: tool for tool in self._tools}
-
-        async def run_one(at: int, call: ToolCall) -> None:
-            tool = tools[call.name]
-            assert tool.function is not None
-            try:
-                value = tool.function(**tool.keywords(call.arguments))
-                if inspect.isawaitable(value):
-                    value = await value
-                results[at] = value if isinstance(value, str) else _encoded(value)
-            except trio.Cancelled:
-                raise
-            except Exception as error:
-                if on_error == "raise":
-                    raised.append(error)
-                    nursery.cancel_scope.cancel()
-                else:
-                    results[at] = f"Error: {type(error).__name__}: {error}"
-            except BaseException as error:  # Ctrl-C: it is not wrapped in a group
-                raised.append(error)
-                nursery.cancel_scope.cancel()
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for at, call in enumerate(calls):
-                    nursery.start_soon(run_one, at, call)
-        except BaseExceptionGroup as group:  # of Cancelled, and nothing else
-            raise _first(group) from None
-        if raised:
-            raise raised[0]
-        return results
+    def begin(self, call: ToolCall) -> Any:
+        """Call the function: what it returns, perhaps to be awaited. Raises what it raises, and
+        AnswerError for arguments that do not fit."""
+        tool = self._tools[call.name]
+        assert tool.function is not None
+        return tool.function(**tool.keywords(call.arguments))
 
 
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def show(tools: Tools | None, prompts: Prompts) -> None:
+    """Let these prompts tell the model of these tools, and no others."""
+    prompts.tools, prompts.protocol = None, None
+    if tools is not None:
+        tools.show(prompts)
 
 
-def _encoded(value: Any) -> str:
+def reader_for(toolbox: Toolbox | None, plan: Plan) -> Calls | None:
+    """What finds calls in the answer of a turn."""
+    if toolbox is None or toolbox.format is None:
+        return None
+    return toolbox.reader(sum(len(message.tool_calls) for message in plan.base.messages))
+
+
+def result_of(value: Any) -> str:
+    """What a function returned, as the model is told it."""
+    if isinstance(value, str):
+        return value
     try:
         return msgspec.json.encode(value).decode()
-    except TypeError:
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return str(value)
 
 
-class Apart:
-    """The house of a conversation of which files, and others, know nothing."""
-
-    def __init__(self, house: Any) -> None:
-        self.core, self.adapters = house.core, house.adapters
-        self.sequences, self.tokenizer = house.sequences, house.tokenizer
-        self.turn_end = house.turn_end
-        self.new_id, self.add = house.new_id, house.add
-
-    def remove(self, conversation: Any, *, deleted: bool) -> None:
-        pass
-
-    def note_change(self, conversation: Any, *, turn: bool = False) -> None:
-        pass
-
-    async def written(self, conversation: Any) -> None:
-        pass
+def told_of(error: Exception) -> str:
+    """What a function raised, as the model is told it."""
+    return f"Error: {type(error).__name__}: {error}"
 
 
-@trio.lowlevel.enable_ki_protection
-async def run_rounds(
-    chat: Any,
-    tools: Tools,
-    choose: Choose,
-    options: dict[str, Any],
-    *,
-    choice: ToolChoice,
-    max_rounds: int,
-    on_error: OnToolError,
-    interrupt: bool,
-) -> Completion:
-    """A turn in which tools are run. Everything happens to a conversation apart, and becomes part
-    of ``chat`` in one step, after the last checkpoint on the way."""
+def check_not_run(tools: Any) -> None:
+    """``tools`` that a turn was given and will not run are none. Raises ParameterError."""
+    if tools is not None:
+        raise ParameterError(
+            "tools= is for functions, and takes no into=; specifications that others run are "
+            "given to the conversation when it is made",
+            parameter="tools",
+            value=tools,
+        )
+
+
+def check_on_error(on_error: Any) -> None:
+    """Raises ParameterError."""
     if on_error not in ("tell", "raise"):
         raise ParameterError(
             f"on_tool_error must be 'tell' or 'raise', not {on_error!r}",
             parameter="on_tool_error",
             value=on_error,
         )
-    if not isinstance(max_rounds, int) or isinstance(max_rounds, bool) or max_rounds < 1:
-        raise ParameterError(
-            f"max_rounds must be an integer from 1 on, not {max_rounds!r}",
-            parameter="max_rounds",
-            value=max_rounds,
-        )
-    ledger = chat._ledger
-    if interrupt:
-        await ledger.interrupt()
-    scope, turn = trio.CancelScope(), object()
 
-    async def end() -> None:
-        scope.cancel()
-        await ledger.freed()
 
-    try:
-        ledger.begin(turn, end, scope.cancel)
-    except Exception:
-        await trio.lowlevel.checkpoint()
-        raise
-    try:
-        apart = chat._apart(tools)
-        completion: Completion | None = None
-        with scope:
-            try:
-                completion = await _rounds(
-                    apart, tools, choose, options, choice, max_rounds, on_error
-                )
-            finally:
-                ledger.sequence = apart._ledger.sequence
-        if scope.cancelled_caught or completion is None:
-            raise trio.ClosedResourceError(
-                "this turn was interrupted by another, or its conversation was closed"
+class Rounds:
+    """The answers of one turn: what to say next (``choose``), and whether the model must call
+    something then (``choice``)."""
+
+    def __init__(self, choose: Choose, choice: ToolChoice, most: int) -> None:
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ParameterError(
+                f"max_rounds must be an integer from 1 on, not {most!r}",
+                parameter="max_rounds",
+                value=most,
             )
-        before = chat.tools
-        _commit(chat, tools, apart._ledger)
-        try:
-            await ledger.written()
-        except StateError:
-            ledger.take_back()
-            _show(chat, before)
-            raise
-        return completion
-    finally:
-        ledger.end(turn)
+        self.choose = choose
+        self.choice: ToolChoice = choice
+        self._most = most
+        self._count = 0
 
+    def go_on(self, answer: Completion) -> bool:
+        """Whether the calls of this answer are to be run; else it is the last. Raises AnswerError
+        for one too many."""
+        if not answer.tool_calls:
+            return False
+        if self._count == self._most:
+            raise AnswerError(
+                f"the model still calls tools after {self._most} rounds (max_rounds)",
+                text=answer.text,
+            )
+        self._count += 1
+        return True
 
-@trio.lowlevel.enable_ki_protection
-def _commit(chat: Any, tools: Tools, done: Ledger) -> None:
-    chat._ledger.check_open()
-    _show(chat, tools)
-    chat._ledger.commit(
-        done.state,
-        Usage(prompt_tokens=done.n_prompt_tokens, generated_tokens=done.n_generated_tokens),
-    )
-
-
-def _show(chat: Any, tools: Tools | None) -> None:
-    chat.tools = tools
-    prompts = chat._ledger.prompts
-    prompts.tools, prompts.protocol = None, None
-    if tools is not None:
-        tools.show(prompts)
-
-
-async def _rounds(
-    apart: Any,
-    tools: Tools,
-    choose: Choose,
-    options: dict[str, Any],
-    choice: ToolChoice,
-    max_rounds: int,
-    on_error: OnToolError,
-) -> Completion:
-    text = ""
-    for _ in range(max_rounds + 1):
-        completion: Completion = await apart._answer(choose, options, choice)
-        text = completion.text
-        if not completion.tool_calls:
-            return completion
-        results = await tools.run(completion.tool_calls, on_error)
-        choose, choice = _told(completion.tool_calls, results), "auto"
-    raise AnswerError(
-        f"the model still calls tools after {max_rounds} rounds (max_rounds)", text=text
-    )
-
-
-def _told(calls: tuple[ToolCall, ...], results: list[str]) -> Choose:
-    """What came of the calls, said to the model."""
-    added = tuple(
-        Message(role="tool", content=result, name=call.name, tool_call_id=call.id, created=now())
-        for call, result in zip(calls, results, strict=True)
-    )
-
-    def chosen(state: State) -> tuple[State, tuple[Message, ...]]:
-        return state, added
-
-    return chosen
+    def tell(self, calls: Sequence[ToolCall], results: Sequence[str]) -> None:
+        """What came of the calls."""
+        messages = [
+            Message(
+                role="tool",
+                content=result,
+                name=call.name,
+                tool_call_id=call.id,
+                created=now(),
+            )
+            for call, result in zip(calls, results, strict=True)
+        ]
+        self.choose, self.choice = told(messages), "auto"

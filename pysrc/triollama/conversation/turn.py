@@ -25,6 +25,7 @@ from .history import Shift, State, common_length
 from .ledger import Ledger
 from .plan import Plan, Wanted, make_plan
 from .samplers import make_sampler, state_of, with_grammar, with_thoughts
+from .tools import reader_for
 
 __all__ = ["TurnStream"]
 
@@ -62,11 +63,11 @@ class TurnStream(Stream):
         capacity: int,
     ) -> None:
         super().__init__(ledger.core, [], params, into=into, priority=priority, capacity=capacity)
+        self._toolbox = toolbox
         self.conversation = conversation
         self.conversation_id = conversation.id
         self.committed = False
         self._refused = False
-        self._toolbox = toolbox
         self._ledger = ledger
         self._choose = choose
         self._plan: Plan | None = None
@@ -135,7 +136,9 @@ class TurnStream(Stream):
         params = self.params
         if params.context_overflow == "shift":
             params = params.replace(n_keep=plan.n_keep)
-        self._sampler, shown = await make_sampler(engine, params, plan, fresh=self._fresh_sampler)
+        self._sampler, shown = await make_sampler(
+            engine, params, plan, fresh=self._fresh_sampler, toolbox=self._toolbox
+        )
         self.params = self.params.replace(seed=self._sampler.seed)
 
         def start() -> EngineStream:
@@ -159,19 +162,12 @@ class TurnStream(Stream):
         return start
 
     def _start(self, stream: EngineStream) -> None:
-        super()._start(stream)
         assert self._plan is not None
-        messages = self._plan.base.messages
-        if self._toolbox is not None and self._toolbox.format is not None:
-            n_calls = sum(len(message.tool_calls) for message in messages)
-            self._calls = self._toolbox.reader(n_calls)
-        if not self._plan.messages and messages[-1].tokens:  # it goes on with these
-            tokens = messages[-1].tokens
-            text = self._ledger.prompts.text_of(tokens)
-            if self._thoughts is not None:
-                _, text = self._thoughts.feed(text, tokens)
-            if self._calls is not None:
-                self._calls.feed(text, tokens)
+        self._calls = reader_for(self._toolbox, self._plan)
+        super()._start(stream)
+        if not self._plan.messages:  # it goes on with these
+            tokens = self._plan.base.messages[-1].tokens
+            self._parts.resume(self._ledger.prompts.text_of(tokens), tokens)
 
     async def _make_plan(self, base: State, added: tuple[Message, ...]) -> Plan:
         ledger = self._ledger
@@ -234,8 +230,7 @@ class TurnStream(Stream):
             return
         self._refused = True
         self._parse()
-        if self._calls is not None:
-            self.tool_calls = self._calls.calls()
+        self.tool_calls = self._parts.calls()
         self._refused = False
         self._commit()
         self._writing = trio.Event()

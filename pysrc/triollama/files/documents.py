@@ -181,13 +181,14 @@ class KVFile(Saved, frozen=True, kw_only=True):
 
 
 class Message(Saved, frozen=True, kw_only=True):
-    """One message. ``tokens`` are those the assistant generated, exactly as sampled.
+    """One message. ``tokens`` are those the assistant generated, exactly as sampled. ``schema``:
+    JSON text of what the answer to it had to be, which the model was shown.
 
     On an assistant's message ``n_context`` and ``n_computed`` count the conversation's tokens
     after this turn, and those of them that were in memory.
     """
 
-    texts = ("content", "name", "reasoning_content", "tool_call_id", "tool_calls")
+    texts = ("content", "name", "reasoning_content", "tool_call_id", "tool_calls", "schema")
     role: Role
     content: str = ""
     created: Time | None = None
@@ -200,6 +201,7 @@ class Message(Saved, frozen=True, kw_only=True):
     reasoning_content: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     tool_call_id: str = ""
+    schema: str = ""
 
     @property
     def was_cut(self) -> bool:

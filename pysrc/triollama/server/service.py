@@ -158,6 +158,8 @@ class Service:
             offered.show(prompts)
             params = box.constrain(params)
         *before, last = state.messages
+        if params.show_schema and params.json_schema and last.role != "assistant":
+            last = msgspec.structs.replace(last, schema=params.json_schema)
         added = () if last.role == "assistant" else (last,)
         base = state if not added else State(messages=tuple(before))
 
@@ -195,8 +197,8 @@ class Service:
             chat: Conversation = ask.chat
             return chat.stream(ask.text, ask.params, role=ask.role)
         stream = self.llama.stream(ask.tokens, ask.params, adapters=ask.adapters)
-        if ask.tools is not None and ask.tools.format is not None:
-            stream.find_calls(ask.tools.reader(ask.n_calls))
+        if ask.tools is not None:
+            stream.find_calls(ask.tools, ask.n_calls)
         return stream
 
     async def whole(self, ask: Ask) -> Completion:

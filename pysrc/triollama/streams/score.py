@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
+from ..answers.decisions import check_options, decided
 from ..checks import check_kind
 from ..engine.adapters import Adapters
 from ..engine.core import Core
@@ -61,17 +62,7 @@ async def choose(
     """See ``Llama.choose``."""
     import numpy
 
-    if isinstance(options, str) or not isinstance(options, Sequence) or len(options) < 2:
-        raise ParameterError(
-            "options must be a list of at least two strings", parameter="options", value=options
-        )
-    for option in options:
-        if not isinstance(option, str) or not option or options.count(option) > 1:
-            raise ParameterError(
-                f"options must be strings that are not empty and differ, and there is {option!r}",
-                parameter="options",
-                value=options,
-            )
+    check_options(options)
     before = await core.tokens_of(prompt)
     # The prompt is read once: the options begin with what it leaves, all but its last token.
     if len(before) > 1:
@@ -89,16 +80,7 @@ async def choose(
             given=len(before),
         )
         scores += [float(numpy.sum(stream.values, dtype=numpy.float64)) for stream in streams]
-    logs = numpy.asarray(scores)
-    shares = numpy.exp(logs - logs.max())
-    shares /= shares.sum()
-    best = int(logs.argmax())
-    return Choice(
-        option=options[best],
-        index=best,
-        probabilities=tuple(map(float, shares)),
-        logprobs=tuple(scores),
-    )
+    return decided(options, scores)
 
 
 async def _read(

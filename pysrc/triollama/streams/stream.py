@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import msgspec
 import trio
 
-from ..answers import Calls, Thoughts
+from ..answers import Calls, Parts, Toolbox
 from ..checks import check_kind, shown
 from ..errors import BusyError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams, draw_seed, make_params
@@ -37,6 +37,7 @@ _FIXED = (
     "embeddings",
     "reasoning",
     "thinking",
+    "show_schema",
     "max_reasoning_tokens",
     "threads",
     "batch_threads",
@@ -135,10 +136,9 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         self._closed = False
         self._receiving = False
         self._texts: list[str] = []  # as generated
-        self._answer: list[str] = []  # the same without thoughts
-        self._reasoning: list[str] = []
-        self._thoughts: Thoughts | None = None
+        self._toolbox: Toolbox | None = None
         self._calls: Calls | None = None
+        self._parts = Parts(None, core.vocab)  # until it starts
         self.tool_calls: tuple[ToolCall, ...] = ()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -184,7 +184,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if not self.params.is_constrained:
             sampler = engine.make_sampler(self.params)
         else:  # compiling a grammar may take many steps' time
-            sampler = await engine.beside(lambda: engine.make_sampler(self.params))
+            sampler = await engine.beside(self._constrained)
 
         def start() -> EngineStream:
             if self._closed:
@@ -202,11 +202,14 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
 
         return start
 
+    def _constrained(self) -> Any:
+        new, params, box = self._core.engine.make_sampler, self.params, self._toolbox
+        return new(params) if box is None else box.naming(lambda: new(params), new, params)
+
     def _start(self, stream: EngineStream) -> None:
         self._stream = stream
         self._core.add(self)
-        if self.params.reasoning is not None:
-            self._thoughts = Thoughts(self.params.reasoning, self._core.vocab)
+        self._parts = Parts(self.params.reasoning, self._core.vocab, self._calls)
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(
@@ -281,14 +284,17 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     def _at_end(self) -> None:
         """Everything was received, and no error."""
         self._parse()
-        if self._calls is not None and self.finish_reason != "cancelled":
-            self.tool_calls = self._calls.calls()
+        if self.finish_reason != "cancelled":
+            self.tool_calls = self._parts.calls()
 
-    def find_calls(self, calls: Calls) -> None:
-        """Before it is entered: tell calls of tools from the text. They are its ``tool_calls``
-        when the end was received, which raises AnswerError where one was cut short."""
-        check_kind("calls", calls, Calls)
-        self._calls = calls
+    def find_calls(self, toolbox: Toolbox, first: int = 0) -> None:
+        """Before it is entered: tell calls of these tools from the text. They are its
+        ``tool_calls`` when the end was received, which raises AnswerError where one was cut short.
+        first: the number of calls before this text."""
+        check_kind("toolbox", toolbox, Toolbox)
+        check_kind("first", first, int)
+        self._toolbox = toolbox
+        self._calls = None if toolbox.format is None else toolbox.reader(first)
 
     def _parse(self) -> None:
         if self.into is not None and self.finish_reason != "cancelled":
@@ -314,24 +320,12 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
             self._logprobs.extend(logprobs)
         self._texts.append(text)
         self._tokens.extend(tokens)
-        thought = ""
-        if self._thoughts is not None:
-            thought, text = self._thoughts.feed(text, tokens)
-            self._reasoning.append(thought)
-        if self._calls is not None:
-            text = self._calls.feed(text, tokens)
-        self._answer.append(text)
+        thought, text = self._parts.feed(text, tokens)
         return Piece(text, tokens, logprobs, time_ns / 1e9, thought)
 
     def _held_back(self) -> Piece | None:
         """At the end: what might have become a marker around thoughts or calls, and did not."""
-        thought, text = "", ""
-        if self._thoughts is not None:
-            thought, text = self._thoughts.finish()
-            self._reasoning.append(thought)
-        if self._calls is not None:
-            text = self._calls.feed(text, ()) + self._calls.finish()
-        self._answer.append(text)
+        thought, text = self._parts.finish()
         return Piece(text, (), reasoning=thought) if thought or text else None
 
     def _raise_error(self) -> None:
@@ -387,12 +381,12 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
     @property
     def text(self) -> str:
         """The text received so far, without thoughts."""
-        return "".join(self._answer)
+        return self._parts.text
 
     @property
     def reasoning(self) -> str:
         """The thoughts received so far, where ``params.reasoning`` tells them from the text."""
-        return "".join(self._reasoning)
+        return self._parts.reasoning
 
     @property
     def tokens(self) -> list[int]:

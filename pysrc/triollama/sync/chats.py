@@ -21,6 +21,7 @@ from ..conversation.saved import (
     settings_of,
     tell_of_other_kernels,
 )
+from ..conversation.tools import ToolSource
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError, StateMismatchError
@@ -97,7 +98,7 @@ class Chats:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolSource] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,

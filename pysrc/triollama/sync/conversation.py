@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 from .. import files
 from .._engine import Context, Sampler, Vocab
-from ..answers import Structured, structured
+from ..answers import Structured, ToolChoice, Tries, structured
 from ..chat import ChatTemplate, ChatTokenizer, TurnEnd
 from ..checks import check_kind, shown
 from ..conversation.answer import Continued
@@ -25,16 +26,19 @@ from ..conversation.choices import (
     onward,
     said,
     title_of,
+    with_schema,
 )
 from ..conversation.history import State, now
 from ..conversation.plan import Overflow, Prompts, make_plan, planned
 from ..conversation.samplers import sampler_for, turn_params, with_grammar, with_thoughts
 from ..conversation.saved import exported, saved_conversation
+from ..conversation.tools import OnToolError, Tools, ToolSource, check_not_run, show
 from ..engine.loaded import LoadedAdapter, Scaled
-from ..errors import BusyError, ParameterError
+from ..errors import AnswerError, BusyError, ParameterError
 from ..files import Message
 from ..params import GenerationParams, draw_seed
 from ..results import Completion, Usage
+from .rounds import run_rounds
 from .stream import Stream
 from .turn import TurnStream
 
@@ -91,7 +95,7 @@ class Conversation:
         params: GenerationParams,
         overflow: Overflow,
         on_cancel: OnCancel,
-        tools: Iterable[Mapping[str, Any]] | None,
+        tools: Iterable[ToolSource] | None,
         variables: Mapping[str, Any],
         state: State,
         adapters: Scaled = (),
@@ -112,15 +116,12 @@ class Conversation:
         self._adapters = adapters
         self._title = checked_title(title)
         self._turn: weakref.ref[TurnStream] | None = None
+        self._in_rounds = False
         self._extras: dict[str, Any] = {}
         self._unknown_params: dict[str, Any] = {}  # of a later version's file
-        self._prompts = Prompts(
-            template,
-            house.tokenizer,
-            house.vocab,
-            None if tools is None else list(tools),
-            variables,
-        )
+        self.tools = Tools.of(tools, template, house.vocab)
+        self._prompts = Prompts(template, house.tokenizer, house.vocab, None, variables)
+        show(self.tools, self._prompts)
 
     def __repr__(self) -> str:
         return f"<triollama.sync.Conversation {self.id!r}, {len(self.messages)} message(s)>"
@@ -178,7 +179,7 @@ class Conversation:
     def is_busy(self) -> bool:
         """Whether a turn is running."""
         turn = self._turn() if self._turn is not None else None
-        return turn is not None and turn.finish_reason is None
+        return self._in_rounds or (turn is not None and turn.finish_reason is None)
 
     def _check_idle(self) -> None:
         if self.is_busy:
@@ -190,34 +191,39 @@ class Conversation:
 
     def stream(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         role: str = "user",
         into: Any = None,
+        tool_choice: ToolChoice = "auto",
         on_cancel: OnCancel | None = None,
         **changes: Any,
     ) -> TurnStream:
         """A turn: ``text`` is said, iterating gives the answer in pieces.
 
-        role: "user", or "tool" for the result of a tool call. params, changes: for this turn,
-        instead of and on top of the conversation's. into: a type, whose JSON the answer will be
+        role: "user", or "tool" for the result of the last answer's call; where it made several,
+        ``text`` maps their ids to their results. params, changes: for this turn, instead of and on
+        top of the conversation's. into: a type, whose JSON the answer will be
         (see :func:`triollama.structured`); at the end ``value`` is what it decodes to.
         Where it does not, being cut short, the end raises AnswerError, and nothing is committed.
+        tool_choice: where the conversation has tools, whether the model may call some or must
+        ("required"). What it calls is the stream's ``tool_calls`` at the end; nothing runs.
 
         Raises BusyError while another stream of the Llama is open, ContextFullError
         (``overflow``), ChatTemplateError, GrammarError, ParameterError.
         """
         kind = None if into is None else structured(into)
-        return self._begin(said(role, text), params, changes, on_cancel, kind)
+        return self._begin(said(role, text), params, changes, on_cancel, kind, tool_choice)
 
     @overload
     def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         into: type[T],
+        retries: int = ...,
         role: str = ...,
         on_cancel: OnCancel | None = ...,
         **changes: Any,
@@ -226,30 +232,81 @@ class Conversation:
     @overload
     def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         into: None = ...,
         role: str = ...,
+        tools: Iterable[ToolSource] | None = ...,
+        tool_choice: ToolChoice = ...,
+        max_rounds: int = ...,
+        on_tool_error: OnToolError = ...,
         on_cancel: OnCancel | None = ...,
         **changes: Any,
     ) -> Completion: ...
 
     def say(
         self,
-        text: str,
+        text: str | Mapping[str, str],
         params: GenerationParams | None = None,
         *,
         role: str = "user",
         into: Any = None,
+        retries: int = 2,
+        tools: Iterable[ToolSource] | None = None,
+        tool_choice: ToolChoice = "auto",
+        max_rounds: int = 8,
+        on_tool_error: OnToolError = "tell",
         on_cancel: OnCancel | None = None,
         **changes: Any,
     ) -> Any:
         """A whole turn: its Completion, or with ``into`` the value of that type. Arguments and
-        errors as for ``stream``."""
-        turn = self.stream(text, params, role=role, into=into, on_cancel=on_cancel, **changes)
-        completion = _whole(turn)
-        return completion if into is None else turn.value
+        errors as for ``stream``.
+
+        retries: with ``into``, so many answers more, with other seeds, where the type refuses a
+        whole one for what no grammar can say; then AnswerError, which counts them (``tries``).
+
+        tools: functions that the model may call, from this turn on; none of them async. Where all
+        of a conversation's tools are functions, they are run, one after another, and their results
+        said to the model, until it answers without a call. max_rounds: answers with calls, at most;
+        then AnswerError. on_tool_error: "tell" tells the model of what a function raised, "raise"
+        raises it. All of it is one transaction: left early, as by Ctrl-C in a function, the
+        conversation is as before.
+        """
+        chosen = self.tools
+        if tools is not None:
+            chosen = Tools.of(tools, self.template, self._house.vocab)
+        if into is None and chosen is not None and chosen.can_run:
+            check_policy(self._on_cancel if on_cancel is None else on_cancel)
+            return run_rounds(
+                self,
+                chosen,
+                said(role, text),
+                params,
+                changes,
+                choice=tool_choice,
+                max_rounds=max_rounds,
+                on_error=on_tool_error,
+            )
+        check_not_run(tools)
+        tries = Tries(retries)
+        while True:
+            turn = self.stream(
+                text,
+                params,
+                role=role,
+                into=into,
+                tool_choice=tool_choice,
+                on_cancel=on_cancel,
+                **changes,
+            )
+            try:
+                completion = _whole(turn)
+                return completion if into is None else turn.value
+            except AnswerError as error:
+                if into is None:
+                    raise
+                changes["seed"] = tries.seed_after(error, turn.params)
 
     def stream_again(
         self,
@@ -319,24 +376,31 @@ class Conversation:
         changes: Mapping[str, Any],
         on_cancel: OnCancel | None,
         into: Structured[Any] | None = None,
+        choice: ToolChoice = "auto",
     ) -> TurnStream:
         house, context, prompts = self._house, self._house.context, self._prompts
+        if self._in_rounds:
+            self._check_idle()
+        toolbox = None if self.tools is None or into is not None else self.tools.box(choice)
         made, fresh = turn_params(
             self.params,
             params,
             changes,
             into,
             house.turn_end(self.template),
+            toolbox=toolbox,
             shifts=self._overflow == "shift",
         )
         policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)
         house.make_room(house.check_adapters(self._adapters))  # unloaded meanwhile?
-        base, added = choose(self._state)
+        base, added = with_schema(choose, made, into)(self._state)
         prompts.thinking = made.thinking
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
         made = with_grammar(with_thoughts(made, plan, prompts), plan)
-        sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh)
+        if toolbox is not None and made.grammar != toolbox.grammar:
+            toolbox = None
+        sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh, toolbox=toolbox)
         turn = TurnStream(
             self,
             context,
@@ -346,6 +410,7 @@ class Conversation:
             shown,
             Continued.after(base, added, plan.tokens, prompts.bytes_of),
             into,
+            toolbox,
             policy,
             reuse=house.reuse,
         )
@@ -363,6 +428,35 @@ class Conversation:
         self.updated = now()
         return True
 
+    def answer(
+        self,
+        choose: Choose,
+        params: GenerationParams | None,
+        changes: Mapping[str, Any],
+        choice: ToolChoice,
+    ) -> Completion:
+        """One answer, whose calls nobody runs."""
+        return _whole(self._begin(choose, params, changes, "rollback", None, choice))
+
+    @contextlib.contextmanager
+    def rounds(self, tools: Tools) -> Iterator[Conversation]:
+        """A conversation apart that begins as this one is now, with these tools. This one is busy
+        meanwhile, and becomes what that one is if all goes well."""
+        self._check_idle()
+        apart = self._branch(self.id, tools.sources)
+        self._in_rounds = True
+        try:
+            yield apart
+        finally:
+            self._in_rounds = False
+        self._turn = None
+        self._state = apart._state
+        self.tools = tools
+        show(tools, self._prompts)
+        self.n_prompt_tokens += apart.n_prompt_tokens
+        self.n_generated_tokens += apart.n_generated_tokens
+        self.updated = now()
+
     def rewind(self, n: int = 1) -> None:
         """Take back the last ``n`` turns. BusyError in mid-turn, ParameterError beyond the
         first."""
@@ -379,28 +473,32 @@ class Conversation:
     def fork(self, id: str | None = None) -> Conversation:
         """A conversation of its own that begins as this one is now. BusyError in mid-turn."""
         self._check_idle()
-        branch = Conversation(
+        branch = self._branch(checked_id(id), None if self.tools is None else self.tools.sources)
+        branch._title, branch.parent = self._title, self.id
+        branch._unknown_params = self._unknown_params
+        return branch
+
+    def _branch(self, id: str, tools: Iterable[ToolSource] | None) -> Conversation:
+        return Conversation(
             self._house,
-            checked_id(id),
+            id,
             template=self.template,
             source=self._source,
             params=self.params,
             overflow=self._overflow,
             on_cancel=self._on_cancel,
-            tools=self._prompts.tools,
+            tools=tools,
             variables=self._prompts.variables,
             state=self._state,
             adapters=self._adapters,
-            title=self._title,
-            parent=self.id,
         )
-        branch._unknown_params = self._unknown_params
-        return branch
 
     def make_title(self, **changes: Any) -> str:
         """Ask the model for a title, beside the conversation, and take it."""
         options: dict[str, Any] = {"max_tokens": 24, **changes}
-        self.title = title_of(self.fork().say(ASK_FOR_TITLE, **options).text)
+        branch = self.fork()
+        branch.tools = None  # which stay in the prompt
+        self.title = title_of(branch.say(ASK_FOR_TITLE, **options).text)
         return self.title
 
     def export(self) -> dict[str, Any]:

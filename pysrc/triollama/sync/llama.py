@@ -12,10 +12,10 @@ from .._engine import Adapter, Batch, Context, Model, read_control_vector, score
 from ..checks import check_kind, shown
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
-from ..errors import BusyError, ParameterError, UnsupportedError
+from ..errors import AnswerError, BusyError, ParameterError, UnsupportedError
 from ..files.store import name_of
 from ..params import GenerationParams, make_params, make_raw_params
-from ..results import Completion, Score
+from ..results import Choice, Completion, Score
 from .embedding import Embedder, own_pooling, use_adapters
 from .stream import Stream
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..chat import ChatTemplate
     from ..conversation.choices import OnCancel
     from ..conversation.plan import Overflow
+    from ..conversation.tools import ToolSource
     from ..files import Document, Message
     from .chats import Chats
     from .conversation import Conversation
@@ -238,6 +239,7 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: type[T],
+        retries: int = ...,
         adapters: Iterable[tuple[LoadedAdapter, float]] = ...,
         **changes: Any,
     ) -> T: ...
@@ -259,15 +261,29 @@ class Llama:
         params: GenerationParams | None = None,
         *,
         into: Any = None,
+        retries: int = 2,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
     ) -> Any:
         """Generate to the end: a Completion, or with ``into`` the value of that type. Arguments
-        and errors as for :meth:`stream`."""
-        with self.stream(prompt, params, into=into, adapters=adapters, **changes) as stream:
-            for _ in stream:
-                pass
-            return stream.completion() if into is None else stream.value
+        and errors as for :meth:`stream`.
+
+        retries: so many answers more, with other seeds, where the type refuses a whole one for
+        what no grammar can say (its own ``__post_init__``, an element twice in a set); then
+        AnswerError, which counts them (``tries``).
+        """
+        from ..answers import Tries
+
+        tries, chosen = Tries(retries), loaded.scaled(self._loaded, adapters)
+        tokens = self._tokens("prompt", prompt)
+        while True:
+            with self.stream(tokens, params, into=into, adapters=chosen, **changes) as stream:
+                try:
+                    for _ in stream:
+                        pass
+                    return stream.completion() if into is None else stream.value
+                except AnswerError as error:
+                    changes["seed"] = tries.seed_after(error, stream.params)
 
     def warm_up(self) -> None:
         """Compute one token and forget it, so that the first generation does not pay for loading
@@ -301,7 +317,7 @@ class Llama:
         title: str = "",
         overflow: Overflow = "raise",
         on_cancel: OnCancel = "rollback",
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolSource] | None = None,
         variables: Mapping[str, Any] | None = None,
         adapters: Iterable[tuple[LoadedAdapter, float]] = (),
         **changes: Any,
@@ -445,6 +461,34 @@ class Llama:
             self.context.embeddings = False
         logprobs = score_tokens(self.context, tokens, n_given)
         return Score(tokens=tokens[n_given:], logprobs=logprobs)
+
+    def choose(
+        self,
+        prompt: str | Iterable[int],
+        options: Sequence[str],
+        *,
+        adapters: Iterable[tuple[LoadedAdapter, float]] = (),
+    ) -> Choice:
+        """Which of ``options`` the model finds likeliest after ``prompt``, and how likely each is.
+
+        The prompt is computed once, and what the last call left of the same beginning is used. An
+        option is tokenized by itself, so give it the space with which it follows the prompt
+        (" yes"), and where one is the beginning of another, what comes after it. Raises
+        ParameterError, TokenError, ContextFullError.
+        """
+        from ..answers.decisions import check_options, decided
+
+        check_options(options)
+        self._make_room(loaded.scaled(self._loaded, adapters))
+        before = self._tokens("prompt", prompt)
+        if self.context.embeddings:
+            self.context.embeddings = False
+        logprobs = []
+        for option in options:
+            tokens = before + self._tokens("options", option, add_special=False)
+            found = score_tokens(self.context, tokens, len(before), reuse=self.reuse)
+            logprobs.append(float(found.sum(dtype="float64")))
+        return decided(options, logprobs)
 
     def embed(
         self,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from .._engine import Context, Generation, Sampler
 from ..errors import BusyError, UnsupportedError
 from ..params import GenerationParams, draw_seed
-from ..results import Completion, FinishReason, TokenLogprob, Usage
+from ..results import Completion, FinishReason, TokenLogprob, ToolCall, Usage
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..answers import Structured, Thoughts
+    from ..answers import Calls, Parts, Structured
 
 
 class Stream:
@@ -22,7 +22,8 @@ class Stream:
 
     Pieces are whole characters and never part of a stop string. ``text`` and ``tokens`` are what
     came so far; ``finish_reason`` is None until the end. ``value``: with ``into``, what the text
-    decodes to; None before the end.
+    decodes to; None before the end. ``tool_calls``: in a conversation with tools, what the model
+    asks for; empty before the end.
     """
 
     finish_reason: FinishReason | None = "cancelled"  # until there is something to close
@@ -37,6 +38,7 @@ class Stream:
         reuse: bool,
         sampler: Sampler | None = None,
         accept_from: int = 0,
+        calls: Calls | None = None,
     ) -> None:
         model = context.model
         if not context.has_memory or model.has_encoder or model.is_diffusion:
@@ -55,15 +57,14 @@ class Stream:
         self._context = context
         self._into = into
         self.value: Any = None
+        self.tool_calls: tuple[ToolCall, ...] = ()
         self._pieces: list[str] = []
-        self._answer: list[str] = []
-        self._reasoning: list[str] = []
         self._n_seen = 0
-        self._thoughts: Thoughts | None = None
-        if self.params.reasoning is not None:
-            from ..answers import Thoughts
+        self._parts: Parts | None = None  # of a text that may be more than what is said
+        if self.params.reasoning is not None or calls is not None:
+            from ..answers import Parts
 
-            self._thoughts = Thoughts(self.params.reasoning, model.vocab)
+            self._parts = Parts(self.params.reasoning, model.vocab, calls)
         self._embedding: npt.NDArray[np.float32] | None = None
         self._threads = (context.n_threads, context.n_threads_batch)
         if params.threads is not None or params.batch_threads is not None:
@@ -76,23 +77,20 @@ class Stream:
     def __next__(self) -> str:
         while True:
             text = self._next()
-            if self._thoughts is not None:
-                text = self._without_thoughts(self._thoughts, text)
+            parts = self._parts
+            if parts is not None:
+                text = self._said(parts, text)
             if text is None:
                 self._end()
-            if text or self._thoughts is None:
+            if text or parts is None:
                 return text
 
-    def _without_thoughts(self, thoughts: Thoughts, text: str | None) -> str | None:
+    def _said(self, parts: Parts, text: str | None) -> str | None:
         if text is None:
-            thought, said = thoughts.finish()
-        else:
-            tokens = self.tokens
-            thought, said = thoughts.feed(text, tokens[self._n_seen :])
-            self._n_seen = len(tokens)
-        self._reasoning.append(thought)
-        self._answer.append(said)
-        return None if text is None and not said else said
+            return parts.finish()[1] or None
+        tokens = self.tokens
+        new, self._n_seen = tokens[self._n_seen :], len(tokens)
+        return parts.feed(text, new)[1]
 
     def _next(self) -> str | None:
         """What was generated next; None at the end."""
@@ -116,8 +114,11 @@ class Stream:
         return text
 
     def _end(self) -> NoReturn:
-        if self._into is not None and self.finish_reason not in (None, "cancelled", "error"):
-            self.value = self._into.parse(self.text, self.finish_reason or "")
+        if self.finish_reason not in (None, "cancelled", "error"):
+            if self._into is not None:
+                self.value = self._into.parse(self.text, self.finish_reason or "")
+            if self._parts is not None:
+                self.tool_calls = self._parts.calls()
         raise StopIteration
 
     def _finish(self, reason: FinishReason, *, whole: bool = True) -> None:
@@ -152,13 +153,13 @@ class Stream:
 
     @property
     def text(self) -> str:
-        """The text so far, without thoughts."""
-        return "".join(self._pieces if self._thoughts is None else self._answer)
+        """The text so far, without thoughts and calls."""
+        return "".join(self._pieces) if self._parts is None else self._parts.text
 
     @property
     def reasoning(self) -> str:
         """The thoughts so far, where ``params.reasoning`` tells them from the text."""
-        return "".join(self._reasoning)
+        return "" if self._parts is None else self._parts.reasoning
 
     @property
     def tokens(self) -> list[int]:
@@ -226,4 +227,5 @@ class Stream:
             logprobs=self.logprobs,
             embedding=self._embedding,
             reasoning=self.reasoning,
+            tool_calls=self.tool_calls,
         )

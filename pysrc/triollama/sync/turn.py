@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, NoReturn, Protocol
 
 from .._engine import Context, Sampler
-from ..answers import Structured
+from ..answers import Structured, Toolbox
 from ..conversation.answer import Continued
 from ..conversation.choices import OnCancel
 from ..conversation.finished import Answer, state_after
 from ..conversation.history import State
 from ..conversation.plan import Plan
 from ..conversation.samplers import state_of
+from ..conversation.tools import reader_for
 from ..params import GenerationParams
 from ..results import Usage
 from .stream import Stream
@@ -45,6 +46,7 @@ class TurnStream(Stream):
         shown: int,
         continued: Continued,
         into: Structured[Any] | None,
+        toolbox: Toolbox | None,
         on_cancel: OnCancel,
         *,
         reuse: bool,
@@ -64,11 +66,12 @@ class TurnStream(Stream):
             reuse=reuse,
             sampler=sampler,
             accept_from=shown,
+            calls=reader_for(toolbox, plan),
         )
         self._on_cancel = on_cancel
-        before = plan.base.messages[-1].tokens if not plan.messages else ()
-        if self._thoughts is not None and before:  # it goes on with these
-            self._thoughts.feed(continued.bytes_of(before).decode("utf-8", "replace"), before)
+        if self._parts is not None and not plan.messages:  # it goes on with these
+            before = plan.base.messages[-1].tokens
+            self._parts.resume(continued.bytes_of(before).decode("utf-8", "replace"), before)
 
     def __next__(self) -> str:
         try:
@@ -108,14 +111,15 @@ class TurnStream(Stream):
             self._commit()
 
     def _commit(self) -> None:
-        if self._thoughts is not None:
-            self._without_thoughts(self._thoughts, None)  # what it held back
+        if self._parts is not None:
+            self._parts.finish()  # what it held back
         generation, usage = self._generation, self.usage
         reason = self.finish_reason or "cancelled"
         answer = Answer(
             text=self.text,
             generated="".join(self._pieces),
             reasoning=self.reasoning,
+            tool_calls=tuple(call.for_message() for call in self.tool_calls),
             tokens=generation.generated,
             n_generated=usage.generated_tokens,
             drops=generation.shifts,

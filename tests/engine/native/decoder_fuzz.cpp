@@ -33,13 +33,24 @@ static void check(bool good, const std::string & why) {
     }
 }
 
+// What a grammar leaves no choice about, after a token that was sampled.
+static std::vector<llama_token> forced_after(llama_token token) {
+    std::vector<llama_token> forced;
+    for (llama_token i = 1; token % 3 == 1 && i <= token % 8; i++) {
+        forced.push_back(1 + (token * 7 + i * 5) % (N_VOCAB - 1));
+    }
+    return forced;
+}
+static std::atomic<long> total_forced{0};
+
 // ---------------------------------------------------------------- what the decoder would link otherwise
 namespace triollama::native {
 
 struct Sampler::Impl {
     SamplingParams params;
+    llama_token last = END;
 };
-Sampler::Sampler(const llama_vocab *, SamplingParams params) : impl(new Impl{std::move(params)}) {}
+Sampler::Sampler(const llama_vocab *, SamplingParams params) : impl(new Impl{std::move(params), END}) {}
 Sampler::~Sampler() = default;
 llama_token Sampler::sample(float * logits) {
     if (impl->params.seed == 13) {
@@ -47,7 +58,11 @@ llama_token Sampler::sample(float * logits) {
     }
     return (llama_token) (std::max_element(logits, logits + N_VOCAB) - logits);
 }
-void Sampler::accept(llama_token, bool) {}
+void Sampler::accept(llama_token token, bool generated) { impl->last = generated ? token : END; }
+std::vector<llama_token> Sampler::forced() const {
+    const bool forces = !impl->params.grammar.text.empty() && impl->last != END;
+    return forces ? forced_after(impl->last) : std::vector<llama_token>();
+}
 void Sampler::update(SamplingParams params) { impl->params = std::move(params); }
 const SamplingParams & Sampler::params() const { return impl->params; }
 
@@ -187,6 +202,8 @@ struct Expected {
     StreamPtr stream;
     std::vector<llama_token> history;   // grows by what was taken
     size_t n_prompt = 0;
+    bool forces = false;
+    std::vector<llama_token> forced;    // comes next
     bool reads = true;
     bool may_fail = false;
 };
@@ -195,9 +212,17 @@ static void take_all(Decoder & decoder, Expected & e) {
     Piece piece;
     while (decoder.take(*e.stream, piece)) {
         for (llama_token t : piece.tokens) {
-            check(t == next_token(e.history), "stream " + std::to_string(e.stream->id) + " gave a wrong token after " +
-                                                  std::to_string(e.history.size() - e.n_prompt));
+            const bool chosen = e.forced.empty();
+            check(t == (chosen ? next_token(e.history) : e.forced.front()),
+                  "stream " + std::to_string(e.stream->id) + " gave a wrong token after " +
+                      std::to_string(e.history.size() - e.n_prompt));
             e.history.push_back(t);
+            if (!chosen) {
+                e.forced.erase(e.forced.begin());
+                total_forced++;
+            } else if (e.forces) {
+                e.forced = forced_after(t);
+            }
         }
     }
 }
@@ -312,7 +337,7 @@ static void round(unsigned seed) {
             Expected e;
             SamplingParams params;
             params.seed = below(40) == 0 ? 13 : 1;
-            if (below(6) == 0) {
+            if (below(3) == 0) {
                 params.grammar.text = "root ::= any";
             }
             r.sampler  = std::make_unique<Sampler>(nullptr, params);
@@ -326,6 +351,7 @@ static void round(unsigned seed) {
             e.history  = history;
             e.n_prompt = history.size();
             e.reads    = below(5) > 0;
+            e.forces   = !params.grammar.text.empty();
             const int32_t most = r.max_tokens;
             try {
                 e.stream = decoder.submit(std::move(r));
@@ -571,9 +597,9 @@ int main(int argc, char ** argv) {
         round(seed + i);
     }
     std::printf("finished %ld cancelled %ld failed %ld generated %ld cached %ld aborts %ld evictions %ld restores %ld "
-                "preemptions %ld beside %ld alike %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
+                "preemptions %ld beside %ld alike %ld forced %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
                 (long) total.generated_tokens, (long) total.cached_tokens, (long) total.aborts, (long) total.evictions,
-                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike);
+                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike, total_forced.load());
     std::printf("ok\n");
     return 0;
 }
