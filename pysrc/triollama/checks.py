@@ -39,6 +39,7 @@ def check_path(name: str, value: Any) -> str:
     ``open`` would take, and close."""
     try:
         path = os.fsdecode(value)
+        os.fsencode(path)
     except (TypeError, UnicodeError):
         path = "\0"
     if "\0" in path:

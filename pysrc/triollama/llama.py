@@ -12,7 +12,7 @@ import trio
 
 from .answers import Structured, Tries, structured
 from .chat import ChatTemplate
-from .checks import check_kind
+from .checks import check_kind, shown
 from .conversation import saving
 from .conversation.choices import OnCancel
 from .conversation.conversation import Conversation
@@ -612,7 +612,7 @@ class Llama:
         check_kind("id", id, int)
         stream = self._core.streams.get(id)
         if stream is None:
-            raise ParameterError(f"no open stream has the id {id}", parameter="id", value=id)
+            raise ParameterError(f"no open stream has the id {shown(id)}", parameter="id", value=id)
         stream.update(**changes)
 
     def active(self) -> list[StreamInfo]:

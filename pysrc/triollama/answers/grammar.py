@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from ..checks import shown
 from ..errors import ParameterError, UnsupportedError
 from .lark import Lark, literal
 from .numbers import DIGITS, integers, reals, tighter
@@ -50,7 +51,7 @@ class Grammar(Lark):
             info = inspect.type_info(into)
         except (TypeError, ValueError, NameError) as error:
             raise ParameterError(
-                f"into={into!r} is no type that msgspec decodes: {error}",
+                f"into={shown(into)} is no type that msgspec decodes: {error}",
                 parameter="into",
                 value=into,
             ) from None

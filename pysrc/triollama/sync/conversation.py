@@ -420,6 +420,8 @@ class Conversation:
 
     def commit(self, turn: TurnStream, state: State, usage: Usage) -> bool:
         """A turn has become part of the conversation; False where another came after it."""
+        check_kind("state", state, State)
+        check_kind("usage", usage, Usage)
         if self._turn is None or self._turn() is not turn:
             return False
         self._state = state
