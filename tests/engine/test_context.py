@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import textwrap
 import threading
@@ -468,6 +469,10 @@ def test_what_has_no_constructor():
         _engine.Memory()
 
 
+limited = pytest.mark.skipif(
+    sys.platform != "linux" or "san.so" in os.environ.get("LD_PRELOAD", ""),
+    reason="reads /proc; sanitizers need the address space for themselves",
+)
 SHORT_OF_MEMORY = """
     import logging, resource, sys
     from triollama._engine import Batch, Context, Model
@@ -487,7 +492,7 @@ SHORT_OF_MEMORY = """
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@limited
 def test_a_context_goes_on_after_it_found_no_memory(tiny, run_isolated):
     """Buffers may be gone then that llama.cpp takes to be there: all is laid out anew."""
     code = """
@@ -521,7 +526,7 @@ def test_a_context_goes_on_after_it_found_no_memory(tiny, run_isolated):
     run_isolated(textwrap.dedent(SHORT_OF_MEMORY) + textwrap.dedent(code), wide)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@limited
 def test_closed_after_a_graph_found_no_memory_to_work_in(tiny, run_isolated):
     """ggml frees its work buffer before it asks for a larger one: closing freed it again."""
     code = """

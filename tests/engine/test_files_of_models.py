@@ -355,6 +355,7 @@ def test_no_gpu_is_said_once(
         assert len(lines) == 1 and "have no effect" in lines[0]
 
 
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need memory")
 def test_no_memory_is_not_the_files_fault(copy: Path, run_isolated: Any) -> None:
     """Room for ever more pages, until the model fits: never is the file called damaged."""
     code = """
