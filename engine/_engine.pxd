@@ -1,6 +1,7 @@
 """Every owner of a native object. One extension, so that ggml's backend registry exists once."""
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
+from libcpp.map cimport map
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -11,6 +12,7 @@ cimport decoding
 cimport ggml
 cimport gguf
 cimport llama
+cimport profile
 cimport sampling
 cimport training
 from grammar cimport (

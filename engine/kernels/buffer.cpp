@@ -22,9 +22,7 @@ namespace triollama::native::kernels {
 
 namespace {
 
-// What this thread is loading, if anything.
-enum class Loading { nothing, with_kernels, without };
-thread_local Loading loading = Loading::nothing;
+thread_local bool refused = false;      // the model that this thread loads is to have no weights with us
 
 ggml_backend_buffer_type_t buffer_type();
 
@@ -169,8 +167,7 @@ bool is_ours(const ggml_tensor * op) {
 
 class Extra final : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
-        if (!is_ours(op) || !is_packed(op->src[0]) || !ggml_is_contiguous(op->src[0]) || op->src[0]->view_src ||
-            loading == Loading::without) {
+        if (!is_ours(op) || !is_packed(op->src[0]) || !ggml_is_contiguous(op->src[0]) || op->src[0]->view_src || refused) {
             return false;
         }
         if (op->op == GGML_OP_GET_ROWS) {
@@ -183,20 +180,6 @@ class Extra final : public ggml::cpu::extra_buffer_type {
         static Traits traits;
         return is_ours(op) ? &traits : nullptr;
     }
-};
-
-// Stands before an extra buffer type of upstream's: a model that is loaded with our kernels has no weights with it.
-class Gate final : public ggml::cpu::extra_buffer_type {
-public:
-    explicit Gate(ggml::cpu::extra_buffer_type * behind) : behind(behind) {}
-
-private:
-    bool supports_op(ggml_backend_dev_t device, const ggml_tensor * op) override {
-        return loading != Loading::with_kernels && behind->supports_op(device, op);
-    }
-    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override { return behind->get_tensor_traits(op); }
-
-    ggml::cpu::extra_buffer_type * behind;
 };
 
 constexpr size_t alignment = 64, huge_page = 2 << 20;
@@ -267,13 +250,6 @@ ggml_backend_buffer_type_t buffer_type() {
 
 }  // namespace
 
-std::string why_no_kernels() {
-    if (available_kernels().size() == 1) {
-        return "this processor has none of the instruction sets that they are made for";
-    }
-    return {};
-}
-
 std::vector<std::string> kernel_names() {
     std::vector<std::string> names;
     for (const Kernel * kernel : available_kernels()) {
@@ -287,17 +263,16 @@ bool use_kernel(const std::string & name) { return choose_kernel(name.empty() ? 
 void install() {
     static std::once_flag once;
     std::call_once(once, [] {
-        auto & types = ggml_backend_cpu_get_extra_buffer_types();
-        for (ggml_backend_buffer_type_t type : types) {
-            type->context = new Gate(static_cast<ggml::cpu::extra_buffer_type *>(type->context));
+        if (available_kernels().size() > 1) {   // the portable one is for comparison
+            auto & types = ggml_backend_cpu_get_extra_buffer_types();
+            types.insert(types.begin(), buffer_type());
         }
-        types.insert(types.begin(), buffer_type());
     });
 }
 
-LoadScope::LoadScope(bool with_kernels) { loading = with_kernels ? Loading::with_kernels : Loading::without; }
+WithoutKernels::WithoutKernels() { refused = true; }
 
-LoadScope::~LoadScope() { loading = Loading::nothing; }
+WithoutKernels::~WithoutKernels() { refused = false; }
 
 }  // namespace triollama::native::kernels
 
@@ -305,17 +280,15 @@ LoadScope::~LoadScope() { loading = Loading::nothing; }
 
 namespace triollama::native::kernels {
 
-std::string why_no_kernels() { return "this build leaves them out (TRIOLLAMA_KERNELS=OFF)"; }
-
 std::vector<std::string> kernel_names() { return {}; }
 
 bool use_kernel(const std::string &) { return false; }
 
 void install() {}
 
-LoadScope::LoadScope(bool) {}
+WithoutKernels::WithoutKernels() = default;
 
-LoadScope::~LoadScope() {}
+WithoutKernels::~WithoutKernels() = default;
 
 }  // namespace triollama::native::kernels
 

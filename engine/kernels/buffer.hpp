@@ -7,27 +7,25 @@
 
 namespace triollama::native::kernels {
 
-// Why no model can be loaded with them, or nothing.
-std::string why_no_kernels();
-
-// Instruction sets that this processor has kernels for, fastest first.
+// Instruction sets that this processor has kernels for, fastest first; the last one is for comparison. Where it is the
+// only one, or with TRIOLLAMA_KERNELS=OFF, models are loaded without.
 std::vector<std::string> kernel_names();
 
 // From now on products are made with this one; with the fastest, if it is empty. They are the same, bit for bit. False if
 // there is none of that name.
 bool use_kernel(const std::string & name);
 
-// Tells the CPU backend. Before any model is loaded; later calls do nothing.
+// Tells the CPU backend, which asks us first from then on, before any type of upstream's. Before any model is loaded;
+// later calls do nothing.
 void install();
 
-// While in scope, the models that this thread loads have their weights with us where we know their type, and no others
-// in an order of upstream's; or, without kernels, none with us. Scopes do not nest.
-class LoadScope {
+// While in scope, the models that this thread loads have no weights with us. Scopes do not nest.
+class WithoutKernels {
 public:
-    explicit LoadScope(bool with_kernels);
-    ~LoadScope();
-    LoadScope(const LoadScope &) = delete;
-    LoadScope & operator=(const LoadScope &) = delete;
+    WithoutKernels();
+    ~WithoutKernels();
+    WithoutKernels(const WithoutKernels &) = delete;
+    WithoutKernels & operator=(const WithoutKernels &) = delete;
 };
 
 }  // namespace triollama::native::kernels

@@ -74,6 +74,9 @@ constexpr size_t panel_bytes(Shape s, int64_t n_blocks) {
     return (all + 63) / 64 * 64;
 }
 
+// What a block takes in all.
+constexpr size_t block_bytes(Shape s) { return plane_bytes(s) + scale_bytes(s) / (is_super(s) ? super : 1); }
+
 // A tile is `rows` rows of activations in 8 bits, block by block: their values, row by row; their scales (float); and
 // what is added for each: minus zero times their sum (int32), or their sum times their scale (float), one for each half
 // of a block where halves have scales.

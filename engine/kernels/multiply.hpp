@@ -55,6 +55,19 @@ template <class V, Type T> inline void unpack(const uint8_t * planes, typename V
     }
 }
 
+// So few rows take less time than their weights take to come from memory.
+constexpr int few_rows = 4;
+
+// Block b of the panel to come. The processor by itself would stop at each page, and at scales, which lie apart.
+template <Type T> inline void fetch_ahead(const uint8_t * next, int64_t b) {
+    constexpr size_t n = block_bytes(shapes[T]);
+    const uint8_t * at = next + static_cast<size_t>(b) * n;
+#pragma GCC unroll 16
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(at + i);
+    }
+}
+
 // Scales of one block after another, for V::width rows from row c on.
 template <class V, Type T> struct Scaler {
     static constexpr Shape s = shapes[T];
@@ -109,6 +122,9 @@ void multiply(const uint8_t * panel, int64_t n_blocks, const uint8_t * tile, con
         const uint8_t * a = tile;
         Scaler<V, T> scaler(panel + static_cast<size_t>(n_blocks) * plane_bytes(s), c);
         for (int64_t b = 0; b < n_blocks; ++b, planes += plane_bytes(s), a += tile_bytes(s, R)) {
+            if (R <= few_rows && c == 0) {
+                fetch_ahead<T>(panel + panel_bytes(s, n_blocks), b);
+            }
             typename V::Bytes w[groups];
             unpack<V, T>(planes, w);
             if constexpr (flipped) {

@@ -41,13 +41,13 @@ std::vector<Needs> memory_held(const llama_context * ctx) {
 }
 
 std::vector<Needs> memory_needs(
-    const std::string & path, llama_model_params model_params, const llama_context_params & context_params) {
+    const std::string & path, llama_model_params model_params, Repack repack, const llama_context_params & context_params) {
     model_params.no_alloc  = true;
     model_params.load_mode = LLAMA_LOAD_MODE_NONE;
     llama_model_ptr model;
     ModelFiles files;               // is gone before the model: see there
     LogQueue::forget_problem();
-    model.reset(load_model(files, path, model_params));
+    model.reset(load_model(files, path, model_params, repack));
     if (!model) {
         throw format_error(LogQueue::problem());
     }

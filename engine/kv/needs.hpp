@@ -1,6 +1,8 @@
 // What a model and a context would allocate, found by llama.cpp itself: it lays out everything and allocates nothing.
 #pragma once
 
+#include "llama/load.hpp"
+
 #include "llama.h"
 
 #include <cstdint>
@@ -17,7 +19,7 @@ struct Needs {
 
 // Host memory first. Throws what load_model and make_context throw, and format_error where they give nothing.
 std::vector<Needs> memory_needs(
-    const std::string & path, llama_model_params model_params, const llama_context_params & context_params);
+    const std::string & path, llama_model_params model_params, Repack repack, const llama_context_params & context_params);
 
 // The same of a context that exists: what is allocated.
 std::vector<Needs> memory_held(const llama_context * ctx);

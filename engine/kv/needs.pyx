@@ -10,7 +10,7 @@ cdef extern from "kv/needs.hpp" namespace "triollama::native" nogil:
         uint64_t total
 
     vector[NativeNeeds] native_memory_needs "triollama::native::memory_needs"(
-        const string & path, llama.llama_model_params model_params,
+        const string & path, llama.llama_model_params model_params, Repack repack,
         const llama.llama_context_params & context_params) except +raise_native_error
     vector[NativeNeeds] native_memory_held "triollama::native::memory_held"(
         const llama.llama_context * ctx) except +raise_native_error
@@ -33,7 +33,7 @@ def memory_needs(
     n_ubatch: int = 512,
     n_outputs_max: int = 0,
     n_gpu_layers: int = -1,
-    repack: bool = True,
+    repack: bool | str = True,
     type_k: str = "f16",
     type_v: str = "f16",
     flash_attn: str = "auto",
@@ -52,7 +52,7 @@ def memory_needs(
     cdef string raw_path = path_bytes("path", path)
     name = os.fsdecode(<bytes>raw_path)
     model_params.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
-    model_params.use_extra_bufts = repack
+    cdef Repack rearrange = <Repack><int>check_choice("repack", repack, _REPACK)
     params.n_seq_max = check_int("n_seq_max", n_seq_max, 1, <int>llama.llama_max_parallel_sequences())
     cdef long long total = (check_int("n_ctx", n_ctx, 1, _MAX_CTX) + 255) // 256 * 256 * <long long>n_seq_max
     if total > 2**31 - 256:
@@ -71,7 +71,7 @@ def memory_needs(
     begin_call()
     try:
         with nogil:
-            found = native_memory_needs(raw_path, model_params, params)
+            found = native_memory_needs(raw_path, model_params, rearrange, params)
     except OutOfMemoryError:
         raise
     except ParameterError as error:

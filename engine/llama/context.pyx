@@ -17,6 +17,13 @@ cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
     llama.llama_context * make_context(
         llama.llama_model * model, const llama.llama_context_params & params) except +raise_native_error
 
+
+cdef dict timings_dict(map[string, profile.Timing] timings):
+    return {
+        timing.first.decode(): (timing.second.seconds, timing.second.calls)
+        for timing in timings}
+
+
 cdef dict _KV_TYPES = {
     "f32": <int>ggml.GGML_TYPE_F32,
     "f16": <int>ggml.GGML_TYPE_F16,
@@ -137,8 +144,7 @@ cdef class Context(Owner):
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
         tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off",
-        swa_full=True, a Model with kernels=True or repack="exact" (or False), and all of it on the
-        CPU.
+        swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -594,17 +600,37 @@ cdef class Context(Owner):
         """
         self.enter()
         try:
-            self.check_no_views()
-            if not self.model.has_decoder:
-                raise UnsupportedError("this model has no decoder; use encode")
-            self.check_batch(batch, False)
-            batch.readers += 1
-            try:
-                self.compute(batch, False)
-            finally:
-                batch.readers -= 1
-            self.note_outputs(batch, False)
+            self.decode_alone(batch)
         finally:
+            self.leave()
+
+    cdef int decode_alone(self, Batch batch) except -1:
+        self.check_no_views()
+        if not self.model.has_decoder:
+            raise UnsupportedError("this model has no decoder; use encode")
+        self.check_batch(batch, False)
+        batch.readers += 1
+        try:
+            self.compute(batch, False)
+        finally:
+            batch.readers -= 1
+        self.note_outputs(batch, False)
+        return 0
+
+    def profile(self, Batch batch not None) -> dict[str, tuple[float, int]]:
+        """Compute ``batch`` as ``decode`` does, with each graph node timed by itself.
+
+        Returns seconds and number of nodes by operation, products by type and shape too: rows and
+        columns of the matrix, then how many columns it is multiplied with. Errors as decode.
+        """
+        cdef unique_ptr[profile.Profile] watching
+        self.enter()
+        try:
+            watching.reset(new profile.Profile(self.ptr))
+            self.decode_alone(batch)
+            return timings_dict(watching.get().timings())
+        finally:
+            watching.reset()
             self.leave()
 
     def encode(self, Batch batch not None) -> None:

@@ -101,7 +101,7 @@ void check_cache(const llama_model & model, ggml_type type_k, ggml_type type_v) 
 
 }  // namespace
 
-llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact, bool with_kernels) {
+llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, Repack repack) {
     files.open(path);
     for (const std::string & part : check_model(path, !params.vocab_only, params.kv_overrides)) {
         if (part != path) {
@@ -111,16 +111,20 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
     llama_model_ptr model;
     {
         const MappingScope mapping = files.mapping();
-        std::optional<ExactWeights> weights;
-        if (exact) {
-            weights.emplace(params);
+        params.use_extra_bufts = repack != Repack::none;
+        std::optional<ExactWeights> exact;
+        if (repack == Repack::exact) {
+            exact.emplace(params);
+        }
+        std::optional<kernels::WithoutKernels> without;
+        if (repack == Repack::ggml) {
+            without.emplace();
         }
         AbortScope aborts;
         aborts.enter();
         FaultScope faults;
         faults.enter();
         kernels::install();
-        const kernels::LoadScope loading(with_kernels);
         model.reset(llama_model_load_from_file(path.c_str(), params));
         if (!model && faults.fault()) {
             throw format_error(faults.fault());

@@ -9,11 +9,13 @@
 
 namespace triollama::native {
 
+// How weights are rearranged for speed (CPU): in no way; for ggml's kernels alone; for ours, and ggml's where those round
+// each row by itself (llama/exact.hpp); for ours, and ggml's for the types that ours do not know.
+enum class Repack { none, ggml, exact, all };
+
 // Checks each part of the model, opens it in `files`, and loads it. nullptr: see llama.cpp's log. Throws format_error,
-// file_error, invalid_argument for an override of another type, model_changed. `exact`: see ExactWeights; `with_kernels`:
-// see kernels/buffer.hpp; params.use_extra_bufts must be set then.
-llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, bool exact = false,
-                         bool with_kernels = false);
+// file_error, invalid_argument for an override of another type, model_changed. params.use_extra_bufts is set by `repack`.
+llama_model * load_model(ModelFiles & files, const std::string & path, llama_model_params params, Repack repack);
 
 // nullptr: see llama.cpp's log. Throws format_error where the graph of the model's architecture cannot be built from its
 // file, or could not be computed, and invalid_argument where a cache of these types cannot hold its heads.

@@ -15,13 +15,14 @@ cdef extern from "llama/gguf_check.hpp" namespace "triollama::native" nogil:
     ) except +raise_native_error
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
+    enum class Repack "triollama::native::Repack":
+        pass
+
     llama.llama_model * load_model(
-        ModelFiles & files, const string & path, llama.llama_model_params params, cpp_bool exact,
-        cpp_bool with_kernels
+        ModelFiles & files, const string & path, llama.llama_model_params params, Repack repack
     ) except +raise_native_error
 
 cdef extern from "kernels/buffer.hpp" namespace "triollama::native::kernels" nogil:
-    string why_no_kernels()
     vector[string] kernel_names()
     cpp_bool choose "triollama::native::kernels::use_kernel"(const string & name)
 
@@ -31,7 +32,7 @@ cdef dict _SPLIT_MODES = {
     "row": <int>llama.LLAMA_SPLIT_MODE_ROW,
     "tensor": <int>llama.LLAMA_SPLIT_MODE_TENSOR,
 }
-cdef dict _REPACK = {False: 0, True: 1, "exact": 2}
+cdef dict _REPACK = {False: 0, "ggml": 1, "exact": 2, True: 3}    # Repack
 
 
 cdef struct LoadProgress:
@@ -91,8 +92,9 @@ def list_devices() -> list[str]:
 
 
 def list_kernels() -> list[str]:
-    """Instruction sets that ``Model(kernels=True)`` can compute with here, fastest first; the last,
-    "portable", is for comparison. Empty where the build leaves them out."""
+    """Instruction sets that our own kernels (docs/kernels.md) have here, fastest first; the last,
+    "portable", is for comparison: where it is the only one, models are loaded without. Empty where
+    the build leaves them out."""
     return [name.decode() for name in kernel_names()]
 
 
@@ -193,16 +195,15 @@ cdef class Model(Owner):
         the page cache (excludes use_mmap).
     vocab_only: load the vocabulary alone; such a model cannot make contexts.
     check_tensors: validate all weights while loading (slower).
-    repack: rearrange weights in memory for speed (CPU); training needs False. "exact" does so only
-        where products still round each row by itself (AMX), as contexts with exact=True need.
-    kernels: pack weights of the types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K and IQ4_NL for
-        kernels of our own (CPU), whose numbers do not depend on what shares a step; all others stay as
-        they are in the file, whatever ``repack`` says.
+    repack: how weights are copied into another order, for speed (CPU). True: for kernels of our own
+        (docs/kernels.md) where they know the type, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K and
+        IQ4_NL, else for ggml's. "exact": the same, but of ggml's only those that still round each row
+        by itself (AMX), as contexts with exact=True need. "ggml": for ggml's alone. False: not at all;
+        the file stays mapped.
     progress: called with a float from 0 to 1, from the loading thread; returning False cancels.
 
     Raises ModelNotFoundError, ModelFormatError, LoadCancelled, OutOfMemoryError, ParameterError,
-    UnsupportedError where there are no such kernels, or whatever ``progress`` raises. Releases the
-    GIL while loading. Ctrl-C ends the load.
+    or whatever ``progress`` raises. Releases the GIL while loading. Ctrl-C ends the load.
     """
 
     def __init__(
@@ -222,7 +223,6 @@ cdef class Model(Owner):
         vocab_only: bool = False,
         check_tensors: bool = False,
         repack: bool | str = True,
-        kernels: bool = False,
         progress=None,
     ):
         self.begin()
@@ -230,8 +230,6 @@ cdef class Model(Owner):
         self.path = os.fsdecode(raw_path)
         self.vocab_only = vocab_only
         cdef int rearrange = check_choice("repack", repack, _REPACK)
-        self.kernels = kernels
-        self.repacked = rearrange and not kernels
         self.overrides = {}
 
         cdef llama.llama_model_params params = llama.llama_model_default_params()
@@ -243,9 +241,6 @@ cdef class Model(Owner):
         params.load_mode = load_mode(use_mmap and not direct_io, use_mlock, direct_io)
         params.vocab_only = vocab_only
         params.check_tensors = check_tensors
-        params.use_extra_bufts = rearrange != 0 or kernels
-        if kernels and not why_no_kernels().empty():
-            raise UnsupportedError(f"kernels=True: {why_no_kernels().decode()}")
 
         cdef vector[ggml.ggml_backend_dev_t] device_list
         if devices is not None:
@@ -318,7 +313,7 @@ cdef class Model(Owner):
         try:
             with nogil:
                 self.ptr = load_model(
-                    dereference(self.files), c_path, params, rearrange == 2, self.kernels)
+                    dereference(self.files), c_path, params, <Repack>rearrange)
                 if self.ptr != NULL:
                     check_vocab(llama.llama_model_get_vocab(self.ptr))
         except (OutOfMemoryError, ParameterError):

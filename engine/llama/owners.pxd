@@ -3,8 +3,6 @@ cdef class Model(Owner):
     cdef ModelFiles * files     # what it was loaded from
     cdef readonly str path
     cdef readonly bint vocab_only
-    cdef readonly bint kernels          # weights are packed for our own kernels, where they know the type
-    cdef readonly bint repacked         # weights may be rearranged for speed: not for training
     cdef int n_gpu_layers_
     cdef dict metadata_
     cdef bytes fingerprint_
@@ -49,6 +47,7 @@ cdef class Context(Owner):
 
     cdef int enter_to_read(self) except -1
     cdef int compute(self, Batch batch, bint encode) except -1
+    cdef int decode_alone(self, Batch batch) except -1
     cdef int settle_memory(self) except -1
     cdef int order_cells(self, int seq_id) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1

@@ -408,48 +408,6 @@ void Executor::run(Graph & graph) {
     }
 }
 
-namespace {
-
-// What distinguishes the cost of a node: its operation, and of a product the types and shapes.
-std::string kind_of(const ggml_tensor * node) {
-    const ggml_tensor * a = node->src[0];
-    const bool product = node->op == GGML_OP_MUL_MAT || (node->op == GGML_OP_CUSTOM && node->src[1]);
-    if (!product) {
-        return node->op == GGML_OP_CUSTOM ? std::string("REORDER ") + ggml_type_name(node->type) : ggml_op_desc(node);
-    }
-    const int64_t n_k = node->ne[0] == a->ne[1] ? a->ne[0] : a->ne[1];
-    return std::string(node->op == GGML_OP_CUSTOM ? "PRODUCT " : "MUL_MAT ") + ggml_type_name(a->type) + " " +
-           std::to_string(node->ne[0]) + "x" + std::to_string(n_k) + "x" + std::to_string(node->ne[1]);
-}
-
-}  // namespace
-
-bool Executor::time_node(ggml_tensor * node, bool ask, void * self) {
-    Executor & executor = *static_cast<Executor *>(self);
-    if (ask) {
-        executor.node_started = ggml_time_us();
-    } else {
-        Timing & timing = executor.timings[kind_of(node)];
-        timing.seconds += 1e-6 * static_cast<double>(ggml_time_us() - executor.node_started);
-        ++timing.calls;
-    }
-    return true;
-}
-
-void Executor::start_profile() {
-    timings.clear();
-    if (sched) {
-        ggml_backend_sched_set_eval_callback(sched.get(), time_node, this);
-    }
-}
-
-std::map<std::string, Executor::Timing> Executor::stop_profile() {
-    if (sched) {
-        ggml_backend_sched_set_eval_callback(sched.get(), nullptr, nullptr);
-    }
-    return std::move(timings);
-}
-
 void Executor::start_audit(std::set<std::string> missing) {
     audited.clear();
     absent   = std::move(missing);

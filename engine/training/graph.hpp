@@ -116,23 +116,14 @@ public:
     void start_audit(std::set<std::string> missing);
     std::map<std::string, Audited> stop_audit();
 
-    // From now on each node is timed by itself, which costs a little; seconds and calls add up by operation.
-    struct Timing {
-        double  seconds = 0.0;
-        int64_t calls   = 0;
-    };
-    void start_profile();
-    std::map<std::string, Timing> stop_profile();
+    ggml_backend_sched_t scheduler() const { return sched.get(); }     // null once memory ran out
 
 private:
-    static bool time_node(ggml_tensor * node, bool ask, void * self);
     void audit(Graph & graph);
 
     bool                           auditing = false;
     std::set<std::string>          absent;
     std::map<std::string, Audited> audited;
-    std::map<std::string, Timing>  timings;
-    int64_t                        node_started = 0;
     std::vector<ggml_backend_ptr> backends;
     ggml_backend_sched_ptr        sched;                // none once memory ran out in the middle of its own work
     bool                          arena_lost = false;   // there was no memory for it

@@ -42,9 +42,9 @@ struct Harvest {
 
 FrozenModel::FrozenModel(const std::string & path, int n_gpu_layers, int n_threads) {
     llama_model_params params = llama_model_default_params();
-    params.use_extra_bufts = false;   // repacked weights have neither a backward pass nor a way back to F32
-    params.n_gpu_layers    = n_gpu_layers;
-    model.reset(load_model(files, path, params));
+    params.n_gpu_layers = n_gpu_layers;
+    // Repacked weights have neither a backward pass nor a way back to F32.
+    model.reset(load_model(files, path, params, Repack::none));
     if (!model) {
         throw format_error(path + ": llama.cpp cannot load this model");
     }

@@ -351,15 +351,10 @@ RowResult Trainer::forward_backward(const TrainingRow & row) {
     }
 }
 
-std::map<std::string, Executor::Timing> Trainer::profile(const TrainingRow & row) {
-    executor.start_profile();
-    try {
-        forward_backward(row);
-    } catch (...) {
-        executor.stop_profile();
-        throw;
-    }
-    return executor.stop_profile();
+std::map<std::string, Timing> Trainer::profile(const TrainingRow & row) {
+    const Profile profile(executor.scheduler());
+    forward_backward(row);
+    return profile.timings();
 }
 
 RowResult Trainer::evaluate(const TrainingRow & row) {

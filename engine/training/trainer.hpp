@@ -3,6 +3,7 @@
 // Not safe for several threads at once, except for request_abort().
 #pragma once
 
+#include "llama/profile.hpp"
 #include "training/adapter.hpp"
 #include "training/experts.hpp"
 #include "training/graph.hpp"
@@ -70,7 +71,7 @@ public:
     RowResult evaluate(const TrainingRow & row);
 
     // Where the time of one forward_backward goes, by operation. The gradients are added like there.
-    std::map<std::string, Executor::Timing> profile(const TrainingRow & row);
+    std::map<std::string, Timing> profile(const TrainingRow & row);
 
     // What a step on a row of so many tokens is made of, and what of it the GPU leaves to the CPU. Nothing is computed.
     std::map<std::string, Executor::Audited> audit(int n_tokens, const std::set<std::string> & missing);

@@ -2,7 +2,6 @@
 from typing import NamedTuple
 
 from cython.operator cimport dereference, preincrement
-from libcpp.map cimport map
 from libcpp.optional cimport optional
 from libcpp.set cimport set as cpp_set
 from libcpp.utility cimport pair
@@ -425,7 +424,7 @@ cdef class Trainer(Owner):
         return 0
 
     cdef training.RowResult compute(self, tuple arrays, int work,
-                                    map[string, training.Timing] * timings) except *:
+                                    map[string, profile.Timing] * timings) except *:
         """One row through the model: the frame that all who do so share. ``arrays``: tokens,
         labels, positions, segments and weights."""
         cdef training.TrainingRow row
@@ -479,15 +478,9 @@ cdef class Trainer(Owner):
         Returns seconds and number of nodes by operation, products by type and shape too: rows and
         columns of the matrix, then how many columns it is multiplied with.
         """
-        cdef map[string, training.Timing] timings
+        cdef map[string, profile.Timing] timings
         self.compute((tokens, labels, None, None, None), _PROFILE, &timings)
-        found = {}
-        cdef map[string, training.Timing].iterator at = timings.begin()
-        while at != timings.end():
-            found[dereference(at).first.decode()] = (
-                dereference(at).second.seconds, dereference(at).second.calls)
-            preincrement(at)
-        return found
+        return timings_dict(timings)
 
     def audit(self, n_tokens: int = 32, missing=()) -> list[AuditedOperation]:
         """What one step on a row of so many tokens is made of, without computing any of it.

@@ -9,6 +9,7 @@ from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 cimport ggml
+cimport profile
 from model_files cimport ModelFiles
 
 cdef extern from "training/raise.hpp" namespace "triollama::native" nogil:
@@ -128,15 +129,11 @@ cdef extern from "training/trainer.hpp" namespace "triollama::native" nogil:
         cpp_bool supported
         cpp_bool contiguous
 
-    cdef cppclass Timing "triollama::native::Executor::Timing":
-        double seconds
-        int64_t calls
-
     cdef cppclass Trainer:
         Trainer(const TrainerConfig & config) except +raise_trainer_error
         RowResult forward_backward(const TrainingRow & row) except +raise_trainer_error
         RowResult evaluate(const TrainingRow & row) except +raise_trainer_error
-        map[string, Timing] profile(const TrainingRow & row) except +raise_trainer_error
+        map[string, profile.Timing] profile(const TrainingRow & row) except +raise_trainer_error
         map[string, Audited] audit(
             int n_tokens, const cpp_set[string] & missing) except +raise_trainer_error
         void adamw_step(const AdamW & optimiser) except +raise_trainer_error

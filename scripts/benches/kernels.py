@@ -43,12 +43,12 @@ def figures(options: Options) -> Iterator[Figure]:
                 yield measure(f"{name}.{what}", path, options)
 
 
-def opened(path: Path, n_ctx: int, kernels: bool = True, **context_options: Any) -> Any:
+def opened(path: Path, n_ctx: int, repack: bool | str = True, **context_options: Any) -> Any:
     from triollama.sync import Llama
 
     return Llama(
         path, n_ctx=n_ctx, n_batch=N_BATCH, n_ubatch=N_PROMPT, threads=THREADS,
-        batch_threads=THREADS, model_options={"kernels": kernels},
+        batch_threads=THREADS, model_options={"repack": repack},
         context_options=context_options,
     )  # fmt: skip
 
@@ -104,18 +104,15 @@ def exactness(name: str, path: Path, options: Options) -> Figure:
     """Reading a prompt in an exact context, with the kernels over without."""
     rng = random.Random(2)
     settings: dict[str, Any] = {"kv_unified": False, "flash_attn": "off", "exact": True}
-    with opened(path, N_PROMPT + 1, **settings) as ours:
-        from triollama.sync import Llama
-
-        with Llama(
-            path, n_ctx=N_PROMPT + 1, n_batch=N_BATCH, n_ubatch=N_PROMPT, threads=THREADS,
-            batch_threads=THREADS, model_options={"repack": False}, context_options=settings,
-        ) as plain:  # fmt: skip
-            pairs = interleave(
-                lambda: median_of(lambda: read_prompt(ours, rng)),
-                lambda: median_of(lambda: read_prompt(plain, rng)),
-                options.repeats_or(5),
-            )
+    with (
+        opened(path, N_PROMPT + 1, "exact", **settings) as ours,
+        opened(path, N_PROMPT + 1, False, **settings) as plain,
+    ):
+        pairs = interleave(
+            lambda: median_of(lambda: read_prompt(ours, rng)),
+            lambda: median_of(lambda: read_prompt(plain, rng)),
+            options.repeats_or(5),
+        )
     note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
     return pairs.ratio(name, target=1.0, note=f"exact contexts, {N_PROMPT} tokens: {note}")
 
@@ -161,7 +158,7 @@ def streams_of(n: int) -> Callable[[str, Path, Options], Figure]:
             return await warmed(llama, n)
 
         pairs = interleave(
-            lambda: float(in_trio(action, path=path, model_options={"kernels": True})),
+            lambda: float(in_trio(action, path=path)),
             lambda: batched_bench(n, path),
             options.repeats_or(5),
         )

@@ -63,6 +63,28 @@ def test_in_one_piece_and_token_by_token(context):
     assert (whole.argmax(1) == np.stack(single).argmax(1)).all()
 
 
+def test_a_profile_decodes_and_accounts_for_the_work(context):
+    for tokens in (TOKENS, TOKENS[:1]):
+        decode(context, tokens)
+        expected = context.logits(copy=True)
+        found = []
+        for _ in range(2):  # the second is of a graph that is used again
+            context.memory.clear()
+            batch = Batch(len(tokens), 1)
+            batch.extend(tokens, 0, 0, "last")
+            found.append(context.profile(batch))
+            np.testing.assert_allclose(context.logits(copy=True), expected, atol=ROUNDING)
+        assert all(seconds >= 0 and calls > 0 for seconds, calls in found[0].values())
+        assert {k: n for k, (_, n) in found[0].items()} == {k: n for k, (_, n) in found[1].items()}
+        # Q, K, V, the output of attention and three of the feed forward in each layer; the head.
+        products = sum(n for kind, (_, n) in found[0].items() if kind.startswith("MUL_MAT "))
+        assert products in (9 * context.model.n_layer + 1, 7 * context.model.n_layer + 1)
+        context.memory.clear()
+        decode(context, tokens)
+        assert np.array_equal(context.logits(copy=True), expected)
+        context.memory.clear()
+
+
 def test_sequences_do_not_see_each_other(context):
     decode(context, TOKENS, seq_id=0)
     alone = context.logits(copy=True)

@@ -507,7 +507,7 @@ def test_it_says_what_it_needs(tiny: Any) -> None:
                 Context(model, n_ctx=64, exact=True, **{**settings, **options})
         with Context(model, n_ctx=64, exact=True, **settings) as context:
             assert context.exact
-    with Model(tiny("qwen3moe", dtype="Q4_K")) as model:
+    with Model(tiny("qwen3moe", dtype="Q4_K"), repack="ggml") as model:
         with Context(model, n_ctx=64) as context:
             if "CPU_REPACK" not in context.kernels:
                 pytest.skip("nothing is repacked for this processor")

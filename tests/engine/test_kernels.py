@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(
     len(list_kernels()) < 2, reason="no kernels for this processor, or none in this build"
 )
 
-KERNELS = {"kernels": True}
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q5_k_s", "q6_k", "iq4_nl")
 
 
@@ -76,17 +75,17 @@ def logits(
 
 @pytest.mark.parametrize("ftype", TYPES)
 def test_rows_are_those_of_the_stream_alone(ftype: str, quantized: Any) -> None:
-    Walk(quantized(ftype), 5, n_streams=5, model_options=KERNELS).run(100)
+    Walk(quantized(ftype), 5, n_streams=5).run(100)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mamba", "jamba", "qwen3moe"])
 def test_in_other_architectures(arch: str, quantized: Any) -> None:
-    Walk(quantized("q5_0", arch), 6, n_streams=3, model_options=KERNELS).run(60)
+    Walk(quantized("q5_0", arch), 6, n_streams=3).run(60)
 
 
 @pytest.mark.parametrize("ftype", TYPES)
 def test_every_instruction_set_gives_the_same_bits(ftype: str, quantized: Any) -> None:
-    with Model(quantized(ftype), kernels=True) as model:
+    with Model(quantized(ftype), repack="exact") as model:
         use_kernel("portable")
         expected = logits(model)
         for name in list_kernels():
@@ -104,33 +103,44 @@ def test_errors_are_not_above_upstreams(ftype: str, quantized: Any, tmp_path: Pa
         expected = logits(model)
     with Model(quantized(ftype), repack=False) as model:
         theirs = np.linalg.norm(logits(model) - expected)
-    with Model(quantized(ftype), kernels=True) as model:
+    with Model(quantized(ftype), repack="exact") as model:
         ours = np.linalg.norm(logits(model) - expected)
     assert 0 < ours <= 1.03 * theirs
 
 
 def test_on_the_default_model(default_model_path: Path) -> None:
-    walk = Walk(
-        default_model_path, 2, n_streams=3, length=12, adapters=False, model_options=KERNELS
-    )
-    walk.run(30)
+    Walk(default_model_path, 2, n_streams=3, length=12, adapters=False).run(30)
 
 
 def test_who_holds_the_weights(quantized: Any) -> None:
     """Models with and without the kernels live beside each other."""
     path = quantized("q8_0")
     with (
-        Model(path) as theirs,
-        Model(path, kernels=True) as ours,
+        Model(path, repack="ggml") as theirs,
+        Model(path) as ours,
         Model(path, repack=False) as none,
     ):
-        assert [m.kernels for m in (theirs, ours, none)] == [False, True, False]
-        assert [m.repacked for m in (theirs, ours, none)] == [True, False, False]
-        with exact(ours) as context:
-            assert context.kernels.endswith("; weights as triollama")
+        weights = []
+        for model in (ours, theirs, none):
+            with Context(model, n_ctx=64) as context:
+                weights.append(context.kernels.partition("; weights as ")[2])
+        assert weights[0] == "triollama"
+        assert "triollama" not in weights[1]
+        assert weights[2] == ""
         one, other = logits(ours), logits(none)
         assert (one != other).any()  # each rounds in its own way
         assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
+
+
+def test_types_that_we_do_not_know(quantized: Any) -> None:
+    """They lie as ggml likes, and as the file has them where that would round rows together."""
+    weights = []
+    for repack in (True, "exact", False):
+        with Model(quantized("q2_k"), repack=repack) as model, Context(model, n_ctx=64) as context:
+            weights.append(context.kernels.partition("; weights as ")[2])
+            assert "triollama" not in weights[-1]
+    assert "CPU_REPACK" not in weights[1]
+    Walk(quantized("iq4_xs"), 7, n_streams=4).run(60)  # AMX has products of its own for these
 
 
 def test_adapters_work_beside_them(quantized: Any, tmp_path: Path) -> None:
@@ -138,7 +148,7 @@ def test_adapters_work_beside_them(quantized: Any, tmp_path: Path) -> None:
     path = quantized("q8_0", "llama")
     write_adapter(tmp_path / "adapter.gguf", path, shape=(256, 512))
     changes = []
-    for options in ({"repack": False}, {"kernels": True}):
+    for options in ({"repack": False}, {"repack": "exact"}):
         with (
             Model(path, **options) as model,
             Adapter(model, tmp_path / "adapter.gguf") as adapter,

@@ -127,7 +127,7 @@ def test_same_logits_mapped_read_and_unrepacked(tiny):
             results.append(context.logits(copy=True))
     for other in results[1:3]:
         np.testing.assert_array_equal(results[0], other)
-    np.testing.assert_allclose(results[0], results[3], atol=0.1)
+    np.testing.assert_allclose(results[0], results[3], atol=0.2)
 
 
 def test_not_a_model(tmp_path):

@@ -78,6 +78,7 @@ def llama(default_model_path: Path) -> Llama:
         n_ubatch=N_UBATCH,
         threads=THREADS,
         batch_threads=THREADS,
+        model_options={"repack": "ggml"},
     )
 
 

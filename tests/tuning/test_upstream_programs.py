@@ -131,8 +131,9 @@ def test_llama_completion_loads_our_adapter(
     theirs = run_tool("llama-completion", *settings, "--lora", adapter)
     assert theirs != bare
     with Llama(
-        default_model_path, n_ctx=512, n_batch=256, n_ubatch=128, threads=2, batch_threads=2
-    ) as llama:
+        default_model_path, n_ctx=512, n_batch=256, n_ubatch=128, threads=2, batch_threads=2,
+        model_options={"repack": "ggml"},
+    ) as llama:  # fmt: skip
         loaded = _engine.Adapter(llama.model, adapter)
         _engine.set_adapters(llama.context, [(loaded, 1.0)])
         ours = llama.generate(PROMPT, max_tokens=40, temperature=0.0, repeat_penalty=1.0)
