@@ -119,6 +119,53 @@ def test_one_answer_at_a_time(tmp_path: Path) -> None:
     run_fake(test, Scripted(token_seconds=9.0), folder=tmp_path)
 
 
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}  # fmt: skip
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'
+
+
+def test_tools_are_called_in_them(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        create: Any = site.openai().chat.completions.create
+        asked: Any = {"model": "tiny", "extra_headers": ANN, "tools": [WEATHER]}
+        ask = {"role": "user", "content": "Weather?"}
+        done = await create(messages=[ask], **asked)
+        calls = done.choices[0].message.tool_calls
+        assert done.choices[0].finish_reason == "tool_calls" and len(calls) == 2
+        assert "weather of a city" in engine.prompts[-1]
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": f"sunny {at}"}
+            for at, call in enumerate(calls)
+        ]
+        with pytest.raises(openai.BadRequestError, match="wait for"):
+            await create(messages=results[:1], **asked)
+        # All of it, as clients send it back; what is new alone; and then without tools.
+        whole = [ask, done.choices[0].message.model_dump(exclude_none=True), *results]
+        done = await create(messages=whole, **asked)
+        prompt = engine.prompts[-1]
+        places = [prompt.rindex(word) for word in ("Weather?", "sunny 0", "sunny 1")]
+        assert places == sorted(places)
+        more = [
+            {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+            for call in done.choices[0].message.tool_calls
+        ]
+        stream = await create(messages=more, stream=True, tool_choice="none", **asked)
+        async for _ in stream:
+            pass
+        assert "weather of a city" not in engine.prompts[-1] and "rain" in engine.prompts[-1]
+        wrong = [{"role": "user", "content": "No"}, *whole[1:]]
+        with pytest.raises(openai.ConflictError):
+            await create(messages=wrong, **asked)
+
+    engine = Scripted(CALL % "Lima" + "\n" + CALL % "Quito")
+    run_fake(test, engine, folder=tmp_path)
+
+
 def test_a_first_turn_that_fails_leaves_nothing(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
         with pytest.raises(openai.BadRequestError):

@@ -168,6 +168,20 @@ class Conversation:
             self._ledger.chosen = chosen
             self._touch()
 
+    @trio.lowlevel.enable_ki_protection
+    def set_tools(self, tools: Iterable[ToolSource] | None) -> None:
+        """Offer these from the next turn on, in place of those before; ``None``: none. See
+        ``Llama.conversation``. BusyResourceError in mid-turn; ParameterError, UnsupportedError."""
+        self._ledger.check_idle()
+        prompts = self._ledger.prompts
+        before, self.tools = prompts.tools, self._tools_of(tools)
+        show(self.tools, prompts)
+        if prompts.tools != before:
+            self._touch()
+
+    def _tools_of(self, tools: Iterable[ToolSource] | None) -> Tools | None:
+        return Tools.of(tools, self.template, self._house.core.vocab)
+
     @property
     def is_busy(self) -> bool:
         """Whether a turn is running."""

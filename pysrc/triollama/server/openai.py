@@ -13,6 +13,10 @@ import msgspec
 from msgspec import Meta
 
 from ..answers import ToolChoice
+from ..conversation.choices import given
+from ..engine.loaded import Scaled
+from ..files import Message
+from ..params import GenerationParams
 from .asked import MAX_TOP, bound_by, chosen_tools, fields_of, message_of, params_of, split
 from .chunks import ChatWriter, TextWriter, answer
 from .faults import Fault
@@ -139,13 +143,8 @@ class OpenAI:
                 if asked.chat_template_kwargs:
                     why = "the variables of a conversation's template stay as they are"
                     raise Fault(400, why, param="chat_template_kwargs")
-                if asked.tools:
-                    why = "a conversation that is kept here has no tools"
-                    raise Fault(400, why, param="tools")
-                chat = await stack.enter_async_context(said_in(self._chats(), id, messages))
-                chat.set_adapters(adapters)
-                last = messages[-1]
-                asks = [Ask(chat=chat, text=last["content"], role=last["role"], params=params)]
+                said = await stack.enter_async_context(said_in(self._chats(), id, messages))
+                asks = [self._ask_in(*said, params, adapters, asked)]
                 reply.headers.append((CONVERSATION, id))
             else:
                 tools, choice = tools_of(asked)
@@ -160,6 +159,26 @@ class OpenAI:
                 asks = service.several(ask, asked.n)
             writer = ChatWriter(service, asked.model or service.name)
             await answer(service, writer, asks, reply, **asked.how())
+
+    def _ask_in(
+        self,
+        chat: Conversation,
+        new: Sequence[Mapping[str, Any]],
+        params: GenerationParams,
+        adapters: Scaled,
+        asked: ChatRequest,
+    ) -> Ask:
+        """What is said in a kept conversation. It has the tools of this request."""
+        chat.set_adapters(adapters)
+        tools, choice = tools_of(asked)
+        chat.set_tools(tools or None)
+        box = None if chat.tools is None else chat.tools.box(choice)
+        if box is not None and box.format is None and choice == "required":
+            raise Fault(400, "this model writes calls in a way unknown here", param="tool_choice")
+        role, text = new[0]["role"], new[0]["content"]
+        if role == "tool" and any("tool_call_id" in one for one in new):
+            text = {one.get("tool_call_id", ""): one["content"] for one in new}
+        return Ask(chat=chat, text=text, role=role, params=params, choice=choice)
 
     def _chats(self) -> Chats:
         if self._service.chats is None:
@@ -297,15 +316,40 @@ def tools_of(asked: ChatRequest) -> tuple[list[dict[str, Any]], ToolChoice]:
 @asynccontextmanager
 async def said_in(
     chats: Chats, id: str, messages: Sequence[Mapping[str, Any]]
-) -> AsyncIterator[Conversation]:
-    """The kept conversation in which the last message is said now. Those before it are the
-    conversation's own, or left out; a new one begins with them. Raises Fault where they differ."""
+) -> AsyncIterator[tuple[Conversation, Sequence[Mapping[str, Any]]]]:
+    """A kept conversation, and what is said in it now: the last message, or the results of calls
+    that are the last. Those before are the conversation's own, or left out; a new one begins with
+    them. Raises Fault where they differ."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         why = "the last message must be of a user or a tool"
         raise Fault(400, why, param="messages")
-    before = list(messages[:-1])
+    last = len(messages) - 1
+    while messages[-1]["role"] == "tool" and last and messages[last - 1]["role"] == "tool":
+        last -= 1
+    before, new = list(messages[:last]), messages[last:]
     async with chats.open(id, begin=before) as chat:
-        if before and before != [one.for_template() for one in chat.messages]:
+        own = given(None, before).messages
+        alike = len(own) == len(chat.messages) and all(map(is_as_said, own, chat.messages))
+        if before and not alike:
             why = "the messages before the last one are not those of this conversation"
             raise Fault(409, why, param="messages", code="conversation_differs")
-        yield chat
+        yield chat, new
+
+
+def is_as_said(sent: Message, kept: Message) -> bool:
+    """Whether a client has sent a message back as it is kept. Thoughts may be left out, and
+    arguments are JSON in a string there."""
+
+    def calls(message: Message) -> list[Any]:
+        found = []
+        for call in message.tool_calls:
+            function = call.get("function", {})
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                arguments = msgspec.json.decode(arguments)
+            found.append((call.get("id"), function.get("name"), arguments))
+        return found
+
+    thoughts = sent.reasoning_content in ("", kept.reasoning_content)
+    one = (sent.role, sent.content, sent.tool_call_id, calls(sent))
+    return thoughts and one == (kept.role, kept.content, kept.tool_call_id, calls(kept))

@@ -43,7 +43,8 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """One text to be generated: after ``tokens``, or as the answer to ``text`` in ``chat``.
-    ``tools``: that it may call; ``n_calls``: calls before it."""
+    ``tools``: that it may call; ``n_calls``: calls before it; ``choice``: in ``chat``, whether it
+    must call one."""
 
     params: GenerationParams
     tokens: Sequence[int] = ()
@@ -52,7 +53,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     n_calls: int = 0
     chat: Any = None
     role: str = "user"
-    text: str = ""
+    text: str | dict[str, str] = ""
+    choice: ToolChoice = "auto"
 
 
 class Service:
@@ -195,7 +197,7 @@ class Service:
         """The answer in pieces, to be entered."""
         if ask.chat is not None:
             chat: Conversation = ask.chat
-            return chat.stream(ask.text, ask.params, role=ask.role)
+            return chat.stream(ask.text, ask.params, role=ask.role, tool_choice=ask.choice)
         stream = self.llama.stream(ask.tokens, ask.params, adapters=ask.adapters)
         if ask.tools is not None:
             stream.find_calls(ask.tools, ask.n_calls)
@@ -205,7 +207,7 @@ class Service:
         """The answer when it is complete."""
         if ask.chat is not None:
             chat: Conversation = ask.chat
-            done = await chat.say(ask.text, ask.params, role=ask.role)
+            done = await chat.say(ask.text, ask.params, role=ask.role, tool_choice=ask.choice)
         elif ask.tools is not None:
             async with self.stream(ask) as stream:
                 async for _ in stream:
