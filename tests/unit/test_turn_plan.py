@@ -209,7 +209,7 @@ def test_what_a_turn_goes_on_from() -> None:
         onward(msgspec.structs.replace(state, messages=(*state.messages[:-1], last)))
     # A file may end with a question.
     asked_last = msgspec.structs.replace(state, messages=(*state.messages, user("So?")))
-    assert again(asked_last) == again(state)
+    assert again(asked_last) == (state, asked_last.messages[-1:])
     base, asked = edited(5, "Or so?")(asked_last)
     assert (base, [m.content for m in asked]) == (state, ["Or so?"])
     with pytest.raises(ParameterError, match="there is no"):
