@@ -57,6 +57,16 @@ def programs() -> Iterator[list[Program]]:
         one.process.communicate()
 
 
+def test_llama_cpp_warns_the_verbose_alone(tiny: Any, programs: list[Program]) -> None:
+    model = tiny("llama", n_ctx=128)  # fewer than it is asked to hold
+    programs.append(Program(model))
+    assert programs[-1].end() == 0  # and nothing was said
+    verbose = Program(model, "--verbose")
+    programs.append(verbose)
+    verbose.process.terminate()
+    assert "n_ctx_train" in verbose.process.communicate(timeout=60)[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_and_ends_well(
     number: int, tiny: Any, tmp_path: Path, programs: list[Program]

@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(asctime)s %(name)s %(message)s",
     )
+    if not options.verbose:  # an adapter alone is told of in hundreds of lines
+        logging.getLogger("triollama.llama_cpp").setLevel(logging.ERROR)
     try:
         trio.run(functools.partial(
             run_server,
