@@ -49,10 +49,10 @@ FLAGS = {
 LIBRARIES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
 # The interpreter itself frees little at its end, so leaks are left to `live_objects`. A test that
-# asks for more memory than there is expects an error, not the end.
+# asks for more memory than there is expects an error, not the end. SIGBUS is handled by us.
 OPTIONS = {
     "address": {
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_sigbus=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # else Python's own objects are out of its sight
     },
