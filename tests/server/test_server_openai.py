@@ -340,8 +340,9 @@ def test_an_answer_has_a_limit_of_time() -> None:
         with pytest.raises(openai.APIStatusError) as caught:
             await client.chat.completions.create(model="tiny", messages=ASK)
         assert caught.value.status_code == 504
-        stream = await client.chat.completions.create(model="tiny", messages=ASK, stream=True)
-        with pytest.raises(openai.APIError, match=r"0\.05 s"):
+        # On a slow machine it may be over before the stream has begun.
+        with pytest.raises(openai.APIError, match=r"0\.05 s"):  # noqa: PT012
+            stream = await client.chat.completions.create(model="tiny", messages=ASK, stream=True)
             async for _ in stream:
                 pass
         assert site.llama.active() == []
