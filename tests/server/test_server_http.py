@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import h11
 import pytest
 import trio
 import trio.testing
 from servers import Scripted, Site, run_fake, site
 from triollama import ParameterError
 from triollama.server import Limits, Server
+from triollama.server.http import Reply
 from triollama.testing import open_fake_llama
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -314,5 +317,33 @@ def test_leaving_ends_what_runs() -> None:
             assert llama.active() == []
             assert await stream.receive_some() == b""
             await stream.aclose()
+
+    trio.run(main)
+
+
+def test_what_was_not_begun_to_be_sent_waits() -> None:
+    """A time limit that passes just before an answer's next piece leaves room for its last one."""
+    sent = []
+
+    class Stream:
+        async def send_all(self, data: bytes) -> None:
+            await trio.lowlevel.checkpoint()
+            sent.append(data)
+
+    def pack(event: h11.Event) -> bytes:
+        return bytes(event.data) if isinstance(event, h11.Data) else b"<>"
+
+    async def main() -> None:
+        connection: Any = SimpleNamespace(ends=False, method="GET", stream=Stream(), pack=pack)
+        reply = Reply(connection)
+        reply.begin("text/event-stream")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await reply.write(b"one")
+        assert scope.cancelled_caught
+        assert not reply.is_torn
+        await reply.write(b"two")
+        await reply.end()
+        assert sent == [b"<>onetwo", b"<>"]
 
     trio.run(main)

@@ -132,8 +132,9 @@ class Reply:
         await self._flush()
 
     async def _flush(self) -> None:
-        data, self._unsent = self._unsent, b""
-        if data:
+        if self._unsent:
+            await trio.lowlevel.checkpoint_if_cancelled()  # all of it waits then
+            data, self._unsent = self._unsent, b""
             self._sending = True
             try:
                 await self._connection.stream.send_all(data)
