@@ -125,7 +125,7 @@ class Transcript:
         """Keys for the program that runs."""
         shown, seconds = self._terminal.type(keys, until)
         self._check(keys, shown, wanted)
-        self._block([], re.sub(f"{until}|{ENDED}", "", shown).split("\n"), seconds, keep)
+        self._block([], re.sub(f"{TALK}|{ENDED}", "", shown).split("\n"), seconds, keep)
 
     def _check(self, keys: str, shown: str, wanted: Sequence[str]) -> None:
         for text in wanted:
