@@ -381,6 +381,9 @@ def waiting_or_spinning(options: Options) -> Iterator[Figure]:
     )  # fmt: skip
 
 
+# What a background job is to us: a loop that never waits, at a low priority.
+LOOP = "import os; os.nice(15); print('on', flush=True)\nwhile True: pass"
+
 # Another program on the same cores: decodes until its input ends.
 NEIGHBOUR = """
 import sys, threading, trio
@@ -403,35 +406,40 @@ trio.run(main)
 
 
 def in_company(options: Options) -> Iterator[Figure]:
-    """Our speed beside another decoder on the same cores, over half of our speed alone."""
-    neighbours: dict[str, tuple[Callable[[], list[str]], float | None, str]] = {
+    """Our speed beside another program on the same cores, over our share of our speed alone."""
+    neighbours: dict[str, tuple[Callable[[], list[str]], float, float | None, str]] = {
         "streams.beside_another_over_half": (
-            lambda: [sys.executable, "-c", NEIGHBOUR, str(THREADS)], 0.9, "another triollama",
+            lambda: [sys.executable, "-c", NEIGHBOUR, str(THREADS)], 0.5, 0.9, "another triollama",
         ),
         "streams.beside_upstream_over_half": (
-            lambda: batched_bench_command(1, 10_000), None,
+            lambda: batched_bench_command(1, 10_000), 0.5, None,
             "llama-batched-bench, whose libgomp spins, as peers' do",
         ),
+        "streams.beside_a_background_job": (
+            lambda: [sys.executable, "-c", LOOP], 1.0, 0.95, "one loop at nice 15, over alone",
+        ),
     }  # fmt: skip
-    for name, (command, target, note) in neighbours.items():
+    for name, (command, share, target, note) in neighbours.items():
         if not options.wants(name):
             continue
         arguments = command()
 
-        async def measure(llama: Any, arguments: list[str] = arguments) -> list[float]:
+        async def measure(
+            llama: Any, arguments: list[str] = arguments, share: float = share
+        ) -> list[float]:
             ratios = []
             for _ in range(options.repeats_or(5)):
-                alone = await together(llama, 1, 64)
+                alone = await together(llama, 1, 256)
                 neighbour = subprocess.Popen(
                     arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE
                 )
                 assert neighbour.stdin is not None
                 assert neighbour.stdout is not None
                 await trio.to_thread.run_sync(neighbour.stdout.readline)  # it runs now
-                beside = await together(llama, 1, 64)
+                beside = await together(llama, 1, 256)
                 neighbour.kill()
                 neighbour.communicate()
-                ratios.append(beside / (0.5 * alone))
+                ratios.append(beside / (share * alone))
             return ratios
 
         ratios = in_trio(measure, max_streams=1)
