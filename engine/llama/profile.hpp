@@ -25,7 +25,7 @@ public:
     Profile(const Profile &) = delete;
     Profile & operator=(const Profile &) = delete;
 
-    const std::map<std::string, Timing> & timings() const { return found; }
+    std::map<std::string, Timing> timings() const { return found; }
 
 private:
     static bool visit(ggml_tensor * node, bool ask, void * self);

@@ -215,4 +215,4 @@ async def until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
                 if b" 200 " in await stream.receive_some():
                     return
         await trio.sleep(0.2)
-    raise RuntimeError(f"{process.args} ended with {process.returncode}")
+    raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
