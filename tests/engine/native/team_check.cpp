@@ -33,6 +33,14 @@ static int threads_of_process() {
     return n;
 }
 
+// A thread that was joined is counted for a moment more.
+static bool threads_become(int n) {
+    for (int i = 0; i < 5000 && threads_of_process() != n; i++) {
+        usleep(1000);
+    }
+    return threads_of_process() == n;
+}
+
 // As ggml_graph_compute does: steps whose parts depend on all parts of the step before.
 static void steps(int n, int rounds) {
     std::vector<long> now(n, 1), next(n, 0);
@@ -163,13 +171,14 @@ static void thrown() {
 int main(int argc, char ** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 2000;
     std::thread([] {}).join();
+    usleep(10000);
     const int before = threads_of_process();    // sanitizers have one of their own
     steps(2, rounds);
-    check(threads_of_process() == before + 1, "one helper for a team of two");
+    check(threads_become(before + 1), "one helper for a team of two");
     steps(2, rounds);
-    check(threads_of_process() == before + 1, "the helper is used again");
+    check(threads_become(before + 1), "the helper is used again");
     std::thread([&] { steps(2, rounds); }).join();
-    check(threads_of_process() == before + 1, "by any thread");
+    check(threads_become(before + 1), "by any thread");
     for (int n : {1, 3, 8, 2}) {        // more than there are cores, and fewer again
         steps(n, rounds / 10);
         loops(n);
@@ -180,10 +189,10 @@ int main(int argc, char ** argv) {
     pinned();
     thrown();
     triollama::native::retire_team();
-    check(threads_of_process() == before, "nobody is left of the retired");
+    check(threads_become(before), "nobody is left of the retired");
     triollama::native::retire_team();
     steps(4, rounds / 10);
-    check(threads_of_process() == before + 3, "they come again");
+    check(threads_become(before + 3), "they come again");
 
     int all = 0;
     #pragma omp parallel
