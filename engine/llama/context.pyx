@@ -600,21 +600,25 @@ cdef class Context(Owner):
         """
         self.enter()
         try:
-            self.decode_alone(batch)
+            self.check_and_compute(batch, False)
         finally:
             self.leave()
 
-    cdef int decode_alone(self, Batch batch) except -1:
+    cdef int check_and_compute(self, Batch batch, bint encode) except -1:
+        """The whole of decode or encode, for who has entered."""
         self.check_no_views()
-        if not self.model.has_decoder:
+        if encode:
+            if self.mem != NULL and not self.model.has_encoder:
+                raise UnsupportedError("this model has no encoder; use decode")
+        elif not self.model.has_decoder:
             raise UnsupportedError("this model has no decoder; use encode")
-        self.check_batch(batch, False)
+        self.check_batch(batch, encode)
         batch.readers += 1
         try:
-            self.compute(batch, False)
+            self.compute(batch, encode)
         finally:
             batch.readers -= 1
-        self.note_outputs(batch, False)
+        self.note_outputs(batch, encode)
         return 0
 
     def profile(self, Batch batch not None) -> dict[str, tuple[float, int]]:
@@ -627,7 +631,7 @@ cdef class Context(Owner):
         self.enter()
         try:
             watching.reset(new profile.Profile(self.ptr))
-            self.decode_alone(batch)
+            self.check_and_compute(batch, False)
             return timings_dict(watching.get().timings())
         finally:
             watching.reset()
@@ -638,16 +642,7 @@ cdef class Context(Owner):
         UnsupportedError for models that only decode."""
         self.enter()
         try:
-            self.check_no_views()
-            if self.mem != NULL and not self.model.has_encoder:
-                raise UnsupportedError("this model has no encoder; use decode")
-            self.check_batch(batch, True)
-            batch.readers += 1
-            try:
-                self.compute(batch, True)
-            finally:
-                batch.readers -= 1
-            self.note_outputs(batch, True)
+            self.check_and_compute(batch, True)
         finally:
             self.leave()
 

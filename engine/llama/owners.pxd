@@ -47,7 +47,7 @@ cdef class Context(Owner):
 
     cdef int enter_to_read(self) except -1
     cdef int compute(self, Batch batch, bint encode) except -1
-    cdef int decode_alone(self, Batch batch) except -1
+    cdef int check_and_compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
     cdef int order_cells(self, int seq_id) except -1
     cdef int check_batch(self, Batch batch, bint encode) except -1

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["check_kind", "check_path", "shown"]
+__all__ = ["check_count", "check_kind", "check_path", "shown"]
 
 _LONG = 200
 
@@ -29,6 +29,16 @@ def check_kind(name: str, value: Any, *kinds: Any) -> None:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ParameterError(
             f"{name} must be of type {wanted}, not {type(value).__name__}",
+            parameter=name,
+            value=value,
+        )
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ParameterError unless ``value`` is an integer of at least so much. A bool is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ParameterError(
+            f"{name} must be an integer from {least} on, not {shown(value)}",
             parameter=name,
             value=value,
         )

@@ -94,10 +94,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     made.free.set()
 
 
-def test_a_turn_while_the_journal_opens_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "auto"
+def slow_journal() -> tuple[trio.Event, threading.Event, type[Journal]]:
+    """One whose opening begins, as the first tells, and waits for the second."""
     begun, may_open = trio.Event(), threading.Event()
 
     class Slow(Journal):
@@ -106,7 +104,15 @@ def test_a_turn_while_the_journal_opens_is_saved(
             may_open.wait()
             super().__init__(*args)
 
-    monkeypatch.setattr("triollama.files.held.Journal", Slow)
+    return begun, may_open, Slow
+
+
+def test_a_turn_while_the_journal_opens_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "auto"
+    begun, may_open, slow = slow_journal()
+    monkeypatch.setattr("triollama.files.held.Journal", slow)
 
     async def main() -> None:
         async with opened() as llama, trio.open_nursery() as nursery:
@@ -565,19 +571,13 @@ def test_what_is_deleted_while_the_journal_opens(
 ) -> None:
     """It goes from the file if it came from there; another of the same id stays."""
     path = tmp_path / "auto"
-    begun, may_open = trio.Event(), threading.Event()
-
-    class Slow(Journal):
-        def __init__(self, *args: Any) -> None:
-            trio.from_thread.run_sync(begun.set)
-            may_open.wait()
-            super().__init__(*args)
+    begun, may_open, slow = slow_journal()
 
     async def main() -> None:
         async with opened() as llama, saving(llama, path):
             for name in "abc":
                 await llama.conversation(name).say("Hello")
-        monkeypatch.setattr("triollama.files.held.Journal", Slow)
+        monkeypatch.setattr("triollama.files.held.Journal", slow)
         async with opened() as llama, trio.open_nursery() as nursery:
             nursery.start_soon(llama.autosave, path)
             await begun.wait()

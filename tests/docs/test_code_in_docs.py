@@ -28,7 +28,7 @@ import triollama.conversation.conversation
 import triollama.sync.conversation
 from triollama import GenerationParams, conversation, sync
 from triollama.conversation.samplers import turn_params
-from triollama.lowlevel import Model
+from triollama.lowlevel import Model, use_kernel
 
 pytest.importorskip("gguf", reason="models are written with the package gguf")
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
@@ -110,6 +110,13 @@ def one_processor() -> Iterator[None]:
     os.sched_setaffinity(0, {min(before)})
     yield
     os.sched_setaffinity(0, before)
+
+
+@pytest.fixture(autouse=True)
+def fastest_kernels() -> Iterator[None]:
+    """A page may choose others, which are for the whole process."""
+    yield
+    use_kernel(None)
 
 
 @pytest.fixture

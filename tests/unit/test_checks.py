@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from triollama.checks import check_kind, shown
+from triollama.answers.tries import Tries
+from triollama.checks import check_count, check_kind, shown
 from triollama.errors import ParameterError
 
 
@@ -35,3 +36,13 @@ def test_kinds() -> None:
             check_kind("n", value, int)
         assert caught.value.parameter == "n"
         assert caught.value.value is value
+
+
+def test_counts() -> None:
+    check_count("n", 1, 1)
+    check_count("n", 10**5000, 0)
+    for value in (0, -1, True, 1.0, "1", None, -(10**5000)):
+        with pytest.raises(ParameterError, match=r"^n must be an integer from 1 on, not "):
+            check_count("n", value, 1)
+    with pytest.raises(ParameterError, match="retries"):  # of more digits than Python writes
+        Tries(-(10**5000))

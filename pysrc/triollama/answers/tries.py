@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import AnswerError, ParameterError
+from ..checks import check_count
+from ..errors import AnswerError
 from ..params import MAX_SEED, GenerationParams
 
 __all__ = ["Tries"]
@@ -14,12 +15,7 @@ class Tries:
     """Of one answer. ``retries``: how many follow the first, at most. Raises ParameterError."""
 
     def __init__(self, retries: Any) -> None:
-        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            raise ParameterError(
-                f"retries must be an integer from 0 on, not {retries!r}",
-                parameter="retries",
-                value=retries,
-            )
+        check_count("retries", retries, 0)
         self._retries = retries
         self._made = 0
 

@@ -12,6 +12,7 @@ import msgspec
 
 from ..answers import CallFormat, Calls, Tool, Toolbox, ToolChoice
 from ..chat import ChatTemplate
+from ..checks import check_count
 from ..errors import AnswerError, ParameterError, UnsupportedError
 from ..files import Message
 from ..results import Completion, ToolCall
@@ -158,12 +159,7 @@ class Rounds:
     something then (``choice``)."""
 
     def __init__(self, choose: Choose, choice: ToolChoice, most: int) -> None:
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ParameterError(
-                f"max_rounds must be an integer from 1 on, not {most!r}",
-                parameter="max_rounds",
-                value=most,
-            )
+        check_count("max_rounds", most, 1)
         self.choose = choose
         self.choice: ToolChoice = choice
         self._most = most

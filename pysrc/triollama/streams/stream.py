@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from ..answers import Calls, Parts, Toolbox
-from ..checks import check_kind, shown
+from ..checks import check_count, check_kind
 from ..errors import BusyError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams, draw_seed, make_params
 from ..results import Completion, FinishReason, TokenLogprob, ToolCall, Usage
@@ -111,12 +111,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         adapters: Adapters | None = None,
         chosen: Scaled = (),
     ) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise ParameterError(
-                f"capacity must be an integer from 1 on, not {shown(capacity)}",
-                parameter="capacity",
-                value=capacity,
-            )
+        check_count("capacity", capacity, 1)
         check_kind("priority", priority, int)
         seed = draw_seed() if params.seed is None else params.seed
         self.params = params.replace(seed=seed) if params.seed is None else params
