@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import os
+import subprocess
+import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,6 +22,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 from triollama._engine import Model, Sampler, Vocab
 from triollama.answers import structured
+from triollama.answers.tools import Tool
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import GenerationParams
 
@@ -470,3 +476,92 @@ def test_any_limits_of_floats_are_msgspec_s(
                 expected = not (text.startswith("-") and float(text) == 0.0)
             if not (text.startswith("-") and float(text) == 0.0):
                 assert accepts(sampler, bytes_of, text.encode()) == expected, (text, limits)
+
+
+Code = Annotated[str, Meta(pattern="^[a-z]+$")]
+A = TypeVar("A")
+
+
+class Either(msgspec.Struct, Generic[A]):
+    value: A | list[int]
+
+
+class Named(TypedDict):
+    inner: dict[str, Code | dict[str, int]]
+
+
+@dataclass
+class Deep(Generic[A]):
+    inner: tuple[A, ...]
+
+
+class Derived(Either[Code]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("into", "place"),
+    [
+        (Code | list[int], r"\$"),
+        (Code | set[int], r"\$"),
+        (Code | frozenset[int] | None, r"\$"),
+        (Code | tuple[int, ...], r"\$"),
+        (Code | dict[str, int], r"\$"),
+        (Code | Sequence[int], r"\$"),
+        (Annotated[str | list[int], Meta(pattern="x")], r"\$"),
+        (NewType("Text", Code) | list, r"\$"),
+        (dict[str, list[Code | list[int]]], r"\$\[...\]\[...\]"),
+        (Either[Code], r"\$\.value"),
+        (Derived, r"\$\.value"),
+        (Named, r"\$\.inner\[...\]"),
+        (Deep[Either[Code]], r"\$\.inner\[...\]\.value"),
+        (Deep[Code | list[str]], r"\$\.inner\[...\]"),
+    ],
+)
+def test_a_union_that_breaks_msgspecs_memory_is_refused(into: Any, place: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{place} is a string with a pattern or"):
+        structured(into)
+
+
+def test_a_pattern_beside_what_is_no_container_stands() -> None:
+    kind: Any = structured(Code | tuple[int, str] | None)  # type: ignore[arg-type]
+    assert kind.parse('"ab"') == "ab"
+    assert kind.parse('[1, "x"]') == (1, "x")
+    assert structured(Either[str]).parse('{"value": [1]}').value == [1]
+
+
+def test_a_tools_parameter_is_looked_at_too() -> None:
+    def call(name: Code | list[int]) -> None: ...
+
+    with pytest.raises(UnsupportedError, match=r"call\.name is a string with a pattern or"):
+        Tool(call)
+
+
+def test_types_leave_the_heap_whole() -> None:
+    """Made and dropped, under an allocator that looks at what is given back to it."""
+    program = """
+import gc, random
+from triollama.answers import structured
+from triollama.answers.tools import Tool
+from triollama.answers.types import _cached
+from triollama.errors import ParameterError, UnsupportedError
+from types_campaign import Maker
+
+for seed in range(600):
+    try:
+        structured(Maker(random.Random(seed)).make())
+    except (ParameterError, UnsupportedError):
+        pass
+    if not seed % 20:
+        _cached.cache_clear()
+        gc.collect()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONMALLOC": "debug"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")

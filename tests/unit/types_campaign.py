@@ -28,6 +28,7 @@ from msgspec import Meta
 from triollama import GenerationParams
 from triollama._engine import Model, Sampler, Vocab
 from triollama.answers import structured
+from triollama.answers.sound import check_sound
 from triollama.errors import AnswerError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import make_tiny_model
@@ -157,8 +158,9 @@ class Maker:
 
 def _joins(made: Any) -> bool:
     try:
+        check_sound(made | None)
         msgspec.json.Decoder(made | None)
-    except TypeError:
+    except (TypeError, UnsupportedError):
         return False
     return True
 

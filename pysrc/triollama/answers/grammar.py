@@ -19,6 +19,7 @@ from ..checks import shown
 from ..errors import ParameterError, UnsupportedError
 from .lark import Lark, literal
 from .numbers import DIGITS, integers, reals, tighter
+from .sound import check_sound
 
 __all__ = ["Grammar"]
 
@@ -48,8 +49,9 @@ class Grammar(Lark):
         """The rule of a type's JSON texts. Raises UnsupportedError, naming the place of what no
         grammar can say; ParameterError for what is no type."""
         try:
+            check_sound(into, place)
             info = inspect.type_info(into)
-        except (TypeError, ValueError, NameError) as error:
+        except (TypeError, ValueError, NameError, RecursionError) as error:
             raise ParameterError(
                 f"into={shown(into)} is no type that msgspec decodes: {error}",
                 parameter="into",

@@ -19,6 +19,7 @@ from .grammar import Grammar
 from .lark import literal
 from .marks import Vocabulary
 from .schemas import is_text, resolved, values_of, without_refs
+from .sound import check_sound
 
 __all__ = ["Tool", "ToolChoice", "Toolbox"]
 
@@ -147,6 +148,7 @@ def _struct_of(function: Callable[..., Any], name: str) -> type[msgspec.Struct]:
             raise ParameterError(
                 f"{name}: the parameter {parameter.name!r} has no type", parameter="tools"
             )
+        check_sound(hints[parameter.name], f"{name}.{parameter.name}")
         field: tuple[Any, ...] = (parameter.name, hints[parameter.name])
         if parameter.default is not parameter.empty:
             default = parameter.default

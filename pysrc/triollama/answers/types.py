@@ -77,8 +77,9 @@ def structured(into: type[T]) -> Structured[T]:
     Honoured: required and optional fields (in their order), tags and unions, recursion, enums and
     literals, lengths of strings, bytes, arrays and mappings, patterns, limits of integers (else 20
     digits) and floats, multiples, dates, times, durations, UUIDs, decimals, base64.
-    Raises UnsupportedError, naming the place, for multiples that are no whole number and custom
-    types; ParameterError for what is no type.
+    Raises UnsupportedError, naming the place, for multiples that are no whole number, custom types
+    and a string with a pattern beside a list, set, dict or tuple in one union (msgspec cannot hold
+    it); ParameterError for what is no type.
     """
     try:
         return _cached(into)  # type: ignore[arg-type]
