@@ -2,6 +2,7 @@
 
 #if TRIOLLAMA_X86_KERNELS
 #include "kernels/avx2.hpp"
+#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 namespace triollama::native::kernels {
@@ -12,7 +13,7 @@ static bool available() {
 
 const Kernel & avx2_kernel() {
     static constexpr Kernel kernel = [] {
-        Kernel made = { "avx2", available, Avx2::quantize, {}, {} };
+        Kernel made = { "avx2", available, Avx2::quantize, {}, {}, attend_with<Avx2>() };
         fill<Avx2>(made);
         return made;
     }();

@@ -62,6 +62,26 @@ struct Avx2 {
     }
     static void store(float * at, Floats x) { _mm256_storeu_ps(at, x); }
 
+    static Floats load_floats(const float * at) { return _mm256_loadu_ps(at); }
+    static Floats larger(Floats x, Floats y) { return _mm256_max_ps(x, y); }   // y, if one of them is no number
+    static Ints   to_ints(Floats x) { return _mm256_cvtps_epi32(x); }
+    static Floats power_of_two(Ints x) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(127)), 23));
+    }
+    // Four sums over their lanes, each of two vectors.
+    static constexpr int sums = 4;
+    template <class Lanes> static void totals(const Lanes (&of)[sums], float * to) {
+        __m128 four[sums];
+#pragma GCC unroll 4
+        for (int i = 0; i < sums; ++i) {
+            const __m256 eight = _mm256_add_ps(of[i].part[0], of[i].part[1]);
+            four[i] = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        }
+        const auto pairs_of = [](__m128 x, __m128 y) { return _mm_add_ps(_mm_shuffle_ps(x, y, 0x44), _mm_shuffle_ps(x, y, 0xee)); };
+        const __m128 x = pairs_of(four[0], four[1]), y = pairs_of(four[2], four[3]);
+        _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(x, y, 0x88), _mm_shuffle_ps(x, y, 0xdd)));
+    }
+
     static int32_t largest(__m256i x) {
         __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
         m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));

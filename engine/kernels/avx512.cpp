@@ -2,6 +2,7 @@
 
 #if TRIOLLAMA_X86_KERNELS
 #include "kernels/avx512.hpp"
+#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 namespace triollama::native::kernels {
@@ -13,7 +14,7 @@ static bool available() {
 
 const Kernel & avx512_kernel() {
     static constexpr Kernel kernel = [] {
-        Kernel made = { "avx512", available, Avx512::quantize, {}, {} };
+        Kernel made = { "avx512", available, Avx512::quantize, {}, {}, attend_with<Avx512>() };
         fill<Avx512>(made);
         return made;
     }();

@@ -58,6 +58,33 @@ struct Avx512 {
     }
     static void store(float * at, Floats x) { _mm512_storeu_ps(at, x); }
 
+    static Floats load_floats(const float * at) { return _mm512_loadu_ps(at); }
+    static Floats larger(Floats x, Floats y) { return _mm512_max_ps(x, y); }   // y, if one of them is no number
+    static Ints   to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+    static Floats power_of_two(Ints x) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(127)), 23));
+    }
+    // Sixteen sums over their lanes at once: pairs of vectors are folded into one, down to one whose lanes are the sums.
+    static constexpr int sums = 16;
+    template <class Lanes> static void totals(const Lanes (&of)[sums], float * to) {
+        const auto halves_of = [](Floats x, Floats y) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+        };
+        const auto quarters_of = [](Floats x, Floats y) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+        };
+        Floats four[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            four[i] = quarters_of(halves_of(of[i].part[0], of[4 + i].part[0]), halves_of(of[8 + i].part[0], of[12 + i].part[0]));
+        }
+        const auto pairs_of = [](Floats x, Floats y) {
+            return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+        };
+        const Floats x = pairs_of(four[0], four[1]), y = pairs_of(four[2], four[3]);
+        store(to, _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd)));
+    }
+
     static void quantize(const float * x, int8_t * q, float * scale, int32_t sums[2]) {
         const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
         // As whole numbers, so that a NaN is the largest.

@@ -2,6 +2,7 @@
 
 #if TRIOLLAMA_X86_KERNELS
 #include "kernels/avx2.hpp"
+#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 namespace triollama::native::kernels {
@@ -22,7 +23,7 @@ static bool available() {
 
 const Kernel & avx_vnni_kernel() {
     static constexpr Kernel kernel = [] {
-        Kernel made = { "avx-vnni", available, AvxVnni::quantize, {}, {} };
+        Kernel made = { "avx-vnni", available, AvxVnni::quantize, {}, {}, attend_with<AvxVnni>() };
         fill<AvxVnni>(made);
         return made;
     }();

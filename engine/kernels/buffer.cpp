@@ -2,6 +2,7 @@
 
 #ifdef TRIOLLAMA_KERNELS
 
+#include "kernels/attention.hpp"
 #include "kernels/product.hpp"
 #include "kernels/types.hpp"
 
@@ -165,6 +166,31 @@ bool is_ours(const ggml_tensor * op) {
            op->src[0]->buffer->buft == buffer_type();
 }
 
+// Attention is ours in exact contexts, and where the queries come from our products: a model that was loaded for ggml's
+// numbers has those everywhere.
+class AttentionTraits final : public ggml::cpu::tensor_traits {
+    bool work_size(int, const ggml_tensor *, size_t &) override { return false; }   // ours needs none, ggml's may be needed
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (!can_attend(op) || !(params->use_ref || comes_from_us(op->src[0]))) {
+            return false;
+        }
+        GgmlTeam team(params);
+        attend(op, team);
+        return true;
+    }
+
+    static bool comes_from_us(const ggml_tensor * query) {
+        constexpr int far = 16;   // norm, bias, rotation and what only looks otherwise
+        for (int i = 0; query && i < far; ++i, query = query->src[0]) {
+            if (query->op == GGML_OP_MUL_MAT) {
+                return is_ours(query);
+            }
+        }
+        return false;
+    }
+};
+
 class Extra final : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         if (!is_ours(op) || !is_packed(op->src[0]) || !ggml_is_contiguous(op->src[0]) || op->src[0]->view_src || refused) {
@@ -178,6 +204,10 @@ class Extra final : public ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         static Traits traits;
+        static AttentionTraits attention;
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return &attention;
+        }
         return is_ours(op) ? &traits : nullptr;
     }
 };
@@ -260,10 +290,12 @@ std::vector<std::string> kernel_names() {
 
 bool use_kernel(const std::string & name) { return choose_kernel(name.empty() ? nullptr : name.c_str()); }
 
+bool available() { return available_kernels().size() > 1; }   // the portable one is for comparison
+
 void install() {
     static std::once_flag once;
     std::call_once(once, [] {
-        if (available_kernels().size() > 1) {   // the portable one is for comparison
+        if (available()) {
             auto & types = ggml_backend_cpu_get_extra_buffer_types();
             types.insert(types.begin(), buffer_type());
         }
@@ -283,6 +315,8 @@ namespace triollama::native::kernels {
 std::vector<std::string> kernel_names() { return {}; }
 
 bool use_kernel(const std::string &) { return false; }
+
+bool available() { return false; }
 
 void install() {}
 

@@ -11,6 +11,9 @@ namespace triollama::native::kernels {
 // only one, or with TRIOLLAMA_KERNELS=OFF, models are loaded without.
 std::vector<std::string> kernel_names();
 
+// Whether models are loaded with them, and attention of exact contexts is ours.
+bool available();
+
 // From now on products are made with this one; with the fastest, if it is empty. They are the same, bit for bit. False if
 // there is none of that name.
 bool use_kernel(const std::string & name);

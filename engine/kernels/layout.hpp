@@ -14,6 +14,8 @@
 //     sum = fma(minimum, scale of activations * sum of a, sum).
 #pragma once
 
+#include "kernels/attention.hpp"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -106,6 +108,7 @@ struct Kernel {
     // panel's are whole. Or null. `scratch` has room for scratch_bytes(n_blocks).
     void (*multiply_tiles[n_types])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
                                     int64_t first, int64_t last, uint8_t * scratch);
+    Attend attend;
 };
 
 constexpr size_t scratch_bytes(int64_t n_blocks) { return static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192; }

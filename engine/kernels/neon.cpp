@@ -2,6 +2,7 @@
 #include "kernels/sets.hpp"
 
 #if TRIOLLAMA_ARM_KERNELS
+#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 #include <arm_neon.h>
@@ -60,6 +61,19 @@ struct Neon {
     }
     static void store(float * at, Floats x) { vst1q_f32(at, x); }
 
+    static Floats load_floats(const float * at) { return vld1q_f32(at); }
+    static Floats larger(Floats x, Floats y) { return vmaxq_f32(x, y); }
+    static Ints   to_ints(Floats x) { return vcvtnq_s32_f32(x); }
+    static Floats power_of_two(Ints x) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(x, vdupq_n_s32(127)), 23)); }
+    static constexpr int sums = 4;
+    template <class Lanes> static void totals(const Lanes (&of)[sums], float * to) {
+        for (int i = 0; i < sums; ++i) {
+            const float32x4_t four = vaddq_f32(vaddq_f32(of[i].part[0], of[i].part[2]), vaddq_f32(of[i].part[1], of[i].part[3]));
+            const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+            to[i] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+        }
+    }
+
     static void quantize(const float * x, int8_t * q, float * scale, int32_t sums[2]) {
         float32x4_t v[8];
         int32x4_t most = vdupq_n_s32(0);
@@ -96,7 +110,7 @@ bool available() {
 
 const Kernel & neon_kernel() {
     static constexpr Kernel kernel = [] {
-        Kernel made = { "neon", available, Neon::quantize, {}, {} };
+        Kernel made = { "neon", available, Neon::quantize, {}, {}, attend_with<Neon>() };
         fill<Neon>(made);
         return made;
     }();

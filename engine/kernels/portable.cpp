@@ -1,4 +1,5 @@
 // The same arithmetic without vectors: what the others are compared with, and what runs where none of them can.
+#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 #include "kernels/sets.hpp"
 
@@ -62,6 +63,29 @@ struct Portable {
     }
     static void store(float * at, Floats x) { std::memcpy(at, x.v, sizeof(x.v)); }
 
+    static Floats load_floats(const float * at) { return each<Floats>([&](int i) { return at[i]; }); }
+    static Floats larger(Floats x, Floats y) { return each<Floats>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
+    static Ints to_ints(Floats x) {
+        return each<Ints>([&](int i) {
+            const float whole = std::nearbyint(x.v[i]);
+            return whole > -1e9f && whole < 1e9f ? static_cast<int32_t>(whole) : INT32_MIN;   // NaN
+        });
+    }
+    static Floats power_of_two(Ints x) {
+        return each<Floats>([&](int i) {
+            const uint32_t bits = (static_cast<uint32_t>(x.v[i]) + 127) << 23;
+            float power;
+            std::memcpy(&power, &bits, sizeof(power));
+            return power;
+        });
+    }
+    static constexpr int sums = 4;
+    template <class Lanes> static void totals(const Lanes (&of)[sums], float * to) {
+        for (int i = 0; i < sums; ++i) {
+            to[i] = of[i].total();
+        }
+    }
+
     static void quantize(const float * x, int8_t * q, float * scale, int32_t sums[2]) {
         int32_t most = 0;
         for (int i = 0; i < block; ++i) {
@@ -86,7 +110,7 @@ bool available() { return true; }
 
 const Kernel & portable_kernel() {
     static constexpr Kernel kernel = [] {
-        Kernel made = { "portable", available, Portable::quantize, {}, {} };
+        Kernel made = { "portable", available, Portable::quantize, {}, {}, attend_with<Portable>() };
         fill<Portable>(made);
         return made;
     }();

@@ -55,8 +55,7 @@ private:
     size_t    written = 0;
 };
 
-// As llama_kv_cache::state_write, without leaving out what the window has passed. Without flash attention, as exact
-// contexts are: then values are stored a row for each of a head's numbers.
+// As llama_kv_cache::state_write, without leaving out what the window has passed.
 void write_whole(Bytes & io, const llama_kv_cache & cache, const llama_hparams & h, llama_seq_id sequence) {
     const llama_kv_cells & cells  = cache.get_cells(sequence);
     const uint32_t         stream = cache.get_stream(sequence);
@@ -90,25 +89,32 @@ void write_whole(Bytes & io, const llama_kv_cache & cache, const llama_hparams &
             }
         }
         const std::vector<uint32_t> layers = cache.get_layer_ids();
-        io.put<uint32_t>(1);                    // values are transposed
-        io.put<uint32_t>(layers.size());
-
         const uint32_t size = cache.get_size();
         llama_kv_cache::slot_info place;
         place.s0 = place.s1 = stream;
-        const ggml_init_params params = {2 * layers.size() * ggml_tensor_overhead(), nullptr, true};
+        const ggml_init_params params = {(2 * layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
         const ggml_context_ptr scratch(ggml_init(params));
-        for (const uint32_t il : layers) {
-            ggml_tensor * k = cache.get_k(scratch.get(), (int32_t) il, size, place);
-            const size_t row = ggml_row_size(k->type, h.n_embd_k_gqa(il));
-            io.put<int32_t>(k->type);
+        const auto values_of = [&](uint32_t il) { return cache.get_v(scratch.get(), (int32_t) il, size, place); };
+        const bool transposed = !layers.empty() && [&](const ggml_tensor * v) { return v->nb[1] > v->nb[2]; }(values_of(layers[0]));
+        io.put<uint32_t>(transposed);           // then a row for each of a head's numbers: without flash attention
+        io.put<uint32_t>(layers.size());
+        const auto write_rows = [&](ggml_tensor * tensor, uint32_t width) {
+            const size_t row = ggml_row_size(tensor->type, width);
+            io.put<int32_t>(tensor->type);
             io.put<uint64_t>(row);
             for (const auto & [first, end] : ranges) {
-                io.write_tensor(k, first * row, (end - first) * row);
+                io.write_tensor(tensor, first * row, (end - first) * row);
             }
+        };
+        for (const uint32_t il : layers) {
+            write_rows(cache.get_k(scratch.get(), (int32_t) il, size, place), h.n_embd_k_gqa(il));
         }
         for (const uint32_t il : layers) {
-            ggml_tensor * v = cache.get_v(scratch.get(), (int32_t) il, size, place);
+            ggml_tensor * v = values_of(il);
+            if (!transposed) {
+                write_rows(v, h.n_embd_v_gqa(il));
+                continue;
+            }
             const size_t   element = ggml_type_size(v->type);
             const uint32_t n_rows  = h.n_embd_v_gqa(il);
             io.put<int32_t>(v->type);

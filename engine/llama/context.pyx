@@ -136,15 +136,16 @@ cdef class Context(Owner):
     n_threads, n_threads_batch: for one token and for more; None is ``default_threads()``.
     type_k, type_v: cache types: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
         "iq4_nl". A quantised V cache needs flash attention.
-    flash_attn: "auto", "on" or "off".
+    flash_attn: "auto", "on" or "off". In an exact context it is that of our own kernels, and "auto"
+        is "off" where there are none (list_kernels).
     embeddings: decode puts out embeddings beside logits, for every token.
     pooling: "model", "none", "mean", "cls", "last", "rank": how token embeddings become one.
     causal: None leaves attention as the model has it.
     swa_full: keep the whole cache of sliding-window layers: needed to roll back past the window.
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
-        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, flash_attn="off",
-        swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
+        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, swa_full=True,
+        a Model with repack="exact" (or False), and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -224,11 +225,17 @@ cdef class Context(Owner):
         params.n_threads = check_int("n_threads", threads, 1, 512)
         batch_threads = threads if n_threads_batch is None else n_threads_batch
         params.n_threads_batch = check_int("n_threads_batch", batch_threads, 1, 512)
+        if exact and (kv_unified or not swa_full):
+            raise ParameterError("exact=True needs kv_unified=False and swa_full=True",
+                                 parameter="exact", value=True)
+        if exact and not kernels_available():
+            if flash_attn == "on":
+                raise ParameterError(
+                    "exact=True with flash_attn='on' needs kernels of our own (list_kernels), which"
+                    " this processor or this build has not; leave flash_attn 'auto'",
+                    parameter="flash_attn", value=flash_attn)
+            flash_attn = "off"          # llama.cpp's cuts long caches by threads
         set_cache(&params, type_k, type_v, flash_attn)
-        if exact and (kv_unified or flash_attn != "off" or not swa_full):
-            raise ParameterError(
-                "exact=True needs kv_unified=False, flash_attn='off' and swa_full=True",
-                parameter="exact", value=True)
         params.embeddings = embeddings
         params.pooling_type = <llama.llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
         params.attention_type = (
@@ -360,7 +367,9 @@ cdef class Context(Owner):
         self.alive()
         if self.kernels_ is None:
             weights = rearranged(self.model.ptr).decode()
-            self.kernels_ = compiled_kernels() + (f"; weights as {weights}" if weights else "")
+            attention = "; attention of our own" if self.exact and self.flash_attn != "off" else ""
+            self.kernels_ = (
+                compiled_kernels() + attention + (f"; weights as {weights}" if weights else ""))
         return self.kernels_
 
     @property

@@ -24,6 +24,7 @@ cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
 
 cdef extern from "kernels/buffer.hpp" namespace "triollama::native::kernels" nogil:
     vector[string] kernel_names()
+    cpp_bool kernels_available "triollama::native::kernels::available"()
     cpp_bool choose "triollama::native::kernels::use_kernel"(const string & name)
 
 cdef dict _SPLIT_MODES = {

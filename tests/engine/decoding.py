@@ -176,7 +176,7 @@ def reference(
     with engine.Model(path, repack="exact") as model, ExitStack() as stack:
         context = engine.Context(
             model, n_ctx=256, n_seq_max=1, n_batch=64, n_ubatch=64, n_threads=1,
-            kv_unified=False, flash_attn="off", exact=True,
+            kv_unified=False, exact=True,
         )  # fmt: skip
         if adapter is not None:
             loaded = stack.enter_context(engine.Adapter(model, adapter))

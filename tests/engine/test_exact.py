@@ -33,7 +33,7 @@ N_CTX = 96
 def exact(model: Model, n_seq_max: int, n_ctx: int = N_CTX, **options: Any) -> Context:
     return Context(
         model, n_ctx=n_ctx, n_batch=N_CTX, n_seq_max=n_seq_max, kv_unified=False,
-        flash_attn="off", exact=True, **options,
+        exact=True, **options,
     )  # fmt: skip
 
 
@@ -500,9 +500,9 @@ def test_served_streams_are_those_of_a_lone_decoder(arch: str, tiny: Any) -> Non
 
 
 def test_it_says_what_it_needs(tiny: Any) -> None:
-    settings: dict[str, Any] = {"kv_unified": False, "flash_attn": "off"}
+    settings: dict[str, Any] = {"kv_unified": False}
     with Model(tiny("gemma3"), repack="exact") as model:
-        for options in ({"kv_unified": True}, {"flash_attn": "on"}, {"swa_full": False}):
+        for options in ({"kv_unified": True}, {"swa_full": False}):
             with pytest.raises(ParameterError, match="exact"):
                 Context(model, n_ctx=64, exact=True, **{**settings, **options})
         with Context(model, n_ctx=64, exact=True, **settings) as context:

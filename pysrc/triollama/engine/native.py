@@ -331,7 +331,7 @@ async def load(
                 "type_k": type_k,
                 "type_v": type_v,
                 "kv_unified": not deterministic,
-                "flash_attn": "off" if deterministic else "auto",
+                "flash_attn": "auto",
                 "exact": deterministic,
                 "pooling": "none",
                 **context_options,

@@ -1,0 +1,325 @@
+#include "kernels/attention.hpp"
+
+#include "kernels/product.hpp"
+#include "kernels/scratch.hpp"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace triollama::native::kernels {
+
+namespace {
+
+constexpr float   nothing      = -std::numeric_limits<float>::infinity();
+constexpr int64_t rows_at_once = 32;        // queries that go over the same cells together
+constexpr int64_t cells_at_once = 128;      // made floats for all of them
+constexpr size_t  scores_at_once = 1 << 18; // floats: what a tile may keep
+constexpr int64_t few_queries  = 8;         // read halves themselves
+constexpr int64_t to_share     = 4;         // units a thread, from which on whoever is free takes the next
+
+int64_t wide(int64_t width) { return (width + 15) / 16 * 16; }
+
+// The node, laid open. Queries and results are floats [width, tokens, heads, streams], the mask halves
+// [cells, tokens, 1, streams].
+struct Node {
+    const ggml_tensor *q, *k, *v, *mask, *sinks;
+    char * out;
+    float scale, max_bias, softcap;
+    int64_t n_tokens, n_heads, n_streams, n_cells, of_head, width, value_width;
+
+    explicit Node(const ggml_tensor * node)
+        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), out(static_cast<char *>(node->data)) {
+        std::memcpy(&scale, node->op_params, sizeof(float));
+        std::memcpy(&max_bias, node->op_params + 1, sizeof(float));
+        std::memcpy(&softcap, node->op_params + 2, sizeof(float));
+        n_tokens    = q->ne[1];
+        n_heads     = q->ne[2];
+        n_streams   = q->ne[3];
+        n_cells     = k->ne[1];
+        of_head     = n_heads / k->ne[2];
+        width       = k->ne[0];
+        value_width = v->ne[0];
+    }
+
+    const float * query(int64_t token, int64_t head, int64_t stream) const {
+        return reinterpret_cast<const float *>(static_cast<const char *>(q->data) + token * q->nb[1] + head * q->nb[2] + stream * q->nb[3]);
+    }
+    float * result(int64_t token, int64_t head, int64_t stream) const {
+        return reinterpret_cast<float *>(out) + ((stream * n_tokens + token) * n_heads + head) * value_width;
+    }
+    const ggml_fp16_t * seen_by(int64_t token, int64_t stream) const {
+        return !mask ? nullptr
+                     : reinterpret_cast<const ggml_fp16_t *>(static_cast<const char *>(mask->data) + token * mask->nb[1] +
+                                                             stream % mask->ne[3] * mask->nb[3]);
+    }
+    const char * cells_of(const ggml_tensor * cells, int64_t head, int64_t stream) const {
+        return static_cast<const char *>(cells->data) + head / of_head * cells->nb[2] + stream * cells->nb[3];
+    }
+    // ALiBi, as ggml_compute_forward_soft_max.
+    float slope(int64_t head) const {
+        if (max_bias <= 0) {
+            return 1;
+        }
+        const auto   below = static_cast<int64_t>(1) << static_cast<int64_t>(std::floor(std::log2(static_cast<double>(n_heads))));
+        const double base  = head < below ? std::pow(2.0, -max_bias / static_cast<double>(below)) : std::pow(2.0, -max_bias / 2 / static_cast<double>(below));
+        return static_cast<float>(std::pow(base, head < below ? head + 1 : 2 * (head - below) + 1));
+    }
+};
+
+constexpr uint16_t masked = 0xfc00;   // minus infinity
+
+// What a few tokens of a stream see: the cells that any of them sees, in order, of which each sees one run.
+struct Tile {
+    int64_t              stream = -1, first = 0, n = 0;   // tokens
+    std::vector<int32_t> cells;
+    std::vector<int64_t> from, to;                        // of each token
+    bool                 biased = false;                  // the mask is more than yes and no
+};
+
+// Cells that a token sees, of those below n.
+void list_seen(const ggml_fp16_t * seen, int64_t n, std::vector<int32_t> & cells, bool & biased) {
+    cells.clear();
+    int64_t i = 0;
+    const auto look = [&](uint16_t bits) {
+        if (bits != masked) {
+            cells.push_back(static_cast<int32_t>(i));
+            biased |= bits != 0;
+        }
+    };
+    if (!seen) {
+        for (; i < n; ++i) {
+            look(0);
+        }
+        return;
+    }
+    for (; i + 4 <= n; ) {
+        uint64_t four;
+        std::memcpy(&four, seen + i, sizeof(four));
+        if (four == 0xfc00fc00fc00fc00) {
+            i += 4;
+            continue;
+        }
+        for (int64_t end = i + 4; i < end; ++i) {
+            look(static_cast<uint16_t>(seen[i]));
+        }
+    }
+    for (; i < n; ++i) {
+        look(static_cast<uint16_t>(seen[i]));
+    }
+}
+
+// Fills a tile with tokens from `first` on; fewer than asked for if they do not go together.
+void fill(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t n) {
+    static thread_local std::vector<int32_t> own, both;
+    tile.stream = stream;
+    tile.first  = first;
+    tile.biased = false;
+    tile.from.clear();
+    tile.to.clear();
+    list_seen(node.seen_by(first, stream), node.n_cells, tile.cells, tile.biased);
+    tile.from.push_back(0);
+    tile.to.push_back(static_cast<int64_t>(tile.cells.size()));
+    for (tile.n = 1; tile.n < n; ++tile.n) {
+        list_seen(node.seen_by(first + tile.n, stream), node.n_cells, own, tile.biased);
+        if (own.empty() || tile.cells.empty()) {
+            break;
+        }
+        // A run of the list that goes on behind it: then the others' runs stay runs.
+        const auto at = std::lower_bound(tile.cells.begin(), tile.cells.end(), own.front());
+        const auto common = std::min<int64_t>(tile.cells.end() - at, static_cast<int64_t>(own.size()));
+        if (common == 0 || !std::equal(at, at + common, own.begin())) {
+            break;
+        }
+        tile.from.push_back(at - tile.cells.begin());
+        tile.to.push_back(tile.from.back() + static_cast<int64_t>(own.size()));
+        tile.cells.insert(tile.cells.end(), own.begin() + common, own.end());
+    }
+}
+
+// What a thread keeps between tiles.
+struct Room {
+    Scratch rows, scores, cells, out;
+    std::vector<int32_t> counted;   // 0, 1, 2 ...
+};
+
+// Rows of a cache as floats of a width that is a multiple of 16.
+void to_floats(const Attend & attend, const ggml_tensor * cells, const char * data, const int32_t * list, int64_t n, float * to) {
+    const int64_t width = cells->ne[0], padded = wide(width);
+    const auto other = cells->type == GGML_TYPE_F32 ? nullptr : ggml_get_type_traits(cells->type)->to_float;
+    for (int64_t i = 0; i < n; ++i, to += padded) {
+        const char * from = data + static_cast<size_t>(list[i]) * cells->nb[1];
+        if (cells->type == GGML_TYPE_F16 && width == padded) {
+            attend.widen(from, width, to);
+            continue;
+        }
+        if (other) {
+            other(from, to, width);
+        } else {
+            std::memcpy(to, from, static_cast<size_t>(width) * sizeof(float));
+        }
+        std::fill(to + width, to + padded, 0.0f);
+    }
+}
+
+// Calls f(Cells, kind, first) for cells of a list: as they are, or part by part as floats.
+template <class F>
+void each_part(const Attend & attend, Room & room, const ggml_tensor * cells, const char * data, const int32_t * list, int64_t n,
+               bool as_they_are, const F & f) {
+    const int64_t padded = wide(cells->ne[0]);
+    if (as_they_are && cells->type == GGML_TYPE_F16 && cells->ne[0] == padded) {
+        f(Cells{ data, cells->nb[1], list, n, padded }, in_halves, 0);
+        return;
+    }
+    while (static_cast<int64_t>(room.counted.size()) < cells_at_once) {
+        room.counted.push_back(static_cast<int32_t>(room.counted.size()));
+    }
+    float * floats = room.cells.get<float>(static_cast<size_t>(cells_at_once * padded));
+    for (int64_t first = 0; first < n; first += cells_at_once) {
+        const int64_t part = std::min(cells_at_once, n - first);
+        to_floats(attend, cells, data, list + first, part, floats);
+        f(Cells{ reinterpret_cast<const char *>(floats), static_cast<size_t>(padded) * sizeof(float), room.counted.data(), part, padded },
+          in_floats, first);
+    }
+}
+
+// Heads [first, last), which share their keys and values, of a tile's tokens. Rows are tokens by heads.
+void attend_tile(const Attend & attend, const Node & node, const Tile & tile, int64_t first, int64_t last, Room & room) {
+    const int64_t heads = last - first, rows = tile.n * heads, n = static_cast<int64_t>(tile.cells.size());
+    const int64_t padded = wide(node.width), value_padded = wide(node.value_width), stride = wide(n);
+    const bool    few = rows < few_queries;
+    float * queries = room.rows.get<float>(static_cast<size_t>(rows * padded));
+    float * scores  = room.scores.get<float>(static_cast<size_t>(rows * stride));
+    float * out     = room.out.get<float>(static_cast<size_t>(rows * value_padded));
+    for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(queries + r * padded, node.query(tile.first + r / heads, first + r % heads, tile.stream),
+                    static_cast<size_t>(node.width) * sizeof(float));
+        std::fill(queries + r * padded + node.width, queries + (r + 1) * padded, 0.0f);
+    }
+    each_part(attend, room, node.k, node.cells_of(node.k, first, tile.stream), tile.cells.data(), n, few,
+              [&](const Cells & keys, int kind, int64_t at) { attend.scores[kind](keys, queries, rows, scores + at, stride); });
+
+    static thread_local std::vector<float> totals;
+    totals.resize(static_cast<size_t>(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t t = r / heads, head = first + r % heads, from = tile.from[static_cast<size_t>(t)], to = tile.to[static_cast<size_t>(t)];
+        float * seen = scores + r * stride + from;
+        float   scale = node.scale;
+        if (node.softcap != 0) {
+            for (int64_t i = 0; i < to - from; ++i) {
+                seen[i] = node.softcap * std::tanh(seen[i] * (scale / node.softcap));
+            }
+            scale = 1;
+        }
+        if (tile.biased) {
+            const ggml_fp16_t * bias = node.seen_by(tile.first + t, tile.stream);
+            const float slope = node.slope(head);
+            for (int64_t i = 0; i < to - from; ++i) {
+                seen[i] = seen[i] * scale + slope * ggml_fp16_to_fp32(bias[tile.cells[static_cast<size_t>(from + i)]]);
+            }
+            scale = 1;
+        }
+        const float sink    = node.sinks ? static_cast<const float *>(node.sinks->data)[head] : nothing;
+        const float largest = attend.scaled(seen, to - from, scale, sink);
+        float total = 0;
+        if (largest != nothing) {
+            total = attend.soften(seen, to - from, largest);
+            if (node.sinks) {
+                total += attend.exponential(sink - largest);
+            }
+        } else {
+            std::fill(seen, seen + (to - from), 0.0f);
+        }
+        totals[static_cast<size_t>(r)] = total;
+    }
+
+    // Cells that all tokens see are for all at once; before and behind them each token has its own.
+    std::fill(out, out + rows * value_padded, 0.0f);
+    const int64_t begin = *std::max_element(tile.from.begin(), tile.from.end());
+    const int64_t end   = std::max(begin, *std::min_element(tile.to.begin(), tile.to.end()));
+    const char *  values = node.cells_of(node.v, first, tile.stream);
+    const auto gather = [&](int64_t from, int64_t to, int64_t row, int64_t m, bool as_they_are) {
+        if (from < to) {
+            each_part(attend, room, node.v, values, tile.cells.data() + from, to - from, as_they_are, [&](const Cells & part, int kind, int64_t at) {
+                attend.gather[kind](part, scores + row * stride + from + at, stride, m, out + row * value_padded);
+            });
+        }
+    };
+    for (int64_t t = 0; t < tile.n; ++t) {
+        gather(tile.from[static_cast<size_t>(t)], std::min(begin, tile.to[static_cast<size_t>(t)]), t * heads, heads, true);
+    }
+    gather(begin, end, 0, rows, few);
+    for (int64_t t = 0; t < tile.n; ++t) {
+        gather(std::max(end, tile.from[static_cast<size_t>(t)]), tile.to[static_cast<size_t>(t)], t * heads, heads, true);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const float total = totals[static_cast<size_t>(r)], by = total == 0 ? 0 : 1 / total;
+        float * to = node.result(tile.first + r / heads, first + r % heads, tile.stream);
+        for (int64_t d = 0; d < node.value_width; ++d) {
+            to[d] = out[r * value_padded + d] * by;
+        }
+    }
+}
+
+bool has_rows(const ggml_tensor * tensor) { return tensor->nb[0] == ggml_type_size(tensor->type); }
+
+bool can_read(ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; }
+
+}  // namespace
+
+bool can_attend(const ggml_tensor * node) {
+    const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3], *sinks = node->src[4];
+    return node->op == GGML_OP_FLASH_ATTN_EXT && node->type == GGML_TYPE_F32 && q->type == GGML_TYPE_F32 && has_rows(q) && has_rows(k) &&
+           has_rows(v) && can_read(k->type) && can_read(v->type) && q->ne[2] % k->ne[2] == 0 && k->ne[2] == v->ne[2] &&
+           q->ne[3] == k->ne[3] && k->ne[3] == v->ne[3] && ggml_is_contiguous(node) &&
+           (!mask || (mask->type == GGML_TYPE_F16 && mask->ne[2] == 1 && mask->nb[0] == sizeof(ggml_fp16_t))) &&
+           (!sinks || (sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks)));
+}
+
+void attend(const ggml_tensor * tensor, Team & team) {
+    const Node     node(tensor);
+    const Attend & kernel = chosen_kernel().attend;
+    static thread_local Room room;
+    static thread_local Tile tile;
+    const int64_t groups = node.n_heads / node.of_head;
+    // Tokens of a tile: as many as keep their scores near, and few enough that there is a tile for everybody.
+    const int64_t room_for = static_cast<int64_t>(scores_at_once) / std::max<int64_t>(1, node.n_cells * node.of_head);
+    const int64_t at_once  = std::max<int64_t>(1, std::min(room_for, rows_at_once / node.of_head));
+    const int64_t tiles    = (node.n_tokens + at_once - 1) / at_once;
+
+    // Heads [from, to) of tokens [t, t + at_once) of a stream.
+    const auto compute = [&](int64_t stream, int64_t t, int64_t from, int64_t to) {
+        for (int64_t first = t, end = std::min(t + at_once, node.n_tokens); first < end; first += tile.n) {
+            if (tile.stream != stream || tile.first != first || tile.n > end - first) {
+                fill(tile, node, stream, first, end - first);
+            }
+            for (int64_t head = from; head < to;) {
+                const int64_t last = std::min(to, (head / node.of_head + 1) * node.of_head);
+                attend_tile(kernel, node, tile, head, last, room);
+                head = last;
+            }
+        }
+    };
+    tile.stream = -1;
+    const int64_t units = node.n_streams * tiles * groups;
+    if (units >= to_share * team.nth) {   // heads that share a cache, tile by tile
+        team.meet();
+        for (int64_t unit = team.ith; unit < units; unit = team.next()) {
+            const int64_t group = unit % groups;
+            compute(unit / groups / tiles, unit / groups % tiles * at_once, group * node.of_head, (group + 1) * node.of_head);
+        }
+        return;
+    }
+    const int64_t all = node.n_streams * tiles * node.n_heads, last = all * (team.ith + 1) / team.nth;
+    for (int64_t unit = all * team.ith / team.nth; unit < last;) {   // head by head
+        const int64_t head = unit % node.n_heads, to = std::min(node.n_heads, head + (last - unit));
+        compute(unit / node.n_heads / tiles, unit / node.n_heads % tiles * at_once, head, to);
+        unit += to - head;
+    }
+}
+
+}  // namespace triollama::native::kernels
