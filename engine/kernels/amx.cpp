@@ -1,4 +1,4 @@
-// Matrix tiles for many rows: a panel is unpacked once for all of them, then 16 rows at a time meet a block of it in one
+// Matrix tiles for several rows: a panel is unpacked once for all of them, then up to 16 at a time meet a block of it in one
 // instruction, and what comes out is scaled as everywhere. Fewer rows go the way of AVX-512.
 #include "kernels/sets.hpp"
 #include "kernels/tiles.hpp"
@@ -34,15 +34,17 @@ template <Type T> void unpack_panel(const uint8_t * panel, int64_t n_blocks, uin
 
 constexpr int in_flight = 4;   // products on their way
 
-template <Type T> void multiply_tile(const uint8_t * panel, int64_t n_blocks, const uint8_t * a, uint8_t * products, const Row * rows,
-                                     int64_t n_rows, int64_t first, int n) {
+// `next`: the panel to come, if it has to be fetched.
+template <Type T, int R>
+void multiply_tile(const uint8_t * panel, int64_t n_blocks, const uint8_t * a, uint8_t * products, const Row * rows, int64_t n_rows,
+                   int64_t first, int n, const uint8_t * next) {
     constexpr Shape s = shapes[T];
     constexpr int parts = has_halves(s) ? 2 : 1;   // of a block, scaled by themselves
-    constexpr size_t a_bytes = tile_bytes(s, tile_rows);
+    constexpr size_t a_bytes = tile_bytes(s, R);
     const float * scales = reinterpret_cast<const float *>(panel + n_blocks * block * panel_rows);
-    __m512 sum[tile_rows];
+    __m512 sum[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < tile_rows; ++r) {
+    for (int r = 0; r < R; ++r) {
         sum[r] = _mm512_setzero_ps();
     }
     const int64_t steps = n_blocks * parts;
@@ -75,49 +77,54 @@ template <Type T> void multiply_tile(const uint8_t * panel, int64_t n_blocks, co
             start(at + ahead);
         }
         const int64_t b = at / parts;
-        const float * of_rows = reinterpret_cast<const float *>(a + static_cast<size_t>(b) * a_bytes + tile_rows * block);
+        if (next && at % parts == 0) {
+            fetch_ahead<T>(next, b);
+        }
+        const float * of_rows = reinterpret_cast<const float *>(a + static_cast<size_t>(b) * a_bytes + R * block);
         const uint8_t * product = products + at % in_flight * 1024;
         const __m512 scale = _mm512_loadu_ps(scales + 2 * panel_rows * b + (at % parts) * panel_rows);
         const __m512 minimum = has_min(s) ? _mm512_loadu_ps(scales + 2 * panel_rows * b + panel_rows) : _mm512_setzero_ps();
 #pragma GCC unroll 16
-        for (int r = 0; r < tile_rows; ++r) {
+        for (int r = 0; r < R; ++r) {
             const __m512 whole = _mm512_cvtepi32_ps(_mm512_loadu_si512(product + 64 * r));
             sum[r] = _mm512_fmadd_ps(whole, _mm512_mul_ps(scale, _mm512_set1_ps(of_rows[r])), sum[r]);
             if constexpr (has_min(s)) {
-                sum[r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(of_rows[tile_rows + r]), sum[r]);
+                sum[r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(of_rows[R + r]), sum[r]);
             }
         }
     }
     const __mmask16 mask = static_cast<__mmask16>((1 << n) - 1);
 #pragma GCC unroll 16
-    for (int r = 0; r < tile_rows; ++r) {
+    for (int r = 0; r < R; ++r) {
         if (r < n_rows) {
             _mm512_mask_storeu_ps(rows[r].out + first, mask, sum[r]);
         }
     }
 }
 
-template <Type T>
+template <Type T, int R>
 void multiply_tiles(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows, int64_t first,
                     int64_t last, uint8_t * scratch) {
     constexpr Shape s = shapes[T];
     uint8_t * products = scratch;
     uint8_t * unpacked = scratch + in_flight * 1024;
     constexpr int k_bytes = has_halves(s) ? block / 2 : block;
-    const TileScope scope({ { 16, 64 }, { 16, 64 }, { 16, k_bytes }, { k_bytes / 4, 64 }, { 16, k_bytes }, { k_bytes / 4, 64 } });
+    const TileScope scope({ { R, 64 }, { R, 64 }, { R, k_bytes }, { k_bytes / 4, 64 }, { R, k_bytes }, { k_bytes / 4, 64 } });
     for (; first < last; first += panel_rows, panels += panel_bytes(s, n_blocks)) {
         unpack_panel<T>(panels, n_blocks, unpacked);
         const int n = static_cast<int>(last - first < panel_rows ? last - first : panel_rows);
         const uint8_t * tile = tiles;
-        for (int64_t at = 0; at < n_rows; at += tile_rows, tile += static_cast<size_t>(n_blocks) * tile_bytes(s, tile_rows)) {
-            multiply_tile<T>(unpacked, n_blocks, tile, products, rows + at, n_rows - at, first, n);
+        const uint8_t * next = n_rows <= R ? panels + panel_bytes(s, n_blocks) : nullptr;
+        for (int64_t at = 0; at < n_rows; at += R, tile += static_cast<size_t>(n_blocks) * tile_bytes(s, R)) {
+            multiply_tile<T, R>(unpacked, n_blocks, tile, products, rows + at, n_rows - at, first, n, next);
         }
     }
 }
 
 template <int T = 0> void fill_tiles(Kernel & kernel) {
     if constexpr (T < n_types) {
-        kernel.multiply_tiles[T] = multiply_tiles<Type(T)>;
+        kernel.multiply_tiles[T][3] = multiply_tiles<Type(T), 8>;
+        kernel.multiply_tiles[T][4] = multiply_tiles<Type(T), 16>;
         fill_tiles<T + 1>(kernel);
     }
 }

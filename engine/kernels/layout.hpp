@@ -104,9 +104,9 @@ struct Kernel {
     // A tile of one of `sizes` with a panel: columns [first, first + n) of the first n_rows of its rows.
     void (*multiply[n_types][n_sizes])(const uint8_t * panel, int64_t n_blocks, const uint8_t * tile, const Row * rows, int64_t n_rows,
                                        int64_t first, int n);
-    // Panels behind one another with tiles of 16 rows behind one another: columns [first, last), of which all but the last
-    // panel's are whole. Or null. `scratch` has room for scratch_bytes(n_blocks).
-    void (*multiply_tiles[n_types])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
+    // Panels behind one another with tiles of one of `sizes` behind one another: columns [first, last), of which all but the
+    // last panel's are whole. Or null. `scratch` has room for scratch_bytes(n_blocks).
+    void (*multiply_tiles[n_types][n_sizes])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
                                     int64_t first, int64_t last, uint8_t * scratch);
     Attend attend;
 };

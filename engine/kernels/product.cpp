@@ -75,11 +75,11 @@ void multiply_part(const Kernel & kernel, Type type, const Group & group, const 
     const size_t panel = panel_bytes(tiles.shape, tiles.n_blocks);
     const uint8_t * panels = group.panels + static_cast<size_t>(first) * panel;
     const int64_t end = std::min(last * panel_rows, group.n_columns);
-    if (kernel.multiply_tiles[type] && tiles.size_of(from) == n_sizes - 1) {
+    if (const auto at_once = kernel.multiply_tiles[type][tiles.size_of(from)]) {
         static thread_local Scratch scratch;
-        kernel.multiply_tiles[type](panels, tiles.n_blocks, work + static_cast<size_t>(from) * tiles.bytes(), rows + from * tile_rows,
-                                    std::min(to * tile_rows, tiles.n_rows) - from * tile_rows, first * panel_rows, end,
-                                    scratch.get<uint8_t>(scratch_bytes(tiles.n_blocks)));
+        at_once(panels, tiles.n_blocks, work + static_cast<size_t>(from) * tiles.bytes(), rows + from * tile_rows,
+                std::min(to * tile_rows, tiles.n_rows) - from * tile_rows, first * panel_rows, end,
+                scratch.get<uint8_t>(scratch_bytes(tiles.n_blocks)));
         return;
     }
     for (int64_t column = first * panel_rows; column < end; column += panel_rows, panels += panel) {
@@ -153,7 +153,7 @@ void multiply(const Product & product, uint8_t * shared, Team & team) {
                          : reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(shared) + 63) / 64 * 64);
     uint8_t * at = work;
     for (const Group & group : product.groups) {
-        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type] != nullptr };
+        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type][n_sizes - 1] != nullptr };
         const int64_t units = tiles.count() * tiles.n_blocks;
         fill_tiles(kernel, tiles, product.rows.data() + group.first, few ? 0 : units * team.ith / team.nth,
                    few ? units : units * (team.ith + 1) / team.nth, at);
@@ -167,7 +167,7 @@ void multiply(const Product & product, uint8_t * shared, Team & team) {
     const uint8_t * from = work;
     int64_t part = 0, mine = team.ith;
     for (const Group & group : product.groups) {
-        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type] != nullptr };
+        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type][n_sizes - 1] != nullptr };
         const Row * rows = product.rows.data() + group.first;
         const int64_t panels = (group.n_columns + panel_rows - 1) / panel_rows, n_tiles = tiles.count();
         if (few) {
