@@ -4,6 +4,7 @@
 #include "kernels/scratch.hpp"
 
 #include "ggml.h"
+#include "llama-kv-cells.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,16 +25,21 @@ constexpr int64_t to_share     = 4;         // units a thread, from which on who
 
 int64_t wide(int64_t width) { return (width + 15) / 16 * 16; }
 
+const llama_kv_cells * order_of(const ggml_tensor * keys) {
+    return keys->view_src ? static_cast<const llama_kv_cells *>(keys->view_src->extra) : nullptr;
+}
+
 // The node, laid open. Queries and results are floats [width, tokens, heads, streams], the mask halves
 // [cells, tokens, 1, streams].
 struct Node {
     const ggml_tensor *q, *k, *v, *mask, *sinks;
+    const llama_kv_cells * order;   // of positions, or null: that of cells
     char * out;
     float scale, max_bias, softcap;
     int64_t n_tokens, n_heads, n_streams, n_cells, of_head, width, value_width;
 
     explicit Node(const ggml_tensor * node)
-        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), out(static_cast<char *>(node->data)) {
+        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), order(order_of(k)), out(static_cast<char *>(node->data)) {
         std::memcpy(&scale, node->op_params, sizeof(float));
         std::memcpy(&max_bias, node->op_params + 1, sizeof(float));
         std::memcpy(&softcap, node->op_params + 2, sizeof(float));
@@ -81,8 +87,9 @@ struct Tile {
     bool                 biased = false;                  // the mask is more than yes and no
 };
 
-// Cells that a token sees, of those below n.
-void list_seen(const ggml_fp16_t * seen, int64_t n, std::vector<int32_t> & cells, bool & biased) {
+// Cells that a token sees.
+void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t> & cells, bool & biased) {
+    const int64_t n = node.n_cells;
     cells.clear();
     int64_t i = 0;
     const auto look = [&](uint16_t bits) {
@@ -111,6 +118,14 @@ void list_seen(const ggml_fp16_t * seen, int64_t n, std::vector<int32_t> & cells
     for (; i < n; ++i) {
         look(static_cast<uint16_t>(seen[i]));
     }
+    if (node.order) {
+        const auto before = [&](int32_t one, int32_t other) {
+            return node.order->pos_get(static_cast<uint32_t>(one)) < node.order->pos_get(static_cast<uint32_t>(other));
+        };
+        if (!std::is_sorted(cells.begin(), cells.end(), before)) {
+            std::sort(cells.begin(), cells.end(), before);
+        }
+    }
 }
 
 // Fills a tile with tokens from `first` on; fewer than asked for if they do not go together.
@@ -121,16 +136,16 @@ void fill(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t
     tile.biased = false;
     tile.from.clear();
     tile.to.clear();
-    list_seen(node.seen_by(first, stream), node.n_cells, tile.cells, tile.biased);
+    list_seen(node, node.seen_by(first, stream), tile.cells, tile.biased);
     tile.from.push_back(0);
     tile.to.push_back(static_cast<int64_t>(tile.cells.size()));
     for (tile.n = 1; tile.n < n; ++tile.n) {
-        list_seen(node.seen_by(first + tile.n, stream), node.n_cells, own, tile.biased);
+        list_seen(node, node.seen_by(first + tile.n, stream), own, tile.biased);
         if (own.empty() || tile.cells.empty()) {
             break;
         }
         // A run of the list that goes on behind it: then the others' runs stay runs.
-        const auto at = std::lower_bound(tile.cells.begin(), tile.cells.end(), own.front());
+        const auto at = std::find(tile.cells.begin(), tile.cells.end(), own.front());
         const auto common = std::min<int64_t>(tile.cells.end() - at, static_cast<int64_t>(own.size()));
         if (common == 0 || !std::equal(at, at + common, own.begin())) {
             break;

@@ -48,5 +48,7 @@ bool can_attend(const ggml_tensor * node);
 
 // Called by all threads.
 void attend(const ggml_tensor * node, Team & team);
+// Where `extra` of the tensor that a layer's keys lie in points to llama_kv_cells, what a row sees is taken in the order of
+// their positions: cells that sequences share lie as there was room. See llama/exact.cpp.
 
 }  // namespace triollama::native::kernels

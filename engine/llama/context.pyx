@@ -142,10 +142,10 @@ cdef class Context(Owner):
     pooling: "model", "none", "mean", "cls", "last", "rank": how token embeddings become one.
     causal: None leaves attention as the model has it.
     swa_full: keep the whole cache of sliding-window layers: needed to roll back past the window.
-    kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each.
+    kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each. None: one,
+        where that can be.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
-        tokens are cut into batches (docs/kv.md). Needs kv_unified=False, swa_full=True,
-        a Model with repack="exact" (or False), and all of it on the CPU.
+        tokens are cut into batches (docs/kv.md). Needs swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -173,7 +173,7 @@ cdef class Context(Owner):
         pooling: str = "model",
         causal: bool | None = None,
         swa_full: bool = True,
-        kv_unified: bool = True,
+        kv_unified: bool | None = None,
         exact: bool = False,
         offload_kqv: bool = True,
         op_offload: bool = True,
@@ -191,6 +191,22 @@ cdef class Context(Owner):
         if model.vocab_only:
             raise UnsupportedError(
                 "the model was loaded with vocab_only=True: it has no weights to decode with")
+        if exact and not swa_full:
+            raise ParameterError("exact=True needs swa_full=True", parameter="exact", value=True)
+        if exact and not kernels_available():
+            if flash_attn == "on":
+                raise ParameterError(
+                    "exact=True with flash_attn='on' needs kernels of our own (list_kernels), which"
+                    " this processor or this build has not; leave flash_attn 'auto'",
+                    parameter="flash_attn", value=flash_attn)
+            flash_attn = "off"          # llama.cpp's cuts long caches by threads
+        ordered = not exact or flash_attn != "off"      # whichever way the cells of sequences lie
+        if kv_unified is None:
+            kv_unified = ordered
+        elif kv_unified and not ordered:
+            raise ParameterError(
+                "exact=True with kv_unified=True needs attention of our own (list_kernels, and"
+                " flash_attn 'auto'); leave kv_unified None", parameter="kv_unified", value=True)
         cdef llama.llama_context_params params = llama.llama_context_default_params()
         cdef int max_seq = <int>llama.llama_max_parallel_sequences()
         self.n_ctx = check_int("n_ctx", n_ctx, 1, _MAX_CTX)
@@ -225,16 +241,6 @@ cdef class Context(Owner):
         params.n_threads = check_int("n_threads", threads, 1, 512)
         batch_threads = threads if n_threads_batch is None else n_threads_batch
         params.n_threads_batch = check_int("n_threads_batch", batch_threads, 1, 512)
-        if exact and (kv_unified or not swa_full):
-            raise ParameterError("exact=True needs kv_unified=False and swa_full=True",
-                                 parameter="exact", value=True)
-        if exact and not kernels_available():
-            if flash_attn == "on":
-                raise ParameterError(
-                    "exact=True with flash_attn='on' needs kernels of our own (list_kernels), which"
-                    " this processor or this build has not; leave flash_attn 'auto'",
-                    parameter="flash_attn", value=flash_attn)
-            flash_attn = "off"          # llama.cpp's cuts long caches by threads
         set_cache(&params, type_k, type_v, flash_attn)
         params.embeddings = embeddings
         params.pooling_type = <llama.llama_pooling_type><int>check_choice("pooling", pooling, _POOLING)
@@ -590,8 +596,10 @@ cdef class Context(Owner):
         return 0
 
     cdef int order_cells(self, int seq_id) except -1:
-        """Its cells in a row, with nothing between them: see
-        kv/sequence_state.hpp."""
+        """Its cells in a row, with nothing between them: see kv/sequence_state.hpp. Those that
+        sequences share are taken in order as they lie."""
+        if self.kv_unified:
+            return 0
         try:
             with nogil:
                 line_up(self.ptr, seq_id)

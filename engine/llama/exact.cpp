@@ -3,7 +3,13 @@
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+#include "kernels/buffer.hpp"
 #include "llama-context.h"
+#include "llama-cpp.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <cstdint>
@@ -19,6 +25,38 @@ thread_local bool exact_weights = false;
 bool rounds_each_row_alone(ggml_backend_buffer_type_t type) {
     return ggml_backend_buft_is_host(type) || std::strcmp(ggml_backend_buft_name(type), "AMX") == 0 ||
            std::strcmp(ggml_backend_buft_name(type), "triollama") == 0;   // kernels/buffer.cpp
+}
+
+void order(const llama_kv_cache & cache) {
+    const std::vector<uint32_t> layers = cache.get_layer_ids();
+    const ggml_init_params params = {layers.size() * ggml_tensor_overhead(), nullptr, true};
+    const ggml_context_ptr scratch(ggml_init(params));
+    llama_kv_cache::slot_info place;
+    place.s0 = place.s1 = 0;
+    for (const uint32_t layer : layers) {
+        cache.get_k(scratch.get(), static_cast<int32_t>(layer), 1, place)->view_src->extra = const_cast<llama_kv_cells *>(&cache.get_cells(0));
+    }
+}
+
+void order(const llama_kv_cache_iswa & cache) {
+    order(*cache.get_base());
+    order(*cache.get_swa());
+}
+
+// Tells attention in which order the cells that sequences share are to be taken. False: it cannot be told.
+bool order_cells(const llama_memory_i * memory) {
+    if (const auto * cache = dynamic_cast<const llama_kv_cache *>(memory)) {
+        order(*cache);
+    } else if (const auto * sliding = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
+        order(*sliding);
+    } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
+        order(*hybrid->get_mem_attn());
+    } else if (const auto * both = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
+        order(*both->get_mem_attn());
+    } else {
+        return dynamic_cast<const llama_memory_recurrent *>(memory);   // has no cells
+    }
+    return true;
 }
 
 }  // namespace
@@ -119,6 +157,9 @@ std::string make_exact(llama_context * ctx) {
             return std::string(ggml_backend_buffer_name(tensor->buffer)) + ", as which " + name +
                    " is loaded, rounds rows together; load the Model with repack=\"exact\"";
         }
+    }
+    if (ctx->get_cparams().kv_unified && !order_cells(ctx->get_memory())) {
+        return "this model's cache is of a kind whose cells cannot be told apart; take kv_unified=False";
     }
     for (int i = 0; i < n; i++) {
         ggml_backend_cpu_set_use_ref(ggml_backend_sched_get_backend(sched, i), true);

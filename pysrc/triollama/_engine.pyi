@@ -221,7 +221,7 @@ class Context(Owner):
         pooling: str = "model",
         causal: bool | None = None,
         swa_full: bool = True,
-        kv_unified: bool = True,
+        kv_unified: bool | None = None,
         exact: bool = False,
         offload_kqv: bool = True,
         op_offload: bool = True,

@@ -106,7 +106,7 @@ def test_what_the_progress_callback_raises_comes_out(path: Path) -> None:
         ({"max_queue": -1}, ParameterError),
         ({"prompt_budget": 0.0}, ParameterError),
         ({"type_k": "f99"}, ParameterError),
-        ({"deterministic": True, "context_options": {"kv_unified": True}}, ParameterError),
+        ({"deterministic": True, "context_options": {"swa_full": False}}, ParameterError),
     ],
 )
 def test_wrong_options_are_typed_and_leave_nothing(

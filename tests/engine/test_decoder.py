@@ -95,8 +95,6 @@ def test_logprobs_are_the_models_own(driver: Driver, path: Path) -> None:
             n_batch=64,
             n_ubatch=64,
             n_threads=1,
-            kv_unified=False,
-            flash_attn="off",
             exact=True,
         ) as context,
     ):
@@ -240,11 +238,12 @@ def test_a_sampler_with_nothing_left_ends_its_stream_alone(driver: Driver) -> No
 # Scores and embeddings
 
 
-def _logits_of_all(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
+def _logits_of_all(path: Path, tokens: list[int], exact: bool) -> np.ndarray[Any, Any]:
+    options: dict[str, Any] = {"exact": True} if exact else {"flash_attn": "off"}
     with (
-        engine.Model(path) as model,
+        engine.Model(path, repack="exact") as model,
         engine.Context(
-            model, n_ctx=256, n_batch=64, n_ubatch=64, n_threads=1, flash_attn="off"
+            model, n_ctx=256, n_batch=64, n_ubatch=64, n_threads=1, **options
         ) as context,
     ):
         batch = engine.Batch(len(tokens))
@@ -256,7 +255,7 @@ def _logits_of_all(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_scores_equal_a_reference(path: Path, deterministic: bool) -> None:
     tokens = prompt(4, 40)
-    logits = _logits_of_all(path, tokens)
+    logits = _logits_of_all(path, tokens, deterministic)
     top = logits.max(axis=1, keepdims=True)
     logprobs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
     expected = [logprobs[i, tokens[i + 1]] for i in range(39)]
@@ -685,7 +684,7 @@ def test_save_and_load_go_on_bit_equal_in_another_decoder(path: Path) -> None:
         with pytest.raises(StateError):
             _ = driver.answer(driver.decoder.load_sequence(sequence, data, n + 1)).value
         assert driver.answer(driver.decoder.query_sequence(sequence)).value == 0
-    with driving(path, n_seq_max=2) as driver, pytest.raises(StateError):
+    with driving(path, kv_unified=False) as driver, pytest.raises(StateError):
         driver.decoder.load_sequence(driver.decoder.make_sequence(), data, n)
 
 

@@ -227,10 +227,7 @@ def test_a_control_vector_acts_as_on_a_context(path: Path) -> None:
                 driver.decoder.define_adapters(2, control=wrong)  # type: ignore[arg-type]
     assert steered != bare
     with engine.Model(path, repack="exact") as model:
-        options: dict[str, Any] = {
-            "n_threads": 1, "flash_attn": "off", "n_outputs_max": 64, "kv_unified": False,
-            "exact": True,
-        }  # fmt: skip
+        options: dict[str, Any] = {"n_threads": 1, "n_outputs_max": 64, "exact": True}
         with engine.Context(model, n_ctx=256, n_batch=64, n_ubatch=64, **options) as context:
             engine.set_control_vector(context, rows)
             expected = engine.score_tokens(context, tokens)

@@ -26,15 +26,13 @@ from triollama.errors import DecodeAborted, ParameterError, StateError, Unsuppor
 from triollama.testing import make_tiny_model
 from triollama.testing.tiny import ARCHITECTURES
 
+KERNELS = len(engine.list_kernels()) > 1
 DTYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K")
 N_CTX = 96
 
 
 def exact(model: Model, n_seq_max: int, n_ctx: int = N_CTX, **options: Any) -> Context:
-    return Context(
-        model, n_ctx=n_ctx, n_batch=N_CTX, n_seq_max=n_seq_max, kv_unified=False,
-        exact=True, **options,
-    )  # fmt: skip
+    return Context(model, n_ctx=n_ctx, n_batch=N_CTX, n_seq_max=n_seq_max, exact=True, **options)
 
 
 def adapter_of(path: Path) -> Path:
@@ -102,6 +100,7 @@ class Walk:
         length: int = 40,
         adapters: bool = True,
         model_options: dict[str, Any] | None = None,
+        unified: bool = KERNELS,
     ) -> None:
         self.random = random.Random(seed)
         self.stack = ExitStack()
@@ -114,10 +113,18 @@ class Walk:
         self.length = length
         self.n_streams = n_streams
         n_seq_max = n_streams + self.random.randint(1, 2)
-        self.lone = self.stack.enter_context(exact(self.model, 1, n_threads=1))
+        self.lone = self.stack.enter_context(
+            exact(self.model, 1, n_threads=1, kv_unified=KERNELS and not unified)
+        )
         self.contexts = [
             self.stack.enter_context(
-                exact(self.model, n_seq_max, (1 + i) * N_CTX, n_threads=1 + (seed + i) % 3)
+                exact(
+                    self.model,
+                    n_seq_max,
+                    (1 + i) * N_CTX,
+                    n_threads=1 + (seed + i) % 3,
+                    kv_unified=unified,
+                )
             )
             for i in range(2)
         ]
@@ -313,9 +320,11 @@ class Walk:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_are_those_of_the_stream_alone(arch: str, tiny: Any) -> None:
+@pytest.mark.parametrize("unified", [True, False] if KERNELS else [False])
+def test_rows_are_those_of_the_stream_alone(arch: str, unified: bool, tiny: Any) -> None:
+    """Which has another kind of cache."""
     for seed, n_streams in enumerate((1, 3, 6)):
-        Walk(tiny(arch), seed, n_streams=n_streams).run(30)
+        Walk(tiny(arch), seed, n_streams=n_streams, unified=unified).run(30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -502,7 +511,7 @@ def test_served_streams_are_those_of_a_lone_decoder(arch: str, tiny: Any) -> Non
 def test_it_says_what_it_needs(tiny: Any) -> None:
     settings: dict[str, Any] = {"kv_unified": False}
     with Model(tiny("gemma3"), repack="exact") as model:
-        for options in ({"kv_unified": True}, {"swa_full": False}):
+        for options in ({"kv_unified": True, "flash_attn": "off"}, {"swa_full": False}):
             with pytest.raises(ParameterError, match="exact"):
                 Context(model, n_ctx=64, exact=True, **{**settings, **options})
         with Context(model, n_ctx=64, exact=True, **settings) as context:
@@ -523,7 +532,8 @@ def main(folder: Path) -> None:
         for dtype in DTYPES:
             path = make_tiny_model(folder / f"{arch}-{dtype}.gguf", arch, dtype=dtype)
             for seed, n_streams in enumerate((1, 2, 3, 4, 8, 16)):
-                total += Walk(path, seed, n_streams=n_streams).run(50)
+                for unified in (True, False) if KERNELS else (False,):
+                    total += Walk(path, seed, n_streams=n_streams, unified=unified).run(50)
             total += Served(path, 1, n_slots=4).run(60)
             print(arch, dtype, total, f"rows equal, {time.monotonic() - began:.0f} s", flush=True)
 

@@ -93,12 +93,6 @@ class NativeEngine:
         accept_from: int = 0,
     ) -> DecoderStream:
         assert isinstance(sampler, Sampler)
-        if self.deterministic and (params.threads or params.batch_threads):
-            raise ParameterError(
-                "threads cannot be set for a stream where deterministic=True: they decide rounding",
-                parameter="threads",
-                value=params.threads,
-            )
         return self._decoder.submit(
             tokens,
             sampler=sampler,
@@ -330,8 +324,6 @@ async def load(
                 "n_threads_batch": batch_threads,
                 "type_k": type_k,
                 "type_v": type_v,
-                "kv_unified": not deterministic,
-                "flash_attn": "auto",
                 "exact": deterministic,
                 "pooling": "none",
                 **context_options,
