@@ -19,13 +19,16 @@ namespace {
 constexpr float   nothing      = -std::numeric_limits<float>::infinity();
 constexpr int64_t rows_at_once = 32;        // queries that go over the same cells together
 constexpr int64_t cells_at_once = 128;      // made floats for all of them
-constexpr size_t  scores_at_once = 1 << 18; // floats: what a tile may keep
+constexpr int64_t scores_at_once = 1 << 18; // floats: what a tile may keep
 constexpr int64_t few_queries  = 8;         // read halves themselves
 constexpr int64_t to_share     = 4;         // units a thread, from which on whoever is free takes the next
 
 int64_t wide(int64_t width) { return (width + 15) / 16 * 16; }
 
 const llama_kv_cells * order_of(const ggml_tensor * keys) {
+    while (keys->op == GGML_OP_CPY) {   // floats, which llama.cpp makes halves
+        keys = keys->src[0];
+    }
     return keys->view_src ? static_cast<const llama_kv_cells *>(keys->view_src->extra) : nullptr;
 }
 
@@ -38,8 +41,8 @@ struct Node {
     float scale, max_bias, softcap;
     int64_t n_tokens, n_heads, n_streams, n_cells, of_head, width, value_width;
 
-    explicit Node(const ggml_tensor * node)
-        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), order(order_of(k)), out(static_cast<char *>(node->data)) {
+    Node(const ggml_tensor * node, bool ordered)
+        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), order(ordered ? order_of(k) : nullptr), out(static_cast<char *>(node->data)) {
         std::memcpy(&scale, node->op_params, sizeof(float));
         std::memcpy(&max_bias, node->op_params + 1, sizeof(float));
         std::memcpy(&softcap, node->op_params + 2, sizeof(float));
@@ -155,6 +158,28 @@ void fill(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t
         tile.cells.insert(tile.cells.end(), own.begin() + common, own.end());
     }
 }
+
+// The tiles of some tokens, kept for the next heads.
+struct Window {
+    int64_t           stream = 0, first = 0;
+    size_t            n = 0;   // tiles; 0: nothing yet
+    std::vector<Tile> tiles;
+
+    void fill(const Node & node, int64_t of, int64_t from, int64_t n_tokens) {
+        if (n && stream == of && first == from) {
+            return;
+        }
+        stream = of;
+        first  = from;
+        n      = 0;
+        for (int64_t done = 0; done < n_tokens; done += tiles[n++].n) {
+            if (n == tiles.size()) {
+                tiles.emplace_back();
+            }
+            kernels::fill(tiles[n], node, of, from + done, n_tokens - done);
+        }
+    }
+};
 
 // What a thread keeps between tiles.
 struct Room {
@@ -295,44 +320,46 @@ bool can_attend(const ggml_tensor * node) {
            (!sinks || (sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks)));
 }
 
-void attend(const ggml_tensor * tensor, Team & team) {
-    const Node     node(tensor);
+bool tells_order(const ggml_tensor * node) { return order_of(node->src[1]); }
+
+void attend(const ggml_tensor * tensor, bool ordered, Team & team) {
+    const Node     node(tensor, ordered);
     const Attend & kernel = chosen_kernel().attend;
     static thread_local Room room;
-    static thread_local Tile tile;
+    static thread_local Window window;
+    window.n = 0;
     const int64_t groups = node.n_heads / node.of_head;
-    // Tokens of a tile: as many as keep their scores near, and few enough that there is a tile for everybody.
-    const int64_t room_for = static_cast<int64_t>(scores_at_once) / std::max<int64_t>(1, node.n_cells * node.of_head);
+    // Tokens that may go together: as many as keep their scores near, and few enough that there is work for everybody.
+    const int64_t room_for = scores_at_once / std::max<int64_t>(1, node.n_cells * node.of_head);
     const int64_t at_once  = std::max<int64_t>(1, std::min(room_for, rows_at_once / node.of_head));
-    const int64_t tiles    = (node.n_tokens + at_once - 1) / at_once;
+    const int64_t windows  = (node.n_tokens + at_once - 1) / at_once;
 
-    // Heads [from, to) of tokens [t, t + at_once) of a stream.
-    const auto compute = [&](int64_t stream, int64_t t, int64_t from, int64_t to) {
-        for (int64_t first = t, end = std::min(t + at_once, node.n_tokens); first < end; first += tile.n) {
-            if (tile.stream != stream || tile.first != first || tile.n > end - first) {
-                fill(tile, node, stream, first, end - first);
-            }
+    // Heads [from, to) of tokens [first, first + at_once) of a stream.
+    const auto compute = [&](int64_t stream, int64_t first, int64_t from, int64_t to) {
+        window.fill(node, stream, first, std::min(at_once, node.n_tokens - first));
+        for (size_t i = 0; i < window.n; ++i) {
+            const Tile & tile = window.tiles[i];
+            const int64_t fit = scores_at_once / std::max<int64_t>(1, tile.n * wide(static_cast<int64_t>(tile.cells.size())));
             for (int64_t head = from; head < to;) {
-                const int64_t last = std::min(to, (head / node.of_head + 1) * node.of_head);
+                const int64_t last = std::min({ to, (head / node.of_head + 1) * node.of_head, head + std::max<int64_t>(1, fit) });
                 attend_tile(kernel, node, tile, head, last, room);
                 head = last;
             }
         }
     };
-    tile.stream = -1;
-    const int64_t units = node.n_streams * tiles * groups;
-    if (units >= to_share * team.nth) {   // heads that share a cache, tile by tile
+    const int64_t units = node.n_streams * windows * groups;
+    if (units >= to_share * team.nth) {   // heads that share a cache
         team.meet();
         for (int64_t unit = team.ith; unit < units; unit = team.next()) {
             const int64_t group = unit % groups;
-            compute(unit / groups / tiles, unit / groups % tiles * at_once, group * node.of_head, (group + 1) * node.of_head);
+            compute(unit / groups / windows, unit / groups % windows * at_once, group * node.of_head, (group + 1) * node.of_head);
         }
         return;
     }
-    const int64_t all = node.n_streams * tiles * node.n_heads, last = all * (team.ith + 1) / team.nth;
+    const int64_t all = node.n_streams * windows * node.n_heads, last = all * (team.ith + 1) / team.nth;
     for (int64_t unit = all * team.ith / team.nth; unit < last;) {   // head by head
         const int64_t head = unit % node.n_heads, to = std::min(node.n_heads, head + (last - unit));
-        compute(unit / node.n_heads / tiles, unit / node.n_heads % tiles * at_once, head, to);
+        compute(unit / node.n_heads / windows, unit / node.n_heads % windows * at_once, head, to);
         unit += to - head;
     }
 }

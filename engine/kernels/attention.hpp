@@ -46,9 +46,11 @@ enum : int { in_floats, in_halves };
 // Whether attention of this graph's node can be computed here.
 bool can_attend(const ggml_tensor * node);
 
-// Called by all threads.
-void attend(const ggml_tensor * node, Team & team);
-// Where `extra` of the tensor that a layer's keys lie in points to llama_kv_cells, what a row sees is taken in the order of
-// their positions: cells that sequences share lie as there was room. See llama/exact.cpp.
+// Called by all threads. `ordered`: what a row sees is taken in the order of positions, as `extra` of the tensor that a
+// layer's keys lie in tells (llama_kv_cells, see llama/exact.cpp): cells that sequences share lie as there was room.
+void attend(const ggml_tensor * node, bool ordered, Team & team);
+
+// Whether `extra` can be found from this node.
+bool tells_order(const ggml_tensor * node);
 
 }  // namespace triollama::native::kernels

@@ -176,7 +176,7 @@ class AttentionTraits final : public ggml::cpu::tensor_traits {
             return false;
         }
         GgmlTeam team(params);
-        attend(op, team);
+        attend(op, params->use_ref, team);
         return true;
     }
 

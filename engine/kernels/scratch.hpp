@@ -12,7 +12,9 @@ public:
     template <typename T> T * get(size_t count) {
         size_t space = count * sizeof(T) + alignment;
         if (memory.size() < space) {
-            memory = std::vector<char>(space);
+            memory = std::vector<char>();
+            memory = std::vector<char>(space + space / 2);
+            space  = memory.size();
         }
         void * at = memory.data();
         return static_cast<T *>(std::align(alignment, count * sizeof(T), at, space));

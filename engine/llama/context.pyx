@@ -11,6 +11,7 @@ cdef extern from "llama/compute.hpp" namespace "triollama::native" nogil:
 
 cdef extern from "llama/exact.hpp" namespace "triollama::native" nogil:
     string make_exact(llama.llama_context * ctx) except +raise_native_error
+    bint has_flash_attention(const llama.llama_context * ctx) noexcept
     string rearranged(const llama.llama_model * model) except +raise_native_error
 
 cdef extern from "llama/load.hpp" namespace "triollama::native" nogil:
@@ -145,7 +146,8 @@ cdef class Context(Owner):
     kv_unified: one buffer for all sequences (shared prefixes are cheap); else one each. None: one,
         where that can be.
     exact: a sequence's numbers are the same, bit for bit, whatever shares its steps and however its
-        tokens are cut into batches (docs/kv.md). Needs swa_full=True, a Model with repack="exact" (or False), and all of it on the CPU.
+        tokens are cut into batches (docs/kv.md). Needs swa_full=True, a Model with repack="exact"
+        (or False), and all of it on the CPU.
     offload_kqv, op_offload: keep the cache, and large operations, on the GPU.
     rope_scaling, rope_freq_base, rope_freq_scale, yarn_*: 0 or None leaves the model's values.
     perf: measure (see ``perf_counters``).
@@ -201,6 +203,7 @@ cdef class Context(Owner):
                     parameter="flash_attn", value=flash_attn)
             flash_attn = "off"          # llama.cpp's cuts long caches by threads
         ordered = not exact or flash_attn != "off"      # whichever way the cells of sequences lie
+        cdef bint chosen = exact and ordered and kv_unified is None and flash_attn == "auto"
         if kv_unified is None:
             kv_unified = ordered
         elif kv_unified and not ordered:
@@ -274,35 +277,22 @@ cdef class Context(Owner):
         cdef int outputs = <int>params.n_outputs_max if params.n_outputs_max else n_batch_clipped
         check_fits_memory(model, total, min(<int>params.n_ubatch, n_batch_clipped), outputs,
                           params.type_k, params.type_v, model.n_layer)
-        begin_log()
-        self.model = model
-        model.hold()            # until we are one of its children
-        try:
-            with nogil:
-                self.ptr = make_context(model.ptr, params)
-        except ModelFormatError as error:
-            raise ModelFormatError(f"{model.path} cannot be computed: {error}",
-                                   path=model.path) from None
-        except ParameterError as error:
-            raise wrong_cache(type_k, type_v, error) from None
-        finally:
-            if self.ptr != NULL:
-                model.children += 1
-            model.release()
-            flush_log()
-        if self.ptr == NULL:
-            problem = native_problem()
-            if "alloc" in problem:
-                raise OutOfMemoryError("the context's buffers could not be allocated", log=problem)
-            raise EngineError("llama.cpp could not make the context", log=problem)
+        self.create(model, params)
         if exact:
             inexact = make_exact(self.ptr).decode()
+            if inexact and chosen and n_ctx_total is None and ggml.ggml_blck_size(params.type_v) == 1:
+                # A model of another kind: ggml's attention is exact where sequences share nothing.
+                self.undo()
+                kv_unified, flash_attn = False, "off"
+                set_cache(&params, type_k, type_v, flash_attn)
+                params.kv_unified = False
+                self.create(model, params)
+                inexact = make_exact(self.ptr).decode()
             if inexact:
-                with nogil:
-                    llama.llama_free(self.ptr)
-                self.ptr = NULL
-                model.children -= 1
+                self.undo()
                 raise UnsupportedError(f"exact=True: {inexact}")
+            if not has_flash_attention(self.ptr):
+                flash_attn = "off"
         self.exact = exact
         self.mem = llama.llama_get_memory(self.ptr)
         self.n_batch = llama.llama_n_batch(self.ptr)
@@ -323,6 +313,38 @@ cdef class Context(Owner):
         self.causal_ = llama.llama_get_causal_attn(self.ptr)
         self.last_sequences.resize(self.n_seq_max)
         self.opened()
+
+    cdef int create(self, Model model, llama.llama_context_params params) except -1:
+        begin_log()
+        self.model = model
+        model.hold()            # until we are one of its children
+        try:
+            with nogil:
+                self.ptr = make_context(model.ptr, params)
+        except ModelFormatError as error:
+            raise ModelFormatError(f"{model.path} cannot be computed: {error}",
+                                   path=model.path) from None
+        except ParameterError as error:
+            raise wrong_cache(
+                ggml.ggml_type_name(params.type_k).decode(),
+                ggml.ggml_type_name(params.type_v).decode(), error) from None
+        finally:
+            if self.ptr != NULL:
+                model.children += 1
+            model.release()
+            flush_log()
+        if self.ptr == NULL:
+            problem = native_problem()
+            if "alloc" in problem:
+                raise OutOfMemoryError("the context's buffers could not be allocated", log=problem)
+            raise EngineError("llama.cpp could not make the context", log=problem)
+        return 0
+
+    cdef void undo(self) noexcept:
+        with nogil:
+            llama.llama_free(self.ptr)
+        self.ptr = NULL
+        self.model.children -= 1
 
     def __dealloc__(self):
         if self.forks == fork_count and self.ptr != NULL:
@@ -373,7 +395,8 @@ cdef class Context(Owner):
         self.alive()
         if self.kernels_ is None:
             weights = rearranged(self.model.ptr).decode()
-            attention = "; attention of our own" if self.exact and self.flash_attn != "off" else ""
+            ours = self.exact and self.flash_attn != "off"
+            attention = "; attention of our own" if ours else ""
             self.kernels_ = (
                 compiled_kernels() + attention + (f"; weights as {weights}" if weights else ""))
         return self.kernels_

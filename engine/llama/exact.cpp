@@ -3,9 +3,10 @@
 #include "ggml-backend.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
-#include "kernels/buffer.hpp"
+#include "kernels/attention.hpp"
 #include "llama-context.h"
 #include "llama-cpp.h"
+#include "llama-graph.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -27,7 +28,13 @@ bool rounds_each_row_alone(ggml_backend_buffer_type_t type) {
            std::strcmp(ggml_backend_buft_name(type), "triollama") == 0;   // kernels/buffer.cpp
 }
 
-void order(const llama_kv_cache & cache) {
+namespace kernels = triollama::native::kernels;
+
+// Separate caches lie in order.
+void order(const llama_kv_cache & cache, bool shared) {
+    if (!shared) {
+        return;
+    }
     const std::vector<uint32_t> layers = cache.get_layer_ids();
     const ggml_init_params params = {layers.size() * ggml_tensor_overhead(), nullptr, true};
     const ggml_context_ptr scratch(ggml_init(params));
@@ -38,23 +45,39 @@ void order(const llama_kv_cache & cache) {
     }
 }
 
-void order(const llama_kv_cache_iswa & cache) {
-    order(*cache.get_base());
-    order(*cache.get_swa());
+void order(const llama_kv_cache_iswa & cache, bool shared) {
+    order(*cache.get_base(), shared);
+    order(*cache.get_swa(), shared);
 }
 
-// Tells attention in which order the cells that sequences share are to be taken. False: it cannot be told.
-bool order_cells(const llama_memory_i * memory) {
+bool attention_is_ours(ggml_cgraph * graph, bool ordered) {
+#ifdef TRIOLLAMA_KERNELS
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        const bool masked = node->op == GGML_OP_SOFT_MAX && node->src[1];   // attention in products
+        if (masked || (node->op == GGML_OP_FLASH_ATTN_EXT && !(kernels::can_attend(node) && (!ordered || kernels::tells_order(node))))) {
+            return false;
+        }
+    }
+    return true;
+#else
+    (void) graph, (void) ordered;
+    return false;
+#endif
+}
+
+// Tells attention in which order cells are to be taken. False: it cannot be told. Others choose among cells as they go.
+bool order_cells(const llama_memory_i * memory, bool shared) {
     if (const auto * cache = dynamic_cast<const llama_kv_cache *>(memory)) {
-        order(*cache);
+        order(*cache, shared);
     } else if (const auto * sliding = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
-        order(*sliding);
+        order(*sliding, shared);
     } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
-        order(*hybrid->get_mem_attn());
+        order(*hybrid->get_mem_attn(), shared);
     } else if (const auto * both = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
-        order(*both->get_mem_attn());
+        order(*both->get_mem_attn(), shared);
     } else {
-        return dynamic_cast<const llama_memory_recurrent *>(memory);   // has no cells
+        return !memory || dynamic_cast<const llama_memory_recurrent *>(memory);   // has no cells
     }
     return true;
 }
@@ -142,6 +165,8 @@ std::string rearranged(const llama_model * model) {
     return all;
 }
 
+bool has_flash_attention(const llama_context * ctx) { return ctx->get_cparams().flash_attn; }
+
 std::string make_exact(llama_context * ctx) {
 #ifdef TRIOLLAMA_WRAPS_PRODUCTS
     const ggml_backend_sched_t sched = ctx->get_sched();
@@ -158,8 +183,12 @@ std::string make_exact(llama_context * ctx) {
                    " is loaded, rounds rows together; load the Model with repack=\"exact\"";
         }
     }
-    if (ctx->get_cparams().kv_unified && !order_cells(ctx->get_memory())) {
-        return "this model's cache is of a kind whose cells cannot be told apart; take kv_unified=False";
+    const bool flash = ctx->get_cparams().flash_attn, shared = ctx->get_cparams().kv_unified;
+    if (shared && !flash) {
+        return "this model attends without llama.cpp's flash attention; take kv_unified=False and flash_attn=\"off\"";
+    }
+    if (flash && !(order_cells(ctx->get_memory(), shared) && attention_is_ours(ctx->get_gf_res_reserve()->get_gf(), shared && ctx->get_memory()))) {
+        return "this model attends in a way that our kernels do not know; take kv_unified=False and flash_attn=\"off\"";
     }
     for (int i = 0; i < n; i++) {
         ggml_backend_cpu_set_use_ref(ggml_backend_sched_get_backend(sched, i), true);

@@ -26,6 +26,8 @@ public:
 // Why this context cannot compute so; empty if it does from now on.
 std::string make_exact(llama_context * ctx);
 
+bool has_flash_attention(const llama_context * ctx);
+
 // How the model's weights are rearranged: "AMX" and the like, more than one joined by "+"; empty if they are not.
 std::string rearranged(const llama_model * model);
 

@@ -50,6 +50,8 @@ cdef class Context(Owner):
     cdef int check_and_compute(self, Batch batch, bint encode) except -1
     cdef int settle_memory(self) except -1
     cdef int order_cells(self, int seq_id) except -1
+    cdef int create(self, Model model, llama.llama_context_params params) except -1
+    cdef void undo(self) noexcept
     cdef int check_batch(self, Batch batch, bint encode) except -1
     cdef void let_go(self) noexcept
     cdef int check_seq(self, int seq_id, bint any_allowed) except -1

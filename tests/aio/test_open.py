@@ -517,3 +517,19 @@ def test_warming_up_needs_no_file_and_says_nothing_of_templates(
             assert caplog.text.count("the model has no chat template") == 1
 
     run(main)
+
+
+@pytest.mark.promise("S20")
+def test_how_many_threads_compute_changes_no_token_of_an_exact_stream(path: Path) -> None:
+    found: list[tuple[int, ...]] = []
+
+    async def main() -> None:
+        async with open_llama(path, **{**OPTIONS, "deterministic": True}) as llama:
+            for n in (None, 1, 2, 3):
+                params = GenerationParams(max_tokens=24, seed=1, threads=n, batch_threads=n)
+                reply = await llama.generate("Once upon a time there was", params)
+                found.append(tuple(reply.tokens))
+
+    run(main)
+    assert len(found[0]) == 24
+    assert set(found) == {found[0]}

@@ -101,6 +101,7 @@ class Walk:
         adapters: bool = True,
         model_options: dict[str, Any] | None = None,
         unified: bool = KERNELS,
+        **options: Any,
     ) -> None:
         self.random = random.Random(seed)
         self.stack = ExitStack()
@@ -114,7 +115,7 @@ class Walk:
         self.n_streams = n_streams
         n_seq_max = n_streams + self.random.randint(1, 2)
         self.lone = self.stack.enter_context(
-            exact(self.model, 1, n_threads=1, kv_unified=KERNELS and not unified)
+            exact(self.model, 1, n_threads=1, kv_unified=KERNELS and not unified, **options)
         )
         self.contexts = [
             self.stack.enter_context(
@@ -124,6 +125,7 @@ class Walk:
                     (1 + i) * N_CTX,
                     n_threads=1 + (seed + i) % 3,
                     kv_unified=unified,
+                    **options,
                 )
             )
             for i in range(2)
@@ -331,6 +333,24 @@ def test_rows_are_those_of_the_stream_alone(arch: str, unified: bool, tiny: Any)
 def test_in_every_type_of_weights(dtype: str, tiny: Any) -> None:
     for seed, arch in enumerate(("llama", "gemma3", "qwen3moe")):
         Walk(tiny(arch, dtype=dtype), seed, n_streams=4).run(40)
+
+
+@pytest.mark.parametrize("type_k", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("unified", [True, False] if KERNELS else [False])
+def test_in_every_type_of_cache(type_k: str, unified: bool, tiny: Any) -> None:
+    type_v = type_k if KERNELS else "f16"
+    for seed, arch in enumerate(("llama", "gemma3")):
+        path = tiny(arch, n_embd=128)
+        Walk(
+            path, seed, n_streams=4, unified=unified, type_k=type_k, type_v=type_v
+        ).run(40)  # fmt: skip
+
+
+def test_a_model_without_a_memory_of_cells(tiny: Any) -> None:
+    """One that only encodes has none, one whose layers all recur has no cells."""
+    for arch in ("bert", "mamba"):
+        with Model(tiny(arch), repack="exact") as model, exact(model, 2) as context:
+            assert context.exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -527,6 +527,8 @@ def test_a_pattern_beside_what_is_no_container_stands() -> None:
     kind: Any = structured(Code | tuple[int, str] | None)  # type: ignore[arg-type]
     assert kind.parse('"ab"') == "ab"
     assert kind.parse('[1, "x"]') == (1, "x")
+    kind = structured(Code | tuple[int])  # type: ignore[arg-type]
+    assert kind.parse("[1]") == (1,)
     assert structured(Either[str]).parse('{"value": [1]}').value == [1]
 
 

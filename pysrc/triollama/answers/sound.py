@@ -36,7 +36,10 @@ _WRAPPERS = [
 
 def check_sound(into: Any, place: str = "$") -> None:
     """UnsupportedError, with the place, for a type that msgspec cannot be given."""
-    _check(into, place, set())
+    try:
+        _check(into, place, set())
+    except RecursionError:
+        raise UnsupportedError(f"into: {place} is a type without an end") from None
 
 
 def _check(hint: Any, place: str, seen: set[Any]) -> None:
@@ -49,7 +52,9 @@ def _check(hint: Any, place: str, seen: set[Any]) -> None:
         kind, arguments = get_origin(member) or member, get_args(member)
         if kind is typing.Literal:
             continue
-        container |= kind in _CONTAINERS or (kind is tuple and arguments[1:] in [(), (...,)])
+        container |= kind in _CONTAINERS or (
+            kind is tuple and (not arguments or arguments[1:] == (...,))
+        )
         if fields := _fields(member):
             if (kind, repr(arguments)) not in seen:
                 seen.add((kind, repr(arguments)))
