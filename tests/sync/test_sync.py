@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 from typing import Annotated, Literal
 
 import numpy as np
@@ -341,7 +342,7 @@ def test_grammar(llama):
             PROMPT, max_tokens=60, grammar=digits, temperature=2.0, seed=seed, stop="]"
         )
         if done.finish_reason == "stop":
-            json.loads(done.text + "]")
+            assert re.fullmatch(r"\[[0-9]+(,[0-9]+)*", done.text)
     with pytest.raises(GrammarError):
         llama.generate(PROMPT, grammar="root ::= (((")
 
