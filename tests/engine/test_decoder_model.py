@@ -28,7 +28,7 @@ def test_cancelled_at_every_chunk_and_every_token(default_model_path: Path, n_ot
     victim = words(1, N_CHUNKS * GRID - 5)
     others = [words(10 + i, 8 + i) for i in range(n_others)]
     options = {
-        "n_ctx": 256, "n_ubatch": GRID, "n_threads": 2, "n_seq_max": 4,
+        "n_ctx": 256, "n_ubatch": GRID + n_others, "n_threads": 2, "n_seq_max": 4,
         "stepwise": True, "prompt_tokens": GRID,
     }  # fmt: skip
     with driving(default_model_path, **options) as driver:
