@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ Rows = np.ndarray[Any, np.dtype[np.float64]]
 
 def logprobs(
     model: Model, windows: list[list[int]], **options: Any
-) -> Iterator[tuple[list[int], Rows]]:
+) -> Generator[tuple[list[int], Rows], None, None]:
     """Of each window: its tokens, and the logs of what may follow each [tokens, n_vocab]."""
     n = len(windows[0])
     with Context(model, n_ctx=n, n_batch=n, n_ubatch=n, **options) as context:
@@ -49,6 +50,7 @@ def measure(path: Path, text: str, n_windows: int, n_tokens: int) -> None:
             Model(whole, repack=False) as plain,
             Model(path, repack="ggml") as theirs,
             Model(path) as ours,
+            ExitStack() as closed,
         ):
             begin = plain.vocab.tokenize("", True, False)
             tokens = plain.vocab.tokenize(text, False, False)
@@ -57,6 +59,8 @@ def measure(path: Path, text: str, n_windows: int, n_tokens: int) -> None:
             assert len(windows[-1]) == n_tokens, "the text is too short"
             true = logprobs(plain, windows, flash_attn="off", type_k="f32", type_v="f32")
             kinds = {"ggml's": logprobs(theirs, windows), "ours": logprobs(ours, windows)}
+            for one in kinds.values():
+                closed.callback(one.close)
             surprise: dict[str, list[float]] = {name: [] for name in ("F32", *kinds)}
             divergence: dict[str, list[float]] = {name: [] for name in kinds}
             for window, expected in true:
