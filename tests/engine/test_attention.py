@@ -36,9 +36,10 @@ kernels_only = pytest.mark.skipif(
 
 def build(compiler: str, folder: Path, sets: dict[str, list[str]], *options: str) -> Path:
     """Ours as engine/CMakeLists.txt compiles it; of ggml only what reads types."""
+    places = ("include", "src", "ggml/include", "ggml/src")
     include = [
         word
-        for place in (ROOT / "engine", SOURCE / "ggml/include", SOURCE / "ggml/src", folder)
+        for place in (ROOT / "engine", *(SOURCE / name for name in places), folder)
         for word in ("-I", str(place))
     ]
     (folder / "ggml-version.h").write_text('#define GGML_VERSION ""\n#define GGML_COMMIT ""\n')

@@ -131,11 +131,11 @@ struct Case {
         for (int i = 1; i < n_threads; ++i) {
             others.emplace_back([&, i] {
                 Threads team(i, meeting);
-                attend(&out, team);
+                attend(&out, false, team);
             });
         }
         Threads team(0, meeting);
-        attend(&out, team);
+        attend(&out, false, team);
         for (std::thread & one : others) {
             one.join();
         }
