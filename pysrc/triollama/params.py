@@ -135,7 +135,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ``min_keep``: truncating samplers leave at least this many candidates.
         ``repeat_penalty`` (1 is off), ``frequency_penalty``, ``presence_penalty`` (0 is off):
         over the last ``repetition_lookback`` tokens, prompt included; 0 is off, -1 the whole
-        context. Off by default: code and JSON repeat themselves (docs/benchmarks.md).
+        context. Why 1.1: docs/benchmarks.md.
         ``dry_multiplier`` (0 is off), ``dry_base``, ``dry_allowed_length``, ``dry_last_n``
         (-1: the whole context), ``dry_breakers``: DRY (text-generation-webui#5677).
         ``mirostat`` 1 or 2 with ``mirostat_tau``, ``mirostat_eta`` (arXiv:2007.14966): replaces
@@ -197,7 +197,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     min_keep: int = 1
-    repeat_penalty: float = 1.0
+    repeat_penalty: float = 1.1
     repetition_lookback: int = 64
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

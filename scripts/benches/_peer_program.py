@@ -21,7 +21,7 @@ SAMPLING: dict[str, Any] = {
     "top_k": 40,
     "top_p": 0.9,
     "min_p": 0.0,
-    "repeat_penalty": 1.0,
+    "repeat_penalty": 1.1,
 }
 
 

@@ -26,7 +26,7 @@ FIELDS = GenerationParams.__struct_fields__
 def test_defaults_are_those_of_the_api() -> None:
     p = GenerationParams()
     assert (p.seed, p.top_k, p.top_p, p.temperature) == (None, 40, 0.9, 0.7)
-    assert (p.repeat_penalty, p.repetition_lookback, p.max_tokens) == (1.0, 64, None)
+    assert (p.repeat_penalty, p.repetition_lookback, p.max_tokens) == (1.1, 64, None)
     assert (p.threads, p.batch_threads, p.embeddings, p.causal_attention) == (
         None,
         None,

@@ -279,7 +279,7 @@ class Document(Saved, frozen=True, kw_only=True, tag_field="format", tag=FORMAT)
     conversations: tuple[SavedConversation, ...] = ()
 
 
-FIRST_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "seed": 42, "repeat_penalty": 1.1}
+FIRST_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "seed": 42}
 """Files once left out what was the default: those defaults that have changed since."""
 
 
