@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace triollama::native::kernels {
@@ -84,7 +85,7 @@ constexpr uint16_t masked = 0xfc00;   // minus infinity
 
 // What a few tokens of a stream see: the cells that any of them sees, in order, of which each sees one run.
 struct Tile {
-    int64_t              stream = -1, first = 0, n = 0;   // tokens
+    int64_t              stream = 0, first = 0, n = 0;   // tokens
     std::vector<int32_t> cells;
     std::vector<int64_t> from, to;                        // of each token
     bool                 biased = false;                  // the mask is more than yes and no
@@ -101,13 +102,7 @@ void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t>
             biased |= bits != 0;
         }
     };
-    if (!seen) {
-        for (; i < n; ++i) {
-            look(0);
-        }
-        return;
-    }
-    for (; i + 4 <= n; ) {
+    while (seen && i + 4 <= n) {
         uint64_t four;
         std::memcpy(&four, seen + i, sizeof(four));
         if (four == 0xfc00fc00fc00fc00) {
@@ -119,7 +114,7 @@ void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t>
         }
     }
     for (; i < n; ++i) {
-        look(static_cast<uint16_t>(seen[i]));
+        look(seen ? static_cast<uint16_t>(seen[i]) : 0);
     }
     if (node.order) {
         const auto before = [&](int32_t one, int32_t other) {
@@ -133,7 +128,7 @@ void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t>
 
 // Fills a tile with tokens from `first` on; fewer than asked for if they do not go together.
 void fill(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t n) {
-    static thread_local std::vector<int32_t> own, both;
+    static thread_local std::vector<int32_t> own;
     tile.stream = stream;
     tile.first  = first;
     tile.biased = false;
@@ -184,7 +179,9 @@ struct Window {
 // What a thread keeps between tiles.
 struct Room {
     Scratch rows, scores, cells, out;
-    std::vector<int32_t> counted;   // 0, 1, 2 ...
+    int32_t counted[cells_at_once];   // 0, 1, 2 ...
+
+    Room() { std::iota(counted, counted + cells_at_once, 0); }
 };
 
 // Rows of a cache as floats of a width that is a multiple of 16.
@@ -215,14 +212,11 @@ void each_part(const Attend & attend, Room & room, const ggml_tensor * cells, co
         f(Cells{ data, cells->nb[1], list, n, padded }, in_halves, 0);
         return;
     }
-    while (static_cast<int64_t>(room.counted.size()) < cells_at_once) {
-        room.counted.push_back(static_cast<int32_t>(room.counted.size()));
-    }
     float * floats = room.cells.get<float>(static_cast<size_t>(cells_at_once * padded));
     for (int64_t first = 0; first < n; first += cells_at_once) {
         const int64_t part = std::min(cells_at_once, n - first);
         to_floats(attend, cells, data, list + first, part, floats);
-        f(Cells{ reinterpret_cast<const char *>(floats), static_cast<size_t>(padded) * sizeof(float), room.counted.data(), part, padded },
+        f(Cells{ reinterpret_cast<const char *>(floats), static_cast<size_t>(padded) * sizeof(float), room.counted, part, padded },
           in_floats, first);
     }
 }

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -30,11 +31,8 @@ bool rounds_each_row_alone(ggml_backend_buffer_type_t type) {
 
 namespace kernels = triollama::native::kernels;
 
-// Separate caches lie in order.
-void order(const llama_kv_cache & cache, bool shared) {
-    if (!shared) {
-        return;
-    }
+// Tells attention the positions of cells, by the tensors in which keys lie.
+void order(const llama_kv_cache & cache) {
     const std::vector<uint32_t> layers = cache.get_layer_ids();
     const ggml_init_params params = {layers.size() * ggml_tensor_overhead(), nullptr, true};
     const ggml_context_ptr scratch(ggml_init(params));
@@ -43,11 +41,6 @@ void order(const llama_kv_cache & cache, bool shared) {
     for (const uint32_t layer : layers) {
         cache.get_k(scratch.get(), static_cast<int32_t>(layer), 1, place)->view_src->extra = const_cast<llama_kv_cells *>(&cache.get_cells(0));
     }
-}
-
-void order(const llama_kv_cache_iswa & cache, bool shared) {
-    order(*cache.get_base(), shared);
-    order(*cache.get_swa(), shared);
 }
 
 bool attention_is_ours(ggml_cgraph * graph, bool ordered) {
@@ -66,20 +59,27 @@ bool attention_is_ours(ggml_cgraph * graph, bool ordered) {
 #endif
 }
 
-// Tells attention in which order cells are to be taken. False: it cannot be told. Others choose among cells as they go.
-bool order_cells(const llama_memory_i * memory, bool shared) {
-    if (const auto * cache = dynamic_cast<const llama_kv_cache *>(memory)) {
-        order(*cache, shared);
-    } else if (const auto * sliding = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
-        order(*sliding, shared);
-    } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
-        order(*hybrid->get_mem_attn(), shared);
-    } else if (const auto * both = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
-        order(*both->get_mem_attn(), shared);
-    } else {
-        return !memory || dynamic_cast<const llama_memory_recurrent *>(memory);   // has no cells
+using Caches = std::vector<const llama_kv_cache *>;
+
+// The caches of a context whose rows see the same cells however they are cut; nothing for kinds that choose among cells.
+std::optional<Caches> caches_of(const llama_memory_i * memory) {
+    const auto both = [](const llama_kv_cache_iswa & cache) { return Caches{ cache.get_base(), cache.get_swa() }; };
+    if (!memory || dynamic_cast<const llama_memory_recurrent *>(memory)) {
+        return Caches{};
     }
-    return true;
+    if (const auto * cache = dynamic_cast<const llama_kv_cache *>(memory)) {
+        return Caches{ cache };
+    }
+    if (const auto * sliding = dynamic_cast<const llama_kv_cache_iswa *>(memory)) {
+        return both(*sliding);
+    }
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
+        return Caches{ hybrid->get_mem_attn() };
+    }
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
+        return both(*hybrid->get_mem_attn());
+    }
+    return std::nullopt;
 }
 
 }  // namespace
@@ -187,8 +187,16 @@ std::string make_exact(llama_context * ctx) {
     if (shared && !flash) {
         return "this model attends without llama.cpp's flash attention; take kv_unified=False and flash_attn=\"off\"";
     }
-    if (flash && !(order_cells(ctx->get_memory(), shared) && attention_is_ours(ctx->get_gf_res_reserve()->get_gf(), shared && ctx->get_memory()))) {
-        return "this model attends in a way that our kernels do not know; take kv_unified=False and flash_attn=\"off\"";
+    if (flash) {
+        const std::optional<Caches> caches = caches_of(ctx->get_memory());
+        if (shared && caches) {     // separate ones lie in order
+            for (const llama_kv_cache * cache : *caches) {
+                order(*cache);
+            }
+        }
+        if (!caches || !attention_is_ours(ctx->get_gf_res_reserve()->get_gf(), shared && !caches->empty())) {
+            return "this model attends in a way that our kernels do not know; take kv_unified=False and flash_attn=\"off\"";
+        }
     }
     for (int i = 0; i < n; i++) {
         ggml_backend_cpu_set_use_ref(ggml_backend_sched_get_backend(sched, i), true);
