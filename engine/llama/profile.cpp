@@ -11,6 +11,9 @@ std::string kind_of(const ggml_tensor * node) {
     const ggml_tensor * a = node->src[0];
     const bool custom = node->op == GGML_OP_CUSTOM;     // of training
     if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID && !(custom && node->src[1])) {
+        if (custom && node->type == GGML_TYPE_I32) {
+            return ggml_op_name(GGML_OP_ARGMAX);
+        }
         return custom ? std::string("REORDER ") + ggml_type_name(node->type) : ggml_op_desc(node);
     }
     const int64_t n_k = node->ne[0] == a->ne[1] ? a->ne[0] : a->ne[1];

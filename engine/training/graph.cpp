@@ -122,6 +122,41 @@ ggml_tensor * Graph::transposed(ggml_tensor * matrix) {
 
 namespace {
 
+// The first of the largest elements of each row. ggml's own does all rows on one thread, element by element.
+void argmax_rows(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * x = dst->src[0];
+    const int64_t n = x->ne[0], last = x->ne[1] * (ith + 1) / nth;
+    for (int64_t j = x->ne[1] * ith / nth; j < last; ++j) {
+        const float * row = reinterpret_cast<const float *>(static_cast<const char *>(x->data) + static_cast<size_t>(j) * x->nb[1]);
+        constexpr int lanes = 16;
+        float peaks[lanes];
+        std::fill(peaks, peaks + lanes, row[0]);
+        int64_t i = 0;
+        for (; i + lanes <= n; i += lanes) {
+            for (int l = 0; l < lanes; ++l) {
+                peaks[l] = row[i + l] > peaks[l] ? row[i + l] : peaks[l];
+            }
+        }
+        float peak = *std::max_element(peaks, peaks + lanes);
+        for (; i < n; ++i) {
+            peak = row[i] > peak ? row[i] : peak;
+        }
+        const int64_t at = std::find(row, row + n, peak) - row;
+        static_cast<int32_t *>(dst->data)[j] = at < n ? static_cast<int32_t>(at) : 0;   // none is, of NaN
+    }
+}
+
+}  // namespace
+
+ggml_tensor * Graph::argmax(ggml_tensor * x) {
+    if (options.kernel == ProductKernel::portable) {
+        return ggml_argmax(nodes.get(), x);
+    }
+    return ggml_custom_4d(nodes.get(), GGML_TYPE_I32, x->ne[1], 1, 1, 1, &x, 1, argmax_rows, GGML_N_TASKS_MAX, nullptr);
+}
+
+namespace {
+
 // Operations with a derivative in this version of ggml. On any other ggml_build_backward_expand ends the process.
 bool differentiable(const ggml_tensor * node) {
     switch (node->op) {
@@ -308,19 +343,26 @@ void Graph::choose_products() {
     }
     // Anew, for what was inserted; what is read no more falls away. The old order stays topological, since what was
     // inserted depends on weights and on what its user depended on.
-    std::unordered_set<const ggml_tensor *> read;
+    std::unordered_map<const ggml_tensor *, int> readers;
     for (int i = 0; i < n; ++i) {
         const ggml_tensor * node = ggml_graph_node(cgraph, i);
         for (const ggml_tensor * source : node->src) {
-            if (source != node) {   // a cast names itself as the place of its result
-                read.insert(source);
-            }
+            readers[source] += source != node;   // a cast names itself as the place of its result
+        }
+    }
+    std::unordered_set<const ggml_tensor *> taken;
+    for (int i = 0; i < n; ++i) {
+        ggml_tensor * node = ggml_graph_node(cgraph, i);
+        const ggml_tensor * sources[] = { node->src[0], node->src[1] };
+        if (rewriter.take_sum(node, readers)) {
+            taken.insert(sources[node->src[2] == sources[0]]);
         }
     }
     ggml_cgraph * rewritten = ggml_new_graph_custom(nodes.get(), max_nodes, false);
     for (int i = 0; i < n; ++i) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
-        const bool dropped = !read.count(node) && (is_transposed_view(node) || undequantized(node) != node);
+        const bool needless = is_transposed_view(node) || undequantized(node) != node;
+        const bool dropped  = taken.count(node) || (needless && !readers[node]);
         if (!dropped) {
             ggml_build_forward_expand(rewritten, node);
         }

@@ -64,6 +64,9 @@ public:
     ggml_tensor * product(ggml_tensor * weight, ggml_tensor * x);
     ggml_tensor * transposed_product(ggml_tensor * weight, ggml_tensor * y);
 
+    // Of each row of an F32 matrix the index of its largest element, of several the first.
+    ggml_tensor * argmax(ggml_tensor * x);
+
     // What a graph gives, and the gradient in it.
     struct Output {
         ggml_tensor * value, * gradient;

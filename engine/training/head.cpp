@@ -80,7 +80,7 @@ HeadResult Head::run(Executor & executor, const GraphOptions & options, ggml_ten
                     tanh = ggml_tanh(c, ggml_scale(c, z, 1.0f / cap));
                     z    = ggml_scale(c, tanh, cap);
                 }
-                ggml_tensor * at   = ggml_argmax(c, z);
+                ggml_tensor * at   = graph.argmax(z);
                 ggml_tensor * peak = pick(c, z, at);
                 ggml_tensor * p    = ggml_soft_max(c, z);
                 graph.store(at, row_of(c, group.best_index, i));

@@ -56,6 +56,19 @@ struct Right {
     }
 };
 
+// Where products go, i contiguous, and what is added to them: rows that lie alike, or null.
+struct Sink {
+    char *       out;
+    size_t       stride;         // bytes from j to j
+    const char * addend;
+    size_t       addend_stride;
+
+    float * row(int64_t j) const { return reinterpret_cast<float *>(out + static_cast<size_t>(j) * stride); }
+    const float * added(int64_t j) const {
+        return addend ? reinterpret_cast<const float *>(addend + static_cast<size_t>(j) * addend_stride) : nullptr;
+    }
+};
+
 // What fills panels and multiplies them; made for one processor feature each.
 struct Kernel {
     int64_t panel_i;      // i in a panel's unit
@@ -65,7 +78,7 @@ struct Kernel {
     void (*pack)(const Right & right, int64_t first, int64_t n, char * panels, size_t panel_bytes, float * buffer);
     // All j in [first, last) against n <= panel_i values of i. `left` has `left_stride` bytes from j to j.
     void (*multiply)(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
-                     int64_t n_k, float * out, size_t out_stride);
+                     int64_t n_k, const Sink & sink);
 };
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
@@ -125,6 +138,35 @@ void dequantize_q5_0(const void * row, float * out, int64_t n) {
 
 #endif
 
+#if defined(__AVX512F__)
+
+// Exchanges rows and columns of 16 x 16 32-bit values.
+void transpose_16(__m512i * r) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i]     = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i]     = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i]      = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i]  = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i]  = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i]     = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    }
+}
+
+#endif
+
 #if TRIOLLAMA_VECTORS
 
 #if defined(__AVX512F__)
@@ -151,14 +193,27 @@ void pack_vectors(const Right & right, int64_t first, int64_t n, char * panels, 
         }
         return;
     }
-    constexpr int together = 8;   // rows read side by side, so that writes fill lines
+    constexpr int together = lanes == 16 ? 16 : 8;   // rows read side by side, so that writes fill lines
     float * panel = reinterpret_cast<float *>(panels);
     for (int64_t i = 0; i < vector_i; i += together) {
         const float * rows[together];
         for (int64_t r = 0; r < together; ++r) {
             rows[r] = i + r < n ? right.read(first + i + r, 0, right.n_k, buffer + r * right.n_k) : nullptr;
         }
-        for (int64_t k = 0; k < right.n_k; ++k) {
+        int64_t k = 0;
+#if defined(__AVX512F__)
+        for (; k + lanes <= right.n_k; k += lanes) {
+            __m512i square[lanes];
+            for (int r = 0; r < lanes; ++r) {
+                square[r] = rows[r] ? _mm512_loadu_si512(rows[r] + k) : _mm512_setzero_si512();
+            }
+            transpose_16(square);
+            for (int r = 0; r < lanes; ++r) {
+                _mm512_storeu_si512(panel + (k + r) * vector_i + i, square[r]);
+            }
+        }
+#endif
+        for (; k < right.n_k; ++k) {
             for (int64_t r = 0; r < together; ++r) {
                 panel[k * vector_i + i + r] = rows[r] ? rows[r][k] : 0.0f;
             }
@@ -166,49 +221,72 @@ void pack_vectors(const Right & right, int64_t first, int64_t n, char * panels, 
     }
 }
 
-template <int rows>
-void multiply_rows(const char * left, size_t left_stride, const float * panel, int64_t n, int64_t n_k, char * out,
-                   size_t out_stride) {
-    vec sum[rows][2] = {};
+void add_some(float * to, const float * added, int64_t n) {
+    for (int64_t i = 0; added && i < n; ++i) {
+        to[i] += added[i];
+    }
+}
+
+// `vectors`: how many of a panel's two have values.
+template <int rows, int vectors>
+void multiply_rows(const char * left, size_t left_stride, const float * panel, int64_t n, int64_t n_k, const Sink & sink,
+                   int64_t first) {
+    vec sum[rows][vectors] = {};
     for (int64_t k = 0; k < n_k; ++k) {
-        const vec b0 = *reinterpret_cast<const vec *>(panel + k * vector_i);
-        const vec b1 = *reinterpret_cast<const vec *>(panel + k * vector_i + lanes);
+        vec b[vectors];
+        for (int v = 0; v < vectors; ++v) {
+            b[v] = *reinterpret_cast<const vec *>(panel + k * vector_i + v * lanes);
+        }
         for (int r = 0; r < rows; ++r) {
             const float a = reinterpret_cast<const float *>(left + static_cast<size_t>(r) * left_stride)[k];
-            sum[r][0] += a * b0;
-            sum[r][1] += a * b1;
+            for (int v = 0; v < vectors; ++v) {
+                sum[r][v] += a * b[v];
+            }
         }
     }
     for (int r = 0; r < rows; ++r) {
-        float * target = reinterpret_cast<float *>(out + static_cast<size_t>(r) * out_stride);
-        if (n == vector_i) {
-            *reinterpret_cast<unaligned_vec *>(target)         = sum[r][0];
-            *reinterpret_cast<unaligned_vec *>(target + lanes) = sum[r][1];
+        float * target = sink.row(first + r);
+        const float * added = sink.added(first + r);
+        if (n == vectors * lanes) {
+            for (int v = 0; v < vectors; ++v) {
+                if (added) {
+                    sum[r][v] += *reinterpret_cast<const unaligned_vec *>(added + v * lanes);
+                }
+                *reinterpret_cast<unaligned_vec *>(target + v * lanes) = sum[r][v];
+            }
         } else {
             std::memcpy(target, sum[r], static_cast<size_t>(n) * sizeof(float));
+            add_some(target, added, n);
         }
     }
 }
 
-void multiply_vectors(const char * left, size_t left_stride, int64_t first, int64_t last, const char * memory, int64_t n,
-                      int64_t n_k, float * out, size_t out_stride) {
-    const float * panel = reinterpret_cast<const float *>(memory);
-    char * target = reinterpret_cast<char *>(out);
+template <int vectors>
+void multiply_panel(const char * left, size_t left_stride, int64_t first, int64_t last, const float * panel, int64_t n,
+                    int64_t n_k, const Sink & sink) {
     int64_t j = first;
     const auto step = [&](auto kernel, int rows) {
-        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, n_k,
-               target + static_cast<size_t>(j) * out_stride, out_stride);
+        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, n_k, sink, j);
         j += rows;
     };
     while (last - j >= rows_at_once) {
-        step(multiply_rows<rows_at_once>, rows_at_once);
+        step(multiply_rows<rows_at_once, vectors>, rows_at_once);
+    }
+    while (last - j >= 8) {
+        step(multiply_rows<8, vectors>, 8);
     }
     while (last - j >= 4) {
-        step(multiply_rows<4>, 4);
+        step(multiply_rows<4, vectors>, 4);
     }
     while (last > j) {
-        step(multiply_rows<1>, 1);
+        step(multiply_rows<1, vectors>, 1);
     }
+}
+
+void multiply_vectors(const char * left, size_t left_stride, int64_t first, int64_t last, const char * memory, int64_t n,
+                      int64_t n_k, const Sink & sink) {
+    const float * panel = reinterpret_cast<const float *>(memory);
+    (n <= lanes ? multiply_panel<1> : multiply_panel<2>)(left, left_stride, first, last, panel, n, n_k, sink);
 }
 
 const Kernel vector_kernel = { vector_i, sizeof(float), 1, pack_vectors, multiply_vectors };
@@ -224,31 +302,6 @@ constexpr size_t  tile_bytes = 1024;
 
 __m512i bf16_pairs(const float * values) {   // 32 floats
     return (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values));
-}
-
-// Exchanges rows and columns of 16 x 16 32-bit values.
-void transpose_16(__m512i * r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i]     = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[4 * i]     = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i]      = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i]  = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i]  = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        r[i]     = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    }
 }
 
 // For each 32 of k two tiles, of the first and the second 16 of i.
@@ -319,8 +372,8 @@ void pack_tiles(const Right & right, int64_t first, int64_t n, char * panels, si
 
 // vdpbf16ps does with one row of B, in registers, what tdpbf16ps does with a tile.
 template <int rows>
-void multiply_dot_rows(const char * left, size_t left_stride, const char * panel, int64_t n, int64_t steps, char * out,
-                       size_t out_stride) {
+void multiply_dot_rows(const char * left, size_t left_stride, const char * panel, int64_t n, int64_t steps,
+                       const Sink & sink, int64_t first) {
     __m512 sum[rows][2];
     for (int r = 0; r < rows; ++r) {
         sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -339,24 +392,29 @@ void multiply_dot_rows(const char * left, size_t left_stride, const char * panel
         }
     }
     for (int r = 0; r < rows; ++r) {
-        float * target = reinterpret_cast<float *>(out + static_cast<size_t>(r) * out_stride);
+        float * target = sink.row(first + r);
+        const float * added = sink.added(first + r);
         if (n == tile_i) {
+            if (added) {
+                sum[r][0] = _mm512_add_ps(sum[r][0], _mm512_loadu_ps(added));
+                sum[r][1] = _mm512_add_ps(sum[r][1], _mm512_loadu_ps(added + 16));
+            }
             _mm512_storeu_ps(target, sum[r][0]);
             _mm512_storeu_ps(target + 16, sum[r][1]);
         } else {
             std::memcpy(target, sum[r], static_cast<size_t>(n) * sizeof(float));
+            add_some(target, added, n);
         }
     }
 }
 
 // As multiply_tiles, of which `left` is.
 void multiply_dots(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
-                   int64_t n_k, float * out, size_t out_stride) {
+                   int64_t n_k, const Sink & sink) {
     const int64_t steps = round_up(n_k, tile_k) / tile_k;
     int64_t j = first;
     const auto step = [&](auto kernel, int rows) {
-        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, steps,
-               reinterpret_cast<char *>(out) + static_cast<size_t>(j) * out_stride, out_stride);
+        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, steps, sink, j);
         j += rows;
     };
     while (last - j >= rows_at_once) {
@@ -378,14 +436,24 @@ const Kernel dot_kernel = { tile_i, 2, tile_k, pack_tiles, multiply_dots };
 
 // `left` is BF16 with k padded to tiles and j to multiples of tile_j.
 void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_t last, const char * panel, int64_t n,
-                    int64_t n_k, float * out, size_t out_stride) {
+                    int64_t n_k, const Sink & sink) {
     const int64_t steps = round_up(n_k, tile_k) / tile_k;
     alignas(64) float edge[tile_j][tile_i];
     for (int64_t j = first; j < last; j += tile_j) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
+        const int64_t rows = std::min(tile_j, last - j);
+        const bool whole = rows == tile_j && n == tile_i;
+        if (whole && sink.addend) {
+            const char * added = reinterpret_cast<const char *>(sink.added(j));
+            TILE_LOAD(0, added, sink.addend_stride);
+            TILE_LOAD(1, added + 64, sink.addend_stride);
+            TILE_LOAD(2, added + 16 * sink.addend_stride, sink.addend_stride);
+            TILE_LOAD(3, added + 16 * sink.addend_stride + 64, sink.addend_stride);
+        } else {
+            TILE_ZERO(0);
+            TILE_ZERO(1);
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+        }
         const char * a0 = left + static_cast<size_t>(j) * left_stride;
         const char * a1 = a0 + 16 * left_stride;
         const char * b  = panel;
@@ -399,18 +467,16 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
             TILE_MULTIPLY_BF16(2, 5, 6);
             TILE_MULTIPLY_BF16(3, 5, 7);
         }
-        char * target = reinterpret_cast<char *>(out) + static_cast<size_t>(j) * out_stride;
-        const int64_t rows = std::min(tile_j, last - j);
-        const bool whole = rows == tile_j && n == tile_i;
-        char * base = whole ? target : reinterpret_cast<char *>(edge);
-        const size_t stride = whole ? out_stride : sizeof(edge[0]);
+        char * base = whole ? reinterpret_cast<char *>(sink.row(j)) : reinterpret_cast<char *>(edge);
+        const size_t stride = whole ? sink.stride : sizeof(edge[0]);
         TILE_STORE(0, base, stride);
         TILE_STORE(1, base + 64, stride);
         TILE_STORE(2, base + 16 * stride, stride);
         TILE_STORE(3, base + 16 * stride + 64, stride);
         if (!whole) {
             for (int64_t r = 0; r < rows; ++r) {
-                std::memcpy(target + static_cast<size_t>(r) * out_stride, edge[r], static_cast<size_t>(n) * sizeof(float));
+                std::memcpy(sink.row(j + r), edge[r], static_cast<size_t>(n) * sizeof(float));
+                add_some(sink.row(j + r), sink.added(j + r), n);
             }
         }
     }
@@ -470,7 +536,8 @@ template <bool packed> void prepare_left(ggml_tensor * dst, int ith, int nth, vo
     }
 }
 
-// dst = the product of src[0], as R, and src[1], as L with k contiguous. `transposed`: src[0] has i contiguous.
+// dst = the product of src[0], as R, and src[1], as L with k contiguous, plus src[2] if there is one. `transposed`:
+// src[0] has i contiguous.
 template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const Kernel & kernel =
 #if TRIOLLAMA_TILES
@@ -482,6 +549,7 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
         vector_kernel;
     const ggml_tensor * r = dst->src[0];
     const ggml_tensor * l = dst->src[1];
+    const ggml_tensor * added = dst->src[2];
     Right right;
     right.type         = r->type;
     right.k_contiguous = !transposed;
@@ -522,11 +590,15 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
             packed = u / splits;
         }
         const char * left = static_cast<const char *>(l->data) + static_cast<size_t>(batch) * l->nb[2];
-        float * out = reinterpret_cast<float *>(static_cast<char *>(dst->data) + static_cast<size_t>(batch) * dst->nb[2]);
+        const auto place = [&](const ggml_tensor * x, int64_t i) {
+            return static_cast<char *>(x->data) + static_cast<size_t>(batch) * x->nb[2] + static_cast<size_t>(i) * sizeof(float);
+        };
         for (int64_t p = 0; p < n; p += kernel.panel_i) {
+            const Sink sink = { place(dst, first + p), dst->nb[1], added ? place(added, first + p) : nullptr,
+                                added ? added->nb[1] : 0 };
             kernel.multiply(left, l->nb[1], split * share, std::min((split + 1) * share, n_j),
                             panel + static_cast<size_t>(p / kernel.panel_i) * panel_bytes, std::min(kernel.panel_i, n - p),
-                            right.n_k, out + first + p, dst->nb[1]);
+                            right.n_k, sink);
         }
     }
 }
@@ -663,12 +735,37 @@ bool ProductRewriter::rewrite(ggml_tensor * node) {
     std::memcpy(node->op_params, product->op_params, sizeof(node->op_params));
     node->src[0] = right;
     node->src[1] = left;
+    products.insert(node);
     return true;
 #else
     (void) node;
     (void) weights_too;
     return false;
 #endif
+}
+
+bool ProductRewriter::take_sum(ggml_tensor * node, const std::unordered_map<const ggml_tensor *, int> & readers) {
+    if (node->op != GGML_OP_ADD || node->view_src || !ggml_are_same_shape(node->src[0], node->src[1])) {
+        return false;
+    }
+    for (int at : { 1, 0 }) {
+        ggml_tensor * product = node->src[at];
+        ggml_tensor * other   = node->src[1 - at];
+        const bool prepared_too = std::any_of(std::begin(prepared), std::end(prepared),
+                                              [&](const auto & some) { return some.count(product) != 0; });
+        if (!products.count(product) || readers.at(product) != 1 || prepared_too ||
+            product->flags & GGML_TENSOR_FLAG_OUTPUT || other->type != GGML_TYPE_F32 || !has_dense_rows(other)) {
+            continue;
+        }
+        node->op = product->op;
+        std::memcpy(node->op_params, product->op_params, sizeof(node->op_params));
+        node->src[0] = product->src[0];
+        node->src[1] = product->src[1];
+        node->src[2] = other;
+        products.erase(product);
+        return true;
+    }
+    return false;
 }
 
 }  // namespace triollama::native

@@ -7,6 +7,7 @@
 
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace triollama::native {
 
@@ -39,6 +40,10 @@ public:
     // `node` may be any; MUL_MAT and OUT_PROD that a kernel can do are changed in place, and true is returned.
     bool rewrite(ggml_tensor * node);
 
+    // A sum of such a product, which nobody else reads, and something else is made one operation: the product, which adds.
+    // `readers`: how many there are of each node.
+    bool take_sum(ggml_tensor * node, const std::unordered_map<const ggml_tensor *, int> & readers);
+
 private:
     ggml_tensor * rows_of(ggml_tensor * x, bool transposed, bool packed);
 
@@ -46,6 +51,7 @@ private:
     ProductKernel  kernel;
     bool           weights_too;
     std::unordered_map<ggml_tensor *, ggml_tensor *> prepared[4];   // by transposed, packed
+    std::unordered_set<const ggml_tensor *> products;               // that stand by themselves
 };
 
 // The matrix behind a cast or a row lookup that only dequantises it, else `tensor`.

@@ -48,7 +48,7 @@ def test_a_merged_model_computes_what_the_adapter_did(
         expected = trainer.evaluate(*example()).nll
         save_merged(trainer, merged, ftype=ftype)
     with _engine.Trainer(merged, rank=1) as again:
-        tolerance = {"f16": 0.05, "q8_0": 0.6}.get(ftype, 1e-4)
+        tolerance = {"f16": 0.05, "q8_0": 0.4 if arch == "qwen2moe" else 0.3}.get(ftype, 1e-4)
         np.testing.assert_allclose(again.evaluate(*example()).nll, expected, atol=tolerance)
     with _engine.Model(merged) as model:
         assert model.architecture == arch

@@ -113,6 +113,28 @@ def test_masked_labels_change_nothing(trainer: Any) -> None:
     assert trainer.evaluate(later, last).loss == trainer.evaluate(tokens, last).loss
 
 
+@pytest.mark.parametrize("n_vocab", [480, 2050])  # blocks of 2048 rows are looked at in turn
+@pytest.mark.parametrize("kernel", ["portable", "ggml", None])
+def test_predicted_is_the_likeliest_token_of_decoding(
+    tiny: Any, n_vocab: int, kernel: str | None
+) -> None:
+    path = tiny("llama", n_vocab=n_vocab)
+    tokens = np.random.default_rng(n_vocab).integers(5, n_vocab, 40).astype(np.int32)
+    labels = np.append(tokens[1:], -1).astype(np.int32)
+    with _engine.Trainer(path, rank=1, kernel=kernel) as trainer:
+        predicted = trainer.evaluate(tokens, labels).predicted
+    with (
+        _engine.Model(path) as model,
+        _engine.Context(model, type_k="f32", type_v="f32", flash_attn="off") as context,
+    ):
+        batch = _engine.Batch(len(tokens))
+        for i, token in enumerate(tokens):
+            batch.add(int(token), i, 0, True)
+        context.decode(batch)
+        expected = [int(context.logits(int(i)).argmax()) for i in np.flatnonzero(labels >= 0)]
+    assert list(predicted) == expected
+
+
 def test_accumulating_rows_equals_one_batch(trainer: Any) -> None:
     rows = [example(n, seed=n) for n in (20, 35, 50)]
     total = sum(int((labels >= 0).sum()) for _, labels in rows)
