@@ -334,7 +334,9 @@ def test_what_was_not_begun_to_be_sent_waits() -> None:
         return bytes(event.data) if isinstance(event, h11.Data) else b"<>"
 
     async def main() -> None:
-        connection: Any = SimpleNamespace(ends=False, method="GET", stream=Stream(), pack=pack)
+        connection: Any = SimpleNamespace(
+            ends=False, method="GET", stream=Stream(), pack=pack, send_now=lambda data: data
+        )
         reply = Reply(connection)
         reply.begin("text/event-stream")
         with trio.CancelScope() as scope:

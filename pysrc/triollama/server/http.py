@@ -7,6 +7,8 @@ answer is cancelled at once, wherever it is.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from email.utils import formatdate
 from functools import partial
@@ -95,6 +97,7 @@ class Reply:
         self._connection = connection
         self._unsent = b""
         self._sending = False
+        self._chunked = False
         self.headers: list[tuple[str, str]] = []
         self.status = 0
         """What was sent; 0 before that."""
@@ -119,11 +122,15 @@ class Reply:
             fields.append(("connection", "close"))
         response = h11.Response(status_code=status, headers=fields)
         self._unsent = self._connection.pack(response)
+        self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in self._unsent.lower()
 
     async def write(self, data: bytes) -> None:
         """More of the body."""
         if data and self._connection.method != "HEAD":
-            self._unsent += self._connection.pack(h11.Data(data=data))
+            if self._chunked:  # as h11 would, in a tenth of its time: there is one for each token
+                self._unsent += b"%x\r\n%b\r\n" % (len(data), data)
+            else:
+                self._unsent += self._connection.pack(h11.Data(data=data))
         await self._flush()
 
     async def end(self) -> None:
@@ -134,13 +141,14 @@ class Reply:
     async def _flush(self) -> None:
         if self._unsent:
             await trio.lowlevel.checkpoint_if_cancelled()  # all of it waits then
-            data, self._unsent = self._unsent, b""
-            self._sending = True
-            try:
-                await self._connection.stream.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                raise GoneError from None
-            self._sending = False
+            data, self._unsent = self._connection.send_now(self._unsent), b""
+            if data:
+                self._sending = True
+                try:
+                    await self._connection.stream.send_all(data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    raise GoneError from None
+                self._sending = False
 
     @property
     def is_torn(self) -> bool:
@@ -166,6 +174,18 @@ class _Connection:
 
     def pack(self, event: h11.Event) -> bytes:
         return self._http.send(event) or b""
+
+    def send_now(self, data: bytes) -> bytes:
+        """As much as there is room for, without a turn of the event loop for each token. Returns
+        the rest. Raises GoneError."""
+        if sys.platform == "win32":  # sockets are no files there
+            return data
+        try:
+            return data[os.write(self.stream.socket.fileno(), data) :]
+        except BlockingIOError:
+            return data
+        except OSError:
+            raise GoneError from None
 
     async def run(self) -> None:
         """Requests, until one side has had enough. Raises what ``_GONE`` names."""

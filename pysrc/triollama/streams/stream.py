@@ -251,6 +251,7 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this stream")
         self._receiving = True
+        waited = False
         try:
             while True:
                 if self._closed or self._core.closed:
@@ -271,9 +272,11 @@ class Stream(trio.abc.ReceiveChannel[Piece]):
                     self._at_end()
                     raise trio.EndOfChannel
                 await self._core.news_of(self.engine_stream)
+                waited = True
         finally:
             self._receiving = False
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        if not waited:  # to have waited is a checkpoint
+            await trio.lowlevel.cancel_shielded_checkpoint()
         return piece
 
     def _at_end(self) -> None:
