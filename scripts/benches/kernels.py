@@ -2,15 +2,21 @@
 
 Both sides have the same file, threads, batch, ubatch and memory mapping; upstream repacks weights
 as it likes. Beside the default model those of TRIOLLAMA_BENCH_MODELS are measured, paths with ":"
-between them; TRIOLLAMA_LLAMA_BENCH is another llama-bench than upstream's to compare with.
+between them; TRIOLLAMA_LLAMA_BENCH is another llama-bench than upstream's to compare with, and
+TRIOLLAMA_BENCH_BUILD the Python of an environment with another build of triollama: what that
+reaches of this one's. TRIOLLAMA_BENCH_KERNEL is the instruction set that ours is kept to.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import random
 import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +32,15 @@ from .engine import GREEDY, N_BATCH, REPS, THREADS, generate, rates
 N_PROMPT = 512
 N_GEN = 64
 STREAMS = (1, 4, 8, 16)
+BUILD_PROGRAM = Path(__file__).with_name("_build_program.py")
 LEAST_READ = 400_000_000  # bytes of weights from which their reading has a target
 
 
 def figures(options: Options) -> Iterator[Figure]:
-    from triollama import models
+    from triollama import lowlevel, models
 
+    if kernel := os.environ.get("TRIOLLAMA_BENCH_KERNEL"):
+        lowlevel.use_kernel(kernel)
     named = os.environ.get("TRIOLLAMA_BENCH_MODELS", "")
     for path in (models.default_model(), *(Path(p) for p in named.split(":") if p)):
         name = "kernels." + re.sub(r"[^a-z0-9]+", "_", path.stem.lower())
@@ -41,6 +50,10 @@ def figures(options: Options) -> Iterator[Figure]:
         ):  # fmt: skip
             if options.wants(f"{name}.{what}"):
                 yield measure(f"{name}.{what}", path, options)
+        if other := os.environ.get("TRIOLLAMA_BENCH_BUILD"):
+            for what in BUILDS:
+                if options.wants(f"{name}.{what}_of_build"):
+                    yield of_build(f"{name}.{what}_of_build", other, what, path, options)
 
 
 def opened(path: Path, n_ctx: int, repack: bool | str = True, **context_options: Any) -> Any:
@@ -166,3 +179,51 @@ def streams_of(n: int) -> Callable[[str, Path, Options], Figure]:
         return pairs.ratio(name, target=0.97, note=note)
 
     return measure
+
+
+def prefill_alone(path: Path) -> float:
+    rng = random.Random(1)
+    with opened(path, N_PROMPT + 1) as llama:
+        read_prompt(llama, rng)
+        return median_of(lambda: read_prompt(llama, rng))
+
+
+def decode_alone(path: Path) -> float:
+    with opened(path, 256) as llama:
+        write_answer(llama)
+        return median_of(lambda: write_answer(llama))
+
+
+def streams_alone(n: int, path: Path) -> float:
+    from .streams import in_trio, warmed
+
+    return float(in_trio(functools.partial(warmed, n=n), path=path))
+
+
+BUILDS: dict[str, Callable[[Path], float]] = {
+    "prefill": prefill_alone,
+    "decode": decode_alone,
+    "streams_16": functools.partial(streams_alone, 16),
+}
+"""What builds are compared by: tokens a second, in a process that does nothing else."""
+
+
+def of_build(name: str, other: str, what: str, path: Path, options: Options) -> Figure:
+    """Another build's tokens a second, over this one's."""
+
+    def measure(python: str) -> float:
+        done = subprocess.run(
+            [python, str(BUILD_PROGRAM), what, str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{python} ended with {done.returncode}: {done.stderr[-900:]}")
+        return float(json.loads(done.stdout.splitlines()[-1]))
+
+    pairs = interleave(
+        lambda: measure(other), lambda: measure(sys.executable), options.repeats_or(7)
+    )
+    note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
+    return pairs.ratio(name, target=0.97, note=note)

@@ -1,0 +1,19 @@
+"""Measures the triollama of the Python that runs this, alone in its process:
+
+    PYTHON _build_program.py WHAT MODEL
+
+Says tokens a second of WHAT, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benches.kernels import BUILDS
+
+if __name__ == "__main__":
+    print(json.dumps(BUILDS[sys.argv[1]](Path(sys.argv[2]))))
