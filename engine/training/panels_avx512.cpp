@@ -1,0 +1,24 @@
+#include "training/panels.hpp"
+
+#if TRIOLLAMA_X86_PANELS
+
+#include "training/panel_vectors.hpp"
+
+namespace triollama::native::panels {
+
+namespace {
+
+bool works() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+const Kernel avx512_panels = {
+    vector_i, sizeof(float), 1, lanes, works, dequantizer, pack_vectors, multiply_vectors, nullptr,
+};
+
+}  // namespace triollama::native::panels
+
+#endif
