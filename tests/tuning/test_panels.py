@@ -29,8 +29,9 @@ def test_every_set_of_panels_multiplies_alike(tmp_path: Path, options: list[str]
     include = ("-I", str(ROOT / "engine"), "-I", str(ROOT / "llama.cpp/source/ggml/include"))
     ours = [str(COMPILER), "-std=c++17", "-O2", "-g", *include, *options]
     native = ROOT / "tests/tuning/native/panels_check.cpp"
+    panels = ROOT / "engine/training"
     jobs = [
-        [*ours, *flags, "-ffp-contract=fast", "-c", str(ROOT / f"engine/training/panels_{name}.cpp")]
+        [*ours, *flags, "-ffp-contract=fast", "-c", str(panels / f"panels_{name}.cpp")]
         for name, flags in sets.items()
     ]
     jobs += [
