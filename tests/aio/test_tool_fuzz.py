@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from triollama.answers import FORMATS
 from triollama.conversation import tools as layer
+from triollama.conversation.protocol import Calling
 from triollama.errors import AnswerError
 from triollama.testing import FakeEngine, open_fake_llama
 
@@ -46,7 +47,7 @@ def answer(rng: random.Random, form: Any) -> str:
     if rng.random() < 0.3:
         return "".join(rng.choices(["word ", *NOISE[2:5], "\n"], k=rng.randrange(6)))
     calls: list[dict[str, Any]] = []
-    for _ in range(1 if form.style == "lone" else rng.randint(1, 3)):
+    for _ in range(1 if form.one else rng.randint(1, 3)):
         name = rng.choice(["find", "note", "find", "note", "lose"])
         arguments: dict[str, Any] = {
             "find": {"what": rng.choice(["x", "</tool_call>", '"}]', ""])},
@@ -93,7 +94,7 @@ def test_no_history_is_poisoned(monkeypatch: pytest.MonkeyPatch, n: int) -> None
     forms = {form.name: form for form in FORMATS}
     form = FORMATS[0]
     # Any format; what the template shows of it does not matter here.
-    monkeypatch.setattr(layer, "format_of", lambda template: (form, True))
+    monkeypatch.setattr(layer, "calling_of", lambda template: Calling(form, True, True, True))
 
     async def main() -> None:
         nonlocal form

@@ -13,7 +13,7 @@ import trio
 from msgspec import Meta
 from triollama import GenerationParams, open_llama, sync
 from triollama.chat import BUILTIN, ChatTemplate, named
-from triollama.conversation.protocol import format_of
+from triollama.conversation.protocol import calling_of
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import FakeEngine, open_fake_llama
@@ -395,32 +395,153 @@ def test_a_model_of_chance_can_only_call_rightly(tiny: Any) -> None:
     run(main)
 
 
-KNOWN = {
-    "Qwen-Qwen2.5-7B-Instruct": "hermes",
-    "Qwen-Qwen3-0.6B": "hermes",
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "hermes",
-    "meta-llama-Llama-3.2-3B-Instruct": "llama3",
-    "meta-llama-Llama-3.1-8B-Instruct": "llama3",
-    "mistralai-Mistral-Nemo-Instruct-2407": "mistral",
-    "unsloth-mistral-Devstral-Small-2507": "mistral-named",
-    "NVIDIA-Nemotron-Nano-v2": "nemotron",
+FOUND: dict[str, str] = {
+    "hermes": "Bielik-11B-v3.0-Instruct MiMo-VL NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use "
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use Qwen-QwQ-32B Qwen-Qwen2.5-7B-Instruct "
+    "Qwen-Qwen3-0.6B Reka-Edge ibm-granite-granite-4.0 ibm-granite-granite-4.1",
+    "llama3": "meta-llama-Llama-3.1-8B-Instruct meta-llama-Llama-3.2-3B-Instruct "
+    "meta-llama-Llama-3.3-70B-Instruct",
+    "mistral": "mistralai-Mistral-Nemo-Instruct-2407",
+    "mistral-named": "mistralai-Ministral-3-14B-Reasoning-2512 unsloth-mistral-Devstral-Small-2507",
+    "mistral-id": "Mistral-Small-3.2-24B-Instruct-2506",
+    "granite": "ibm-granite-granite-3.3-2B-Instruct",
+    "nemotron": "NVIDIA-Nemotron-Nano-v2",
+    "qwen3-coder": "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 Qwen3-Coder Qwen3.5-4B StepFun3.5-Flash",
+    "seed-oss": "ByteDance-Seed-OSS",
+    "glm": "GLM-4.6 GLM-4.7-Flash Spark2.5 inclusionai-ling-3.0-flash poolside-Laguna-S-2.1 "
+    "poolside-Laguna-XS-2.1 poolside-Laguna-XS.2",
+    "minimax-m1": "MiniMax-M1",
+    "minimax-m2": "MiniMax-M2",
+    "kimi-k2": "Kimi-K2-Instruct Kimi-K2-Thinking moonshotai-Kimi-K2",
+    "deepseek-r1": "deepseek-ai-DeepSeek-R1-Distill-Llama-8B "
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B llama-cpp-deepseek-r1",
+    "deepseek-v3.1": "deepseek-ai-DeepSeek-V3.1",
+    "deepseek-v3.2": "deepseek-ai-DeepSeek-V3.2",
+    "deepseek-v4": "deepseek-ai-DeepSeek-V4 deepseek-ai-DeepSeek-V4-Flash-0731",
+    "command-r7b": "Cohere2MoE CohereForAI-c4ai-command-r7b-12-2024-tool_use",
+    "apertus": "Apertus-8B-Instruct",
+    "apriel": "Apriel-1.6-15b-Thinker-fixed unsloth-Apriel-1.5",
+    "lfm2": "LFM2-8B-A1B LFM2.5-8B-A1B LFM2.5-Instruct",
+    "gemma4": "google-gemma-4-31B-it google-gemma-4-31B-it-interleaved",
+    "minicpm5": "openbmb-MiniCPM5-1B",
+    "functionary": "meetkai-functionary-medium-v3.1",
+    "gigachat": "GigaChat3.1-10B-A1.8B",
+    "gpt-oss": "openai-gpt-oss-120b",
+    "solar": "upstage-Solar-Open-100B",
+    "hunyuan": "tencent-Hy3",
+    # They show no tools, so ours stands in.
+    "protocol": "CohereForAI-c4ai-command-r-plus-tool_use HuggingFaceTB-SmolLM3-3B "
+    "fireworks-ai-llama-3-firefunction-v2 google-gemma-2-2b-it llama-cpp-rwkv-world "
+    "microsoft-Phi-3.5-mini-instruct",
+    "": "GigaChat3-10B-A1.8B Kimi-K3 MiniMax-M3 meetkai-functionary-medium-v3.2 muse-glimmer",
 }
+"""Of each template that upstream ships; at the end those whose format is not known."""
 
 
 def test_formats_of_the_templates_that_upstream_ships() -> None:
-    """What a template writes of a call is read back, or its format is not known."""
+    """All of them, and docs name those that are not known."""
     paths = sorted(TEMPLATES.glob("*.jinja"))
     if not paths:
         pytest.skip("llama.cpp's templates are not unpacked")
-    found: dict[str, str | None] = {}
+    found: dict[str, str] = {}
     for path in paths:
         template = ChatTemplate(path.read_text(encoding="utf-8"), bos_token="", eos_token="")
-        form, shown = format_of(template)
-        found[path.stem] = None if form is None else form.name if shown else "protocol"
-    for stem, name in KNOWN.items():
-        assert found[stem] == name, (stem, found[stem])
+        calling = calling_of(template)
+        name = "" if calling.format is None else calling.format.name
+        found[path.stem] = name if calling.shows or name != "hermes" else "protocol"
+    assert found == {stem: name for name, stems in FOUND.items() for stem in stems.split()}
+    docs = (Path(__file__).parents[2] / "docs" / "answers.md").read_text(encoding="utf-8")
+    for stem in FOUND[""].split():
+        assert f"`{stem}`" in docs
     for name in BUILTIN:
-        assert format_of(named(name))[1] is False
+        assert not calling_of(named(name)).shows
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "ibm-granite-granite-3.3-2B-Instruct",
+        "LFM2-8B-A1B",
+        "deepseek-ai-DeepSeek-V3.1",
+        "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+        "google-gemma-4-31B-it",
+        "moonshotai-Kimi-K2",
+        "openai-gpt-oss-120b",
+    ],
+)
+def test_tools_run_by_templates_that_do_a_part_of_it(stem: str) -> None:
+    """Whatever the template leaves out the model sees nevertheless: the tools, the call in the
+    model's own format, what came of it."""
+    path = TEMPLATES / f"{stem}.jinja"
+    if not path.exists():
+        pytest.skip("llama.cpp's templates are not unpacked")
+    source = path.read_text(encoding="utf-8")
+    form = calling_of(ChatTemplate(source)).format
+    assert form is not None
+    said = form.write([{"function": {"name": "add", "arguments": {"a": 40, "b": 2}}}])
+
+    async def main() -> None:
+        final = f"{form.text}It is 42."
+        engine, prompts = scripted(said, final)
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=source)
+            reply = await chat.say("40 + 2?", tools=[add], thinking=None)
+            assert reply.text == "It is 42."
+            assert [m.role for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
+            assert "Adds" in prompts[0]
+            after = prompts[1].partition("40 + 2?")[2]
+            assert form.call.partition("{")[0] in after and "add" in after
+            assert after.index("add") < after.rindex("42")
+
+    run(main)
+
+
+def harmony() -> str:
+    path = TEMPLATES / "openai-gpt-oss-120b.jinja"
+    if not path.exists():
+        pytest.skip("llama.cpp's templates are not unpacked")
+    return path.read_text(encoding="utf-8")
+
+
+def test_what_follows_thoughts_is_said_after_them() -> None:
+    """gpt-oss says after each message who is spoken to next: a call, or the user."""
+    source = harmony()
+    thought = "<|channel|>analysis<|message|>Sum.<|end|><|start|>assistant"
+    asks = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1, "b": 2}'
+
+    async def main() -> None:
+        engine, _ = scripted(thought + asks, thought + "<|channel|>final<|message|>It is 3.")
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=source)
+            reply = await chat.say("1 + 2?", tools=[add])
+            assert (reply.text, reply.reasoning) == ("It is 3.", "Sum.")
+            (made,) = chat.messages[1].tool_calls
+            assert made["function"] == {"name": "add", "arguments": {"a": 1, "b": 2}}
+            assert chat.messages[1].reasoning_content == "Sum."
+            assert chat.messages[2].content == "3"
+
+    run(main)
+
+
+def test_a_model_of_chance_thinks_before_it_calls(tiny: Any) -> None:
+    source = harmony()
+
+    async def main() -> None:
+        options = {"n_ctx": 8192, "max_streams": 2, "threads": 1}
+        async with open_llama(tiny("llama"), **options) as llama:
+            for seed in range(4):
+                chat = llama.conversation(
+                    template=source, params=PARAMS.replace(seed=seed), tools=[add]
+                )
+                rules = {"tool_choice": "required", "max_reasoning_tokens": 8}
+                async with chat.stream("Go", **rules) as turn:
+                    async for _ in turn:
+                        pass
+                assert turn.reasoning and not turn.text
+                (made,) = turn.tool_calls
+                assert add(**made.arguments) is not None
+
+    run(main)
 
 
 def test_a_schema_that_cannot_be_bound_names_its_tool(tiny: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import trio
 from triollama import Conversation, GenerationParams, open_llama
 from triollama.chat import BUILTIN, ChatTemplate, named
-from triollama.conversation.protocol import format_of
+from triollama.conversation.protocol import calling_of
 from triollama.testing import FakeEngine, open_fake_llama
 from triollama.tuning import Encoder, Example, prepare_training_data
 
@@ -94,8 +94,8 @@ TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "tem
 WITH_TOOLS = [
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B",
     "meta-llama-Llama-3.1-8B-Instruct", "mistralai-Mistral-Nemo-Instruct-2407",
-    "unsloth-mistral-Devstral-Small-2507",
-    "chatml", "gemma",
+    "unsloth-mistral-Devstral-Small-2507", "ibm-granite-granite-3.3-2B-Instruct", "LFM2-8B-A1B",
+    "deepseek-ai-DeepSeek-V3.1", "chatml", "gemma",
 ]  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_a_chat_with_tools_is_trained_as_it_was_served(name: str) -> None:
         pytest.skip("llama.cpp's templates are not unpacked")
     source = name if name in BUILTIN else path.read_text(encoding="utf-8")
     template = named(name) if name in BUILTIN else ChatTemplate(source)
-    form, _ = format_of(template)
+    form = calling_of(template).format
     assert form is not None
     function = {"name": "weather", "arguments": {"city": "Lima"}}
     replies = [form.write([{"function": function}]), "It is sunny.", "Bye."]

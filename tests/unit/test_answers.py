@@ -113,9 +113,14 @@ def test_where_thoughts_stand(source: str, prompt: str, open_: str | None, start
 
 # Calls
 
-HERMES, MISTRAL, NAMED = FORMATS[0], FORMATS[1], FORMATS[2]
-LLAMA = next(form for form in FORMATS if form.style == "lone")
-CODER, SEED, GLM, MINIMAX = (form for form in FORMATS if form.style == "tagged")
+BY_NAME = {form.name: form for form in FORMATS}
+HERMES, MISTRAL, NAMED, LLAMA, CODER, SEED, GLM, MINIMAX = (
+    BY_NAME[name]
+    for name in (
+        "hermes", "mistral", "mistral-named", "llama3", "qwen3-coder", "seed-oss", "glm",
+        "minimax-m2",
+    )
+)  # fmt: skip
 SCHEMAS: dict[str, Any] = {
     "f": {
         "properties": {
@@ -153,6 +158,40 @@ CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
     (MINIMAX, '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">null</parameter>\n'
      '</invoke>\n<invoke name="g">\n</invoke>\n</minimax:tool_call>',
      "", [("f", {"a": "null"}), ("g", {})]),
+    (BY_NAME["mistral-id"], 'Hm.[TOOL_CALLS]f[CALL_ID]abcdefgh1[ARGS]{"a": "x"}[TOOL_CALLS]g'
+     "[CALL_ID]abcdefgh2[ARGS]{}", "Hm.", [("f", {"a": "x"}), ("g", {})]),
+    (BY_NAME["kimi-k2"], "I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
+     '<|tool_call_argument_begin|>{"a": "<|tool_call_end|>"}<|tool_call_end|><|tool_call_begin|>'
+     "functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+     "I look.", [("f", {"a": "<|tool_call_end|>"}), ("g", {})]),
+    (BY_NAME["deepseek-r1"], "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n"
+     '```json\n{"a": "```"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n'
+     "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "",
+     [("f", {"a": "```"}), ("g", {})]),
+    (BY_NAME["deepseek-v3.2"], '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n'
+     '<｜DSML｜parameter name="n" string="true">5</｜DSML｜parameter>\n<｜DSML｜parameter '
+     'name="a" string="false">5</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+     "", [("f", {"n": "5", "a": "5"})]),
+    (BY_NAME["command-r7b"], '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", '
+     '"parameters": {"n": 1}},\n    {"tool_call_id": "1", "tool_name": "g", "parameters": {}}\n]'
+     "<|END_ACTION|>", "", [("f", {"n": 1}), ("g", {})]),
+    (BY_NAME["apertus"], 'Hm <|tools_prefix|>[{"f": {"a": "x"}}, {"g": {}}]<|tools_suffix|>', "Hm",
+     [("f", {"a": "x"}), ("g", {})]),
+    (BY_NAME["lfm2"], "<|tool_call_start|>[f(a='it\\'s \"so\"', n=[1, -2.5e1], flag=True, "
+     "x={'k': None, \"l\": [false]}), g()]<|tool_call_end|>", "",
+     [("f", {"a": "it's \"so\"", "n": [1, -25.0], "flag": True, "x": {"k": None, "l": [False]}}),
+      ("g", {})]),
+    (BY_NAME["gemma4"], '<|tool_call>call:f{a:<|"|>{x:1},"<|"|>,n:[1,{k:<|"|>v<|"|>,'
+     '<|"|>l<|"|>:2}]}' "<tool_call|><|tool_call>call:g{}<tool_call|>", "",
+     [("f", {"a": '{x:1},"', "n": [1, {"k": "v", "l": 2}]}), ("g", {})]),
+    (BY_NAME["functiongemma"], "<start_function_call>call:f{a:<escape>Lima<escape>,flag:true}"
+     "<end_function_call>", "", [("f", {"a": "Lima", "flag": True})]),
+    (BY_NAME["gpt-oss"], "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+     '{"n": 1}', "", [("f", {"n": 1})]),
+    (BY_NAME["gpt-oss"], ' to=functions.f<|channel|>commentary json<|message|>{"n": 1}',
+     "", [("f", {"n": 1})]),
+    (BY_NAME["gpt-oss"], "<|channel|>final<|message|>Say to=functions.f<|channel|>x",
+     "Say to=functions.f<|channel|>x", []),
 ]  # fmt: skip
 
 
@@ -161,14 +200,18 @@ CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
 def test_calls_are_found_however_the_answer_is_cut(
     form: CallFormat, text: str, said: str, calls: list[Any], special: bool
 ) -> None:
-    words = Words(*([form.begin] if special and form.begin else []))
+    words = Words(*(Calls(form, Words(), {}).markers if special else []))
     for places in cuts(len(text)):
         reader = Calls(form, words, SCHEMAS, 3)
         got = "".join(reader.feed(*piece) for piece in pieces(words, text, places))
         assert got + reader.finish() == said, places
         found = reader.calls()
         assert [(one.name, one.arguments) for one in found] == calls, places
-        assert [one.id for one in found] == [f"call{3 + at:05d}" for at in range(len(calls))]
+        assert len({one.id for one in found}) == len(calls)
+        if form.call_id:
+            assert all(one.id in text or one.id.startswith("call0000") for one in found)
+        else:
+            assert [one.id for one in found] == [f"call{3 + at:05d}" for at in range(len(calls))]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +231,15 @@ def test_calls_are_found_however_the_answer_is_cut(
         (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>"),
         (MINIMAX, '<minimax:tool_call>\n<invoke name="f">\n</invoke>\n'),
         (HERMES, "<tool_call>\n" + "[" * 100_000),
+        (BY_NAME["lfm2"], "<|tool_call_start|>[f(a=" + "[" * 100_000),
+        (BY_NAME["lfm2"], "<|tool_call_start|>[f(a='x)]<|tool_call_end|>"),
+        (BY_NAME["lfm2"], "<|tool_call_start|>[f(a=x)]<|tool_call_end|>"),
+        (BY_NAME["lfm2"], "<|tool_call_start|>[f(a=" + "9" * 5000 + ")]<|tool_call_end|>"),
+        (BY_NAME["gemma4"], '<|tool_call>call:f{a:<|"|>x}<tool_call|>'),
+        (BY_NAME["gemma4"], "<|tool_call>call:f{a:{b 1}}<tool_call|>"),
+        (BY_NAME["kimi-k2"], "<|tool_calls_section_begin|>functions.f:0{}"),
+        (BY_NAME["deepseek-v3.1"], "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}"),
+        (BY_NAME["apertus"], '<|tools_prefix|>[{"f": {}, "g": {}}]<|tools_suffix|>'),
     ],
 )
 def test_what_is_no_call_is_an_error(form: CallFormat, text: str) -> None:
@@ -203,7 +255,7 @@ def test_what_is_written_is_read(form: CallFormat) -> None:
     calls = [
         {"function": {"name": "f", "arguments": {"a": "é\n", "b": [1.5]}}},
         {"function": {"name": "g", "arguments": {}}},
-    ][: 1 if form.style == "lone" else 2]
+    ][: 1 if form.one else 2]
     reader = Calls(form, Words(), SCHEMAS)
     assert reader.feed(form.write(calls), ()) + reader.finish() == ""
     assert [{"name": one.name, "arguments": one.arguments} for one in reader.calls()] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +10,10 @@ from typing import Any
 
 from ..errors import AnswerError
 from ..results import ToolCall
-from .formats import CallFormat, Tags
+from .formats import CallFormat, filled, loose, parts_of
 from .marks import Marks, Vocabulary, may_begin
 from .schemas import kinds_of
+from .values import read_value
 
 __all__ = ["Calls"]
 
@@ -41,11 +43,15 @@ class Calls:
         self._format = format
         self._schemas = schemas
         self._first = first
-        self.markers = [marker for marker in (format.begin, format.end) if marker]
+        texts = [format.text, format.end, format.quote]
+        for form in format.ways:
+            texts += (form.begin, *form.fixed)
+        self.markers = [text.strip() for text in texts if text.strip()]
         self._marks = Marks(vocab, self.markers)
         self._held = ""
         self._calls: str | None = None  # the text of calls, once they began
         self._begun = False  # the text has
+        self._plain = False  # no call may follow
 
     def feed(self, text: str, tokens: Iterable[int]) -> str:
         """What is new of the text."""
@@ -54,7 +60,16 @@ class Calls:
         if self._calls is not None:
             self._calls += text
             return ""
-        if self._format.style == "lone":
+        if not self._begun:
+            if self._format.text.startswith(text) and text != self._format.text:
+                self._held = text
+                return ""
+            if self._format.text and text.startswith(self._format.text):
+                self._plain = self._begun = True
+                text = text.removeprefix(self._format.text)
+        if self._plain:
+            return text
+        if not self._format.begin:
             if not self._begun and text.lstrip(_SPACE).startswith("{"):
                 self._calls = text
                 return ""
@@ -63,13 +78,17 @@ class Calls:
                 return ""
             self._begun = True
             return text
-        before, found, after = text.partition(self._format.begin)
-        if found:
-            self._calls = found + after
-            return before.rstrip(_SPACE)
-        kept = len(text) - may_begin(self._format.begin, text)
+        kept = len(text)
+        for form in self._format.ways:
+            begin = form.begin.strip()
+            before, found, after = text.partition(begin)
+            if found:
+                self._format, self._calls = form, found + after
+                return before.rstrip(_SPACE)
+            kept = min(kept, len(text) - may_begin(begin, text))
         kept = len(text[:kept].rstrip(_SPACE))
         self._held = text[kept:]
+        self._begun = self._begun or kept > 0
         return text[:kept]
 
     def finish(self) -> str:
@@ -82,81 +101,135 @@ class Calls:
         text = self._calls
         if text is None:
             return ()
-        tags = self._format.tags
         try:
-            found = list(self._json(text) if tags is None else self._tagged(text, tags))
+            found = list(self._read(text))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise AnswerError(
                 f"the answer's calls are cut or malformed: {error}", text=text
             ) from None
-        calls: list[ToolCall] = []
-        for name, arguments in found:
+        calls: dict[str, ToolCall] = {}
+        for number, name, arguments in found:
             if name not in self._schemas or not isinstance(arguments, dict):
                 raise AnswerError(f"the answer calls {name!r}, which is no tool", text=text)
-            # Nine letters and digits, which some templates insist on.
-            calls.append(ToolCall(f"call{self._first + len(calls):05d}", name, arguments))
-        return tuple(calls)
+            known = filled(self._format.call_id, {"{id}": number, "{name}": name})
+            if not number or not known or known in calls:
+                # Nine letters and digits, which some templates insist on.
+                known = f"call{self._first + len(calls):05d}"
+            calls[known] = ToolCall(known, name, arguments)
+        return tuple(calls.values())
 
-    def _json(self, text: str) -> Iterator[tuple[str, Any]]:
-        form, at = self._format, 0
-        decoder = json.JSONDecoder()
-        while at < len(text):
-            at = _skip(text, at, form.begin)
-            name = ""
-            if form.style == "named":
-                name, sep, _ = text[at:].partition("[ARGS]")
-                at += len(name) + len(sep)
-            value, at = decoder.raw_decode(text, _skip(text, at))
-            at = _skip(text, _skip(text, at), form.end)
-            at = _skip(text, at)
-            if form.style == "list":
-                yield from ((one["name"], one[form.arguments]) for one in value)
-            elif form.style == "named":
-                yield name.strip(), value
-            else:
-                yield value["name"], value[form.arguments]
-
-    def _tagged(self, text: str, tags: Tags) -> Iterator[tuple[str, Any]]:
+    def _read(self, text: str) -> Iterator[tuple[str, str, Any]]:
+        """The id, the name and the arguments of each call."""
         form = self._format
-        after = _loose(tags.name[1]) if tags.name[1].strip() else r"(?=[\s<]|$)\s*"
-        head = re.compile(rf'{_loose(tags.name[0])}([^\s<>"]+?){after}')
+        close = "]" if form.list else form.end.strip()
+        at = 0
+        while at < len(text):
+            at = _past(text, at, form.begin)
+            if form.list:
+                at = _past(text, at, "[")
+            while True:
+                call, at = self._call(text, at)
+                yield call
+                at = _past(text, at, "")
+                if form.between is None or text.startswith(close or "\0", at):
+                    break
+                if at == len(text) and not close:
+                    break
+                at = _past(text, at, form.between)
+            if form.list:
+                at = _past(text, at, "]")
+            at = _past(text, at, form.end)
+
+    def _call(self, text: str, at: int) -> tuple[tuple[str, str, Any], int]:
+        form = self._format
+        if form.keys is not None:
+            at = _past(text, at, "")
+            call, at = json.JSONDecoder().raw_decode(text, at)
+            if "{name}" in form.keys.values():  # the name is the key
+                ((name, arguments),) = call.items()
+                return ("", name, arguments), at
+            number = call.get(form.keys.get("{id}"), "")
+            return (str(number), call[form.keys["{name}"]], call[form.keys["{arguments}"]]), at
+        head, _, tail = form.call.partition("{arguments}")
+        found = _pattern(head).match(text, at)
+        if found is None:
+            raise ValueError(f"no function at {at}")
+        name, at = found["name"], found.end()
+        number = found["id"] if "{id}" in head else ""
+        if not form.argument:
+            arguments, at = json.JSONDecoder().raw_decode(text, at)
+        elif form.quote:
+            arguments, at = self._listed(text, at)
+        else:
+            arguments, at = self._tagged(text, at, self._schemas.get(name) or {})
+        return (number, name, arguments), _past(text, at, tail)
+
+    def _listed(self, text: str, at: int) -> tuple[dict[str, Any], int]:
+        form = self._format
+        arguments: dict[str, Any] = {}
+        between = loose(form.argument.partition("{value}")[0].removeprefix("{key}"))
+        key = re.compile(rf"""([^\s<>=:,(){{}}\[\]"']+){between}""")
+        while found := key.match(text, at):
+            arguments[found[1]], at = read_value(text, found.end(), form.quote)
+            at = _past(text, at, "")
+            if not text.startswith(form.comma.strip(), at):
+                break
+            at = _past(text, at, form.comma)
+        return arguments, at
+
+    def _tagged(self, text: str, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        before, _, after = self._format.argument.partition("{value}")
         # Line breaks that the format has around a value are not its own.
-        first = r"\n?" if tags.key[1].endswith("\n") else ""
-        last = r"\n?" if tags.value.startswith("\n") else ""
-        argument = re.compile(
-            rf"{_loose(tags.key[0])}([^<>]+?){_loose(tags.key[1], space=False)}{first}"
-            rf"(.*?){last}{re.escape(tags.value.strip())}",
+        first = r"\n?" if before.endswith("\n") else ""
+        last = r"\n?" if after.startswith("\n") else ""
+        head = _pattern(before.rstrip("\n"), first)
+        value = re.compile(
+            rf"(?:<!\[CDATA\[(?P<data>.*?)\]\]>|(?P<text>.*?)){last}{re.escape(after.strip())}\s*",
             re.DOTALL,
         )
-        close = re.compile(_loose(tags.close))
-        at, inside = 0, False
-        while at < len(text):
-            if not inside:
-                at = _skip(text, at, form.begin)
-            found = head.match(text, at)
+        arguments: dict[str, Any] = {}
+        while key := head.match(text, at):
+            found = value.match(text, key.end())
             if found is None:
-                raise ValueError(f"no function at {at}")
-            name, at, arguments = found[1], found.end(), {}
-            schema = self._schemas.get(name) or {}
-            while found := argument.match(text, at):
-                key, at = found[1].strip(), found.end()
-                arguments[key] = _value(schema, key, found[2])
-            found = close.match(text, at)
-            if found is None:
-                raise ValueError(f"no end of {name} at {at}")
-            at = _skip(text, found.end())
-            yield name, arguments
-            inside = tags.grouped and not text.startswith(form.end, at)
-            if inside and at == len(text):
-                raise ValueError(f"no {form.end} at {at}")
-            if not inside:
-                at = _skip(text, _skip(text, at, form.end))
+                raise ValueError(f"no end of {key['key']} at {at}")
+            at = found.end()
+            name, said = key["key"].strip(), found["data"]
+            if said is None:
+                said = found["text"]
+                if key.groupdict().get("text") != "true":
+                    said = _value(schema, name, said)
+            arguments[name] = said
+        return arguments, at
 
 
-def _loose(marker: str, *, space: bool = True) -> str:
-    """A pattern for a marker, whatever space is in it; ``space``: and after it."""
-    pattern = r"\s*" + r"\s*".join(map(re.escape, marker.split()))
-    return pattern + r"\s*" if space else pattern
+_ANY = {
+    "{name}": r'(?P<name>[^\s<>"{}()\[\]]+?)',
+    "{id}": r'(?P<id>[^\s<>"\[\]]+?)',
+    "{key}": r'(?P<key>[^<>="]+?)',
+    "{text}": "(?P<text>true|false)",
+}
+
+
+@functools.cache
+def _pattern(text: str, end: str | None = None) -> re.Pattern[str]:
+    """For the beginning of a call or an argument, whatever space is in it; ``end``: after it, where
+    space is not the pattern's."""
+    parts = parts_of(text)
+    regex = "".join(_ANY.get(part) or loose(part) for part in parts)
+    if parts and not parts[-1].strip():  # nothing else ends a name
+        regex = "".join(_ANY.get(part) or loose(part) for part in parts[:-1])
+        regex += r"(?=[\s<]|$)\s*"
+    elif end is not None:
+        regex = regex.removesuffix(r"\s*") + end
+    return re.compile(regex)
+
+
+def _past(text: str, at: int, what: str) -> int:
+    """Past ``what``, and the space around it."""
+    found = re.compile(loose(what)).match(text, at)
+    if found is None:
+        raise ValueError(f"no {what.strip()} at {at}")
+    return found.end()
 
 
 def _value(schema: Mapping[str, Any], key: str, text: str) -> Any:
@@ -169,13 +242,3 @@ def _value(schema: Mapping[str, Any], key: str, text: str) -> Any:
     except ValueError:
         value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
     return value if "string" not in kinds or kinds & {"any", *_KINDS[type(value)]} else text
-
-
-def _skip(text: str, at: int, what: str | None = None) -> int:
-    """Past ``what``, or past whitespace."""
-    if what is None:
-        return len(text) - len(text[at:].lstrip(_SPACE))
-    at = _skip(text, at)
-    if not text.startswith(what, at):
-        raise ValueError(f"no {what} at {at}")
-    return at + len(what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -116,6 +117,29 @@ class Lark:
         name = f"T{self._count}"
         self._terminals[name] = body
         return name
+
+    def lazy(self, body: str) -> str:
+        """A name for ``body``, which ends as soon as it can."""
+        for name, known in self._rules.items():
+            if known == body and name.endswith("[lazy]"):
+                return name.removesuffix("[lazy]")
+        name = self.name()
+        self._rules[f"{name}[lazy]"] = body
+        return name
+
+    def some(self, members: Sequence[tuple[str, bool]], comma: str) -> str:
+        """The rule of members in this order, with ``comma`` between; what is not required (False)
+        may be missing."""
+        # first: what may follow where nothing was written yet; rest: where something was.
+        first = rest = '""'
+        for member, required in reversed(members):
+            both = f"{member} {rest}"
+            if required:
+                first, rest = self.rule(both), self.rule(f"{comma} {both}")
+            else:
+                first = self.rule(f"{both} | {first}")
+                rest = self.rule(f"({comma} {member})? {rest}")
+        return first
 
     def name(self) -> str:
         """A name for a rule that comes later."""

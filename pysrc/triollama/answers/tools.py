@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -12,12 +13,13 @@ import msgspec
 
 from ..checks import check_kind, shown
 from ..errors import AnswerError, GrammarError, ParameterError, UnsupportedError
-from ..params import UNCONSTRAINED, GenerationParams
+from ..params import UNCONSTRAINED, GenerationParams, Reasoning
 from .calls import Calls
-from .formats import CallFormat, Tags
+from .formats import CallFormat, parts_of
 from .grammar import Grammar
 from .lark import literal
 from .marks import Vocabulary
+from .quoted import Quoted
 from .schemas import is_text, resolved, values_of, without_refs
 from .sound import check_sound
 
@@ -128,6 +130,10 @@ class Tool:
         return {name: getattr(made, name) for name in made.__struct_fields__}
 
 
+def _optional(space: str) -> str:
+    return f"{literal(space)}?" if space else ""
+
+
 def _struct_of(function: Callable[..., Any], name: str) -> type[msgspec.Struct]:
     """The parameters of a function as a type."""
     try:
@@ -192,6 +198,14 @@ class Toolbox:
             **{**UNCONSTRAINED, "reasoning": params.reasoning, "grammar": self.grammar}
         )
 
+    def after_thoughts(self, reasoning: Reasoning) -> Reasoning:
+        """Where thoughts stand in an answer that may call tools."""
+        if self.format is None or not self.format.thoughts_end:
+            return reasoning
+        # What follows thoughts is said after them, so that none may be left out.
+        start = "forced" if reasoning.start == "free" else reasoning.start
+        return msgspec.structs.replace(reasoning, close=self.format.thoughts_end, start=start)
+
     @functools.cached_property
     def grammar(self) -> str | None:
         """What an answer may be, in llguidance's Lark."""
@@ -200,71 +214,116 @@ class Toolbox:
             return None
         grammar = Grammar()
         grammar.add("gap", "GAP?")
-        grammar.add("GAP", r"/[ \n]{1,2}/")
+        grammar.add("GAP", r"/[ \n]{1,6}/")
         grammar.add("TEXT", r"/(.|\n)*/")
         rules = [grammar.rule(self._call(grammar, form, tool)) for tool in self.tools.values()]
         call = grammar.rule(" | ".join(rules))
-        if form.style == "lone":
+        begin = self._marker(form.begin)
+        if not begin:
             grammar.add("FREE", r"/[^{\s](.|\n)*/")
             return grammar.text(call if self.choice == "required" else f"{call} | FREE")
-        begin, end = self._marker(form.begin), self._marker(form.end) if form.end else ""
-        more = f" (gap {begin} calls)*"
-        if form.style == "list":
-            calls = f'gap "[" {call} ({grammar.use("COMMA")} {call})* "]" gap {end}'
-            more = ""
-        elif form.tags is not None:
-            calls = f"{call}+ {end}" if form.tags.grouped else f"{call} {end}"
-            more = "" if form.tags.grouped else more
-        else:
-            calls = f"gap {call} gap {end}" if end else f"gap {call}"
-        grammar.add("calls", calls)
+        several = call if form.between is None else f"{call} ({self._fixed(form.between)} {call})*"
+        if form.list:
+            several = f'gap "[" gap {several} gap "]" gap'
+        grammar.add("calls", f"{several} {self._fixed(form.end)}")
+        more = "" if form.one or form.between is not None else f" (gap {begin} calls)*"
         if self.choice == "required":
             return grammar.text(f"gap {begin} calls{more}")
-        if begin.startswith("<["):  # a special token: text cannot be it
-            head = f"TEXT {begin}"
-        else:
-            grammar.add("head[lazy]", f"TEXT {begin}")
-            head = "head"
-        return grammar.text(f"{head} calls{more} | TEXT")
+        text = f"{self._fixed(form.text)} TEXT"
+        if form.text:  # a call may not follow it
+            return grammar.text(f"gap {begin} calls | {text}")
+        return grammar.text(f"{self._until(grammar, form.begin)} calls{more} | {text}")
 
     def _call(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
-        if form.tags is not None:
-            return self._tagged(grammar, form.tags, tool)
-        arguments = tool.rule(grammar)
-        if form.style == "named":
-            return f"{literal(tool.name + '[ARGS]')} {arguments}"
-        colon, comma = grammar.use("COLON"), grammar.use("COMMA")
-        name, key = literal(literal("name")), literal(literal(form.arguments))
-        return (
-            f'"{{" {name} {colon} {literal(literal(tool.name))} {comma} '
-            f'{key} {colon} {arguments} "}}"'
+        arguments = self._arguments(grammar, form, tool) if form.argument else tool.rule(grammar)
+        rules = {
+            "{name}": literal(literal(tool.name)[1:-1] if form.keys else tool.name),
+            "{id}": grammar.terminal(f"/{form.id}/"),
+            "{arguments}": arguments,
+        }
+        return self._written(form.call, rules)
+
+    def _arguments(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
+        """Arguments one by one, in the order of the schema."""
+        members = []
+        for key, schema, required in tool.parameters():
+            argument = grammar.rule(self._argument(grammar, form, tool, key, schema))
+            members.append((argument, required))
+        return grammar.some(members, self._fixed(form.comma))
+
+    def _argument(
+        self, grammar: Grammar, form: CallFormat, tool: Tool, key: str, schema: Any
+    ) -> str:
+        before, _, after = form.argument.partition("{value}")
+        if form.quote:
+            value = Quoted(grammar, self._fixed(form.quote), tool.schema).rule(schema)
+            return self._written(form.argument, {"{key}": literal(key), "{value}": value})
+        text = is_text(schema, tool.schema)
+        values = values_of(schema) if isinstance(schema, Mapping) else None
+        ways: list[tuple[str, str]] = []
+        if text and values is not None:
+            # No space around it but the format's own would be taken off when it is read.
+            first, last = (
+                _optional(one)
+                for one in (
+                    before[len(before.rstrip()) :],
+                    after[: len(after) - len(after.lstrip())],
+                )
+            )
+            one_of = " | ".join(map(literal, values))
+            ways.append(("true", f"{first} ({one_of}) {last} {self._fixed(after.lstrip())}"))
+        elif text is not False:
+            ways.append(("true", self._until(grammar, after)))
+        if text is False or (text is None and "{text}" in before):
+            rule = tool.rule_of(grammar, key, schema)
+            ways.append(("false", f"gap {rule} {self._fixed(after)}"))
+        return " | ".join(
+            self._written(before.rstrip(), {"{key}": literal(key), "{text}": literal(says)})
+            + f" {value}"
+            for says, value in ways
         )
 
-    def _tagged(self, grammar: Grammar, tags: Tags, tool: Tool) -> str:
-        end = literal(tags.value)
-        parts = [literal(tool.name.join(tags.name))]
-        for key, schema, required in tool.parameters():
-            values = values_of(schema) if isinstance(schema, Mapping) else None
-            text = is_text(schema, tool.schema)
-            if text and values is not None:
-                value = f"({' | '.join(map(literal, values))}) {end}"
-            elif text is False:
-                value = f"{tool.rule_of(grammar, key, schema)} {end}"
-            else:
-                grammar.add("bare[lazy]", f"TEXT {end}")
-                value = "bare"
-            one = f"{literal(key.join(tags.key))} {value}"
-            parts.append(one if required else f"({one})?")
-        if tags.close:
-            parts.append(literal(tags.close))
+    def _written(self, pattern: str, rules: Mapping[str, str]) -> str:
+        """A ``call`` or an ``argument`` of the format, with these rules for what changes."""
+        parts = (rules.get(part) or self._fixed(part) for part in parts_of(pattern))
+        return " ".join(part for part in parts if part)
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text cut where special tokens are in it: those as grammars name them."""
+        pieces, at = [], 0
+        for token in self._vocab.tokenize(text, False, True):
+            if self._vocab.piece(token):
+                continue
+            name = self._vocab.piece(token, True).decode("utf-8", "replace")
+            place = text.index(name, at)
+            pieces += [text[at:place], f"<[{token}]>"]
+            at = place + len(name)
+        return [piece for piece in (*pieces, text[at:]) if piece]
+
+    def _marker(self, text: str) -> str:
+        """What calls begin with: nothing else does."""
+        pieces = self._pieces(text.rstrip())
+        parts = [piece if piece.startswith("<[") else literal(piece) for piece in pieces]
+        return " ".join([*parts, "gap"] if text != text.rstrip() else parts)
+
+    def _fixed(self, text: str) -> str:
+        """What is always written so, but for spaces and line breaks."""
+        parts = []
+        for piece in self._pieces(text):
+            if piece.startswith("<["):
+                parts.append(piece)
+                continue
+            words = re.split(r"\s+", piece)
+            parts.append(" gap ".join(literal(word) if word else "" for word in words).strip())
         return " ".join(parts)
 
-    def _marker(self, marker: str) -> str:
-        """A marker in a grammar: a special token by its number, others as text."""
-        tokens = self._vocab.tokenize(marker, False, True)
-        if len(tokens) == 1 and not self._vocab.piece(tokens[0]):
-            return f"<[{tokens[0]}]>"
-        return literal(marker)
+    def _until(self, grammar: Grammar, text: str) -> str:
+        """Anything up to the first ``text``."""
+        text = text.lstrip()
+        first, *_ = self._pieces(text.rstrip())
+        if first.startswith("<["):  # a special token: text cannot be it
+            return f"TEXT {self._marker(text)}"
+        return f"{grammar.lazy(f'TEXT {literal(first)}')} {self._marker(text[len(first) :])}"
 
     def reader(self, first: int) -> Calls:
         """What finds the calls in an answer. ``first``: the number of calls before it."""

@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import msgspec
 
 from .._engine import WORTH_SHARING
-from ..answers import CallFormat
 from ..chat import ChatTemplate, ChatTokens, Rendered
 from ..chat.template import check_variables
 from ..checks import shown
@@ -21,7 +20,7 @@ from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted, tools_key
-from .protocol import with_protocol, with_schemas
+from .protocol import Calling, with_protocol, with_schemas
 
 __all__ = [
     "Overflow",
@@ -119,7 +118,7 @@ class Prompts:
         self._n_keep: int | None = None
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
         self.thinking: bool | None = None  # of the turn that is planned
-        self.protocol: CallFormat | None = None  # of a template that knows no tools
+        self.calling: Calling | None = None  # of a template that needs help with tools
 
     def are_long(self, messages: Sequence[Message]) -> bool:
         """Whether rendering these takes milliseconds: others should not wait for it."""
@@ -143,14 +142,14 @@ class Prompts:
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template is given them."""
         messages = with_schemas(messages)
-        if self.protocol is None:
+        if self.calling is None:
             return messages
-        return with_protocol(messages, self.tools or (), self.protocol)
+        return with_protocol(messages, self.tools or (), self.calling)
 
     @property
     def shown_tools(self) -> list[Mapping[str, Any]] | None:
         """Tools as the template is given them."""
-        return self.tools if self.protocol is None else None
+        return self.tools if self.calling is None or self.calling.shows else None
 
     @property
     def last_text(self) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from ..answers import FORMATS, CallFormat
+from ..answers.formats import loose
 from ..chat import ChatTemplate
 from ..errors import ChatTemplateError
 from ..files import Message
 
-__all__ = ["format_of", "with_protocol", "with_schemas"]
+__all__ = ["Calling", "calling_of", "with_protocol", "with_schemas"]
 
 _SPEC = {
     "type": "function",
@@ -33,7 +34,6 @@ _CALL = {
     "type": "function",
     "function": {"name": "what4call", "arguments": {"what4name": "what4value"}},
 }
-_ARGUMENTS = r'\{"what4name":\s*"what4value"\}'
 
 _SCHEMA = "{}\n\nAnswer with JSON of this schema:\n{}"
 
@@ -41,42 +41,80 @@ _PROTOCOL = """You may call these functions:
 {tools}
 To call one, answer with
 {call}
-and nothing after it, or with several such blocks. What a function returns comes back in \
-<tool_response></tool_response>."""
+and nothing after it, or with several such blocks."""
+_RESULTS = " What a function returns comes back in <tool_response></tool_response>."
 
 
-def format_of(template: ChatTemplate) -> tuple[CallFormat | None, bool]:
-    """How a template writes calls (None: in a way that is not known), and whether it shows tools at
-    all. Found by rendering one."""
+class Calling(msgspec.Struct, frozen=True):
+    """How a template takes part in calls of tools.
+
+    ``format``: how they are written (None: in a way that is not known). ``shows``: it tells the
+    model of tools. ``writes``: it writes calls, and ``answers``: what came of them. What it does
+    not, :func:`with_protocol` does.
+    """
+
+    format: CallFormat | None
+    shows: bool
+    writes: bool
+    answers: bool
+
+    @property
+    def needs_help(self) -> bool:
+        return self.format is not None and not (self.shows and self.writes and self.answers)
+
+
+def calling_of(template: ChatTemplate) -> Calling:
+    """How a template takes part in calls; found by rendering some."""
     asked = {"role": "user", "content": "what4user"}
     called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-    if "what4tool" not in _rendered(template, [asked]):
-        return FORMATS[0], False
-    text = _rendered(template, [asked, called])
+    shows = "what4tool" in _rendered(template, [asked], [_SPEC])
+    tools = [_SPEC] if shows else None
+    text = _rendered(template, [asked, called], tools)
+    format, writes = None, True
     for form in FORMATS:
-        if re.search(_pattern(form), text):
-            return form, True
-    return None, True
+        if _is_in(form, text):
+            # Some forget calls beside text.
+            both = _rendered(template, [asked, {**called, "content": "what4text"}], tools)
+            format, writes = form, _is_in(form, both)
+            break
+    else:
+        if "what4value" not in text or not shows:
+            signed = (form for form in FORMATS if form.sign)
+            format = next((one for one in signed if _has_sign(one, template)), None)
+            writes = False
+    if format is None:
+        return (
+            Calling(None, True, True, True) if shows else Calling(FORMATS[0], False, False, False)
+        )
+    if not writes:
+        called = {"role": "assistant", "content": format.write([_CALL])}
+    told = {
+        "role": "tool",
+        "content": "what4result",
+        "name": "what4call",
+        "tool_call_id": _CALL["id"],
+    }
+    return Calling(
+        format, shows, writes, "what4result" in _rendered(template, [asked, called, told], tools)
+    )
 
 
-def _rendered(template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
+def _is_in(form: CallFormat, text: str) -> bool:
+    texts = (re.sub("[\"']", "[\"']", loose(way.write([_CALL]))) for way in form.ways)
+    return any(re.search(one, text) for one in texts)
+
+
+def _has_sign(form: CallFormat, template: ChatTemplate) -> bool:
+    return all(sign in template.source for sign in form.sign)
+
+
+def _rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> str:
     try:
-        return template.render(messages, tools=[_SPEC], add_generation_prompt=False).text
+        return template.render(messages, tools=tools, add_generation_prompt=False).text
     except ChatTemplateError:
         return ""
-
-
-def _pattern(form: CallFormat) -> str:
-    begin, end = re.escape(form.begin), re.escape(form.end)
-    if form.tags is not None:
-        parts = re.split(r"\s+|(?<=>)|(?=<)", form.write([_CALL]))
-        return r"\s*".join(re.escape(part) for part in parts if part)
-    if form.style == "named":
-        return rf"{begin}what4call\[ARGS\]\s*{_ARGUMENTS}"
-    call = rf'\{{"name":\s*"what4call",\s*"{form.arguments}":\s*{_ARGUMENTS}'
-    if form.style == "list":
-        return rf"{begin}\s*\[\s*{call}"
-    return rf"{begin}\s*{call}\s*\}}\s*{end}"
 
 
 def with_schemas(messages: Sequence[Message]) -> list[Message]:
@@ -90,17 +128,19 @@ def with_schemas(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_protocol(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], form: CallFormat
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], calling: Calling
 ) -> Sequence[Message]:
-    """Messages for a template that knows no tools: the system prompt tells of them, calls stand in
-    the assistant's text, and results in the user's."""
+    """Messages for a template that does not do all of it: the system prompt tells of tools, calls
+    stand in the assistant's text, and results in the user's."""
+    form = calling.format
+    assert form is not None
     shown: list[Message] = []
     for message in messages:
-        if message.tool_calls:
+        if message.tool_calls and not calling.writes:
             calls = form.write(message.tool_calls)
             content = f"{message.content}\n{calls}" if message.content else calls
             message = msgspec.structs.replace(message, content=content, tool_calls=())  # noqa: PLW2901
-        elif message.role == "tool":
+        elif message.role == "tool" and not calling.answers:
             content = f"<tool_response>\n{message.content}\n</tool_response>"
             if (
                 shown
@@ -110,11 +150,11 @@ def with_protocol(
                 content = f"{shown.pop().content}\n{content}"
             message = Message(role="user", content=content)  # noqa: PLW2901
         shown.append(message)
-    if tools:
-        name = {"name": "<name>", "arguments": "<object>"}
-        example = form.write([{"function": name}]).replace('"<name>"', "<name>")
+    if tools and not calling.shows:
+        function = {"name": "<name>", "arguments": "<object>"}
+        example = form.write([{"function": function, "id": "<id>"}]).replace('"<name>"', "<name>")
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        text = _PROTOCOL.format(tools=lines, call=example)
+        text = _PROTOCOL.format(tools=lines, call=example) + ("" if calling.answers else _RESULTS)
         if shown and shown[0].role in ("system", "developer"):
             content = f"{shown[0].content}\n\n{text}"
             shown[0] = msgspec.structs.replace(shown[0], content=content)

@@ -64,9 +64,12 @@ def turn_params(
     return made, fresh
 
 
-def with_thoughts(params: GenerationParams, plan: Plan, prompts: Prompts) -> GenerationParams:
+def with_thoughts(
+    params: GenerationParams, plan: Plan, prompts: Prompts, toolbox: Toolbox | None = None
+) -> GenerationParams:
     """The parameters of a turn whose prompt was rendered last, and where its template puts
-    thoughts. Raises UnsupportedError where it knows of none, and they are asked for."""
+    thoughts, before what ``toolbox`` allows. Raises UnsupportedError where it knows of none, and
+    they are asked for."""
     if params.reasoning is not None or not plan.messages:
         return params
     found = reasoning_of(prompts.template.source, prompts.last_text)
@@ -78,6 +81,8 @@ def with_thoughts(params: GenerationParams, plan: Plan, prompts: Prompts) -> Gen
             )
         if found.start == "free":
             found = msgspec.structs.replace(found, start="forced")
+    if found is not None and toolbox is not None:
+        found = toolbox.after_thoughts(found)
     return params if found is None else params.replace(reasoning=found)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from ..answers import CallFormat, Calls, Tool, Toolbox, ToolChoice
+from ..answers import Calls, Tool, Toolbox, ToolChoice
 from ..chat import ChatTemplate
 from ..checks import check_count
 from ..errors import AnswerError, ParameterError, UnsupportedError
@@ -19,7 +19,7 @@ from ..results import Completion, ToolCall
 from .choices import Choose, told
 from .history import now
 from .plan import Plan, Prompts
-from .protocol import format_of
+from .protocol import Calling, calling_of
 
 __all__ = [
     "OnToolError",
@@ -44,9 +44,7 @@ ToolSource = Mapping[str, Any] | Callable[..., Any]
 class Tools:
     """The tools of a conversation, and how its template writes calls of them."""
 
-    def __init__(
-        self, sources: Iterable[Any], format: CallFormat | None, shown: bool, vocab: Any
-    ) -> None:
+    def __init__(self, sources: Iterable[Any], calling: Calling, vocab: Any) -> None:
         self.sources = tuple(sources)
         self._tools: dict[str, Tool] = {}
         for tool in map(Tool, self.sources):
@@ -55,12 +53,11 @@ class Tools:
                     f"two tools are called {tool.name!r}", parameter="tools", value=tool.name
                 )
             self._tools[tool.name] = tool
-        self._format = format
-        self._shown = shown
+        self._calling = calling
         self._vocab = vocab
         functions = [tool.function for tool in self._tools.values()]
         self.can_run = bool(functions) and None not in functions
-        if self.can_run and format is None:
+        if self.can_run and calling.format is None:
             raise UnsupportedError(
                 "this template writes calls of tools in a format that is not known, so they can be "
                 "shown to the model (as specifications), but not run; docs/answers.md lists formats"
@@ -77,7 +74,7 @@ class Tools:
                 parameter="tools",
                 value=sources,
             )
-        return cls(sources, *format_of(template), vocab)
+        return cls(sources, calling_of(template), vocab)
 
     def box(self, choice: ToolChoice) -> Toolbox | None:
         """For one answer; None where there are no tools."""
@@ -89,12 +86,12 @@ class Tools:
             )
         if not self._tools:
             return None
-        return Toolbox(self._tools.values(), self._format, self._vocab, choice)
+        return Toolbox(self._tools.values(), self._calling.format, self._vocab, choice)
 
     def show(self, prompts: Prompts) -> None:
         """Let these prompts tell the model of them."""
         prompts.tools = [tool.spec for tool in self._tools.values()]
-        prompts.protocol = None if self._shown else self._format
+        prompts.calling = self._calling if self._calling.needs_help else None
 
     def begin(self, call: ToolCall) -> Any:
         """Call the function: what it returns, perhaps to be awaited. Raises what it raises, and
@@ -106,7 +103,7 @@ class Tools:
 
 def show(tools: Tools | None, prompts: Prompts) -> None:
     """Let these prompts tell the model of these tools, and no others."""
-    prompts.tools, prompts.protocol = None, None
+    prompts.tools, prompts.calling = None, None
     if tools is not None:
         tools.show(prompts)
 

@@ -124,7 +124,9 @@ class TurnStream(Stream):
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
         self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
-        self.params = with_grammar(with_thoughts(self.params, plan, ledger.prompts), plan)
+        self.params = with_grammar(
+            with_thoughts(self.params, plan, ledger.prompts, self._toolbox), plan
+        )
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)
         adapters = await ledger.adapters.number(ledger.chosen)

@@ -170,7 +170,7 @@ class Service:
 
         long = prompts.are_long(state.messages)
         tokens = await trio.to_thread.run_sync(make) if long else make()
-        params = with_thoughts(params, Plan(base, added, tokens, 0, 0), prompts)
+        params = with_thoughts(params, Plan(base, added, tokens, 0, 0), prompts, box)
         end = chats.turn_end(template)
         if end.stop:
             params = params.replace(stop=(*params.stop, *end.stop))

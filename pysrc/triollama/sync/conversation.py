@@ -397,7 +397,7 @@ class Conversation:
         prompts.thinking = made.thinking
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
-        made = with_grammar(with_thoughts(made, plan, prompts), plan)
+        made = with_grammar(with_thoughts(made, plan, prompts, toolbox), plan)
         if toolbox is not None and made.grammar != toolbox.grammar:
             toolbox = None
         sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh, toolbox=toolbox)

@@ -8,7 +8,7 @@ generated begins with a token of its own, as it does when the model generates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from ..chat.template import check_messages, check_variables
 from ..checks import check_kind, shown
 from ..files import Message
 from .errors import InvalidSettingError
+
+if TYPE_CHECKING:
+    from ..conversation.protocol import Calling
 
 __all__ = ["Encoder", "Example", "PreferenceExample", "Tokens", "Vocab"]
 
@@ -84,7 +87,7 @@ class Encoder:
         self._chats = ChatTokenizer(vocab)
         # Of its own: the other learns a template's markers, which bare texts do not have.
         self._texts = ChatTokenizer(vocab)
-        self._calls: tuple[Any, bool] | None = None  # how the template writes calls
+        self._calling: Calling | None = None  # how the template takes part in calls
         self._turn_tokens = (
             frozenset() if template is None else frozenset(self._chats.turn_end(template).tokens)
         )
@@ -152,9 +155,10 @@ class Encoder:
         check_kind("learn", learn, Callable, type(None))
         check_kind("tools", tools, list, tuple, type(None))
         named = check_variables(variables)
-        if tools and not self._shows_tools():
+        if tools and self._needs_help():
             messages, learn = self._with_protocol(messages, learn, tools)
-            tools = None
+            assert self._calling is not None
+            tools = tools if self._calling.shows else None
         examples = []
         for text in training_texts(self.template, messages, learn=learn, tools=tools, **named):
             made = self._chats.encode(text.rendered, text.spans, context=text.context)
@@ -168,13 +172,13 @@ class Encoder:
             examples.append(self._example(tokens, targets, source))
         return examples
 
-    def _shows_tools(self) -> bool:
-        from ..conversation.protocol import format_of
+    def _needs_help(self) -> bool:
+        from ..conversation.protocol import calling_of
 
-        if self._calls is None:
+        if self._calling is None:
             assert self.template is not None
-            self._calls = format_of(self.template)
-        return self._calls[1]
+            self._calling = calling_of(self.template)
+        return self._calling.needs_help
 
     def _with_protocol(
         self,
@@ -182,10 +186,10 @@ class Encoder:
         learn: Callable[[int], bool] | None,
         tools: Sequence[Mapping[str, Any]],
     ) -> tuple[list[dict[str, Any]], Callable[[int], bool]]:
-        """The chat as serving gives it to a template that knows no tools."""
+        """The chat as serving gives it to a template that needs help with tools."""
         from ..conversation.protocol import with_protocol
 
-        assert self._calls is not None and self._calls[0] is not None
+        assert self._calling is not None
         given = []
         for index, message in enumerate(check_messages(messages)):
             learned = learn is None or learn(index)
@@ -193,7 +197,7 @@ class Encoder:
             fields["content"] = message.get("content") or ""
             fields["tool_calls"] = tuple(message.get("tool_calls") or ())
             given.append(Message(**fields, finish_reason="" if learned else "length"))
-        placed = with_protocol(given, tools, self._calls[0])
+        placed = with_protocol(given, tools, self._calling)
         return [one.for_template() for one in placed], lambda index: not placed[index].was_cut
 
     def _ends_turn(self, token: int) -> bool:
