@@ -293,6 +293,11 @@ cdef class Context(Owner):
                 raise UnsupportedError(f"exact=True: {inexact}")
             if not has_flash_attention(self.ptr):
                 flash_attn = "off"
+        if llama.llama_get_pooling_type(self.ptr) == llama.LLAMA_POOLING_TYPE_RANK and not model.has_head:
+            self.undo()
+            raise UnsupportedError(
+                f"pooling='rank' needs a model with a ranking head (tensors cls, cls.output), and"
+                f" {model.path} has none: take a reranker, or another pooling for embeddings")
         self.exact = exact
         self.mem = llama.llama_get_memory(self.ptr)
         self.n_batch = llama.llama_n_batch(self.ptr)

@@ -253,6 +253,7 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_n_head_kv(const llama_model * model) noexcept
     int32_t llama_model_n_swa(const llama_model * model) noexcept
     uint32_t llama_model_n_cls_out(const llama_model * model) noexcept
+    const char * llama_model_cls_label(const llama_model * model, uint32_t i) noexcept
     int32_t llama_model_meta_count(const llama_model * model) noexcept
     int32_t llama_model_meta_key_by_index(
         const llama_model * model, int32_t i, char * buf, size_t buf_size) noexcept
@@ -389,6 +390,7 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_fim_mid(const llama_vocab * vocab) noexcept
     cpp_bool llama_vocab_get_add_bos(const llama_vocab * vocab) noexcept
     cpp_bool llama_vocab_get_add_eos(const llama_vocab * vocab) noexcept
+    cpp_bool llama_vocab_get_add_sep(const llama_vocab * vocab) noexcept
     int32_t llama_token_to_piece(
         const llama_vocab * vocab,
         llama_token token,

@@ -515,10 +515,35 @@ cdef class Model(Owner):
         return llama.llama_model_n_swa(self.ptr)
 
     @property
+    def has_head(self) -> bool:
+        """Whether the file has a classifier's or reranker's head (tensors ``cls``, ``cls.output``)."""
+        self.alive()
+        cdef size_t i
+        if self.has_head_ is None:
+            found = False
+            for i in range(self.files.marks().size()):
+                _, tensors = read_gguf(<bytes>self.files.marks()[i].path)
+                found = found or "cls.weight" in tensors or "cls.output.weight" in tensors
+            self.has_head_ = found
+        return self.has_head_
+
+    @property
     def n_cls_out(self) -> int:
-        """Outputs of a classifier or reranker head."""
+        """Outputs of a classifier's or reranker's head; 1 where there is none."""
         self.alive()
         return llama.llama_model_n_cls_out(self.ptr)
+
+    @property
+    def cls_labels(self) -> list[str]:
+        """The labels of these outputs, where the file has any."""
+        self.alive()
+        cdef const char * label
+        labels = []
+        for i in range(llama.llama_model_n_cls_out(self.ptr)):
+            label = llama.llama_model_cls_label(self.ptr, i)
+            if label != NULL:
+                labels.append(label.decode("utf-8", "replace"))
+        return labels
 
     @property
     def has_encoder(self) -> bool:

@@ -6,6 +6,7 @@ cdef class Model(Owner):
     cdef int n_gpu_layers_
     cdef dict metadata_
     cdef bytes fingerprint_
+    cdef object has_head_       # None: not looked for
     cdef dict overrides         # kv_overrides, as metadata has them
 
     cdef void free(self) noexcept nogil

@@ -313,6 +313,12 @@ cdef class Vocab:
         self.alive()
         return llama.llama_vocab_get_add_eos(self.ptr)
 
+    @property
+    def adds_sep(self) -> bool:
+        """Whether a separator stands between two texts that are read together."""
+        self.alive()
+        return llama.llama_vocab_get_add_sep(self.ptr)
+
 
 cdef Vocab vocab_of(Model model):
     cdef Vocab vocab = Vocab.__new__(Vocab, maker)

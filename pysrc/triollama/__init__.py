@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from .files import Message
     from .llama import Llama, StreamInfo
     from .lowlevel import quantize
-    from .results import Choice, Completion, FinishReason, Score, TokenLogprob, ToolCall, Usage
+    from .reranking import Reranker, open_reranker
+    from .results import (
+        Choice,
+        Completion,
+        FinishReason,
+        Ranking,
+        Score,
+        TokenLogprob,
+        ToolCall,
+        Usage,
+    )
     from .serving import open_llama, run_llama
     from .streams.map import MapResult, MapResults
     from .streams.stream import Piece, Stream
@@ -94,7 +104,9 @@ __all__ = [
     "NoAdapterError",
     "NonFiniteLossError",
     "Piece",
+    "Ranking",
     "Reasoning",
+    "Reranker",
     "Score",
     "SessionNotFoundError",
     "Statistics",
@@ -114,6 +126,7 @@ __all__ = [
     "lowlevel",
     "models",
     "open_llama",
+    "open_reranker",
     "quantize",
     "run_llama",
     "structured",
@@ -139,12 +152,15 @@ _HOMES = {
     "TurnStream": "conversation.turn",
     "open_llama": "serving",
     "run_llama": "serving",
+    "Reranker": "reranking",
+    "open_reranker": "reranking",
     "Statistics": "engine.statistics",
     "ChatTemplate": "chat",
     "quantize": "lowlevel",
     "Choice": "results",
     "Completion": "results",
     "FinishReason": "results",
+    "Ranking": "results",
     "Score": "results",
     "TokenLogprob": "results",
     "ToolCall": "results",

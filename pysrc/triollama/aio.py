@@ -32,16 +32,18 @@ from .conversation.conversation import Conversation
 from .conversation.registry import Conversations
 from .errors import BusyError
 from .llama import Llama
+from .reranking import Reranker
+from .reranking import open_reranker as _open_reranker
 from .serving import open_llama as _open_llama
 from .streams.map import MapResults
 from .streams.partials import Partials
 from .streams.stream import Stream
 
-__all__ = ["open_llama"]
+__all__ = ["open_llama", "open_reranker"]
 
 
 class _Guest:
-    """A trio program beside the tasks of asyncio's loop, in which a Llama is open."""
+    """A trio program beside the tasks of asyncio's loop, in which a Llama or a Reranker is open."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -49,16 +51,16 @@ class _Guest:
         self._scope = trio.CancelScope()
         self._over: asyncio.Future[None] = self._loop.create_future()
 
-    async def start(self, opening: Any) -> Llama:
+    async def start(self, opening: Any) -> Any:
         """Enter ``opening``, and stay there until ``stop``."""
-        opened: asyncio.Future[Llama] = self._loop.create_future()
+        opened: asyncio.Future[Any] = self._loop.create_future()
 
         async def main() -> None:
             with self._scope:
-                async with opening as llama:
+                async with opening as it:
                     try:
                         async with trio.open_nursery() as self._nursery:
-                            opened.set_result(llama)
+                            opened.set_result(it)
                             await trio.sleep_forever()
                     finally:
                         self._nursery = None
@@ -99,7 +101,7 @@ class _Guest:
         """Run it in trio. A cancellation here cancels it there, and waits for its end. ``late``
         gets the result, if there is one all the same."""
         if asyncio.get_running_loop() is not self._loop:
-            raise BusyError("this Llama belongs to another event loop, the one that opened it")
+            raise BusyError("this belongs to another event loop, the one that opened it")
         if self._nursery is None:
             raise trio.ClosedResourceError("this Llama was closed")
         ended: asyncio.Future[None] = self._loop.create_future()
@@ -276,6 +278,25 @@ class open_llama:
     async def __aenter__(self) -> Llama:
         self._guest = _Guest()
         return cast(Llama, _There(self._guest, await self._guest.start(self._opening)))
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._guest.stop()
+
+
+class open_reranker:
+    """``triollama.open_reranker`` for asyncio, with the same arguments and errors."""
+
+    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+        self._opening: Any = _open_reranker(path, **options)
+
+    async def __aenter__(self) -> Reranker:
+        self._guest = _Guest()
+        return cast(Reranker, _There(self._guest, await self._guest.start(self._opening)))
 
     async def __aexit__(
         self,

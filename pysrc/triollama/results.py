@@ -111,6 +111,21 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[float, ...]
 
 
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """How well documents answer a query, in the order in which they were given.
+
+    ``scores``: the first output of the model's head, as it is: larger is better, and what is large
+    the model decides. ``order``: their indices, the best first. ``outputs``: all outputs, float32
+    [len(documents), n_outputs], one for most rerankers; ``labels``: those of the outputs, where
+    the file names them.
+    """
+
+    scores: tuple[float, ...]
+    order: tuple[int, ...]
+    outputs: Floats
+    labels: tuple[str, ...] = ()
+
+
 class Score(msgspec.Struct, frozen=True, kw_only=True):
     """How likely the model finds a text.
 

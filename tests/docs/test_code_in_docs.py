@@ -75,6 +75,7 @@ def folder(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader stands: a model, adapters, chats to learn from."""
     model = tiny("llama", n_ctx=16384)
     (tmp_path / "model.gguf").symlink_to(model)
+    (tmp_path / "reranker.gguf").symlink_to(tiny("bert", labels=("LABEL_0",)))
     write_adapter(tmp_path / "adapter.gguf", model, seed=1)
     with Model(model) as loaded:
         width = loaded.n_embd

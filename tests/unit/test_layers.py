@@ -20,11 +20,12 @@ LAYERS = (
     ("_engine",),
     ("lowlevel",),
     ("answers", "chat", "models", "files"),
+    ("ranking",),
     ("engine",),
     ("streams",),
     ("conversation",),
     ("llama",),
-    ("serving", "sync"),
+    ("serving", "reranking", "sync"),
     ("tuning",),
     ("aio", "compat", "server", "testing"),
     ("cli",),
@@ -33,7 +34,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TRIO_ALLOWED = (
-    *("engine", "streams", "conversation", "llama", "serving"),
+    *("engine", "streams", "conversation", "llama", "serving", "reranking"),
     *("aio", "compat", "server", "testing", "tuning", "uninterrupted", "files/autosave.py"),
 )
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..params import GenerationParams
-from ..results import Completion, Score, TokenLogprob, Usage
+from ..results import Completion, Ranking, Score, TokenLogprob, Usage
 from .llama import Llama
+from .reranker import Reranker
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = [
     "Conversation",
     "GenerationParams",
     "Llama",
+    "Ranking",
+    "Reranker",
     "Score",
     "Stream",
     "TokenLogprob",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .._engine import Batch, Context, Model, embed_tokens, set_adapters, set_control_vector
+from .._engine import Context, Model, embed_tokens, set_adapters, set_control_vector
 from ..checks import shown
 from ..engine.loaded import parts_of
-from ..errors import ContextFullError, ParameterError
+from ..errors import ContextFullError, ParameterError, UnsupportedError
+from ..ranking import TOGETHER, compute, packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 # In llama.cpp's order.
 _POOLINGS = ("none", "mean", "cls", "last", "rank")
-# Texts, and of decoders tokens, that are computed together. A token is a row of output.
-_TOGETHER = 16
+# Tokens of decoders that are computed together. A token is a row of output.
 _N_UBATCH = 128
 
 
@@ -59,12 +58,16 @@ class Embedder:
         decodes = model.has_decoder and not model.has_encoder and self._beside.causal
         if pooling is None:
             pooling = "mean" if own == "none" else own
-        choices = [name for name in _POOLINGS if name != "rank" or own == "rank" or not decodes]
-        if pooling not in choices:
+        if pooling not in _POOLINGS:
             raise ParameterError(
-                f"pooling must be one of {', '.join(choices)} for this model, not {shown(pooling)}",
+                f"pooling must be one of {', '.join(_POOLINGS)}, not {shown(pooling)}",
                 parameter="pooling",
                 value=pooling,
+            )
+        if pooling == "rank" and not model.has_head:
+            raise UnsupportedError(
+                "pooling='rank' needs a model with a ranking head (tensors cls, cls.output), and"
+                f" {model.path} has none: take a reranker, or another pooling"
             )
         return pooling, decodes and pooling != "rank"
 
@@ -86,7 +89,7 @@ class Embedder:
             use_adapters(context, adapters)
             self._adapters = adapters
         rows: list[npt.NDArray[np.float32]] = []
-        for some in _packed(texts, context.n_ubatch):
+        for some in packed(texts, context.n_ubatch):
             if len(some) == 1 and (in_pieces or pooling == "none"):
                 rows.append(embed_tokens(context, some[0], pooling))
             else:
@@ -104,7 +107,7 @@ class Embedder:
                 self._model,
                 n_ctx=beside.n_ctx,
                 n_ctx_total=beside.n_ctx,
-                n_seq_max=_TOGETHER,
+                n_seq_max=TOGETHER,
                 n_batch=n_ubatch,
                 n_ubatch=n_ubatch,
                 n_threads=beside.n_threads,
@@ -116,31 +119,12 @@ class Embedder:
         return self._context
 
 
-def _packed(texts: list[list[int]], n_ubatch: int) -> Iterator[list[list[int]]]:
-    """Neighbours that fit into one ubatch; what is longer, alone."""
-    some: list[list[int]] = []
-    for tokens in texts:
-        if some and (len(some) == _TOGETHER or sum(map(len, some)) + len(tokens) > n_ubatch):
-            yield some
-            some = []
-        some.append(tokens)
-    if some:
-        yield some
-
-
 def _together(
     context: Context, texts: list[list[int]], pooling: str, in_pieces: bool
 ) -> list[npt.NDArray[np.float32]]:
     import numpy
 
-    batch = Batch(max(1, sum(map(len, texts))))
-    for sequence, tokens in enumerate(texts):
-        batch.extend(tokens, 0, sequence, "all")
-    if context.has_memory:
-        context.memory.clear()
-        context.decode(batch)
-    else:
-        context.encode(batch)
+    compute(context, texts)
     if not in_pieces:
         return [context.sequence_embedding(at, copy=True) for at in range(len(texts))]
     rows: list[npt.NDArray[np.float32]] = []

@@ -501,7 +501,8 @@ class Llama:
         """Embeddings of one text, float32 [n_embd], or of several, [len(text), n_embd].
 
         pooling: "mean", "cls" (first token), "last", "none" (one row a token; one text only),
-        "rank" (rerankers: their score); None is the model's own, or "mean" where it names none.
+        "rank" (a head's outputs; pairs are :class:`~triollama.sync.Reranker`'s); None is the
+        model's own, or "mean" where it names none.
         normalize: divide by the Euclidean norm ("rank" is left as it is).
         Short texts are computed together. Uses a second context, made when first needed. Raises
         ParameterError, ContextFullError.

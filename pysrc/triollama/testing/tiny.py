@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ from .tiny_shape import (
     ATTENDING,
     DTYPES,
     ENCODERS,
+    HEADED,
     N_EXPERT,
     N_EXPERT_USED,
     ROPE_SCALINGS,
@@ -32,7 +33,16 @@ from .tiny_shape import (
     check_rope,
     check_shape,
 )
-from .tiny_tensors import D_CONV, D_STATE, N_TAPS, Tensors, add_encoder, add_tensors, llama3_factors
+from .tiny_tensors import (
+    D_CONV,
+    D_STATE,
+    N_TAPS,
+    Tensors,
+    add_encoder,
+    add_head,
+    add_tensors,
+    llama3_factors,
+)
 from .tiny_vocab import TinyVocab, make_vocab
 
 __all__ = ["ARCHITECTURES", "DTYPES", "ENCODERS", "ROPE_SCALINGS", "make_tiny_model"]
@@ -60,7 +70,8 @@ def make_tiny_model(
     rope_factor: float = 4.0,
     rope_original_ctx: int = 256,
     dtype: str = "F32",
-    chat_template: str | None = "default",
+    chat_template: str | Mapping[str, str] | None = "default",
+    labels: Sequence[str] = (),
     name: str | None = None,
 ) -> Path:
     """Write a random model to ``path`` (a GGUF file) and return the path.
@@ -84,7 +95,9 @@ def make_tiny_model(
     which it says True (gemma2, gemma3; 0 turns it off for gemma3; gemma2's pattern is fixed at 2).
     ``rope_scaling`` is one of
     :data:`ROPE_SCALINGS` with ``rope_factor`` and ``rope_original_ctx``. ``dtype`` is one of
-    :data:`DTYPES`. ``chat_template``: the family's own by default, ``None`` for none, or Jinja.
+    :data:`DTYPES`. ``chat_template``: the family's own by default, ``None`` for none, or Jinja, or
+    several by their names. ``labels`` (bert, qwen3) adds a classifier's head with so many outputs,
+    one for a reranker, and makes it the model's pooling.
 
     The file appears complete or not at all. Raises ParameterError for arguments that make no model
     and ImportError if the package ``gguf`` is missing.
@@ -93,7 +106,8 @@ def make_tiny_model(
     none = type(None)
     given: dict[tuple[type, ...], dict[str, object]] = {
         (str,): {"arch": arch, "dtype": dtype},
-        (str, none): {"chat_template": chat_template, "name": name},
+        (str, none): {"name": name},
+        (str, Mapping, none): {"chat_template": chat_template},
         (int,): {
             "seed": seed,
             "n_head": n_head,
@@ -109,6 +123,7 @@ def make_tiny_model(
         },
         (int, float): {"rope_base": rope_base, "rope_factor": rope_factor},
         (int, list, tuple): {"swa_pattern": swa_pattern},
+        (list, tuple): {"labels": labels},
     }
     for kinds, values in given.items():
         for label, value in values.items():
@@ -128,6 +143,10 @@ def make_tiny_model(
         head_dim = max(32, n_embd // n_head) if a.own_head_dim else n_embd // n_head
     check_shape(arch, a, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_ctx, dtype)
     check_rope(arch, a, rope_scaling, rope_factor)
+    if labels and (arch not in HEADED or not all(isinstance(one, str) for one in labels)):
+        raise ParameterError(
+            f"labels are strings, for {' and '.join(HEADED)}; not {shown(labels)} for {arch}"
+        )
     least_window = 0 if arch == "gemma3" else 1
     if a.window and (sliding_window < least_window or swa_pattern in (0, ())):
         raise ParameterError(
@@ -136,6 +155,7 @@ def make_tiny_model(
 
     vocab = make_vocab(a.style, n_vocab)
     shape = Shape(arch, a, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, rope_scaling)
+    shape = shape._replace(n_cls_out=len(labels))
     target = Path(path)
     with replacing(target) as temporary:
         w = gguf.GGUFWriter(temporary, arch)
@@ -148,6 +168,9 @@ def make_tiny_model(
         else:
             w.add_layer_norm_rms_eps(_EPS)
         _add_mixer_keys(w, shape, sliding_window, swa_pattern)
+        if labels:
+            w.add_classifier_output_labels(list(labels))
+            w.add_uint32(f"{arch}.pooling_type", 4)
         if a.mixer in ATTENDING:
             w.add_feed_forward_length(n_ff)
         if a.experts:
@@ -165,6 +188,8 @@ def make_tiny_model(
             add_encoder(writer, shape, vocab, n_ctx)
         else:
             add_tensors(writer, shape, vocab)
+        if labels:
+            add_head(writer, shape)
         if rope_scaling == "llama3":
             writer.exact(
                 "rope_freqs.weight",
@@ -198,7 +223,8 @@ def _add_mixer_keys(
     if s.a.mixer == "encoder":
         w.add_head_count(s.n_head)
         w.add_causal_attention(False)
-        w.add_uint32(f"{s.arch}.pooling_type", 1)  # the mean
+        if not s.n_cls_out:
+            w.add_uint32(f"{s.arch}.pooling_type", 1)  # the mean
         w.add_token_type_count(2)
         return
     if s.a.mixer == "shortconv":
@@ -253,7 +279,7 @@ def _add_rope_scaling(w: Any, scaling: str | None, factor: float, original_ctx: 
         w.add_float32("mistral3.attention.temperature_scale", 0.1)
 
 
-def _add_vocab(w: Any, vocab: TinyVocab, chat_template: str | None) -> None:
+def _add_vocab(w: Any, vocab: TinyVocab, chat_template: str | Mapping[str, str] | None) -> None:
     w.add_tokenizer_model(vocab.model)
     w.add_tokenizer_pre(vocab.pre)
     w.add_token_list(list(vocab.tokens))
@@ -266,7 +292,11 @@ def _add_vocab(w: Any, vocab: TinyVocab, chat_template: str | None) -> None:
         w.add_uint32(f"tokenizer.ggml.{_ROLE_KEYS[role]}_token_id", token)
     w.add_add_bos_token(vocab.add_bos)
     w.add_add_space_prefix(vocab.add_space_prefix)
-    if chat_template is not None:
+    if isinstance(chat_template, Mapping):
+        w.add_chat_template(
+            [{"name": name, "template": source} for name, source in chat_template.items()]
+        )
+    elif chat_template is not None:
         w.add_chat_template(vocab.chat_template if chat_template == "default" else chat_template)
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "ATTENDING",
     "DTYPES",
     "ENCODERS",
+    "HEADED",
     "N_EXPERT",
     "N_EXPERT_USED",
     "ROPE_SCALINGS",
@@ -82,6 +83,9 @@ ENCODERS = tuple(arch for arch, a in ARCHS.items() if a.mixer == "encoder")
 ARCHITECTURES = tuple(arch for arch in ARCHS if arch not in ENCODERS)
 """Architectures that generate."""
 
+HEADED = ("bert", "qwen3")
+"""Architectures that may have a classifier's head."""
+
 MOST_WEIGHTS = 2**30
 """In all layers; more would take minutes, and gigabytes."""
 
@@ -100,6 +104,7 @@ class Shape(NamedTuple):
     head_dim: int
     n_ff: int
     rope_scaling: str | None
+    n_cls_out: int = 0  # of a classifier's head; 0: there is none
 
     @property
     def d_inner(self) -> int:

@@ -14,7 +14,16 @@ import numpy.typing as npt
 from .tiny_shape import N_EXPERT, Shape
 from .tiny_vocab import BYTE, NORMAL, TinyVocab
 
-__all__ = ["D_CONV", "D_STATE", "N_TAPS", "Tensors", "add_encoder", "add_tensors", "llama3_factors"]
+__all__ = [
+    "D_CONV",
+    "D_STATE",
+    "N_TAPS",
+    "Tensors",
+    "add_encoder",
+    "add_head",
+    "add_tensors",
+    "llama3_factors",
+]
 
 Array = npt.NDArray[Any]
 
@@ -117,6 +126,15 @@ def add_encoder(t: Tensors, s: Shape, vocab: TinyVocab, n_ctx: int) -> None:
         projection(block + "ffn_up", s.n_ff, s.n_embd, 1.5)
         projection(block + "ffn_down", s.n_embd, s.n_ff, _FFN_GAIN)
         norm(block + "layer_output_norm")
+
+
+def add_head(t: Tensors, s: Shape) -> None:
+    """Of a classifier: an encoder's is of two layers, others' of one."""
+    if s.a.mixer == "encoder":
+        t.matrix("cls.weight", s.n_embd, s.n_embd, 1.0)
+        t.vector("cls.bias", s.n_embd, 0.1)
+        t.vector("cls.output.bias", s.n_cls_out, 0.1)
+    t.matrix("cls.output.weight", s.n_cls_out, s.n_embd, 1.0)
 
 
 def _add_embeddings(t: Tensors, s: Shape, vocab: TinyVocab) -> None:
