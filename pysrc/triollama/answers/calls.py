@@ -145,6 +145,8 @@ class Calls:
         if form.keys is not None:
             at = _past(text, at, "")
             call, at = json.JSONDecoder().raw_decode(text, at)
+            if not isinstance(call, dict):
+                raise ValueError(f"no call at {at}")
             if "{name}" in form.keys.values():  # the name is the key
                 ((name, arguments),) = call.items()
                 return ("", name, arguments), at
