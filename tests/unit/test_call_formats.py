@@ -41,6 +41,11 @@ def pick(days: Annotated[int, Meta(ge=1, le=14)], unit: Unit, often: bool = Fals
     return f"{days} {unit} {often}"
 
 
+def note(text: str, more: list[str] | None = None, deep: dict[str, bool] | None = None) -> str:
+    """Notes."""
+    return f"{text} {more} {deep}"
+
+
 def now() -> str:
     """The time."""
     return ""
@@ -192,6 +197,55 @@ def test_random_answers_are_never_malformed(vocab: Vocab, form: CallFormat) -> N
                 assert tools[made.name].keywords(made.arguments) is not None
                 called += 1
     assert called > 3
+
+
+A, B = "<|start_header_id|>", "<|end_header_id|>"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        CallFormat(name="json", begin=A, end=B),
+        CallFormat(name="text", begin=A, call=f"to {{name}}{A}{{arguments}}{B}", end=B, between=""),
+        CallFormat(
+            name="tags", begin=A, call="{name}\n{arguments}", end=B,
+            argument=f"{A}{{key}}={{value}}{B}\n",
+        ),
+        CallFormat(
+            name="quoted", begin=f"{A}call:", call="{name}{{arguments}}", end=A,
+            argument="{key}:{value}", comma=",", quote=B,
+        ),
+        CallFormat(name="text first", begin=A, one=True, text=f"{A}{B}"),
+    ],
+    ids=lambda form: form.name,
+)  # fmt: skip
+def test_markers_that_are_special_tokens(vocab: Vocab, form: CallFormat) -> None:
+    """They are bound by their numbers, and read by their tokens; of a text they are no part."""
+    tools = {"pick": Tool(pick), "now": Tool(now), "note": Tool(note)}
+    rng, called, said = np.random.default_rng(7), 0, 0
+    marks = [vocab.tokenize(marker, False, True)[0] for marker in (A, B)]
+    for seed in range(40):
+        box = Toolbox(tools.values(), form, vocab, "required" if seed % 2 else "auto")
+        sampler = Sampler(vocab, GenerationParams(grammar=box.grammar, seed=seed, **FREE))
+        reader, shown = box.reader(0), ""
+        for _ in range(300):
+            row = rng.normal(0.0, 2.0, vocab.n_tokens).astype(np.float32)
+            row[6 + 128 : 6 + 256] = -100.0  # bytes of no character
+            row[marks] += 6.0
+            token = sampler.sample(row)
+            if vocab.is_eog(token):
+                shown += reader.finish()
+                break
+            sampler.accept(token)
+            shown += reader.feed(vocab.piece(token).decode(), [token])
+        else:
+            continue
+        said += bool(shown)
+        assert A not in shown and B not in shown
+        for made in reader.calls():
+            assert tools[made.name].keywords(made.arguments) is not None
+            called += 1
+    assert called > 10 and said, (called, said)
 
 
 def test_a_schema_whose_arguments_have_no_names_is_refused(vocab: Vocab) -> None:
