@@ -1,6 +1,6 @@
 """How many JSON schemas are enforced, and whether right: the cases of MaskBench (JSONSchemaBench).
 
-    python scripts/maskbench.py FOLDER [--model FILE.gguf] [--markdown]
+    python scripts/maskbench.py FOLDER [--model FILE.gguf] [--show]
 
 Each file of FOLDER is a case: a schema, and instances that are valid or not. A schema is enforced
 or refused; where it is enforced, every valid instance must be possible (its keys in the order of
