@@ -523,6 +523,21 @@ def test_what_follows_thoughts_is_said_after_them() -> None:
     run(main)
 
 
+def test_a_channel_is_no_part_of_an_answer(tiny: Any) -> None:
+    """gpt-oss names one before each message: an answer begins after thoughts, or after none."""
+    source = harmony()
+
+    async def main() -> None:
+        async with open_llama(tiny("llama"), n_ctx=4096, max_streams=1, threads=1) as llama:
+            for options in ({"max_reasoning_tokens": 5}, {"thinking": False}):
+                chat = llama.conversation(template=source, params=PARAMS.replace(max_tokens=90))
+                reply = await chat.say("Go", choices=("Yes", "No"), **options)
+                assert reply.text in ("Yes", "No")
+                assert bool(reply.reasoning) == ("thinking" not in options)
+
+    run(main)
+
+
 def test_a_model_of_chance_thinks_before_it_calls(tiny: Any) -> None:
     source = harmony()
 

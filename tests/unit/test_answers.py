@@ -101,7 +101,7 @@ def test_thoughts_are_told_from_the_answer_however_it_is_cut(
             "<|channel|>' + 'analysis",
             "<|start|>assistant",
             "<|channel|>analysis<|message|>",
-            "free",
+            "forced",
         ),
     ],
 )

@@ -114,6 +114,8 @@ TYPES: dict[str, Any] = {
     "date keys": dict[datetime.date, bool],
     "short keys": dict[Annotated[str, Meta(max_length=3)], bool],
     "short": Annotated[str, Meta(max_length=5)],
+    "no text": Annotated[str, Meta(max_length=0)],
+    "empty keys": dict[Annotated[str, Meta(max_length=0)], bool],
     "long": Annotated[str, Meta(min_length=2, max_length=300)],
     "enum": Colour,
     "numbers": Level,
@@ -220,9 +222,11 @@ def values(info: Any) -> st.SearchStrategy[Any]:
             allow_nan=False, allow_infinity=False, min_value=-1.6e308, max_value=1.6e308
         )
     if kind == "StrType":
-        return st.text(min_size=info.min_length or 0, max_size=info.max_length or 9)
+        most = 9 if info.max_length is None else info.max_length
+        return st.text(min_size=info.min_length or 0, max_size=most)
     if kind == "BytesType":
-        return st.binary(min_size=info.min_length or 0, max_size=info.max_length or 10)
+        most = 10 if info.max_length is None else info.max_length
+        return st.binary(min_size=info.min_length or 0, max_size=most)
     if kind == "DateTimeType":
         zones = [None] if info.tz is False else [datetime.UTC, WEST]
         return st.datetimes(timezones=st.sampled_from(zones))

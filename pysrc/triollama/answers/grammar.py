@@ -166,6 +166,8 @@ class Grammar(Lark):
             return self.schema(schema)
         if not low and high is None:
             return self.use("STRING")
+        if high == 0:  # which llguidance does not count to
+            return self.terminal(r'"\"\""')
         self.use("CHAR")
         return self.terminal(rf'"\"" CHAR{_times(low, high)} "\""')
 

@@ -32,7 +32,8 @@ def reasoning_of(source: str, prompt: str) -> Reasoning | None:
     """Where thoughts stand in answers by a template of this ``source`` to this ``prompt``; None
     where it knows of none, or has closed them already."""
     if "<|channel|>" in source and "analysis" in source:
-        return Reasoning(open=_HARMONY[0], close=_HARMONY[1])
+        # Without thoughts an answer begins with a channel's name, which is no part of its text.
+        return Reasoning(open=_HARMONY[0], close=_HARMONY[1], start="forced")
     for open_, close in MARKERS:
         # Templates compose markers, "</" + "think>", and some know the closing one alone.
         if open_ not in source and close not in source:

@@ -202,9 +202,7 @@ class Toolbox:
         """Where thoughts stand in an answer that may call tools."""
         if self.format is None or not self.format.thoughts_end:
             return reasoning
-        # What follows thoughts is said after them, so that none may be left out.
-        start = "forced" if reasoning.start == "free" else reasoning.start
-        return msgspec.structs.replace(reasoning, close=self.format.thoughts_end, start=start)
+        return msgspec.structs.replace(reasoning, close=self.format.thoughts_end)
 
     @functools.cached_property
     def grammar(self) -> str | None:
