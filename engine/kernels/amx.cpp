@@ -1,5 +1,6 @@
 // Matrix tiles for several rows: a panel is unpacked once for all of them, then up to 16 at a time meet a block of it in one
-// instruction, and what comes out is scaled as everywhere. Fewer rows go the way of AVX-512.
+// instruction, and what comes out is scaled as everywhere. Fewer rows go the way of AVX-512, and so do weights that are
+// floats: tiles of BF16 would round activations, and add up in an order of their own.
 #include "kernels/sets.hpp"
 #include "kernels/tiles.hpp"
 
@@ -103,7 +104,7 @@ void multiply_tile(const uint8_t * panel, int64_t n_blocks, const uint8_t * a, u
 }
 
 template <Type T, int R>
-void multiply_tiles(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows, int64_t first,
+void multiply_by_tiles(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows, int64_t first,
                     int64_t last, uint8_t * scratch) {
     constexpr Shape s = shapes[T];
     uint8_t * products = scratch;
@@ -123,8 +124,11 @@ void multiply_tiles(const uint8_t * panels, int64_t n_blocks, const uint8_t * ti
 
 template <int T = 0> void fill_tiles(Kernel & kernel) {
     if constexpr (T < n_types) {
-        kernel.multiply_tiles[T][3] = multiply_tiles<Type(T), 8>;
-        kernel.multiply_tiles[T][4] = multiply_tiles<Type(T), 16>;
+        if constexpr (!is_float(shapes[T])) {
+            kernel.multiply[T][3] = multiply_by_tiles<Type(T), 8>;
+            kernel.multiply[T][4] = multiply_by_tiles<Type(T), 16>;
+            kernel.whole_tiles[T] = true;
+        }
         fill_tiles<T + 1>(kernel);
     }
 }

@@ -1,7 +1,7 @@
 #include "kernels/attention.hpp"
 
 #include "kernels/product.hpp"
-#include "kernels/scratch.hpp"
+#include "kernels/workspace.hpp"
 
 #include "ggml.h"
 #include "llama-kv-cells.h"
@@ -11,7 +11,6 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
-#include <vector>
 
 namespace triollama::native::kernels {
 
@@ -41,6 +40,7 @@ struct Node {
     char * out;
     float scale, max_bias, softcap;
     int64_t n_tokens, n_heads, n_streams, n_cells, of_head, width, value_width;
+    int64_t at_once;   // tokens that may go together: as many as keep their scores near, and few enough that there is work for all
 
     Node(const ggml_tensor * node, bool ordered)
         : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]), order(ordered ? order_of(k) : nullptr), out(static_cast<char *>(node->data)) {
@@ -54,6 +54,8 @@ struct Node {
         of_head     = n_heads / k->ne[2];
         width       = k->ne[0];
         value_width = v->ne[0];
+        const int64_t fit = scores_at_once / std::max<int64_t>(1, n_cells * of_head);
+        at_once     = std::max<int64_t>(1, std::min(fit, rows_at_once / of_head));
     }
 
     const float * query(int64_t token, int64_t head, int64_t stream) const {
@@ -85,20 +87,51 @@ constexpr uint16_t masked = 0xfc00;   // minus infinity
 
 // What a few tokens of a stream see: the cells that any of them sees, in order, of which each sees one run.
 struct Tile {
-    int64_t              stream = 0, first = 0, n = 0;   // tokens
-    std::vector<int32_t> cells;
-    std::vector<int64_t> from, to;                        // of each token
-    bool                 biased = false;                  // the mask is more than yes and no
+    int32_t * cells;
+    int64_t * from, * to;                        // of each token
+    int64_t   n_cells, stream, first, n;         // tokens
+    bool      biased;                            // the mask is more than yes and no
 };
 
-// Cells that a token sees.
-void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t> & cells, bool & biased) {
+// What a thread computes in.
+struct Place {
+    float   *queries, *scores, *cells, *out, *totals;
+    int32_t *counted;   // 0, 1, 2 ...
+    int32_t *own;       // what one token sees
+    Tile *   tiles;     // of some tokens of a stream, kept for the next heads
+    int64_t  n_tiles = 0, stream = 0, first = 0;
+
+    Place(Workspace & workspace, const Node & node) {
+        const int64_t rows = node.at_once * node.of_head, n = node.n_cells, padded = wide(n);
+        queries = workspace.take<float>(rows * wide(node.width));
+        scores  = workspace.take<float>(std::min(rows * padded, std::max(scores_at_once, node.at_once * padded)));
+        cells   = workspace.take<float>(cells_at_once * wide(std::max(node.width, node.value_width)));
+        out     = workspace.take<float>(rows * wide(node.value_width));
+        totals  = workspace.take<float>(rows);
+        counted = workspace.take<int32_t>(cells_at_once);
+        own     = workspace.take<int32_t>(n);
+        tiles   = workspace.take<Tile>(node.at_once);
+        for (int64_t t = 0; t < node.at_once; ++t) {
+            Tile tile{};
+            tile.cells = workspace.take<int32_t>(n);
+            tile.from  = workspace.take<int64_t>(node.at_once);
+            tile.to    = workspace.take<int64_t>(node.at_once);
+            if (tiles) {
+                tiles[t] = tile;
+            }
+        }
+    }
+
+    void fill(const Node & node, int64_t of, int64_t from, int64_t n_tokens);
+};
+
+// Writes down the cells that a token sees, and returns how many.
+int64_t list_seen(const Node & node, const ggml_fp16_t * seen, int32_t * cells, bool & biased) {
     const int64_t n = node.n_cells;
-    cells.clear();
-    int64_t i = 0;
+    int64_t found = 0, i = 0;
     const auto look = [&](uint16_t bits) {
         if (bits != masked) {
-            cells.push_back(static_cast<int32_t>(i));
+            cells[found++] = static_cast<int32_t>(i);
             biased |= bits != 0;
         }
     };
@@ -120,69 +153,53 @@ void list_seen(const Node & node, const ggml_fp16_t * seen, std::vector<int32_t>
         const auto before = [&](int32_t one, int32_t other) {
             return node.order->pos_get(static_cast<uint32_t>(one)) < node.order->pos_get(static_cast<uint32_t>(other));
         };
-        if (!std::is_sorted(cells.begin(), cells.end(), before)) {
-            std::sort(cells.begin(), cells.end(), before);
+        if (!std::is_sorted(cells, cells + found, before)) {
+            std::sort(cells, cells + found, before);
         }
     }
+    return found;
 }
 
 // Fills a tile with tokens from `first` on; fewer than asked for if they do not go together.
-void fill(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t n) {
-    static thread_local std::vector<int32_t> own;
-    tile.stream = stream;
-    tile.first  = first;
-    tile.biased = false;
-    tile.from.clear();
-    tile.to.clear();
-    list_seen(node, node.seen_by(first, stream), tile.cells, tile.biased);
-    tile.from.push_back(0);
-    tile.to.push_back(static_cast<int64_t>(tile.cells.size()));
+void fill_tile(Tile & tile, const Node & node, int64_t stream, int64_t first, int64_t n, int32_t * own) {
+    tile.stream  = stream;
+    tile.first   = first;
+    tile.biased  = false;
+    tile.n_cells = list_seen(node, node.seen_by(first, stream), tile.cells, tile.biased);
+    tile.from[0] = 0;
+    tile.to[0]   = tile.n_cells;
     for (tile.n = 1; tile.n < n; ++tile.n) {
-        list_seen(node, node.seen_by(first + tile.n, stream), own, tile.biased);
-        if (own.empty() || tile.cells.empty()) {
+        const int64_t n_own = list_seen(node, node.seen_by(first + tile.n, stream), own, tile.biased);
+        if (n_own == 0 || tile.n_cells == 0) {
             break;
         }
         // A run of the list that goes on behind it: then the others' runs stay runs.
-        const auto at = std::find(tile.cells.begin(), tile.cells.end(), own.front());
-        const auto common = std::min<int64_t>(tile.cells.end() - at, static_cast<int64_t>(own.size()));
-        if (common == 0 || !std::equal(at, at + common, own.begin())) {
+        int32_t * const end = tile.cells + tile.n_cells;
+        int32_t * const at  = std::find(tile.cells, end, *own);
+        const auto common = std::min<int64_t>(end - at, n_own), more = n_own - common;
+        if (common == 0 || !std::equal(at, at + common, own) || tile.n_cells + more > node.n_cells) {
             break;
         }
-        tile.from.push_back(at - tile.cells.begin());
-        tile.to.push_back(tile.from.back() + static_cast<int64_t>(own.size()));
-        tile.cells.insert(tile.cells.end(), own.begin() + common, own.end());
+        tile.from[tile.n] = at - tile.cells;
+        tile.to[tile.n]   = tile.from[tile.n] + n_own;
+        std::copy(own + common, own + n_own, end);
+        tile.n_cells += more;
     }
 }
 
-// The tiles of some tokens, kept for the next heads.
-struct Window {
-    int64_t           stream = 0, first = 0;
-    size_t            n = 0;   // tiles; 0: nothing yet
-    std::vector<Tile> tiles;
-
-    void fill(const Node & node, int64_t of, int64_t from, int64_t n_tokens) {
-        if (n && stream == of && first == from) {
-            return;
-        }
-        stream = of;
-        first  = from;
-        n      = 0;
-        for (int64_t done = 0; done < n_tokens; done += tiles[n++].n) {
-            if (n == tiles.size()) {
-                tiles.emplace_back();
-            }
-            kernels::fill(tiles[n], node, of, from + done, n_tokens - done);
-        }
+// The tiles of some tokens.
+void Place::fill(const Node & node, int64_t of, int64_t from, int64_t n_tokens) {
+    if (n_tiles && stream == of && first == from) {
+        return;
     }
-};
-
-// What a thread keeps between tiles.
-struct Room {
-    Scratch rows, scores, cells, out;
-    int32_t counted[cells_at_once];   // 0, 1, 2 ...
-
-    Room() { std::iota(counted, counted + cells_at_once, 0); }
-};
+    stream  = of;
+    first   = from;
+    n_tiles = 0;
+    for (int64_t done = 0; done < n_tokens; done += tiles[n_tiles++].n) {
+        fill_tile(tiles[n_tiles], node, of, from + done, n_tokens - done, own);
+    }
+    std::iota(counted, counted + cells_at_once, 0);
+}
 
 // Rows of a cache as floats of a width that is a multiple of 16.
 void to_floats(const Attend & attend, const ggml_tensor * cells, const char * data, const int32_t * list, int64_t n, float * to) {
@@ -205,42 +222,37 @@ void to_floats(const Attend & attend, const ggml_tensor * cells, const char * da
 
 // Calls f(Cells, kind, first) for cells of a list: as they are, or part by part as floats.
 template <class F>
-void each_part(const Attend & attend, Room & room, const ggml_tensor * cells, const char * data, const int32_t * list, int64_t n,
+void each_part(const Attend & attend, const Place & place, const ggml_tensor * cells, const char * data, const int32_t * list, int64_t n,
                bool as_they_are, const F & f) {
     const int64_t padded = wide(cells->ne[0]);
     if (as_they_are && cells->type == GGML_TYPE_F16 && cells->ne[0] == padded) {
         f(Cells{ data, cells->nb[1], list, n, padded }, in_halves, 0);
         return;
     }
-    float * floats = room.cells.get<float>(static_cast<size_t>(cells_at_once * padded));
     for (int64_t first = 0; first < n; first += cells_at_once) {
         const int64_t part = std::min(cells_at_once, n - first);
-        to_floats(attend, cells, data, list + first, part, floats);
-        f(Cells{ reinterpret_cast<const char *>(floats), static_cast<size_t>(padded) * sizeof(float), room.counted, part, padded },
+        to_floats(attend, cells, data, list + first, part, place.cells);
+        f(Cells{ reinterpret_cast<const char *>(place.cells), static_cast<size_t>(padded) * sizeof(float), place.counted, part, padded },
           in_floats, first);
     }
 }
 
 // Heads [first, last), which share their keys and values, of a tile's tokens. Rows are tokens by heads.
-void attend_tile(const Attend & attend, const Node & node, const Tile & tile, int64_t first, int64_t last, Room & room) {
-    const int64_t heads = last - first, rows = tile.n * heads, n = static_cast<int64_t>(tile.cells.size());
+void attend_tile(const Attend & attend, const Node & node, const Tile & tile, int64_t first, int64_t last, const Place & place) {
+    const int64_t heads = last - first, rows = tile.n * heads, n = tile.n_cells;
     const int64_t padded = wide(node.width), value_padded = wide(node.value_width), stride = wide(n);
     const bool    few = rows < few_queries;
-    float * queries = room.rows.get<float>(static_cast<size_t>(rows * padded));
-    float * scores  = room.scores.get<float>(static_cast<size_t>(rows * stride));
-    float * out     = room.out.get<float>(static_cast<size_t>(rows * value_padded));
+    float *queries = place.queries, *scores = place.scores, *out = place.out;
     for (int64_t r = 0; r < rows; ++r) {
         std::memcpy(queries + r * padded, node.query(tile.first + r / heads, first + r % heads, tile.stream),
                     static_cast<size_t>(node.width) * sizeof(float));
         std::fill(queries + r * padded + node.width, queries + (r + 1) * padded, 0.0f);
     }
-    each_part(attend, room, node.k, node.cells_of(node.k, first, tile.stream), tile.cells.data(), n, few,
+    each_part(attend, place, node.k, node.cells_of(node.k, first, tile.stream), tile.cells, n, few,
               [&](const Cells & keys, int kind, int64_t at) { attend.scores[kind](keys, queries, rows, scores + at, stride); });
 
-    static thread_local std::vector<float> totals;
-    totals.resize(static_cast<size_t>(rows));
     for (int64_t r = 0; r < rows; ++r) {
-        const int64_t t = r / heads, head = first + r % heads, from = tile.from[static_cast<size_t>(t)], to = tile.to[static_cast<size_t>(t)];
+        const int64_t t = r / heads, head = first + r % heads, from = tile.from[t], to = tile.to[t];
         float * seen = scores + r * stride + from;
         float   scale = node.scale;
         if (node.softcap != 0) {
@@ -253,7 +265,7 @@ void attend_tile(const Attend & attend, const Node & node, const Tile & tile, in
             const ggml_fp16_t * bias = node.seen_by(tile.first + t, tile.stream);
             const float slope = node.slope(head);
             for (int64_t i = 0; i < to - from; ++i) {
-                seen[i] = seen[i] * scale + slope * ggml_fp16_to_fp32(bias[tile.cells[static_cast<size_t>(from + i)]]);
+                seen[i] = seen[i] * scale + slope * ggml_fp16_to_fp32(bias[tile.cells[from + i]]);
             }
             scale = 1;
         }
@@ -268,30 +280,30 @@ void attend_tile(const Attend & attend, const Node & node, const Tile & tile, in
         } else {
             std::fill(seen, seen + (to - from), 0.0f);
         }
-        totals[static_cast<size_t>(r)] = total;
+        place.totals[r] = total;
     }
 
     // Cells that all tokens see are for all at once; before and behind them each token has its own.
     std::fill(out, out + rows * value_padded, 0.0f);
-    const int64_t begin = *std::max_element(tile.from.begin(), tile.from.end());
-    const int64_t end   = std::max(begin, *std::min_element(tile.to.begin(), tile.to.end()));
+    const int64_t begin = *std::max_element(tile.from, tile.from + tile.n);
+    const int64_t end   = std::max(begin, *std::min_element(tile.to, tile.to + tile.n));
     const char *  values = node.cells_of(node.v, first, tile.stream);
     const auto gather = [&](int64_t from, int64_t to, int64_t row, int64_t m, bool as_they_are) {
         if (from < to) {
-            each_part(attend, room, node.v, values, tile.cells.data() + from, to - from, as_they_are, [&](const Cells & part, int kind, int64_t at) {
+            each_part(attend, place, node.v, values, tile.cells + from, to - from, as_they_are, [&](const Cells & part, int kind, int64_t at) {
                 attend.gather[kind](part, scores + row * stride + from + at, stride, m, out + row * value_padded);
             });
         }
     };
     for (int64_t t = 0; t < tile.n; ++t) {
-        gather(tile.from[static_cast<size_t>(t)], std::min(begin, tile.to[static_cast<size_t>(t)]), t * heads, heads, true);
+        gather(tile.from[t], std::min(begin, tile.to[t]), t * heads, heads, true);
     }
     gather(begin, end, 0, rows, few);
     for (int64_t t = 0; t < tile.n; ++t) {
-        gather(std::max(end, tile.from[static_cast<size_t>(t)]), tile.to[static_cast<size_t>(t)], t * heads, heads, true);
+        gather(std::max(end, tile.from[t]), tile.to[t], t * heads, heads, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        const float total = totals[static_cast<size_t>(r)], by = total == 0 ? 0 : 1 / total;
+        const float total = place.totals[r], by = total == 0 ? 0 : 1 / total;
         float * to = node.result(tile.first + r / heads, first + r % heads, tile.stream);
         for (int64_t d = 0; d < node.value_width; ++d) {
             to[d] = out[r * value_padded + d] * by;
@@ -316,27 +328,29 @@ bool can_attend(const ggml_tensor * node) {
 
 bool tells_order(const ggml_tensor * node) { return order_of(node->src[1]); }
 
-void attend(const ggml_tensor * tensor, bool ordered, Team & team) {
+size_t attend_bytes(const ggml_tensor * tensor, int n_threads) {
+    Workspace counted;
+    Place(counted, Node(tensor, false));
+    return static_cast<size_t>(n_threads) * counted.bytes();
+}
+
+void attend(const ggml_tensor * tensor, bool ordered, Team & team, void * memory) {
     const Node     node(tensor, ordered);
     const Attend & kernel = chosen_kernel().attend;
-    static thread_local Room room;
-    static thread_local Window window;
-    window.n = 0;
-    const int64_t groups = node.n_heads / node.of_head;
-    // Tokens that may go together: as many as keep their scores near, and few enough that there is work for everybody.
-    const int64_t room_for = scores_at_once / std::max<int64_t>(1, node.n_cells * node.of_head);
-    const int64_t at_once  = std::max<int64_t>(1, std::min(room_for, rows_at_once / node.of_head));
-    const int64_t windows  = (node.n_tokens + at_once - 1) / at_once;
+    Workspace      workspace(static_cast<char *>(memory) + attend_bytes(tensor, team.ith));
+    Place          place(workspace, node);
+    const int64_t groups  = node.n_heads / node.of_head, at_once = node.at_once;
+    const int64_t windows = (node.n_tokens + at_once - 1) / at_once;
 
     // Heads [from, to) of tokens [first, first + at_once) of a stream.
     const auto compute = [&](int64_t stream, int64_t first, int64_t from, int64_t to) {
-        window.fill(node, stream, first, std::min(at_once, node.n_tokens - first));
-        for (size_t i = 0; i < window.n; ++i) {
-            const Tile & tile = window.tiles[i];
-            const int64_t fit = scores_at_once / std::max<int64_t>(1, tile.n * wide(static_cast<int64_t>(tile.cells.size())));
+        place.fill(node, stream, first, std::min(at_once, node.n_tokens - first));
+        for (int64_t i = 0; i < place.n_tiles; ++i) {
+            const Tile & tile = place.tiles[i];
+            const int64_t fit = scores_at_once / std::max<int64_t>(1, tile.n * wide(tile.n_cells));
             for (int64_t head = from; head < to;) {
                 const int64_t last = std::min({ to, (head / node.of_head + 1) * node.of_head, head + std::max<int64_t>(1, fit) });
-                attend_tile(kernel, node, tile, head, last, room);
+                attend_tile(kernel, node, tile, head, last, place);
                 head = last;
             }
         }

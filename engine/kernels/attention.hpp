@@ -47,8 +47,10 @@ enum : int { in_floats, in_halves };
 bool can_attend(const ggml_tensor * node);
 
 // Called by all threads. `ordered`: what a row sees is taken in the order of positions, as `extra` of the tensor that a
-// layer's keys lie in tells (llama_kv_cells, see llama/exact.cpp): cells that sequences share lie as there was room.
-void attend(const ggml_tensor * node, bool ordered, Team & team);
+// layer's keys lie in tells (llama_kv_cells, see llama/exact.cpp): cells that sequences share lie as there was room. In
+// memory of attend_bytes, which all share.
+void attend(const ggml_tensor * node, bool ordered, Team & team, void * memory);
+size_t attend_bytes(const ggml_tensor * node, int n_threads);
 
 // Whether `extra` can be found from this node.
 bool tells_order(const ggml_tensor * node);

@@ -15,6 +15,7 @@ struct Avx2 {
     using Floats = __m256;
     static constexpr int  width        = 8;
     static constexpr bool wants_signed = true;   // pairs of products beyond 63 x 127 would saturate
+    static constexpr int  sums_at_once = 12;
 
     static Bytes load(const uint8_t * at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)); }
     static Bytes low(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
@@ -54,6 +55,10 @@ struct Avx2 {
     static Floats multiply(Floats x, Floats y) { return _mm256_mul_ps(x, y); }
     static Floats fma(Floats x, Floats y, Floats sum) { return _mm256_fmadd_ps(x, y, sum); }
     static Floats halves(const uint8_t * at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at))); }
+    static Floats bfloats(const uint8_t * at) {
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
+    }
     static Floats unsigned_bytes(const uint8_t * at) {
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(at))));
     }

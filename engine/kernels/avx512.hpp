@@ -16,6 +16,7 @@ struct Avx512 {
     using Floats = __m512;
     static constexpr int  width        = 16;
     static constexpr bool wants_signed = false;
+    static constexpr int  sums_at_once = 16;   // of vectors, beside what they are made of
 
     static Bytes load(const uint8_t * at) { return _mm512_loadu_si512(at); }
     static Bytes low(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -50,6 +51,10 @@ struct Avx512 {
     static Floats multiply(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
     static Floats fma(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
     static Floats halves(const uint8_t * at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))); }
+    static Floats bfloats(const uint8_t * at) {
+        const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+    }
     static Floats unsigned_bytes(const uint8_t * at) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at))));
     }

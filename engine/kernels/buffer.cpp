@@ -5,15 +5,18 @@
 #include "kernels/attention.hpp"
 #include "kernels/product.hpp"
 #include "kernels/types.hpp"
+#include "kernels/workspace.hpp"
+#include "threads/team.hpp"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "traits.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,7 +38,9 @@ size_t matrix_bytes(const ggml_tensor * tensor) {
     return static_cast<size_t>(panels_of(tensor)) * panel_bytes(shapes[type_of(tensor->type)], blocks_of(tensor));
 }
 
-bool is_packed(const ggml_tensor * tensor) { return type_of(tensor->type) != n_types && ggml_n_dims(tensor) >= 2; }
+bool is_packed(const ggml_tensor * tensor) {
+    return type_of(tensor->type) != n_types && ggml_n_dims(tensor) >= 2 && tensor->ne[0] % block == 0;
+}
 
 size_t packed_bytes(const ggml_tensor * tensor) {
     return matrix_bytes(tensor) * static_cast<size_t>(tensor->ne[2] * tensor->ne[3]);
@@ -69,15 +74,14 @@ private:
 };
 
 void list_mul_mat(const ggml_tensor * weights, const ggml_tensor * x, ggml_tensor * dst, Product & product) {
-    const int64_t of_matrix = x->ne[1] * (x->ne[2] / weights->ne[2]) * (x->ne[3] / weights->ne[3]);
     const int64_t repeat2 = x->ne[2] / weights->ne[2], repeat3 = x->ne[3] / weights->ne[3];
     for (int64_t w3 = 0; w3 < weights->ne[3]; ++w3) {
         for (int64_t w2 = 0; w2 < weights->ne[2]; ++w2) {
-            product.groups.push_back({ matrix_of(weights, w2, w3), weights->ne[1], static_cast<int64_t>(product.rows.size()), of_matrix });
+            product.begin_group(matrix_of(weights, w2, w3), weights->ne[1]);
             for (int64_t i3 = w3 * repeat3; i3 < (w3 + 1) * repeat3; ++i3) {
                 for (int64_t i2 = w2 * repeat2; i2 < (w2 + 1) * repeat2; ++i2) {
                     for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) {
-                        product.rows.push_back({ row_at(x, i1, i2, i3), row_of(dst, i1, i2, i3) });
+                        product.add_row({ row_at(x, i1, i2, i3), row_of(dst, i1, i2, i3) });
                     }
                 }
             }
@@ -95,35 +99,33 @@ void list_mul_mat_id(const ggml_tensor * weights, const ggml_tensor * x, const g
         return expert;
     };
     for (int64_t e = 0; e < weights->ne[2]; ++e) {
-        Group group = { matrix_of(weights, e, 0), weights->ne[1], static_cast<int64_t>(product.rows.size()), 0 };
+        product.begin_group(matrix_of(weights, e, 0), weights->ne[1]);
         for (int64_t t = 0; t < ids->ne[1]; ++t) {
             for (int64_t slot = 0; slot < ids->ne[0]; ++slot) {
                 if (expert_of(slot, t) == e) {
-                    product.rows.push_back({ row_at(x, slot % x->ne[1], t, 0), row_of(dst, slot, t, 0) });
-                    ++group.n;
+                    product.add_row({ row_at(x, slot % x->ne[1], t, 0), row_of(dst, slot, t, 0) });
                 }
             }
-        }
-        if (group.n) {
-            product.groups.push_back(group);
         }
     }
 }
 
+Product product_of(const ggml_tensor * op, Workspace & workspace, int ith, int nth) {
+    const ggml_tensor * weights = op->src[0];
+    return Product(workspace, type_of(weights->type), blocks_of(weights), ggml_nrows(op), weights->ne[2] * weights->ne[3], ith, nth);
+}
+
 void multiply_tensors(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * weights = dst->src[0];
-    static thread_local Product product;   // keeps its memory
-    product.type     = type_of(weights->type);
-    product.n_blocks = blocks_of(weights);
-    product.rows.clear();
-    product.groups.clear();
+    Workspace workspace(params->wdata);
+    Product product = product_of(dst, workspace, params->ith, params->nth);
     if (dst->op == GGML_OP_MUL_MAT) {
         list_mul_mat(weights, dst->src[1], dst, product);
     } else {
         list_mul_mat_id(weights, dst->src[1], dst->src[2], dst, product);
     }
     GgmlTeam team(params);
-    multiply(product, static_cast<uint8_t *>(params->wdata), team);
+    product.multiply(team);
 }
 
 void get_rows(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -143,11 +145,12 @@ void get_rows(const ggml_compute_params * params, ggml_tensor * dst) {
 }
 
 class Traits final : public ggml::cpu::tensor_traits {
-    bool work_size(int, const ggml_tensor * op, size_t & size) override {
-        const ggml_tensor * weights = op->src[0];
-        size = op->op == GGML_OP_GET_ROWS
-                   ? 0
-                   : work_bytes(type_of(weights->type), blocks_of(weights), ggml_nrows(op), weights->ne[2] * weights->ne[3]);
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        Workspace workspace;
+        if (op->op != GGML_OP_GET_ROWS) {
+            product_of(op, workspace, 0, n_threads);
+        }
+        size = workspace.bytes();
         return true;
     }
 
@@ -169,14 +172,30 @@ bool is_ours(const ggml_tensor * op) {
 // Attention is ours in exact contexts, and where the queries come from our products: a model that was loaded for ggml's
 // numbers has those everywhere.
 class AttentionTraits final : public ggml::cpu::tensor_traits {
-    bool work_size(int, const ggml_tensor *, size_t &) override { return false; }   // ours needs none, ggml's may be needed
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        static thread_local bool asking = false;   // ggml, what it needs itself
+        if (asking || !can_attend(op)) {
+            return false;
+        }
+        size = attend_bytes(op, n_threads);
+        if (!comes_from_us(op->src[0])) {   // whose it is depends on the context
+            ggml_tensor * node = const_cast<ggml_tensor *>(op);
+            ggml_cgraph   one{};
+            one.nodes   = &node;
+            one.n_nodes = 1;
+            asking = true;
+            size = std::max(size, ggml_graph_plan(&one, n_threads, nullptr).work_size);
+            asking = false;
+        }
+        return true;
+    }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         if (!can_attend(op) || !(params->use_ref || comes_from_us(op->src[0]))) {
             return false;
         }
         GgmlTeam team(params);
-        attend(op, params->use_ref, team);
+        attend(op, params->use_ref, team, params->wdata);
         return true;
     }
 
@@ -197,19 +216,22 @@ class Extra final : public ggml::cpu::extra_buffer_type {
             return false;
         }
         if (op->op == GGML_OP_GET_ROWS) {
-            return op->src[1]->type == GGML_TYPE_I32 && op->type == GGML_TYPE_F32;
+            // Of tables only the one that may be the output matrix, too. With others nothing is multiplied, and at parts of
+            // some models look themselves.
+            return op->src[1]->type == GGML_TYPE_I32 && op->type == GGML_TYPE_F32 && std::strcmp(op->src[0]->name, "token_embd.weight") == 0;
         }
         return op->src[1]->type == GGML_TYPE_F32 && op->src[1]->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32;
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        static Traits traits;
-        static AttentionTraits attention;
         if (op->op == GGML_OP_FLASH_ATTN_EXT) {
             return &attention;
         }
         return is_ours(op) ? &traits : nullptr;
     }
+
+    Traits          traits;
+    AttentionTraits attention;
 };
 
 constexpr size_t alignment = 64, huge_page = 2 << 20;
@@ -222,18 +244,42 @@ void set_memory(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size
     std::memset(static_cast<char *>(tensor->data) + offset, value, size);
 }
 
+// Does parts 0 to n - 1, on all cores where there is enough to do: as ggml's own rearranging.
+template <class F> void share(int64_t n, size_t bytes, const F & part) {
+#ifdef TRIOLLAMA_TEAM
+    constexpr size_t enough = 1 << 18;
+    if (bytes >= enough) {
+        struct Job {
+            const F &            part;
+            const int64_t        n;
+            std::atomic<int64_t> next{ 0 };
+        } job = { part, n };
+        run_team(0, [](void * data) {
+            Job & mine = *static_cast<Job *>(data);
+            for (int64_t i = mine.next++; i < mine.n; i = mine.next++) {
+                mine.part(i);
+            }
+        }, &job);
+        return;
+    }
+#else
+    (void) bytes;
+#endif
+    for (int64_t i = 0; i < n; ++i) {
+        part(i);
+    }
+}
+
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     GGML_ASSERT(offset == 0 && size == ggml_nbytes(tensor));   // as llama.cpp loads
     const Type type = type_of(tensor->type);
     const int64_t n_blocks = blocks_of(tensor), panels = panels_of(tensor);
     const size_t of_panel = panel_bytes(shapes[type], n_blocks);
-    for (int64_t m = 0; m < tensor->ne[2] * tensor->ne[3]; ++m) {
-        const uint8_t * rows = static_cast<const uint8_t *>(data) + static_cast<size_t>(m) * tensor->nb[2];
-        uint8_t * to = static_cast<uint8_t *>(tensor->data) + static_cast<size_t>(m) * matrix_bytes(tensor);
-        for (int64_t p = 0; p < panels; ++p) {
-            pack_panel(type, rows, tensor->nb[1], p * panel_rows, tensor->ne[1], n_blocks, to + static_cast<size_t>(p) * of_panel);
-        }
-    }
+    share(tensor->ne[2] * tensor->ne[3] * panels, size, [&](int64_t i) {
+        const int64_t m = i / panels, p = i % panels;
+        pack_panel(type, static_cast<const uint8_t *>(data) + static_cast<size_t>(m) * tensor->nb[2], tensor->nb[1], p * panel_rows, tensor->ne[1],
+                   n_blocks, static_cast<uint8_t *>(tensor->data) + static_cast<size_t>(i) * of_panel);
+    });
 }
 
 void clear(ggml_backend_buffer_t buffer, uint8_t value) { std::memset(buffer->context, value, buffer->size); }
@@ -293,13 +339,10 @@ bool use_kernel(const std::string & name) { return choose_kernel(name.empty() ? 
 bool available() { return available_kernels().size() > 1; }   // the portable one is for comparison
 
 void install() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        if (available()) {
-            auto & types = ggml_backend_cpu_get_extra_buffer_types();
-            types.insert(types.begin(), buffer_type());
-        }
-    });
+    if (available()) {
+        auto & types = ggml_backend_cpu_get_extra_buffer_types();
+        types.insert(types.begin(), buffer_type());
+    }
 }
 
 WithoutKernels::WithoutKernels() { refused = true; }

@@ -18,8 +18,8 @@ bool available();
 // there is none of that name.
 bool use_kernel(const std::string & name);
 
-// Tells the CPU backend, which asks us first from then on, before any type of upstream's. Before any model is loaded;
-// later calls do nothing.
+// Tells the CPU backend, which asks us first from then on, before any type of upstream's. Once, while the extension is
+// loaded: what is made here at the first call, a child could be forked in the middle of.
 void install();
 
 // While in scope, the models that this thread loads have no weights with us. Scopes do not nest.

@@ -4,7 +4,8 @@
 // of k: for each row four bytes, so that one instruction multiplies a group of 16 rows with four activations. Of each
 // value four bits (or all eight) lie in the low plane: byte 4 r + i of its vector v holds values 4 v + i of row r and, in
 // the upper half, 16 + 4 v + i. The bits above lie in high planes of one or two bits each. All planes of a panel come
-// first, then its scales.
+// first, then its scales. Of weights that are floats of 16 bits a block is, for each of its values of k, those of the 16
+// rows beside each other.
 //
 // A product's bits are fixed here, for any number of rows and threads and every instruction set. With w unsigned and a
 // signed whole numbers, for each block in order of k:
@@ -12,6 +13,8 @@
 //     sum = fma(n, scale of weights * scale of activations, sum)
 // for each half of a block by itself where those have scales of their own; then, where there are minima,
 //     sum = fma(minimum, scale of activations * sum of a, sum).
+// Weights that are floats meet activations as they are, and for each k in order
+//     sum = fma(w, a, sum).
 #pragma once
 
 #include "kernels/attention.hpp"
@@ -32,17 +35,18 @@ enum class Scales : uint8_t {
     half_min,     // a half, and a half for the minimum
     super_min,    // halves for scale and minimum of 8 blocks, and for each block bytes that they scale
     super_halves, // a half for 8 blocks, and for each half of a block a signed byte
+    none,         // values are floats themselves
 };
 
 struct Shape {
-    uint8_t low, high;   // bits of a value in the low plane and in the high ones
+    uint8_t low, high;   // bits of a value in the low plane and in the high ones; 16: floats
     Scales  scales;
     uint8_t zero;        // what stands for 0
     bool    table;       // four bits choose a value from iq4_values
 };
 
 // A row for each type; types.cpp reads the same types from GGUF's blocks.
-enum Type : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, n_types };
+enum Type : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, f16, bf16, n_types };
 
 constexpr Shape shapes[n_types] = {
     { 4, 0, Scales::half, 8, false },
@@ -54,6 +58,8 @@ constexpr Shape shapes[n_types] = {
     { 4, 1, Scales::super_min, 0, false },
     { 4, 2, Scales::super_halves, 32, false },
     { 4, 0, Scales::half, 128, true },
+    { 16, 0, Scales::none, 0, false },
+    { 16, 0, Scales::none, 0, false },
 };
 
 // The values of IQ4_NL, plus 128.
@@ -62,13 +68,20 @@ constexpr uint8_t iq4_values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 
 constexpr bool has_min(Shape s) { return s.scales == Scales::half_min || s.scales == Scales::super_min; }
 constexpr bool has_halves(Shape s) { return s.scales == Scales::super_halves; }
 constexpr bool is_super(Shape s) { return s.scales == Scales::super_min || s.scales == Scales::super_halves; }
+constexpr bool is_float(Shape s) { return s.low == 16; }
 constexpr bool is_wide(Shape s) { return s.low == 8 || s.table; }   // values beyond 63
 
 constexpr size_t plane_bytes(Shape s) { return static_cast<size_t>(s.low + s.high) * block * panel_rows / 8; }
 
 // Of one block, or of `super` of them with what they share in front.
 constexpr size_t scale_bytes(Shape s) {
-    return s.scales == Scales::half ? 32 : s.scales == Scales::half_min ? 64 : s.scales == Scales::super_min ? 64 + 8 * 32 : 32 + 8 * 32;
+    switch (s.scales) {
+        case Scales::half: return 32;
+        case Scales::half_min: return 64;
+        case Scales::super_min: return 64 + 8 * 32;
+        case Scales::super_halves: return 32 + 8 * 32;
+        default: return 0;
+    }
 }
 
 constexpr size_t panel_bytes(Shape s, int64_t n_blocks) {
@@ -81,8 +94,10 @@ constexpr size_t block_bytes(Shape s) { return plane_bytes(s) + scale_bytes(s) /
 
 // A tile is `rows` rows of activations in 8 bits, block by block: their values, row by row; their scales (float); and
 // what is added for each: minus zero times their sum (int32), or their sum times their scale (float), one for each half
-// of a block where halves have scales.
-constexpr size_t tile_bytes(Shape s, int rows) { return static_cast<size_t>(rows) * (block + (has_halves(s) ? 12 : 8)); }
+// of a block where halves have scales. For weights that are floats, activations are what they were, block by block.
+constexpr size_t tile_bytes(Shape s, int rows) {
+    return static_cast<size_t>(rows) * (is_float(s) ? block * sizeof(float) : block + (has_halves(s) ? 12 : 8));
+}
 
 // Numbers of rows that kernels are made for; in between, rows of zeros fill up.
 constexpr int sizes[]  = { 1, 2, 4, 8, 16 };
@@ -101,16 +116,16 @@ struct Kernel {
     bool (*available)();
     // 32 values to whole numbers in [-127, 127] and their scale; sums of both halves.
     void (*quantize)(const float * x, int8_t * q, float * scale, int32_t sums[2]);
-    // A tile of one of `sizes` with a panel: columns [first, first + n) of the first n_rows of its rows.
-    void (*multiply[n_types][n_sizes])(const uint8_t * panel, int64_t n_blocks, const uint8_t * tile, const Row * rows, int64_t n_rows,
-                                       int64_t first, int n);
     // Panels behind one another with tiles of one of `sizes` behind one another: columns [first, last), of which all but the
-    // last panel's are whole. Or null. `scratch` has room for scratch_bytes(n_blocks).
-    void (*multiply_tiles[n_types][n_sizes])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
-                                    int64_t first, int64_t last, uint8_t * scratch);
+    // last panel's are whole. `scratch` has room for scratch_bytes.
+    void (*multiply[n_types][n_sizes])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
+                                       int64_t first, int64_t last, uint8_t * scratch);
+    bool whole_tiles[n_types];   // it wants more rows than a tile has in whole ones, which zeros fill up
     Attend attend;
 };
 
-constexpr size_t scratch_bytes(int64_t n_blocks) { return static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192; }
+constexpr size_t scratch_bytes(Shape s, int64_t n_blocks) {
+    return is_float(s) ? 0 : static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192;
+}
 
 }  // namespace triollama::native::kernels

@@ -20,6 +20,7 @@ struct Neon {
     using Floats = float32x4_t;
     static constexpr int  width        = 4;
     static constexpr bool wants_signed = true;   // there is no product of a byte with a sign and one without
+    static constexpr int  sums_at_once = 24;
 
     static Bytes load(const uint8_t * at) { return vld1q_u8(at); }
     static Bytes low(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
@@ -50,6 +51,7 @@ struct Neon {
     static Floats multiply(Floats x, Floats y) { return vmulq_f32(x, y); }
     static Floats fma(Floats x, Floats y, Floats sum) { return vfmaq_f32(sum, x, y); }
     static Floats halves(const uint8_t * at) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at))); }
+    static Floats bfloats(const uint8_t * at) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(at))), 16)); }
     static uint8x8_t four_bytes(const uint8_t * at) {
         uint32_t four;
         std::memcpy(&four, at, 4);

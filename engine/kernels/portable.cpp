@@ -13,6 +13,7 @@ namespace {
 struct Portable {
     static constexpr int  width        = 4;
     static constexpr bool wants_signed = false;
+    static constexpr int  sums_at_once = 8;
     struct Bytes { uint8_t v[4 * width]; };
     struct Ints { int32_t v[width]; };
     struct Floats { float v[width]; };
@@ -55,6 +56,13 @@ struct Portable {
             ggml_fp16_t half;
             std::memcpy(&half, at + 2 * i, sizeof(half));
             return ggml_fp16_to_fp32(half);
+        });
+    }
+    static Floats bfloats(const uint8_t * at) {
+        return each<Floats>([&](int i) {
+            ggml_bf16_t value;
+            std::memcpy(&value, at + 2 * i, sizeof(value));
+            return ggml_bf16_to_fp32(value);
         });
     }
     static Floats unsigned_bytes(const uint8_t * at) { return each<Floats>([&](int i) { return static_cast<float>(at[i]); }); }

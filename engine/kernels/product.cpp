@@ -1,6 +1,5 @@
 #include "kernels/product.hpp"
 
-#include "kernels/scratch.hpp"
 #include "kernels/sets.hpp"
 
 #include <algorithm>
@@ -11,25 +10,27 @@ namespace triollama::native::kernels {
 
 namespace {
 
-// So few values each thread quantizes for itself, which is sooner done than waiting for others.
+// So few activations each thread lays out for itself, which is sooner done than waiting for others.
 constexpr int64_t few_values = 16384;
 // Tiles that meet one panel after another: they stay in the second level of cache.
 constexpr size_t tiles_in_cache = 1 << 20;
 
-// The tiles of a group: whole ones, then one that may be smaller.
-struct Tiles {
-    Shape   shape;
-    int64_t n_blocks, n_rows;
-    bool    whole;   // all of them, where there are several
-
-    int64_t count() const { return (n_rows + tile_rows - 1) / tile_rows; }
-    int64_t rows_of(int64_t t) const { return std::min<int64_t>(tile_rows, n_rows - t * tile_rows); }
-    int     size_of(int64_t t) const { return whole && n_rows > tile_rows ? n_sizes - 1 : size_index(rows_of(t)); }
-    size_t  bytes() const { return static_cast<size_t>(n_blocks) * tile_bytes(shape, tile_rows); }   // of a whole one
-};
+void fill_floats(const Row * rows, int64_t n_rows, int size, int64_t b, float * to) {
+    for (int r = 0; r < size; ++r, to += block) {
+        if (r < n_rows) {
+            std::memcpy(to, rows[r].x + b * block, block * sizeof(float));
+        } else {
+            std::fill(to, to + block, 0.0f);
+        }
+    }
+}
 
 // A block of a tile; rows that do not exist are zero.
 void fill_block(const Kernel & kernel, Shape shape, const Row * rows, int64_t n_rows, int size, int64_t b, uint8_t * to) {
+    if (is_float(shape)) {
+        fill_floats(rows, n_rows, size, b, reinterpret_cast<float *>(to));
+        return;
+    }
     float * scales = reinterpret_cast<float *>(to + size * block);
     for (int r = 0; r < size; ++r) {
         int8_t * q = reinterpret_cast<int8_t *>(to) + r * block;
@@ -59,38 +60,6 @@ void fill_block(const Kernel & kernel, Shape shape, const Row * rows, int64_t n_
     }
 }
 
-// Blocks [first, last) of all tiles, counted through.
-void fill_tiles(const Kernel & kernel, const Tiles & tiles, const Row * rows, int64_t first, int64_t last, uint8_t * to) {
-    for (int64_t at = first; at < last; ++at) {
-        const int64_t t = at / tiles.n_blocks, b = at % tiles.n_blocks, n = tiles.rows_of(t);
-        const int size = sizes[tiles.size_of(t)];
-        fill_block(kernel, tiles.shape, rows + t * tile_rows, n, size, b,
-                   to + static_cast<size_t>(t) * tiles.bytes() + static_cast<size_t>(b) * tile_bytes(tiles.shape, size));
-    }
-}
-
-// Tiles [from, to) of a group with panels [first, last).
-void multiply_part(const Kernel & kernel, Type type, const Group & group, const Tiles & tiles, const Row * rows, const uint8_t * work,
-                   int64_t first, int64_t last, int64_t from, int64_t to) {
-    const size_t panel = panel_bytes(tiles.shape, tiles.n_blocks);
-    const uint8_t * panels = group.panels + static_cast<size_t>(first) * panel;
-    const int64_t end = std::min(last * panel_rows, group.n_columns);
-    if (const auto at_once = kernel.multiply_tiles[type][tiles.size_of(from)]) {
-        static thread_local Scratch scratch;
-        at_once(panels, tiles.n_blocks, work + static_cast<size_t>(from) * tiles.bytes(), rows + from * tile_rows,
-                std::min(to * tile_rows, tiles.n_rows) - from * tile_rows, first * panel_rows, end,
-                scratch.get<uint8_t>(scratch_bytes(tiles.n_blocks)));
-        return;
-    }
-    for (int64_t column = first * panel_rows; column < end; column += panel_rows, panels += panel) {
-        for (int64_t t = from; t < to; ++t) {
-            kernel.multiply[type][tiles.size_of(t)](panels, tiles.n_blocks, work + static_cast<size_t>(t) * tiles.bytes(),
-                                                    rows + t * tile_rows, tiles.rows_of(t), column,
-                                                    static_cast<int>(std::min<int64_t>(panel_rows, end - column)));
-        }
-    }
-}
-
 const Kernel * named(const char * name) {
     for (const Kernel * kernel : available_kernels()) {
         if (!name || std::strcmp(kernel->name, name) == 0) {
@@ -103,6 +72,29 @@ const Kernel * named(const char * name) {
 std::atomic<const Kernel *> chosen{ nullptr };
 
 }  // namespace
+
+// The tiles of a group: whole ones, then one that may be smaller.
+struct Product::Tiles {
+    Shape   shape;
+    int64_t n_blocks, n_rows;
+    bool    whole;   // all of them, where there are several
+
+    int64_t count() const { return (n_rows + tile_rows - 1) / tile_rows; }
+    int64_t rows_of(int64_t t) const { return std::min<int64_t>(tile_rows, n_rows - t * tile_rows); }
+    int     size_of(int64_t t) const { return whole && n_rows > tile_rows ? n_sizes - 1 : size_index(rows_of(t)); }
+    size_t  bytes_of(int size) const { return static_cast<size_t>(n_blocks) * tile_bytes(shape, size); }
+    size_t  place_of(int64_t t) const { return static_cast<size_t>(t) * bytes_of(tile_rows); }
+    size_t  bytes() const { return place_of(count() - 1) + bytes_of(sizes[size_of(count() - 1)]); }   // of all
+
+    // Blocks [first, last) of all tiles, counted through.
+    void fill(const Kernel & kernel, const Row * rows, int64_t first, int64_t last, uint8_t * to) const {
+        for (int64_t at = first; at < last; ++at) {
+            const int64_t t = at / n_blocks, b = at % n_blocks;
+            const int size = sizes[size_of(t)];
+            fill_block(kernel, shape, rows + t * tile_rows, rows_of(t), size, b, to + place_of(t) + static_cast<size_t>(b) * tile_bytes(shape, size));
+        }
+    }
+};
 
 const std::vector<const Kernel *> & available_kernels() {
     static const std::vector<const Kernel *> kernels = [] {
@@ -137,56 +129,97 @@ const Kernel & chosen_kernel() {
     return kernel ? *kernel : *available_kernels().front();
 }
 
-size_t work_bytes(Type type, int64_t n_blocks, int64_t n_rows, int64_t n_groups) {
-    const int64_t tiles = n_rows / tile_rows + n_groups;
-    return static_cast<size_t>(tiles * n_blocks) * tile_bytes(shapes[type], tile_rows) + 64;
+Product::Product(Workspace & workspace, Type type, int64_t n_blocks, int64_t max_rows, int64_t max_groups, int ith, int nth)
+    : type(type), n_blocks(n_blocks), max_rows(max_rows) {
+    // A tile has less than twice as many rows as are there, and at most one of a group is not full.
+    const int64_t in_tiles = std::min(2 * max_rows, max_rows + tile_rows * max_groups);
+    const auto bytes = static_cast<int64_t>(static_cast<size_t>(in_tiles * n_blocks) * tile_bytes(shapes[type], 1));
+    if (!is_few()) {
+        tiles = workspace.take<uint8_t>(bytes);
+    }
+    for (int i = 0; i < nth; ++i) {
+        Row *     own_rows    = workspace.take<Row>(max_rows);
+        Group *   own_groups  = workspace.take<Group>(max_groups);
+        uint8_t * own_tiles   = is_few() ? workspace.take<uint8_t>(bytes) : tiles;
+        uint8_t * own_scratch = workspace.take<uint8_t>(static_cast<int64_t>(scratch_bytes(shapes[type], n_blocks)));
+        if (i == ith) {
+            rows    = own_rows;
+            groups  = own_groups;
+            tiles   = own_tiles;
+            scratch = own_scratch;
+        }
+    }
 }
 
-void multiply(const Product & product, uint8_t * shared, Team & team) {
+void Product::begin_group(const uint8_t * panels, int64_t n_columns) {
+    if (n_groups && !groups[n_groups - 1].n) {
+        --n_groups;
+    }
+    groups[n_groups++] = { panels, n_columns, n_rows, 0 };
+}
+
+void Product::add_row(Row row) {
+    rows[n_rows++] = row;
+    ++groups[n_groups - 1].n;
+}
+
+bool Product::is_few() const { return max_rows * n_blocks * block <= few_values; }
+
+// As the fastest kernel wants them, whoever multiplies: another may be chosen in the middle.
+Product::Tiles Product::tiles_of(const Group & group) const {
+    return { shapes[type], n_blocks, group.n, available_kernels().front()->whole_tiles[type] };
+}
+
+// Tiles [from, to) of a group with panels [first, last).
+void Product::multiply_part(const Kernel & kernel, const Group & group, const Tiles & all, const uint8_t * work, int64_t first,
+                            int64_t last, int64_t from, int64_t to) const {
+    const uint8_t * panels = group.panels + static_cast<size_t>(first) * panel_bytes(all.shape, n_blocks);
+    const int64_t end = std::min(last * panel_rows, group.n_columns);
+    while (from < to) {
+        const int     size = all.size_of(from);
+        const int64_t same = all.size_of(to - 1) == size ? to : to - 1;   // only the last may be smaller
+        kernel.multiply[type][size](panels, n_blocks, work + all.place_of(from), rows + group.first + from * tile_rows,
+                                    std::min(same * tile_rows, all.n_rows) - from * tile_rows, first * panel_rows, end, scratch);
+        from = same;
+    }
+}
+
+void Product::multiply(Team & team) const {
     const Kernel & kernel = chosen_kernel();
-    const Shape shape = shapes[product.type];
-    const int64_t n_values = static_cast<int64_t>(product.rows.size()) * product.n_blocks * block;
-    const bool few = n_values <= few_values;
-    static thread_local Scratch own;
-    uint8_t * work = few ? own.get<uint8_t>(work_bytes(product.type, product.n_blocks, static_cast<int64_t>(product.rows.size()),
-                                                       static_cast<int64_t>(product.groups.size())))
-                         : reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(shared) + 63) / 64 * 64);
-    uint8_t * at = work;
-    for (const Group & group : product.groups) {
-        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type][n_sizes - 1] != nullptr };
-        const int64_t units = tiles.count() * tiles.n_blocks;
-        fill_tiles(kernel, tiles, product.rows.data() + group.first, few ? 0 : units * team.ith / team.nth,
-                   few ? units : units * (team.ith + 1) / team.nth, at);
-        at += static_cast<size_t>(tiles.count()) * tiles.bytes();
+    const bool few = is_few();
+    const Group * const end = groups + n_groups - (n_groups && !groups[n_groups - 1].n);
+    uint8_t * to = tiles;
+    for (const Group * group = groups; group < end; ++group) {
+        const Tiles of = tiles_of(*group);
+        const int64_t units = of.count() * n_blocks;
+        of.fill(kernel, rows + group->first, few ? 0 : units * team.ith / team.nth, few ? units : units * (team.ith + 1) / team.nth, to);
+        to += of.bytes();
     }
     if (!few) {
         team.meet();
     }
 
     // Many rows are cut into parts that whoever is free takes; few are shared out beforehand.
-    const uint8_t * from = work;
+    const uint8_t * work = tiles;
     int64_t part = 0, mine = team.ith;
-    for (const Group & group : product.groups) {
-        const Tiles tiles = { shape, product.n_blocks, group.n, kernel.multiply_tiles[product.type][n_sizes - 1] != nullptr };
-        const Row * rows = product.rows.data() + group.first;
-        const int64_t panels = (group.n_columns + panel_rows - 1) / panel_rows, n_tiles = tiles.count();
+    for (const Group * group = groups; group < end; ++group) {
+        const Tiles of = tiles_of(*group);
+        const int64_t panels = (group->n_columns + panel_rows - 1) / panel_rows;
         if (few) {
-            multiply_part(kernel, product.type, group, tiles, rows, from, panels * team.ith / team.nth,
-                          panels * (team.ith + 1) / team.nth, 0, n_tiles);
+            multiply_part(kernel, *group, of, work, panels * team.ith / team.nth, panels * (team.ith + 1) / team.nth, 0, of.count());
         } else {
-            const int64_t at_once = std::max<int64_t>(1, static_cast<int64_t>(tiles_in_cache / tiles.bytes()));
+            const int64_t at_once = std::max<int64_t>(1, static_cast<int64_t>(tiles_in_cache / of.bytes_of(tile_rows)));
             const int64_t share = std::clamp<int64_t>(panels / (4 * team.nth), 1, 64);
-            for (int64_t t = 0; t < n_tiles; t += at_once) {
+            for (int64_t t = 0; t < of.count(); t += at_once) {
                 for (int64_t p = 0; p < panels; p += share, ++part) {
                     if (part == mine) {
-                        multiply_part(kernel, product.type, group, tiles, rows, from, p, std::min(p + share, panels), t,
-                                      std::min(t + at_once, n_tiles));
+                        multiply_part(kernel, *group, of, work, p, std::min(p + share, panels), t, std::min(t + at_once, of.count()));
                         mine = team.next();
                     }
                 }
             }
         }
-        from += static_cast<size_t>(n_tiles) * tiles.bytes();
+        work += of.bytes();
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/layout.hpp"
+#include "kernels/workspace.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -16,20 +17,6 @@ const std::vector<const Kernel *> & available_kernels();
 bool choose_kernel(const char * name);
 const Kernel & chosen_kernel();
 
-// All of one type and width, but not necessarily of one number of rows.
-struct Group {
-    const uint8_t * panels;
-    int64_t         n_columns;   // rows of weights
-    int64_t         first, n;    // of the rows of activations that meet them
-};
-
-struct Product {
-    Type               type;
-    int64_t            n_blocks;   // of a row
-    std::vector<Row>   rows;
-    std::vector<Group> groups;
-};
-
 // How the threads of a computation go together.
 class Team {
 public:
@@ -43,10 +30,41 @@ protected:
     ~Team() = default;
 };
 
-// Bytes of memory that the threads share.
-size_t work_bytes(Type type, int64_t n_blocks, int64_t n_rows, int64_t n_groups);
+// Rows of activations with the weights that they meet: group by group, all of one type and width, but not necessarily of
+// one number of rows. Each thread makes one, the same as the others do.
+class Product {
+public:
+    // Workspace for so many rows and groups; `ith` is this thread's number among the nth that share the workspace.
+    Product(Workspace & workspace, Type type, int64_t n_blocks, int64_t max_rows, int64_t max_groups, int ith, int nth);
 
-// Called by all threads, with equal arguments.
-void multiply(const Product & product, uint8_t * work, Team & team);
+    // n_columns rows of weights, met by the rows that are added until the next group begins. One without rows is none.
+    void begin_group(const uint8_t * panels, int64_t n_columns);
+    void add_row(Row row);
+
+    // Called by all threads.
+    void multiply(Team & team) const;
+
+private:
+    struct Group {
+        const uint8_t * panels;
+        int64_t         n_columns;
+        int64_t         first, n;    // of `rows`
+    };
+    struct Tiles;
+
+    bool is_few() const;
+    Tiles tiles_of(const Group & group) const;
+    void multiply_part(const Kernel & kernel, const Group & group, const Tiles & tiles, const uint8_t * work, int64_t first, int64_t last,
+                       int64_t from, int64_t to) const;
+
+    const Type      type;
+    const int64_t   n_blocks;   // of a row
+    const int64_t   max_rows;
+    Row *           rows;
+    Group *         groups;
+    int64_t         n_rows = 0, n_groups = 0;
+    uint8_t *       tiles;      // all threads' or, where there are few, this thread's
+    uint8_t *       scratch;    // this thread's
+};
 
 }  // namespace triollama::native::kernels

@@ -28,11 +28,22 @@ void split_nibbles(const uint8_t * packed, Block & to) {
     }
 }
 
+// Eight bytes at a time, with no carry from one into the next.
+constexpr uint64_t bytes_of(uint8_t byte) { return byte * 0x0101010101010101u; }
+
+uint64_t eight_at(const uint8_t * at) {
+    uint64_t eight;
+    std::memcpy(&eight, at, sizeof(eight));
+    return eight;
+}
+
+void store_eight(uint8_t * at, uint64_t eight) { std::memcpy(at, &eight, sizeof(eight)); }
+
 void add_fifth_bits(const uint8_t * at, Block & to) {
-    uint32_t bits;
-    std::memcpy(&bits, at, sizeof(bits));
-    for (int i = 0; i < block; ++i) {
-        to.values[i] = static_cast<uint8_t>(to.values[i] | (bits >> i & 1) << 4);
+    for (int i = 0; i < block / 8; ++i) {
+        const uint64_t bits = bytes_of(at[i]) & 0x8040201008040201;                        // bit j in byte j
+        const uint64_t fifth = (bits + bytes_of(0x7f)) >> 3 & bytes_of(16);                // 16, where there is one
+        store_eight(to.values + 8 * i, eight_at(to.values + 8 * i) | fifth);
     }
 }
 
@@ -105,8 +116,8 @@ void read_q5_k(const uint8_t * row, int64_t b, Block & to) {
     to.min   = half_at(at + 2);
     read_six_bits(at + 4, b % super, to);
     read_nibbles_of_pair(at + 48, b % super, to);
-    for (int i = 0; i < block; ++i) {
-        to.values[i] = static_cast<uint8_t>(to.values[i] | (at[16 + i] >> b % super & 1) << 4);
+    for (int i = 0; i < block; i += 8) {
+        store_eight(to.values + i, eight_at(to.values + i) | (eight_at(at + 16 + i) >> b % super & bytes_of(1)) << 4);
     }
 }
 
@@ -116,9 +127,9 @@ void read_q6_k(const uint8_t * row, int64_t b, Block & to) {
     const int64_t four = b % super / 4, in_four = b % 4;
     const uint8_t * low = at + four * 64 + in_four % 2 * 32;
     const uint8_t * high = at + 128 + four * 32;
-    for (int i = 0; i < block; ++i) {
-        const int nibble = in_four / 2 ? low[i] >> 4 : low[i] & 15;
-        to.values[i] = static_cast<uint8_t>(nibble | (high[i] >> 2 * in_four & 3) << 4);
+    for (int i = 0; i < block; i += 8) {
+        const uint64_t nibbles = eight_at(low + i) >> in_four / 2 * 4 & bytes_of(15);
+        store_eight(to.values + i, nibbles | (eight_at(high + i) >> 2 * in_four & bytes_of(3)) << 4);
     }
     to.scales[0] = at[192 + b % super * 2];
     to.scales[1] = at[192 + b % super * 2 + 1];
@@ -127,13 +138,14 @@ void read_q6_k(const uint8_t * row, int64_t b, Block & to) {
 
 struct Reader {
     ggml_type type;
-    void (*read)(const uint8_t * row, int64_t b, Block & to);
+    void (*read)(const uint8_t * row, int64_t b, Block & to);   // or null: values are floats themselves
 };
 
 constexpr Reader readers[n_types] = {
     { GGML_TYPE_Q4_0, read_q4_0 }, { GGML_TYPE_Q4_1, read_q4_1 }, { GGML_TYPE_Q5_0, read_q5_0 },
     { GGML_TYPE_Q5_1, read_q5_1 }, { GGML_TYPE_Q8_0, read_q8_0 }, { GGML_TYPE_Q4_K, read_q4_k },
     { GGML_TYPE_Q5_K, read_q5_k }, { GGML_TYPE_Q6_K, read_q6_k }, { GGML_TYPE_IQ4_NL, read_q4_0 },
+    { GGML_TYPE_F16, nullptr },    { GGML_TYPE_BF16, nullptr },
 };
 
 uint32_t four_at(const uint8_t * at) {
@@ -159,6 +171,19 @@ ScalePlace place_of(Shape s, int64_t n_blocks, int64_t b) {
     return { shared, shared + (has_min(s) ? 64 : 32) + static_cast<size_t>(b % super) * 32 };
 }
 
+void pack_floats(const uint8_t * row, int64_t n, uint8_t * to) {
+    for (int64_t k = 0; k < n; ++k) {
+        std::memcpy(to + static_cast<size_t>(k) * panel_rows * 2, row + 2 * k, 2);
+    }
+}
+
+void read_floats(Type type, const uint8_t * from, int64_t n, float * out) {
+    for (int64_t k = 0; k < n; ++k) {
+        const uint16_t bits = half_at(from + static_cast<size_t>(k) * panel_rows * 2);
+        out[k] = type == f16 ? ggml_fp16_to_fp32(bits) : ggml_bf16_to_fp32({ bits });
+    }
+}
+
 }  // namespace
 
 Type type_of(ggml_type type) {
@@ -176,6 +201,10 @@ void pack_panel(Type type, const uint8_t * rows, size_t row_bytes, int64_t first
     const int last = static_cast<int>(std::min<int64_t>(panel_rows, n - first));
     for (int r = 0; r < last; ++r) {
         const uint8_t * row = rows + static_cast<size_t>(first + r) * row_bytes;
+        if (is_float(s)) {
+            pack_floats(row, n_blocks * block, panel + 2 * r);
+            continue;
+        }
         for (int64_t b = 0; b < n_blocks; ++b) {
             Block from{};
             readers[type].read(row, b, from);
@@ -208,6 +237,10 @@ void pack_panel(Type type, const uint8_t * rows, size_t row_bytes, int64_t first
 
 void read_row(Type type, const uint8_t * panel, int64_t n_blocks, int row, float * out) {
     const Shape s = shapes[type];
+    if (is_float(s)) {
+        read_floats(type, panel + 2 * row, n_blocks * block, out);
+        return;
+    }
     const auto half = [&](size_t at) { return ggml_fp16_to_fp32(half_at(panel + at)); };
     for (int64_t b = 0; b < n_blocks; ++b, out += block) {
         const uint8_t * planes = panel + static_cast<size_t>(b) * plane_bytes(s) + 4 * row;

@@ -124,7 +124,6 @@ llama_model * load_model(ModelFiles & files, const std::string & path, llama_mod
         aborts.enter();
         FaultScope faults;
         faults.enter();
-        kernels::install();
         model.reset(llama_model_load_from_file(path.c_str(), params));
         if (!model && faults.fault()) {
             throw format_error(faults.fault());

@@ -26,6 +26,9 @@ cdef extern from "kernels/buffer.hpp" namespace "triollama::native::kernels" nog
     vector[string] kernel_names()
     cpp_bool kernels_available "triollama::native::kernels::available"()
     cpp_bool choose "triollama::native::kernels::use_kernel"(const string & name)
+    void install_kernels "triollama::native::kernels::install"() except +raise_native_error
+
+install_kernels()
 
 cdef dict _SPLIT_MODES = {
     "none": <int>llama.LLAMA_SPLIT_MODE_NONE,

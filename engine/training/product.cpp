@@ -1,6 +1,6 @@
 #include "training/product.hpp"
 
-#include "kernels/scratch.hpp"
+#include "training/scratch.hpp"
 #include "kernels/tiles.hpp"
 #include "training/panels.hpp"
 

@@ -1,13 +1,7 @@
-"""Attention of our own: right, and the same bits in any company (native/attention_check.cpp)."""
+"""Attention of our own: right, and the same bits in any company (see test_kernel_programs.py)."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,91 +11,9 @@ from test_kernels import exact, logits
 from triollama._engine import Batch, Context, Model, list_kernels, quantize, use_kernel
 from triollama.errors import ParameterError
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "llama.cpp" / "source"
-HERE = os.environ.get("CXX") or shutil.which("c++")
-THERE = shutil.which("aarch64-linux-gnu-g++")
-EMULATOR = shutil.which("qemu-aarch64")
-
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
-OF_X86 = {"avx2": AVX2, "avx_vnni": [*AVX2, "-mavxvnni"], "avx512": AVX512, "amx": AVX512}
-OF_ARM = {"neon": ["-march=armv8.2-a+dotprod"]}
-OURS = ("attention", "product", "portable", "types")
-
 kernels_only = pytest.mark.skipif(
     len(list_kernels()) < 2, reason="no kernels for this processor, or none in this build"
 )
-
-
-def build(compiler: str, folder: Path, sets: dict[str, list[str]], *options: str) -> Path:
-    """Ours as engine/CMakeLists.txt compiles it; of ggml only what reads types."""
-    places = ("include", "src", "ggml/include", "ggml/src")
-    include = [
-        word
-        for place in (ROOT / "engine", *(SOURCE / name for name in places), folder)
-        for word in ("-I", str(place))
-    ]
-    (folder / "ggml-version.h").write_text('#define GGML_VERSION ""\n#define GGML_COMMIT ""\n')
-    common = [compiler, "-O1", "-DNDEBUG", "-ffunction-sections", *include, *options]
-    ours = [*common, "-std=c++17", "-g", "-ffp-contract=off"]
-    check = ROOT / "tests/engine/native/attention_check.cpp"
-    kernels, plain = ROOT / "engine/kernels", [*common, "-D_GNU_SOURCE", "-x", "c", "-c"]
-    jobs = [
-        *([*ours, "-c", str(kernels / f"{name}.cpp")] for name in OURS),
-        *([*ours, *flags, "-c", str(kernels / f"{name}.cpp")] for name, flags in sets.items()),
-        [*ours, "-c", str(check)],
-        *([*plain, str(SOURCE / f"ggml/src/{name}.c")] for name in ("ggml", "ggml-quants")),
-    ]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(
-            lambda job: subprocess.run(
-                job, capture_output=True, text=True, cwd=folder, check=False
-            ),
-            jobs,
-        ):
-            assert done.returncode == 0, done.stderr
-    program = folder / "check"
-    subprocess.run(
-        [
-            compiler, *options, *map(str, folder.glob("*.o")), "-pthread", "-Wl,--gc-sections",
-            "-Wl,--unresolved-symbols=ignore-all", "-o", str(program),
-            *(["-no-pie", "-Wl,-z,lazy"] if options else ["-static"]),
-        ],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return program
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(HERE is None, reason="no C++ compiler")
-@pytest.mark.skipif(not (SOURCE / "include").is_dir(), reason="llama.cpp is not unpacked")
-@pytest.mark.parametrize("where", ["here", "address,undefined", "aarch64"])
-def test_against_sums_in_double_precision(
-    where: str, tmp_path: Path, time_limit: Callable[[float], float]
-) -> None:
-    """58 million numbers, of 4,000 cases, were within 9e-7 once."""
-    if where == "aarch64" and not (THERE and EMULATOR):
-        pytest.skip("no cross compiler or no emulator for aarch64")
-    machine = os.uname().machine
-    sets = OF_X86 if machine == "x86_64" else OF_ARM if machine == "aarch64" else {}
-    if where == "aarch64":
-        program = [str(EMULATOR), str(build(str(THERE), tmp_path, OF_ARM))]
-        n = 30
-    elif where == "here":
-        program, n = [str(build(str(HERE), tmp_path, sets))], 60
-    else:
-        program, n = [str(build(str(HERE), tmp_path, sets, f"-fsanitize={where}"))], 20
-    done = subprocess.run(
-        [*program, str(n)], capture_output=True, text=True, check=False, timeout=time_limit(300)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
-    assert "Sanitizer" not in done.stderr
-    found = re.fullmatch(r"(\d+) numbers, worst error (\S+):((?: [\w-]+)+)\n", done.stdout)
-    assert found, done.stdout
-    assert float(found[2]) < 2e-6
-    if where != "aarch64":
-        assert found[3].split() == list_kernels() or len(list_kernels()) < 2
 
 
 @kernels_only

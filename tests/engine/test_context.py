@@ -549,10 +549,12 @@ def test_a_context_goes_on_after_it_found_no_memory(tiny, run_isolated):
 
 
 @limited
-def test_closed_after_a_graph_found_no_memory_to_work_in(tiny, run_isolated):
-    """ggml frees its work buffer before it asks for a larger one: closing freed it again."""
+@pytest.mark.parametrize("repack", ["False", "True"])
+def test_closed_after_a_graph_found_no_memory_to_work_in(repack, tiny, run_isolated):
+    """ggml frees its work buffer before it asks for a larger one: closing freed it again. What our
+    kernels work in is part of it, or the process would end in one of their threads."""
     code = """
-        with Model(sys.argv[1], repack=False) as model:
+        with Model(sys.argv[1], repack=REPACK) as model:
             with Context(model, n_ctx=256, n_batch=256, n_ubatch=256, n_threads=1) as context:
                 decode(context, 1)
                 context.memory.clear()
@@ -571,7 +573,7 @@ def test_closed_after_a_graph_found_no_memory_to_work_in(tiny, run_isolated):
     """
     broad = tiny("llama", n_ff=16_384, dtype="F16")
     run_isolated(
-        textwrap.dedent(SHORT_OF_MEMORY) + textwrap.dedent(code),
+        textwrap.dedent(SHORT_OF_MEMORY) + textwrap.dedent(code.replace("REPACK", repack)),
         broad,
         MALLOC_MMAP_THRESHOLD_="65536",  # what is free already does not count
     )

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(
     len(list_kernels()) < 2, reason="no kernels for this processor, or none in this build"
 )
 
-TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q5_k_s", "q6_k", "iq4_nl")
+TYPES = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q5_k_s", "q6_k", "iq4_nl"),
+    *("f16", "bf16"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +81,23 @@ def test_rows_are_those_of_the_stream_alone(ftype: str, quantized: Any) -> None:
     Walk(quantized(ftype), 5, n_streams=5).run(100)
 
 
+@pytest.mark.parametrize("ftype", ["q5_0", "f16"])
 @pytest.mark.parametrize("arch", ["llama", "mamba", "jamba", "qwen3moe"])
-def test_in_other_architectures(arch: str, quantized: Any) -> None:
-    Walk(quantized("q5_0", arch), 6, n_streams=3).run(60)
+def test_in_other_architectures(arch: str, ftype: str, quantized: Any) -> None:
+    Walk(quantized(ftype, arch), 6, n_streams=3).run(60)
 
 
-@pytest.mark.parametrize("ftype", TYPES)
-def test_every_instruction_set_gives_the_same_bits(ftype: str, quantized: Any) -> None:
-    with Model(quantized(ftype), repack="exact") as model:
+@pytest.mark.parametrize(
+    ("ftype", "arch"),
+    [
+        *((ftype, "gemma3") for ftype in TYPES),
+        *zip(TYPES, ("qwen3moe", "qwen2moe", "mamba", "mamba2", "jamba", "lfm2"), strict=False),
+        *zip(reversed(TYPES), ("qwen3moe", "jamba", "phi3", "gemma2", "llama"), strict=False),
+    ],
+)
+def test_every_instruction_set_gives_the_same_bits(ftype: str, arch: str, quantized: Any) -> None:
+    """Of whole models."""
+    with Model(quantized(ftype, arch), repack="exact") as model:
         use_kernel("portable")
         expected = logits(model)
         for name in list_kernels():
@@ -130,6 +142,17 @@ def test_who_holds_the_weights(quantized: Any) -> None:
         one, other = logits(ours), logits(none)
         assert (one != other).any()  # each rounds in its own way
         assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
+
+
+def test_floats_of_other_widths_are_ggmls(tiny: Any) -> None:
+    """Rows that are no whole blocks stay as they are in the file."""
+    with Model(tiny("llama", n_embd=48, n_ff=96, dtype="F16")) as model:
+        ours = logits(model)
+        with Context(model, n_ctx=64) as context:
+            assert "triollama" in context.kernels  # ffn_down
+    with Model(tiny("llama", n_embd=48, n_ff=96, dtype="F16"), repack=False) as model:
+        theirs = logits(model)
+    assert 0 < np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
 
 
 def test_types_that_we_do_not_know(quantized: Any) -> None:

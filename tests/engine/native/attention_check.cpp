@@ -1,53 +1,24 @@
 // Attention of our own against sums in double precision, and its bits: on every instruction set, with any number of
 // threads, and of each row alone. Random shapes, masks with holes, ALiBi, soft caps, sinks and types of caches.
+// Nothing may be allocated while it computes.
 #include "kernels/attention.hpp"
 #include "kernels/product.hpp"
+#include "threads_of_check.hpp"
 
 #include "ggml.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 using namespace triollama::native::kernels;
 
 namespace {
-
-struct Meeting {
-    explicit Meeting(int n) : n(n) {}
-    const int        n;
-    std::atomic<int> here{ 0 }, round{ 0 }, next{ 0 };
-};
-
-class Threads final : public Team {
-public:
-    Threads(int ith, Meeting & meeting) : Team(ith, meeting.n), meeting(meeting) {}
-
-    void meet() override {
-        if (ith == 0) {
-            meeting.next = nth;
-        }
-        const int round = meeting.round;
-        if (++meeting.here == nth) {
-            meeting.here = 0;
-            ++meeting.round;
-        }
-        while (meeting.round == round) {
-            std::this_thread::yield();
-        }
-    }
-    int64_t next() override { return meeting.next++; }
-
-private:
-    Meeting & meeting;
-};
 
 struct Tensor : ggml_tensor {
     std::vector<char> memory;
@@ -126,19 +97,8 @@ struct Case {
             std::printf("a case that is not taken\n");
             std::exit(1);
         }
-        Meeting meeting(n_threads);
-        std::vector<std::thread> others;
-        for (int i = 1; i < n_threads; ++i) {
-            others.emplace_back([&, i] {
-                Threads team(i, meeting);
-                attend(&out, false, team);
-            });
-        }
-        Threads team(0, meeting);
-        attend(&out, false, team);
-        for (std::thread & one : others) {
-            one.join();
-        }
+        std::vector<char> memory(attend_bytes(&out, n_threads));
+        in_threads(n_threads, [&](Team & team) { attend(&out, false, team, memory.data()); });
         std::vector<float> result(out.memory.size() / sizeof(float));
         std::memcpy(result.data(), out.data, out.memory.size());
         return result;
