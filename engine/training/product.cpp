@@ -1,8 +1,8 @@
 #include "training/product.hpp"
 
-#include "training/scratch.hpp"
 #include "kernels/tiles.hpp"
 #include "training/panels.hpp"
+#include "training/scratch.hpp"
 
 #include <algorithm>
 #include <cstdint>
