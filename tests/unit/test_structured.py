@@ -415,6 +415,8 @@ def test_what_msgspec_would_not_decode_is_not_allowed(
         (Annotated[int, Meta(ge=8, le=3)], "leave no number"),
         (Annotated[float, Meta(gt=3, lt=3)], "leave no number"),
         (Annotated[str, Meta(min_length=5, max_length=4)], "no length of"),
+        (Annotated[int, Meta(le=5)] | int, r"\$ has int twice"),
+        (list[Annotated[float, Meta(le=5)] | str | float], r"\$\[...\] has float twice"),
         (Annotated[str, Meta(max_length=2**31)], "grammars count to"),
         (dict[str, msgspec.Raw | None], r"\$\[...\] has Raw in a union"),
         (list[set[list[int]]], r"\$\[...\] is a set of what cannot be in a set"),

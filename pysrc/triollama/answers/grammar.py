@@ -211,6 +211,12 @@ class Grammar(Lark):
     def _union(self, info: inspect.UnionType, place: str) -> str:
         if any(isinstance(one, inspect.RawType) for one in info.types):
             raise UnsupportedError(f"into: {place} has Raw in a union; msgspec decodes none such")
+        for kind, name in _LIMITED.items():
+            if sum(isinstance(_bare(one), kind) for one in info.types) > 1:
+                raise UnsupportedError(
+                    f"into: {place} has {name} twice in one union, and msgspec takes the limits of"
+                    f" one for both; write one {name} with the limits that are meant"
+                )
         return _one_of([self._item(one, place) for one in info.types])
 
     # Containers
@@ -361,6 +367,7 @@ _HANDLERS: dict[type, Callable[[Grammar, Any, str], str]] = {
     inspect.DataclassType: Grammar._object,
     inspect.NamedTupleType: Grammar._named_tuple,
 }
+_LIMITED = {inspect.IntType: "int", inspect.FloatType: "float"}
 _UNHASHABLE = (
     inspect.AnyType,
     inspect.RawType,
@@ -381,6 +388,10 @@ _TEXTUAL = (
     inspect.UUIDType,
     inspect.DecimalType,
 )
+
+
+def _bare(info: inspect.Type) -> inspect.Type:
+    return _bare(info.type) if isinstance(info, inspect.Metadata) else info
 
 
 def _is_hashable(info: inspect.Type) -> bool:
