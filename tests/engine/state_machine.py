@@ -61,13 +61,12 @@ class Held:
         self.elsewhere = False
         """Its cells lie otherwise than they would, and sums are rounded otherwise if not exact."""
 
-    def back(self, n: int, *, slides: bool) -> None:
+    def back(self, n: int) -> None:
         """What is undone as a whole is not told to the reference: there it could have taken cells
         that the window had passed and now comes back to (K5)."""
         events = list(self.events)
         while events and events[-1][0] == "decode" and self.n - len(events[-1][1]) >= n:
             self.n -= len(events.pop()[1])
-            self.elsewhere |= slides
         if self.n > n:
             events.append(("back", n))
         self.events, self.n = tuple(events), n
@@ -227,7 +226,7 @@ class Walk:
         if n and not place.context.memory.can_continue_at(sequence, n):
             return
         assert place.context.memory.seq_rm(sequence, n)
-        held.back(n, slides=self.model.n_swa > 0)
+        held.back(n)
         if not n:
             place.held[sequence] = Held()
 
