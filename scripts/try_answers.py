@@ -101,7 +101,7 @@ async def tools(llama: Any) -> None:
     asked: list[str] = []
     waiting, ended = trio.Event(), trio.Event()
 
-    async def current_weather(city: str) -> str:
+    async def current_weather(city: Annotated[str, Meta(max_length=20)]) -> str:
         """The weather of a city, now."""
         asked.append(city)
         if city == "Oslo":
@@ -118,10 +118,16 @@ async def tools(llama: Any) -> None:
 
     async def ask(city: str, scope: trio.CancelScope) -> None:
         with scope:
-            reply = await chats[city].say(
-                f"What is the weather in {city}?", tools=[current_weather], tool_choice="required"
-            )
-            replies[city] = reply.text
+            try:
+                reply = await chats[city].say(
+                    f"What is the weather in {city}?",
+                    tools=[current_weather],
+                    tool_choice="required",
+                )
+            except AnswerError as error:
+                replies[city] = f"({error})"
+            else:
+                replies[city] = reply.text
 
     with trio.move_on_after(300):
         async with trio.open_nursery() as nursery:

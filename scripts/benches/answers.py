@@ -1,23 +1,30 @@
-"""What binding an answer costs: tokens a second beside free text, and masks of both matchers."""
+"""What binding an answer costs: tokens a second beside free text, and masks: of both matchers, of
+llama.cpp's own grammars, and of xgrammar where ``TRIOLLAMA_XGRAMMAR_PYTHON`` names a Python that
+has it.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import trio
 from triollama import GenerationParams, open_llama
-from triollama._engine import Model, Sampler, Vocab
+from triollama._engine import Model, Sampler, UpstreamSampler, Vocab
 from triollama.models import default_model
 
 from ._harness import Figure, Options, interleave, sample_figure
 
+MASK_PROGRAM = Path(__file__).with_name("_mask_program.py")
 N_GEN = 64
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SCHEMA = {
@@ -149,7 +156,10 @@ def figures(options: Options) -> Iterator[Figure]:
             target=1.5,
             note=f"long keys; {forced:.0f} against {sampled:.0f} sampled characters a second",
         )
-    names = ("answers.mask", "answers.mask_gbnf", "answers.prepare")
+    names = (
+        "answers.mask", "answers.mask_gbnf", "answers.mask_upstream", "answers.mask_xgrammar",
+        "answers.prepare",
+    )  # fmt: skip
     if not options.wants(*names):
         return
     vocab = Model(str(default_model()), vocab_only=True).vocab
@@ -165,8 +175,34 @@ def figures(options: Options) -> Iterator[Figure]:
     makers: dict[str, Callable[[], Any]] = {
         "answers.mask": lambda: Sampler(vocab, params),
         "answers.mask_gbnf": lambda: Sampler(vocab, gbnf),
+        "answers.mask_upstream": lambda: UpstreamSampler(vocab, gbnf),
     }
     for name, make in makers.items():
         if options.wants(name):
             values = [mask_us(vocab, make, text) for _ in range(options.repeats_or(5))]
-            yield sample_figure(name, values, "us", note="mean of a mask of the vocabulary")
+            note = "mean of a mask, applied, and of the choice after it"
+            yield sample_figure(name, values, "us", note=note)
+    python = os.environ.get("TRIOLLAMA_XGRAMMAR_PYTHON")
+    if python and options.wants("answers.mask_xgrammar"):
+        job = {
+            "vocab": [vocab.piece(token, True).hex() for token in range(vocab.n_tokens)],
+            "schema": SCHEMA,
+            "tokens": vocab.tokenize(text, False, False),
+        }
+        done = [
+            json.loads(
+                subprocess.run(
+                    [python, str(MASK_PROGRAM)],
+                    input=json.dumps(job).encode(),
+                    capture_output=True,
+                    check=True,
+                ).stdout
+            )
+            for _ in range(options.repeats_or(5))
+        ]
+        prepare, compiling = (
+            statistics.median(one[what] for one in done) for what in ("prepare", "compile")
+        )
+        note = f"the mask alone; vocabulary {prepare:.0f} ms, schema {compiling:.0f} ms"
+        values = [one["mask"] for one in done]
+        yield sample_figure("answers.mask_xgrammar", values, "us", note=note)
