@@ -130,16 +130,21 @@ def figures(options: Options) -> Iterator[Figure]:
             (512, 1, 1.0, 1 / 8, 700.0),
             (128, 2, 0.9, 1 / 4, None),
         ):
-            yield from beside_peft(options, model, n_tokens, steps, speed, share, most)
-        for n_tokens in (512, 128):
-            yield in_mode(options, model, n_tokens, "exact", precision="exact")
-            if "dots" in training_kernels():
-                dots = {"precision": "fast", "kernel": "dots"}
-                yield in_mode(options, model, n_tokens, "dots", **dots)
+            if options.wants(f"train.speed_{n_tokens}", f"train.memory_{n_tokens}_of_peft"):
+                yield from beside_peft(options, model, n_tokens, steps, speed, share, most)
+        modes = {"exact": {"precision": "exact"}}
+        if "dots" in training_kernels():
+            modes["dots"] = {"precision": "fast", "kernel": "dots"}
+        for name, mode in modes.items():
+            for n_tokens in (512, 128):
+                if options.wants(f"train.{name}_{n_tokens}"):
+                    yield in_mode(options, model, n_tokens, name, **mode)
     else:
         print(f"no PEFT here, nor {PEFT_PYTHON}: nothing is compared with it", file=sys.stderr)
-    yield vocabulary(options)
-    yield beside_finetune(options, model)
+    if options.wants("train.memory_of_vocabulary"):
+        yield vocabulary(options)
+    if options.wants("train.llama_finetune"):
+        yield beside_finetune(options, model)
 
 
 def beside_peft(
