@@ -1,4 +1,4 @@
-#include "sampling/select.hpp"
+#include "sampling/passes.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -6,261 +6,28 @@
 #include <functional>
 #include <limits>
 
-// The passes are written once, in the vector extension of GCC and Clang. Where the build does not already target
-// AVX2, glibc's loader picks the widest version that the processor has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__AVX2__) && defined(__has_attribute)
-#  if __has_attribute(target_clones)
-#    define TRIOLLAMA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#  endif
-#endif
-#ifndef TRIOLLAMA_CLONES
-#  define TRIOLLAMA_CLONES
-#endif
-
-// Small steps must be inlined into each version, or they would be compiled for the baseline only.
-#define TRIOLLAMA_INLINE static inline __attribute__((always_inline))
-
-#if defined(__GNUC__) && !defined(__clang__)
-#  pragma GCC diagnostic ignored "-Wpsabi"      // no vector crosses a function that is not inlined
-#endif
-
 namespace triollama::native {
 
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-constexpr int lanes = 16;
-typedef float   vfloat __attribute__((vector_size(lanes * 4)));
-typedef int32_t vint   __attribute__((vector_size(lanes * 4)));
-
-TRIOLLAMA_INLINE vfloat splat(float value) {
-    return vfloat{} + value;
-}
-
-TRIOLLAMA_INLINE void load(vfloat & v, const float * x) {
-    std::memcpy(&v, x, sizeof(v));
-}
-
-TRIOLLAMA_INLINE void store(float * x, const vfloat & v) {
-    std::memcpy(x, &v, sizeof(v));
-}
-
-// The tail of a row, filled up with `filler`.
-TRIOLLAMA_INLINE void load_tail(vfloat & v, const float * x, int32_t n, float filler) {
-    v = splat(filler);
-    std::memcpy(&v, x, (size_t) n * sizeof(float));
-}
-
-TRIOLLAMA_INLINE double sum_lanes(const vfloat & v) {
-    double total = 0.0;
-    for (int i = 0; i < lanes; ++i) {
-        total += v[i];
-    }
-    return total;
-}
-
-// exp(d) for d <= 0 within 2 units in the last place: d = k ln 2 + r, a polynomial for exp(r), k into the exponent.
-// Below -87 the result is 0 (the float would be subnormal), so -inf gives 0.
-TRIOLLAMA_INLINE void exp_lanes(vfloat & d) {
-    const vint   normal = d > splat(-87.0f);
-    const vfloat x      = normal ? d : splat(-87.0f);
-    const vfloat magic  = splat(12582912.0f);           // 1.5 * 2^23: adding it rounds to an integer
-    const vfloat biased = x * 1.44269504f + magic;
-    const vfloat k      = biased - magic;
-    const vfloat r      = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-    vfloat p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vint bits;
-    std::memcpy(&bits, &biased, sizeof(bits));
-    vint scaled;
-    std::memcpy(&scaled, &p, sizeof(scaled));
-    scaled += bits << 23;
-    vfloat result;
-    std::memcpy(&result, &scaled, sizeof(result));
-    d = normal ? result : splat(0.0f);
-}
-
-TRIOLLAMA_CLONES
-bool scan_blocks(const float * x, int32_t n, float * maxima) {
-    vint nan = {};
-    for (int32_t start = 0, block = 0; start < n; start += block_size, ++block) {
-        const int32_t length = std::min(block_size, n - start);
-        vfloat best0 = splat(-infinity);
-        vfloat best1 = best0;
-        int32_t i = 0;
-        for (; i + 2 * lanes <= length; i += 2 * lanes) {
-            vfloat a;
-            vfloat b;
-            load(a, x + start + i);
-            load(b, x + start + i + lanes);
-            nan  |= (a != a) | (b != b);
-            best0 = a > best0 ? a : best0;
-            best1 = b > best1 ? b : best1;
-        }
-        for (; i < length; i += lanes) {
-            vfloat a;
-            load_tail(a, x + start + i, std::min(lanes, length - i), -infinity);
-            nan  |= a != a;
-            best0 = a > best0 ? a : best0;
-        }
-        best0 = best0 > best1 ? best0 : best1;
-        float best = best0[0];
-        for (int lane = 1; lane < lanes; ++lane) {
-            best = best0[lane] > best ? best0[lane] : best;
-        }
-        maxima[block] = best;
-    }
-    for (int lane = 0; lane < lanes; ++lane) {
-        if (nan[lane]) {
-            return true;
-        }
-    }
-    return false;
-}
-
-TRIOLLAMA_CLONES
-double exp_blocks(const float * x, int32_t n, float shift, float * weights, double * block_sums) {
-    double total = 0.0;
-    for (int32_t start = 0, block = 0; start < n; start += block_size, ++block) {
-        const int32_t length = std::min(block_size, n - start);
-        vfloat sum = {};
-        for (int32_t i = 0; i < length; i += lanes) {
-            const int32_t m = std::min(lanes, length - i);
-            vfloat d;
-            if (m == lanes) {
-                load(d, x + start + i);
-            } else {
-                load_tail(d, x + start + i, m, -infinity);
-            }
-            d -= shift;
-            exp_lanes(d);
-            sum += d;
-            if (weights) {
-                if (m == lanes) {
-                    store(weights + start + i, d);
-                } else {
-                    std::memcpy(weights + start + i, &d, (size_t) m * sizeof(float));
-                }
+// The widest that this processor has.
+const Passes & passes() {
+    static const Passes & widest = []() -> const Passes & {
+#if TRIOLLAMA_X86_PASSES
+        for (const Passes * some : { avx512_passes(), avx2_passes() }) {
+            if (some) {
+                return *some;
             }
         }
-        const double block_sum = sum_lanes(sum);
-        if (block_sums) {
-            block_sums[block] = block_sum;
-        }
-        total += block_sum;
-    }
-    return total;
+#endif
+        return baseline_passes();
+    }();
+    return widest;
 }
 
-TRIOLLAMA_CLONES
-ExpSums exp_distance_blocks(const float * x, int32_t n, float shift) {
-    ExpSums total = { 0.0, 0.0 };
-    for (int32_t start = 0; start < n; start += block_size) {
-        const int32_t length = std::min(block_size, n - start);
-        vfloat sum      = {};
-        vfloat distance = {};
-        for (int32_t i = 0; i < length; i += lanes) {
-            const int32_t m = std::min(lanes, length - i);
-            vfloat d;
-            if (m == lanes) {
-                load(d, x + start + i);
-            } else {
-                load_tail(d, x + start + i, m, -infinity);
-            }
-            d -= shift;
-            vfloat w = d;
-            exp_lanes(w);
-            sum += w;
-            distance += w * (d > splat(-87.0f) ? d : splat(0.0f));     // 0 * -inf would be NaN
-        }
-        total.sum          += sum_lanes(sum);
-        total.sum_distance += sum_lanes(distance);
-    }
-    return total;
-}
-
-// Count, sum and sum of squares of (x - shift) over the finite logits.
-struct RawMoments {
-    double n;
-    double sum;
-    double squares;
-};
-
-TRIOLLAMA_CLONES
-RawMoments moment_blocks(const float * x, int32_t n, float shift) {
-    RawMoments total = { 0.0, 0.0, 0.0 };
-    for (int32_t start = 0; start < n; start += block_size) {
-        const int32_t length = std::min(block_size, n - start);
-        vfloat number  = {};
-        vfloat sum     = {};
-        vfloat squares = {};
-        for (int32_t i = 0; i < length; i += lanes) {
-            const int32_t m = std::min(lanes, length - i);
-            vfloat v;
-            if (m == lanes) {
-                load(v, x + start + i);
-            } else {
-                load_tail(v, x + start + i, m, -infinity);
-            }
-            const vint   finite = v > splat(-infinity);
-            const vfloat d      = finite ? v - shift : splat(0.0f);
-            number  += finite ? splat(1.0f) : splat(0.0f);
-            sum     += d;
-            squares += d * d;
-        }
-        total.n       += sum_lanes(number);
-        total.sum     += sum_lanes(sum);
-        total.squares += sum_lanes(squares);
-    }
-    return total;
-}
-
-TRIOLLAMA_CLONES
-void divide_row(const float * x, int32_t n, float divisor, float * out) {
-    for (int32_t i = 0; i < n; ++i) {
-        out[i] = x[i] / divisor;
-    }
-}
-
-TRIOLLAMA_CLONES
-void mask_row(const float * x, int32_t n, float threshold, float * out) {
-    for (int32_t i = 0; i < n; ++i) {
-        out[i] = x[i] < threshold ? -infinity : x[i];
-    }
-}
-
-TRIOLLAMA_CLONES
-void reward_row(const float * x, const float * weights, int32_t n, float total, float target, float * out) {
-    for (int32_t i = 0; i < n; i += lanes) {
-        const int32_t m = std::min(lanes, n - i);
-        vfloat v;
-        vfloat w;
-        if (m == lanes) {
-            load(v, x + i);
-            load(w, weights + i);
-        } else {
-            load_tail(v, x + i, m, -infinity);
-            load_tail(w, weights + i, m, 0.0f);
-        }
-        vfloat distance = (w / total - target) * (1.0f / 0.3f);
-        distance = distance < splat(0.0f) ? -distance : distance;
-        vfloat reward = 5.0f - 10.0f * distance * distance / (1.0f + distance);
-        reward = v > splat(-infinity) ? reward : splat(-infinity);
-        if (m == lanes) {
-            store(out + i, reward);
-        } else {
-            std::memcpy(out + i, &reward, (size_t) m * sizeof(float));
-        }
-    }
-}
-
-TRIOLLAMA_INLINE int32_t ring_of(float x, float centre) {
+inline int32_t ring_of(float x, float centre) {
     const float scaled = std::fabs(x - centre) * Rings::rings_per_unit;
     return scaled < (float) (Rings::count - 1) ? (int32_t) scaled : Rings::count - 1;
 }
@@ -275,7 +42,7 @@ float lower_edge(float max, int32_t ring) {
 
 void RowScan::run(const float * x, int32_t n) {
     maxima.resize((size_t) block_count(n));
-    has_nan = scan_blocks(x, n, maxima.data());
+    has_nan = passes().scan(x, n, maxima.data());
     max     = *std::max_element(maxima.begin(), maxima.end());
 }
 
@@ -347,35 +114,35 @@ float RowScan::threshold_for(const float * x, int32_t n, size_t k) const {
 }
 
 double exp_weights(const float * x, int32_t n, float shift, float * weights, double * block_sums) {
-    return exp_blocks(x, n, shift, weights, block_sums);
+    return passes().weights(x, n, shift, weights, block_sums);
 }
 
 ExpSums exp_sums(const float * x, int32_t n, float shift) {
-    return exp_distance_blocks(x, n, shift);
+    return passes().sums(x, n, shift);
 }
 
 Moments finite_moments(const float * x, int32_t n, float shift) {
     // A first shift near the mean keeps the squares small, so that their difference loses nothing.
-    const RawMoments rough = moment_blocks(x, n, shift);
+    const RawMoments rough = passes().moments(x, n, shift);
     if (rough.n == 0.0) {
         return { 0.0, 0.0 };
     }
     const auto centre = (float) (shift + rough.sum / rough.n);
-    const RawMoments fine = moment_blocks(x, n, centre);
+    const RawMoments fine = passes().moments(x, n, centre);
     const double offset = fine.sum / fine.n;
     return { centre + offset, std::sqrt(std::max(0.0, fine.squares / fine.n - offset * offset)) };
 }
 
 void divide(const float * x, int32_t n, float divisor, float * out) {
-    divide_row(x, n, divisor, out);
+    passes().divide(x, n, divisor, out);
 }
 
 void mask_below(const float * x, int32_t n, float threshold, float * out) {
-    mask_row(x, n, threshold, out);
+    passes().mask(x, n, threshold, out);
 }
 
 void reward_nearness(const float * x, const float * weights, int32_t n, float total, float target, float * out) {
-    reward_row(x, weights, n, total, target, out);
+    passes().reward(x, weights, n, total, target, out);
 }
 
 void Rings::run(const float * x, const float * weights, int32_t n, float centre) {
