@@ -269,39 +269,40 @@ def _called_there(function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
     return call
 
 
-class open_llama:
+class _Opening:
+    """What is open in trio while its block runs."""
+
+    def __init__(self, opening: Any) -> None:
+        self._opening = opening
+
+    async def _open(self) -> Any:
+        self._guest = _Guest()
+        return _There(self._guest, await self._guest.start(self._opening))
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._guest.stop()
+
+
+class open_llama(_Opening):
     """``triollama.open_llama`` for asyncio, with the same arguments and errors."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        self._opening: Any = _open_llama(path, **options)
+        super().__init__(_open_llama(path, **options))
 
     async def __aenter__(self) -> Llama:
-        self._guest = _Guest()
-        return cast(Llama, _There(self._guest, await self._guest.start(self._opening)))
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._guest.stop()
+        return cast(Llama, await self._open())
 
 
-class open_reranker:
+class open_reranker(_Opening):
     """``triollama.open_reranker`` for asyncio, with the same arguments and errors."""
 
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
-        self._opening: Any = _open_reranker(path, **options)
+        super().__init__(_open_reranker(path, **options))
 
     async def __aenter__(self) -> Reranker:
-        self._guest = _Guest()
-        return cast(Reranker, _There(self._guest, await self._guest.start(self._opening)))
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._guest.stop()
+        return cast(Reranker, await self._open())
