@@ -103,11 +103,11 @@ class _Guest:
         if asyncio.get_running_loop() is not self._loop:
             raise BusyError("this belongs to another event loop, the one that opened it")
         if self._nursery is None:
-            raise trio.ClosedResourceError("this Llama was closed")
+            raise trio.ClosedResourceError("this was closed")
         ended: asyncio.Future[None] = self._loop.create_future()
         scope = trio.CancelScope()
         results: list[Any] = []
-        error: BaseException = trio.ClosedResourceError("this Llama was closed")
+        error: BaseException = trio.ClosedResourceError("this was closed")
 
         async def run() -> None:
             nonlocal error

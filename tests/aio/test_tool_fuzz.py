@@ -135,7 +135,7 @@ def test_damaged_answers_are_calls_or_errors(form: CallFormat) -> None:
     assert min(counts["bad"], counts["calls"], counts["text"]) > 10, counts
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [210, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_history_is_poisoned(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     rng = random.Random(n)
     counts: Counter[str] = Counter()
@@ -179,5 +179,5 @@ def test_no_history_is_poisoned(monkeypatch: pytest.MonkeyPatch, n: int) -> None
                 called.update([form.name] * made)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    assert min(counts["said"], counts["refused"], 2 * counts["calls"]) > n / 10, counts
+    assert min(counts["said"], counts["refused"], counts["calls"]) > n / 10, counts
     assert n < 1000 or len(called) > len(FORMATS) / 2

@@ -349,3 +349,31 @@ def test_what_was_not_begun_to_be_sent_waits() -> None:
         assert sent == [b"<>onetwo", b"<>"]
 
     trio.run(main)
+
+
+def test_what_was_sent_in_part_is_torn() -> None:
+    """There was room for the beginning alone, and the answer is cancelled while the rest waits."""
+
+    class Stream:
+        async def send_all(self, data: bytes) -> None:
+            assert data == b"ne"
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        connection: Any = SimpleNamespace(
+            ends=False,
+            method="GET",
+            stream=Stream(),
+            pack=lambda event: bytes(event.data) if isinstance(event, h11.Data) else b"",
+            send_now=lambda data: data[1:],
+        )
+        reply = Reply(connection)
+        reply.begin("text/event-stream")
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reply.write, b"one")
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        assert reply.is_torn
+
+    trio.run(main)
