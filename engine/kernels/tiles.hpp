@@ -53,8 +53,8 @@ private:
 inline bool tiles_are_granted() {
     static const bool granted = [] {
         unsigned a, b, c, d;
-        constexpr unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (amx_tile | amx_int8)) != (amx_tile | amx_int8)) {
+        constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;   // BF16, tiles, INT8: a hypervisor may hide any
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) {
             return false;
         }
         constexpr int request_permission = 0x1023, tile_data = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

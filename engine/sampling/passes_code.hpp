@@ -35,14 +35,22 @@ TRIOLLAMA_INLINE void load(vfloat & v, const float * x) {
     std::memcpy(&v, x, sizeof(v));
 }
 
-TRIOLLAMA_INLINE void store(float * x, const vfloat & v) {
-    std::memcpy(x, &v, sizeof(v));
+// n values, filled up with `filler`.
+TRIOLLAMA_INLINE void load_some(vfloat & v, const float * x, int32_t n, float filler) {
+    if (n == lanes) {
+        load(v, x);
+    } else {
+        v = splat(filler);
+        std::memcpy(&v, x, (size_t) n * sizeof(float));
+    }
 }
 
-// The tail of a row, filled up with `filler`.
-TRIOLLAMA_INLINE void load_tail(vfloat & v, const float * x, int32_t n, float filler) {
-    v = splat(filler);
-    std::memcpy(&v, x, (size_t) n * sizeof(float));
+TRIOLLAMA_INLINE void store_some(float * x, const vfloat & v, int32_t n) {
+    if (n == lanes) {       // of a size that the compiler knows
+        std::memcpy(x, &v, sizeof(v));
+    } else {
+        std::memcpy(x, &v, (size_t) n * sizeof(float));
+    }
 }
 
 TRIOLLAMA_INLINE double sum_lanes(const vfloat & v) {
@@ -97,7 +105,7 @@ bool scan_blocks(const float * x, int32_t n, float * maxima) {
         }
         for (; i < length; i += lanes) {
             vfloat a;
-            load_tail(a, x + start + i, least(lanes, length - i), -infinity);
+            load_some(a, x + start + i, least(lanes, length - i), -infinity);
             nan  |= a != a;
             best0 = a > best0 ? a : best0;
         }
@@ -124,20 +132,12 @@ double exp_blocks(const float * x, int32_t n, float shift, float * weights, doub
         for (int32_t i = 0; i < length; i += lanes) {
             const int32_t m = least(lanes, length - i);
             vfloat d;
-            if (m == lanes) {
-                load(d, x + start + i);
-            } else {
-                load_tail(d, x + start + i, m, -infinity);
-            }
+            load_some(d, x + start + i, m, -infinity);
             d -= shift;
             exp_lanes(d);
             sum += d;
             if (weights) {
-                if (m == lanes) {
-                    store(weights + start + i, d);
-                } else {
-                    std::memcpy(weights + start + i, &d, (size_t) m * sizeof(float));
-                }
+                store_some(weights + start + i, d, m);
             }
         }
         const double block_sum = sum_lanes(sum);
@@ -158,11 +158,7 @@ ExpSums exp_distance_blocks(const float * x, int32_t n, float shift) {
         for (int32_t i = 0; i < length; i += lanes) {
             const int32_t m = least(lanes, length - i);
             vfloat d;
-            if (m == lanes) {
-                load(d, x + start + i);
-            } else {
-                load_tail(d, x + start + i, m, -infinity);
-            }
+            load_some(d, x + start + i, m, -infinity);
             d -= shift;
             vfloat w = d;
             exp_lanes(w);
@@ -185,11 +181,7 @@ RawMoments moment_blocks(const float * x, int32_t n, float shift) {
         for (int32_t i = 0; i < length; i += lanes) {
             const int32_t m = least(lanes, length - i);
             vfloat v;
-            if (m == lanes) {
-                load(v, x + start + i);
-            } else {
-                load_tail(v, x + start + i, m, -infinity);
-            }
+            load_some(v, x + start + i, m, -infinity);
             const vint   finite = v > splat(-infinity);
             const vfloat d      = finite ? v - shift : splat(0.0f);
             number  += finite ? splat(1.0f) : splat(0.0f);
@@ -220,22 +212,13 @@ void reward_row(const float * x, const float * weights, int32_t n, float total, 
         const int32_t m = least(lanes, n - i);
         vfloat v;
         vfloat w;
-        if (m == lanes) {
-            load(v, x + i);
-            load(w, weights + i);
-        } else {
-            load_tail(v, x + i, m, -infinity);
-            load_tail(w, weights + i, m, 0.0f);
-        }
+        load_some(v, x + i, m, -infinity);
+        load_some(w, weights + i, m, 0.0f);
         vfloat distance = (w / total - target) * (1.0f / 0.3f);
         distance = distance < splat(0.0f) ? -distance : distance;
         vfloat reward = 5.0f - 10.0f * distance * distance / (1.0f + distance);
         reward = v > splat(-infinity) ? reward : splat(-infinity);
-        if (m == lanes) {
-            store(out + i, reward);
-        } else {
-            std::memcpy(out + i, &reward, (size_t) m * sizeof(float));
-        }
+        store_some(out + i, reward, m);
     }
 }
 

@@ -9,7 +9,6 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
-#include <vector>
 
 namespace triollama::native {
 
