@@ -2,12 +2,11 @@
 
     PYTHON _build_program.py WHAT MODEL
 
-Says tokens a second of WHAT, as JSON.
+For each line that it reads it says tokens a second of WHAT, as JSON.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,4 +15,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benches.kernels import BUILDS
 
 if __name__ == "__main__":
-    print(json.dumps(BUILDS[sys.argv[1]](Path(sys.argv[2]))))
+    BUILDS[sys.argv[1]](Path(sys.argv[2]))

@@ -9,6 +9,7 @@ reaches of this one's. TRIOLLAMA_BENCH_KERNEL is the instruction set that ours i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -24,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trio
 
-from ._harness import Figure, Options, interleave, sample
+from ._harness import Figure, Options, Pairs, interleave, sample
 from ._upstream import llama_bench
 from .engine import GREEDY, N_BATCH, REPS, THREADS, generate, rates
 
 N_PROMPT = 512
 N_GEN = 64
 STREAMS = (1, 4, 8, 16)
+BEGINNINGS = 8
 BUILD_PROGRAM = Path(__file__).with_name("_build_program.py")
 LEAST_READ = 400_000_000  # bytes of weights from which their reading has a target
 
@@ -181,49 +184,76 @@ def streams_of(n: int) -> Callable[[str, Path, Options], Figure]:
     return measure
 
 
-def prefill_alone(path: Path) -> float:
+def asked() -> bool:
+    """Waits for a line; whether there was one."""
+    return bool(sys.stdin.readline())
+
+
+def say(rate: float) -> None:
+    print(json.dumps(rate), flush=True)
+
+
+def prefill_alone(path: Path) -> None:
     rng = random.Random(1)
     with opened(path, N_PROMPT + 1) as llama:
-        read_prompt(llama, rng)
-        return median_of(lambda: read_prompt(llama, rng))
+        while asked():
+            say(read_prompt(llama, rng))
 
 
-def decode_alone(path: Path) -> float:
+def decode_alone(path: Path) -> None:
     with opened(path, 256) as llama:
-        write_answer(llama)
-        return median_of(lambda: write_answer(llama))
+        while asked():
+            say(write_answer(llama))
 
 
-def streams_alone(n: int, path: Path) -> float:
-    from .streams import in_trio, warmed
+def streams_alone(n: int, path: Path) -> None:
+    from .streams import in_trio, together
 
-    return float(in_trio(functools.partial(warmed, n=n), path=path))
+    async def action(llama: Any) -> None:
+        while await trio.to_thread.run_sync(asked):
+            say(await together(llama, n))
+
+    in_trio(action, path=path)
 
 
-BUILDS: dict[str, Callable[[Path], float]] = {
+BUILDS: dict[str, Callable[[Path], None]] = {
     "prefill": prefill_alone,
     "decode": decode_alone,
     "streams_16": functools.partial(streams_alone, 16),
 }
-"""What builds are compared by: tokens a second, in a process that does nothing else."""
+"""What builds are compared by: each says tokens a second, once for each line it is given."""
+
+
+@contextlib.contextmanager
+def build(python: str, what: str, path: Path) -> Iterator[Callable[[], float]]:
+    """A build that has the model open, in a process of its own, and measures when it is called:
+    two that take turns of a second see the same machine."""
+    with subprocess.Popen(
+        [python, str(BUILD_PROGRAM), what, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def once() -> float:
+            print(file=process.stdin, flush=True)
+            if not (line := process.stdout.readline()):
+                raise RuntimeError(f"{python} ended with {process.wait()}")
+            return float(json.loads(line))
+
+        yield once
+        process.stdin.close()
 
 
 def of_build(name: str, other: str, what: str, path: Path, options: Options) -> Figure:
-    """Another build's tokens a second, over this one's."""
-
-    def measure(python: str) -> float:
-        done = subprocess.run(
-            [python, str(BUILD_PROGRAM), what, str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{python} ended with {done.returncode}: {done.stderr[-900:]}")
-        return float(json.loads(done.stdout.splitlines()[-1]))
-
-    pairs = interleave(
-        lambda: measure(other), lambda: measure(sys.executable), options.repeats_or(7)
-    )
-    note = f"{statistics.median(pairs.a):.0f} against {statistics.median(pairs.b):.0f} tok/s"
-    return pairs.ratio(name, target=0.97, note=note)
+    """Another build's tokens a second, over this one's. Where its pages lie makes a process faster
+    or slower by some percent while it lives: both are begun anew several times."""
+    a: list[float] = []
+    b: list[float] = []
+    for _ in range(BEGINNINGS):
+        with build(other, what, path) as theirs, build(sys.executable, what, path) as ours:
+            pairs = interleave(theirs, ours, options.repeats_or(5))
+        a += pairs.a
+        b += pairs.b
+    note = f"{statistics.median(a):.0f} against {statistics.median(b):.0f} tok/s"
+    return Pairs(tuple(a), tuple(b)).ratio(name, target=0.97, note=note)
