@@ -49,10 +49,27 @@ void TensorStore::allocate(ggml_backend_buffer_type_t type) {
 }
 
 Graph::Graph(size_t max_nodes, bool gradients, const GraphOptions & options)
-    : max_nodes(max_nodes), options(options) {
+    : max_nodes(max_nodes), options(options), gradients(gradients) {
     // Thrice: a graph is listed anew when it is pruned and when its products are chosen, which adds tensors.
     nodes = make_context(ggml_tensor_overhead() * max_nodes * 3 + ggml_graph_overhead_custom(max_nodes, gradients) * 3);
     cgraph = ggml_new_graph_custom(nodes.get(), max_nodes, gradients);
+}
+
+namespace {
+
+void place_at(ggml_tensor * value, const ggml_tensor * place) {
+    value->data   = place->data;
+    value->buffer = place->buffer;
+}
+
+}  // namespace
+
+void Graph::keep(ggml_tensor * value, ggml_tensor * place) {
+    if (gradients) {
+        found.emplace_back(value, place);
+    } else {
+        place_at(value, place);
+    }
 }
 
 ggml_tensor * Graph::dequantized(ggml_tensor * weight) {
@@ -250,6 +267,12 @@ void Graph::differentiate(const std::vector<Output> & outputs, ggml_tensor * one
         throw unsupported_error(std::string("no derivative for the operation ") + culprit);
     }
     ggml_build_backward_expand(nodes.get(), cgraph, targets.data());
+
+    for (const auto & [value, place] : found) {   // now that its derivative is there
+        value->op = GGML_OP_NONE;
+        std::fill(std::begin(value->src), std::end(value->src), nullptr);
+        place_at(value, place);
+    }
 
     // Of the forward pass only what gradients need: not, for one, the loss itself.
     if (input) {

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace triollama::native {
@@ -57,6 +58,10 @@ public:
     void compute(ggml_tensor * tensor) { ggml_build_forward_expand(cgraph, tensor); }
     void store(ggml_tensor * value, ggml_tensor * destination) { compute(ggml_cpy(nodes.get(), value, destination)); }
 
+    // Without gradients the value is computed into `place`, which has its shape. With gradients it is found there, and
+    // what only it was computed from is not computed.
+    void keep(ggml_tensor * value, ggml_tensor * place);
+
     // A matrix of weights as F32.
     ggml_tensor * dequantized(ggml_tensor * weight);
 
@@ -89,8 +94,10 @@ private:
 
     size_t           max_nodes;
     GraphOptions     options;
+    bool             gradients;
     ggml_context_ptr nodes;
     ggml_cgraph *    cgraph;
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> found;   // values, and where they lie
 };
 
 // Runs graphs on a CPU, or on a GPU with the CPU for what that cannot do.

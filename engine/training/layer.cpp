@@ -58,7 +58,13 @@ ggml_tensor * LayerBuilder::linear(Graph & graph, ggml_tensor * weight, ggml_ten
         }
         y = ggml_add(c, y, ggml_mul_mat(c, lora->b, low));
     }
-    return bias ? ggml_add(c, y, bias) : y;
+    if (bias) {
+        y = ggml_add(c, y, bias);
+    }
+    if (const auto kept = inputs.kept.find(weight); kept != inputs.kept.end()) {
+        graph.keep(y, kept->second);
+    }
+    return y;
 }
 
 ggml_tensor * LayerBuilder::attention(Graph & graph, const LayerWeights & w, ggml_tensor * x,

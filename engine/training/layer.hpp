@@ -21,6 +21,8 @@ struct LayerInputs {
     ggml_tensor * adapted = nullptr;     // F32 [1, n_tokens]: 1 where adapters take part, else 0; null: everywhere
     // Of each adapter input: 0 for a dropped element, 1 / (1 - p) for a kept one. Empty without dropout.
     std::unordered_map<const ggml_tensor *, ggml_tensor *> dropout;
+    // Of some weights: where what they make of their input is kept from the way forward for the way back.
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> kept;
 };
 
 class LayerBuilder {

@@ -91,10 +91,40 @@ struct Trainer::Activations {
         store.allocate(type);
     }
 
+    // What products give in the layers from `first` on: where a value is a long sum, keeping it spares most.
+    void keep(const ModelGraphInfo & m, int first, size_t room, ggml_backend_buffer_type_t type) {
+        if (kept) {
+            return;
+        }
+        std::vector<const ggml_tensor *> weights;
+        for (size_t l = static_cast<size_t>(first); l < m.layers.size(); ++l) {
+            const LayerWeights & w = m.layers[l];
+            for (const ggml_tensor * weight : { w.q, w.k, w.v, w.qkv, w.o, w.conv_in, w.conv_out, w.gate, w.up, w.shared_gate,
+                                                w.shared_up, w.post_ffn_norm ? w.down : nullptr }) {
+                if (weight) {
+                    weights.push_back(weight);
+                }
+            }
+        }
+        std::stable_sort(weights.begin(), weights.end(), [](const auto * a, const auto * b) { return a->ne[0] > b->ne[0]; });
+        kept = std::make_unique<TensorStore>(weights.size() + 1);
+        for (const ggml_tensor * weight : weights) {
+            const size_t bytes = static_cast<size_t>(weight->ne[1] * n_tokens) * sizeof(float);
+            if (bytes <= room) {
+                room -= bytes;
+                inputs.kept[weight] = kept->add(GGML_TYPE_F32, weight->ne[1], n_tokens);
+            }
+        }
+        if (!inputs.kept.empty()) {
+            kept->allocate(type);
+        }
+    }
+
+    std::unique_ptr<TensorStore> kept;   // once it trains
     std::vector<ggml_tensor *> dropout_masks;
     std::unique_ptr<Experts>   experts;   // where the model has them
 
-    size_t bytes() const { return store.bytes() + (experts ? experts->bytes() : 0); }
+    size_t bytes() const { return store.bytes() + (kept ? kept->bytes() : 0) + (experts ? experts->bytes() : 0); }
 };
 
 Trainer::Trainer(const TrainerConfig & config)
@@ -182,7 +212,7 @@ void Trainer::validate(const TrainingRow & row) const {
     }
 }
 
-void Trainer::prepare(const TrainingRow & row) {
+void Trainer::prepare(const TrainingRow & row, bool train) {
     const size_t n = row.tokens.size();
     std::vector<int32_t> picked;
     for (size_t i = 0; i < n; ++i) {
@@ -198,8 +228,11 @@ void Trainer::prepare(const TrainingRow & row) {
         if (frozen->info().n_expert) {
             activations->experts = std::make_unique<Experts>(*frozen, builder, static_cast<int64_t>(n), executor.buffer_type());
         }
-        peak_activations = std::max(peak_activations, activations->bytes());
     }
+    if (train) {
+        activations->keep(frozen->info(), first_layer(), executor.on_gpu() ? 0 : settings.kept_bytes, executor.buffer_type());
+    }
+    peak_activations = std::max(peak_activations, activations->bytes());
     ggml_backend_tensor_set(activations->tokens, row.tokens.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->positions, row.positions.data(), 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(activations->picked, picked.data(), 0, picked.size() * sizeof(int32_t));
@@ -265,7 +298,7 @@ void Trainer::draw_dropout(int layer) {
 }
 
 RowResult Trainer::forward(const TrainingRow & row, bool train) {
-    prepare(row);
+    prepare(row, train);
     const ModelGraphInfo & m = frozen->info();
     Activations & a = *activations;
     dropping = train && settings.dropout > 0.0f;
@@ -320,7 +353,7 @@ void Trainer::backward() {
         graph.differentiate({ { selected, a.d_selected } }, one, {}, last, a.d_out);
         executor.run(graph);
     }
-    const int first = adapters->pairs().front().layer;   // below it nothing is learned
+    const int first = first_layer();
     for (int l = m.n_layer - 1; l >= first; --l) {
         draw_dropout(l);
         if (a.experts) {

@@ -1,5 +1,6 @@
 // A LoRA training run's native half: a frozen model, the adapter beside it, and the steps that move it.
-// Layers are run one at a time and only their inputs are kept; each is computed again on the way back.
+// Layers are run one at a time; their inputs are kept, and what products gave as far as there is room. The rest is
+// computed again on the way back.
 // Not safe for several threads at once, except for request_abort().
 #pragma once
 
@@ -29,6 +30,7 @@ struct TrainerConfig {
     bool  exact        = true;    // weights as F32; else quantised weights meet quantised activations forward
     int   n_threads    = 1;
     int   n_gpu_layers = 0;       // above 0 the graphs run on the GPU
+    size_t kept_bytes  = 1 << 27; // of products' outcomes, from the way forward for the way back; on a GPU none are
     std::optional<ProductKernel> kernel;   // the best there is, if not given
 };
 
@@ -54,7 +56,7 @@ struct AdamW {
 struct TrainerMemory {
     size_t weights = 0;       // bytes of the mapped file; shared with whoever else maps it
     size_t adapter = 0;       // A, B, gradients, moments
-    size_t activations = 0;   // layer inputs, masks; the most so far
+    size_t activations = 0;   // layer inputs, what is kept, masks; the most so far
     size_t arena = 0;         // nodes of the graph being run; the most so far
 };
 
@@ -102,7 +104,8 @@ private:
     struct Activations;
 
     void validate(const TrainingRow & row) const;
-    void prepare(const TrainingRow & row);
+    void prepare(const TrainingRow & row, bool train);
+    int  first_layer() const { return adapters->pairs().front().layer; }   // below it nothing is learned
     void draw_dropout(int layer);
     RowResult forward(const TrainingRow & row, bool train);
     void backward();

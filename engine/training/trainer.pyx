@@ -221,7 +221,9 @@ cdef class Trainer(Owner):
     last place on where a text says them, and before that the model is the bare one, whose KV serves
     it; () is an adapter that takes part everywhere.
     n_gpu_layers: above 0 the graphs run on the GPU. kernel: one of ``training_kernels`` for matrix
-    products on the CPU; default: the fastest that the precision admits.
+    products on the CPU; default: the fastest that the precision admits. kept_bytes: what of a
+    layer is computed on the way forward is kept for the way back as far as it has room in so many
+    bytes, and else computed again, to the same bits; on a GPU nothing but layers' inputs is.
 
     Raises ParameterError, ModelNotFoundError, ModelFormatError, OutOfMemoryError, and
     UnsupportedError naming what is missing when the architecture cannot be trained. Blocking calls
@@ -235,7 +237,7 @@ cdef class Trainer(Owner):
     def __init__(self, path, *, rank: int = 8, alpha: float = 16.0, rslora: bool = False,
                  targets="all-linear", dropout: float = 0.0, seed: int = 0,
                  precision: str = "exact", threads: int | None = None, n_gpu_layers: int = 0,
-                 kernel: str | None = None, invocation=()):
+                 kernel: str | None = None, invocation=(), kept_bytes: int = 1 << 27):
         cdef training.TrainerConfig config
         self.begin()
         cdef bytes raw_path = path_bytes("path", path)
@@ -250,6 +252,7 @@ cdef class Trainer(Owner):
         config.n_threads = check_int(
             "threads", default_threads() if threads is None else threads, 1, 512)
         config.n_gpu_layers = check_int("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        config.kept_bytes = check_int("kept_bytes", kept_bytes, 0, 2**62)
         for token in invocation:
             config.adapter.invocation.push_back(check_int("invocation", token, 0, 2**31 - 1))
         if kernel is not None:

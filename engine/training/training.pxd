@@ -97,6 +97,7 @@ cdef extern from "training/trainer.hpp" namespace "triollama::native" nogil:
         cpp_bool exact
         int n_threads
         int n_gpu_layers
+        size_t kept_bytes
         optional[ProductKernel] kernel
 
     cdef cppclass TrainingRow:

@@ -497,6 +497,7 @@ class Trainer(Owner):
         n_gpu_layers: int = 0,
         kernel: str | None = None,
         invocation: Sequence[int] = (),
+        kept_bytes: int = 134217728,
     ) -> None: ...
     @property
     def kernel(self) -> str: ...

@@ -324,6 +324,31 @@ def test_threads_do_not_change_a_bit(tiny: Any, precision: str) -> None:
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_kept_for_the_way_back_changes_no_bit(tiny: Any, arch: str) -> None:
+    """All of it, some, or nothing but what layers were given."""
+    rows = [example(40, seed) for seed in range(2)]
+    for kernel in (None, "portable"):
+        found, costs = [], []
+        for room in (1 << 27, 30_000, 0):
+            with _engine.Trainer(
+                tiny(arch), rank=4, dropout=0.1, seed=3, threads=2, kernel=kernel, kept_bytes=room
+            ) as trainer:
+                warm(trainer)
+                losses = [trainer.evaluate(*rows[0]).loss]
+                of_rows = gradients(trainer, *rows)
+                losses += [trainer.evaluate(*row).loss for row in rows]
+                trainer.adamw_step(1e-2)
+                nodes = sum(count for _, count in trainer.profile(*rows[0]).values())
+                found.append((losses, of_rows, np.array(trainer.get("gradients"))))
+                costs.append((trainer.memory["activations"], nodes))
+            for one, other in zip(found[0], found[-1], strict=True):
+                assert np.array_equal(one, other)
+        (bytes_kept, fewest), _, (bytes_bare, most) = costs
+        assert bytes_kept > bytes_bare
+        assert fewest < most
+
+
 def test_serving_goes_on_as_before_beside_training(tiny: Any) -> None:
     """On processors with matrix tiles both sides configure them, each for itself."""
     path = tiny("llama", dtype="Q8_0")
