@@ -117,21 +117,24 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
     right.stride       = r->nb[1];
     right.to_float     = kernel.dequantizer(r->type);
 
-    // Where a row is one k, several panels are filled together: long reads, and whole blocks of a quantised type.
-    const int64_t together = std::max<int64_t>(kernel.panel_i, r->type == GGML_TYPE_F32 ? 64 : 128);
-    const int64_t unit     = transposed ? std::max<int64_t>(together, ggml_blck_size(r->type)) : kernel.panel_i;
+    // Threads share out pieces of i. Where a row is one k, several are filled together: long reads, and whole blocks of a
+    // quantised type.
+    const int64_t piece    = transposed ? std::max<int64_t>(kernel.panel_i, ggml_blck_size(r->type)) : kernel.panel_i;
+    const int64_t together = transposed ? std::max<int64_t>(piece, r->type == GGML_TYPE_F32 ? 64 : 128) : piece;
     const int64_t k_pad  = round_up(right.n_k, kernel.k_step);
     const size_t  panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
-    const int64_t n_j    = dst->ne[1], panels = round_up(right.n_i, unit) / unit, batches = dst->ne[2];
-    // With fewer panels than threads could share, columns are split as well; the panel is then filled several times.
-    const int64_t splits = std::min<int64_t>(round_up(n_j, 32) / 32,
-                                             panels * batches >= 2 * nth ? 1 : (2 * nth + panels * batches - 1) / (panels * batches));
+    const int64_t n_j    = dst->ne[1], pieces = round_up(right.n_i, piece) / piece, batches = dst->ne[2];
+    // Where threads would have unequal numbers of few pieces, columns are split as well; a panel on the border between two
+    // threads is then filled by both.
+    const int64_t n_pieces = pieces * batches, enough = 8 * nth;
+    const int64_t splits = n_pieces % nth == 0 || n_pieces >= enough
+                               ? 1 : std::min(round_up(n_j, 32) / 32, (enough + n_pieces - 1) / n_pieces);
     const int64_t share  = round_up((n_j + splits - 1) / splits, 32);
-    const int64_t units  = batches * panels * splits, repeat = dst->ne[2] / r->ne[2];
+    const int64_t units  = n_pieces * splits, end = units * (ith + 1) / nth, repeat = dst->ne[2] / r->ne[2];
 
     static thread_local Scratch panel_scratch, row_scratch;
-    char *  panel  = panel_scratch.get<char>(panel_bytes * static_cast<size_t>(unit / kernel.panel_i));
-    float * buffer = row_scratch.get<float>(static_cast<size_t>(std::max(16 * k_pad, 2 * unit)));
+    char *  panel  = panel_scratch.get<char>(panel_bytes * static_cast<size_t>(together / kernel.panel_i));
+    float * buffer = row_scratch.get<float>(static_cast<size_t>(std::max(16 * k_pad, 2 * together)));
     int64_t packed = -1;
 #if TRIOLLAMA_HAS_TILES
     std::optional<TileScope> scope;
@@ -140,9 +143,10 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
         scope.emplace(std::initializer_list<TileShape>{ whole, whole, whole, whole, whole, whole, whole, whole });
     }
 #endif
-    for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
-        const int64_t batch = u / (panels * splits), at = u / splits % panels, split = u % splits;
-        const int64_t first = at * unit, n = std::min(unit, right.n_i - first);
+    for (int64_t u = units * ith / nth, count = 1; u < end; u += count) {
+        const int64_t batch = u / (pieces * splits), at = u / splits % pieces, split = u % splits;
+        count = splits > 1 ? 1 : std::min({ together / piece, pieces - at, end - u });
+        const int64_t first = at * piece, n = std::min(count * piece, right.n_i - first);
         if (packed != u / splits) {
             right.data = static_cast<const char *>(r->data) + static_cast<size_t>(batch / repeat) * r->nb[2];
             kernel.pack(right, first, n, panel, panel_bytes, buffer);
