@@ -59,10 +59,30 @@ void pack_vectors(const Right & right, int64_t first, int64_t n, char * panels, 
     }
 }
 
+void put_side_by_side(const float * const * rows, int64_t n, int64_t n_k, float * to) {
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    for (; n > 1 && k + lanes <= n_k; k += lanes) {
+        __m512i square[lanes];
+        for (int64_t r = 0; r < lanes; ++r) {
+            square[r] = r < n ? _mm512_loadu_si512(rows[r] + k) : _mm512_setzero_si512();
+        }
+        transpose_16(square);
+        for (int64_t i = 0; i < lanes; ++i) {
+            _mm512_mask_storeu_epi32(to + (k + i) * n, static_cast<__mmask16>((1 << n) - 1), square[i]);
+        }
+    }
+#endif
+    for (; k < n_k; ++k) {
+        for (int64_t r = 0; r < n; ++r) {
+            to[k * n + r] = rows[r][k];
+        }
+    }
+}
+
 // `vectors`: how many of a panel's two have values.
 template <int rows, int vectors>
-void multiply_rows(const char * left, size_t left_stride, const float * panel, int64_t n, int64_t n_k, const Sink & sink,
-                   int64_t first) {
+void multiply_rows(const float * left, const float * panel, int64_t n, int64_t n_k, const Sink & sink, int64_t first) {
     vec sum[rows][vectors] = {};
     for (int64_t k = 0; k < n_k; ++k) {
         vec b[vectors];
@@ -70,7 +90,7 @@ void multiply_rows(const char * left, size_t left_stride, const float * panel, i
             b[v] = *reinterpret_cast<const vec *>(panel + k * vector_i + v * lanes);
         }
         for (int r = 0; r < rows; ++r) {
-            const float a = reinterpret_cast<const float *>(left + static_cast<size_t>(r) * left_stride)[k];
+            const float a = left[k * rows + r];
             for (int v = 0; v < vectors; ++v) {
                 sum[r][v] += a * b[v];
             }
@@ -96,22 +116,13 @@ void multiply_rows(const char * left, size_t left_stride, const float * panel, i
 template <int vectors>
 void multiply_panel(const char * left, size_t left_stride, int64_t first, int64_t last, const float * panel, int64_t n,
                     int64_t n_k, const Sink & sink) {
-    int64_t j = first;
-    const auto step = [&](auto kernel, int rows) {
-        kernel(left + static_cast<size_t>(j) * left_stride, left_stride, panel, n, n_k, sink, j);
-        j += rows;
-    };
-    while (last - j >= rows_at_once) {
-        step(multiply_rows<rows_at_once, vectors>, rows_at_once);
-    }
-    while (last - j >= 8) {
-        step(multiply_rows<8, vectors>, 8);
-    }
-    while (last - j >= 4) {
-        step(multiply_rows<4, vectors>, 4);
-    }
-    while (last > j) {
-        step(multiply_rows<1, vectors>, 1);
+    for (int64_t j = first, rows; j < last; j += rows) {
+        rows = group_of(rows_at_once, last - j);
+        const auto multiply = rows == rows_at_once ? multiply_rows<rows_at_once, vectors>
+                              : rows == 8          ? multiply_rows<8, vectors>
+                              : rows == 4          ? multiply_rows<4, vectors>
+                                                   : multiply_rows<1, vectors>;
+        multiply(reinterpret_cast<const float *>(left + static_cast<size_t>(j) * left_stride), panel, n, n_k, sink, j);
     }
 }
 

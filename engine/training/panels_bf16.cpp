@@ -209,10 +209,10 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
 
 }  // namespace
 
-const Kernel dot_panels = { tile_i, 2, tile_k, 16, has_dots, dequantizer, pack_tiles, multiply_dots, round_row };
+const Kernel dot_panels = { tile_i, 2, tile_k, 16, 0, has_dots, dequantizer, pack_tiles, multiply_dots, nullptr, round_row };
 
 #if TRIOLLAMA_HAS_TILES
-const Kernel tile_panels = { tile_i, 2, tile_k, 16, has_dots, dequantizer, pack_tiles, multiply_tiles, round_row };
+const Kernel tile_panels = { tile_i, 2, tile_k, 16, 0, has_dots, dequantizer, pack_tiles, multiply_tiles, nullptr, round_row };
 #endif
 
 }  // namespace triollama::native::panels

@@ -15,7 +15,7 @@ bool works() {
 }  // namespace
 
 const Kernel neon_panels = {
-    vector_i, sizeof(float), 1, lanes, works, dequantizer, pack_vectors, multiply_vectors, nullptr,
+    vector_i, sizeof(float), 1, lanes, rows_at_once, works, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
 };
 
 }  // namespace triollama::native::panels

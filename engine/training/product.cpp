@@ -14,7 +14,7 @@ namespace triollama::native {
 
 namespace {
 
-using panels::Kernel, panels::Right, panels::Sink, panels::tile_j, panels::tile_k;
+using panels::Kernel, panels::max_group, panels::Right, panels::Sink, panels::tile_j, panels::tile_k;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -56,8 +56,40 @@ const Kernel * panels_of(ProductKernel kernel) {
     }
 }
 
-// L as BF16 or F32 rows of all k, from F32 rows of either order; rows and k beyond the end are zero.
-void prepare_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
+// L as F32, its rows in groups, from F32 rows of either order.
+void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
+    const ggml_tensor * x = dst->src[0];
+    const Kernel & kernel = *vector_panels();
+    const int64_t n_k = dst->ne[0], n_j = dst->ne[1], group = kernel.group;
+    const int64_t groups = round_up(n_j, group) / group, units = groups * dst->ne[2];
+    for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
+        const size_t  batch = static_cast<size_t>(u / groups);
+        const int64_t last  = std::min((u % groups + 1) * group, n_j);
+        const auto row = [&](int64_t i) {
+            return reinterpret_cast<const float *>(static_cast<const char *>(x->data) + batch * x->nb[2] + static_cast<size_t>(i) * x->nb[1]);
+        };
+        for (int64_t j = u % groups * group, rows; j < last; j += rows) {
+            rows = panels::group_of(group, last - j);
+            float * to = reinterpret_cast<float *>(static_cast<char *>(dst->data) + batch * dst->nb[2]) + j * n_k;
+            if (transposed) {
+                for (int64_t k = 0; k < n_k; ++k, to += rows) {
+                    std::memcpy(to, row(k) + j, static_cast<size_t>(rows) * sizeof(float));
+                }
+                continue;
+            }
+            const float * together[max_group];
+            for (int64_t r = 0; r < rows; ++r) {
+                together[r] = row(j + r);
+            }
+            kernel.side_by_side(together, rows, n_k, to);
+        }
+    }
+}
+
+#if TRIOLLAMA_X86_PANELS
+
+// L as BF16 rows of all k, from F32 rows of either order; rows and k beyond the end are zero.
+void round_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const ggml_tensor * x = dst->src[0];
     const int64_t n_k = transposed ? x->ne[1] : x->ne[0], n_j = transposed ? x->ne[0] : x->ne[1];
     const int64_t wide = dst->ne[0];
@@ -90,19 +122,18 @@ void prepare_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
             } else if (wide != n_k) {
                 std::fill(own + n_k, own + wide, 0.0f);
             }
-            char * to = target + static_cast<size_t>(j) * dst->nb[1];
-#if TRIOLLAMA_X86_PANELS
-            if (dst->type == GGML_TYPE_BF16) {
-                panels::dot_panels.round(row, to, wide);
-                continue;
-            }
-#endif
-            std::memcpy(to, row, static_cast<size_t>(wide) * sizeof(float));
+            panels::dot_panels.round(row, target + static_cast<size_t>(j) * dst->nb[1], wide);
         }
     }
 }
 
-// dst = the product of src[0], as R, and src[1], as L with k contiguous, plus src[2] if there is one. `transposed`:
+#else
+
+constexpr auto round_left = group_left;   // nothing asks for BF16 there
+
+#endif
+
+// dst = the product of src[0], as R, and src[1], as L laid out for it, plus src[2] if there is one. `transposed`:
 // src[0] has i contiguous.
 template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const Kernel & kernel = *panels_of(kind);
@@ -124,12 +155,13 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
     const int64_t k_pad  = round_up(right.n_k, kernel.k_step);
     const size_t  panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
     const int64_t n_j    = dst->ne[1], pieces = round_up(right.n_i, piece) / piece, batches = dst->ne[2];
+    const int64_t j_step = kernel.group ? kernel.group * 3 : tile_j;
     // Where threads would have unequal numbers of few pieces, columns are split as well; a panel on the border between two
     // threads is then filled by both.
     const int64_t n_pieces = pieces * batches, enough = 8 * nth;
     const int64_t splits = n_pieces % nth == 0 || n_pieces >= enough
-                               ? 1 : std::min(round_up(n_j, 32) / 32, (enough + n_pieces - 1) / n_pieces);
-    const int64_t share  = round_up((n_j + splits - 1) / splits, 32);
+                               ? 1 : std::min(round_up(n_j, j_step) / j_step, (enough + n_pieces - 1) / n_pieces);
+    const int64_t share  = round_up((n_j + splits - 1) / splits, j_step);
     const int64_t units  = n_pieces * splits, end = units * (ith + 1) / nth, repeat = dst->ne[2] / r->ne[2];
 
     static thread_local Scratch panel_scratch, row_scratch;
@@ -203,7 +235,7 @@ ggml_tensor * undequantized(ggml_tensor * tensor) {
     return tensor;
 }
 
-// L with k contiguous, as BF16 if `packed`.
+// L as products want it, as BF16 if `packed`.
 ggml_tensor * ProductRewriter::rows_of(ggml_tensor * x, bool transposed, bool packed) {
     ggml_tensor *& rows = prepared[2 * transposed + packed][x];
     if (!rows) {
@@ -211,7 +243,8 @@ ggml_tensor * ProductRewriter::rows_of(ggml_tensor * x, bool transposed, bool pa
         // ggml hands the pointer back to the function; only whether it is null matters.
         void * order = transposed ? static_cast<void *>(context) : nullptr;
         const int64_t wide = packed ? round_up(n_k, tile_k) : n_k, high = packed ? round_up(n_j, tile_j) : n_j;
-        rows = ggml_custom_4d(context, packed ? GGML_TYPE_BF16 : GGML_TYPE_F32, wide, high, x->ne[2], 1, &x, 1, prepare_left,
+        rows = ggml_custom_4d(context, packed ? GGML_TYPE_BF16 : GGML_TYPE_F32, wide, high, x->ne[2], 1, &x, 1,
+                              packed ? round_left : group_left,
                               GGML_N_TASKS_MAX, order);
     }
     return rows;
@@ -239,9 +272,7 @@ bool ProductRewriter::rewrite(ggml_tensor * node) {
     }
     const int64_t n_k = left_k_contiguous ? left->ne[0] : left->ne[1];
     const bool packed = kernel >= ProductKernel::dots && std::min({ node->ne[0], node->ne[1], n_k }) >= 32;
-    if (packed || !left_k_contiguous) {
-        left = rows_of(left, !left_k_contiguous, packed);
-    }
+    left = rows_of(left, !left_k_contiguous, packed);
     void * order = outer ? static_cast<void *>(context) : nullptr;
     ggml_tensor * sources[] = { right, left };
     // Its description is what is wanted: the node itself stays, since others read it.

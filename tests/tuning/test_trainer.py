@@ -677,8 +677,9 @@ def test_an_abort_clears_the_gradients_and_leaves_the_run_as_it_was(trainer: Any
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
 @pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need memory")
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 27])
 def test_gradients_are_cleared_where_memory_runs_out(
-    tiny: Any, tmp_path: Path, run_isolated: Any
+    tiny: Any, tmp_path: Path, run_isolated: Any, kept_bytes: int
 ) -> None:
     """At every amount of memory with which a row fails, on the way back too. Then training goes on,
     or says that it cannot."""
@@ -688,15 +689,17 @@ def test_gradients_are_cleared_where_memory_runs_out(
         from triollama import _engine
         from triollama.errors import EngineError, OutOfMemoryError
 
-        path, saved = sys.argv[1:]
+        path, saved, kept_bytes = sys.argv[1:]
         n = 200
         tokens = np.arange(5, 5 + n, dtype=np.int32)
         labels = np.append(tokens[1:], -1).astype(np.int32)
 
         def made():
-            trainer = _engine.Trainer(path, rank=4, threads=1)
+            trainer = _engine.Trainer(path, rank=4, threads=1, kept_bytes=int(kept_bytes))
             noise = np.random.default_rng(1).normal(0.0, 0.02, trainer.n_parameters)
             trainer.set("weights", trainer.get("weights") + noise.astype(np.float32))
+            if warmed:  # the way forward has its memory
+                trainer.evaluate(tokens, labels)
             return trainer
 
         def fits(call, extra):
@@ -714,30 +717,31 @@ def test_gradients_are_cleared_where_memory_runs_out(
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, before)
 
-        on_the_way_back = 0
-        trainer = made()
-        ones = np.ones(trainer.n_parameters, np.float32)
-        for extra in range(0, 2**25, 2**15):
-            there = fits(trainer.evaluate, extra)
-            trainer.set("gradients", ones)
-            if fits(trainer.forward_backward, extra):
-                break
-            on_the_way_back += there
-            assert not trainer.get("gradients").any(), extra
-            if extra % 2**17 == 0:
-                trainer.save_adapter(saved)
-                trainer.close()
-                trainer = made()
-        found = trainer.get("gradients") - ones
-        trainer.clear_gradients()
-        trainer.forward_backward(tokens, labels)
-        assert np.allclose(found, trainer.get("gradients"), atol=1e-5)
-        trainer.close()
+        for warmed in (False, True):
+            on_the_way_back = 0
+            trainer = made()
+            ones = np.ones(trainer.n_parameters, np.float32)
+            for extra in range(0, 2**25, 2**15):
+                there = fits(trainer.evaluate, extra)
+                trainer.set("gradients", ones)
+                if fits(trainer.forward_backward, extra):
+                    break
+                on_the_way_back += there
+                assert not trainer.get("gradients").any(), extra
+                if extra % 2**17 == 0:
+                    trainer.save_adapter(saved)
+                    trainer.close()
+                    trainer = made()
+            found = trainer.get("gradients") - ones
+            trainer.clear_gradients()
+            trainer.forward_backward(tokens, labels)
+            assert np.allclose(found, trainer.get("gradients"), atol=1e-5)
+            trainer.close()
         print(on_the_way_back)
     """
     # What was freed is given back, so that it does not serve the next attempt.
     given_back = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = run_isolated(code, tiny("llama"), tmp_path / "saved.gguf", **given_back)
+    done = run_isolated(code, tiny("llama"), tmp_path / "saved.gguf", kept_bytes, **given_back)
     assert int(done.stdout) > 0
 
 

@@ -65,7 +65,17 @@ static std::vector<float> multiplied(const Kernel & kernel, const panels::Right 
     for (int64_t j = 0; j < c.n_j; ++j) {
         std::memcpy(row.data(), &left[static_cast<size_t>(j * c.n_k)], static_cast<size_t>(c.n_k) * 4);
         char * to = reinterpret_cast<char *>(l) + j * k_pad * kernel.element;
-        kernel.round ? kernel.round(row.data(), to, k_pad) : (void) std::memcpy(to, row.data(), static_cast<size_t>(k_pad) * 4);
+        if (kernel.round) {
+            kernel.round(row.data(), to, k_pad);
+        }
+    }
+    for (int64_t j = 0, rows; !kernel.round && j < c.n_j; j += rows) {
+        rows = c.n_j - j >= kernel.group ? kernel.group : c.n_j - j >= 8 ? 8 : c.n_j - j >= 4 ? 4 : 1;
+        const float * together[panels::max_group];
+        for (int64_t r = 0; r < rows; ++r) {
+            together[r] = &left[static_cast<size_t>((j + r) * c.n_k)];
+        }
+        kernel.side_by_side(together, rows, c.n_k, l + j * c.n_k);
     }
     const size_t panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
     char * panel = reinterpret_cast<char *>(aligned(memory, panel_bytes * static_cast<size_t>(wide / kernel.panel_i) / 4));
