@@ -201,10 +201,12 @@ class AttentionTraits final : public ggml::cpu::tensor_traits {
 
     static bool comes_from_us(const ggml_tensor * query) {
         constexpr int far = 16;   // norm, bias, rotation and what only looks otherwise
-        for (int i = 0; query && i < far; ++i, query = query->src[0]) {
-            if (query->op == GGML_OP_MUL_MAT) {
+        for (int i = 0; query && i < far; ++i) {
+            const bool turned = query->op == GGML_OP_MUL_MAT && query->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD;   // for blocks of keys
+            if (query->op == GGML_OP_MUL_MAT && !turned) {
                 return is_ours(query);
             }
+            query = query->src[turned];
         }
         return false;
     }

@@ -19,6 +19,8 @@
 
 #include "kernels/attention.hpp"
 
+#include "ggml.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -38,38 +40,69 @@ enum class Scales : uint8_t {
     none,         // values are floats themselves
 };
 
+// Reads block b of one of GGUF's rows (types.cpp).
+struct Block;
+using Reader = void(const uint8_t * row, int64_t b, Block & to);
+Reader read_q4_0, read_q4_1, read_q5_0, read_q5_1, read_q8_0, read_q4_k, read_q5_k, read_q6_k;
+
 struct Shape {
-    uint8_t low, high;   // bits of a value in the low plane and in the high ones; 16: floats
-    Scales  scales;
-    uint8_t zero;        // what stands for 0
-    bool    table;       // four bits choose a value from iq4_values
+    ggml_type of;
+    Reader *  read;      // null: values are floats themselves
+    uint8_t   low, high; // bits of a value in the low plane and in the high ones; 16: floats
+    Scales    scales;
+    uint8_t   zero;      // what stands for 0
+    bool      table;     // four bits choose a value from iq4_values
 };
 
-// A row for each type; types.cpp reads the same types from GGUF's blocks.
-enum Type : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, f16, bf16, n_types };
-
-constexpr Shape shapes[n_types] = {
-    { 4, 0, Scales::half, 8, false },
-    { 4, 0, Scales::half_min, 0, false },
-    { 4, 1, Scales::half, 16, false },
-    { 4, 1, Scales::half_min, 0, false },
-    { 8, 0, Scales::half, 128, false },
-    { 4, 0, Scales::super_min, 0, false },
-    { 4, 1, Scales::super_min, 0, false },
-    { 4, 2, Scales::super_halves, 32, false },
-    { 4, 0, Scales::half, 128, true },
-    { 16, 0, Scales::none, 0, false },
-    { 16, 0, Scales::none, 0, false },
+// A row for each type: all that there is to say of it, besides its reader.
+constexpr Shape shapes[] = {
+    { GGML_TYPE_Q4_0, read_q4_0, 4, 0, Scales::half, 8, false },
+    { GGML_TYPE_Q4_1, read_q4_1, 4, 0, Scales::half_min, 0, false },
+    { GGML_TYPE_Q5_0, read_q5_0, 4, 1, Scales::half, 16, false },
+    { GGML_TYPE_Q5_1, read_q5_1, 4, 1, Scales::half_min, 0, false },
+    { GGML_TYPE_Q8_0, read_q8_0, 8, 0, Scales::half, 128, false },
+    { GGML_TYPE_Q4_K, read_q4_k, 4, 0, Scales::super_min, 0, false },
+    { GGML_TYPE_Q5_K, read_q5_k, 4, 1, Scales::super_min, 0, false },
+    { GGML_TYPE_Q6_K, read_q6_k, 4, 2, Scales::super_halves, 32, false },
+    { GGML_TYPE_IQ4_NL, read_q4_0, 4, 0, Scales::half, 128, true },
+    { GGML_TYPE_F16, nullptr, 16, 0, Scales::none, 0, false },
+    { GGML_TYPE_BF16, nullptr, 16, 0, Scales::none, 0, false },
 };
+
+using Type = uint8_t;   // a row of these
+constexpr Type n_types = sizeof(shapes) / sizeof(shapes[0]);
 
 // The values of IQ4_NL, plus 128.
 constexpr uint8_t iq4_values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };
+
+// Files that are compiled for an instruction set share these with all others: none may leave its file, since the linker
+// would take any of them for all.
+namespace {
 
 constexpr bool has_min(Shape s) { return s.scales == Scales::half_min || s.scales == Scales::super_min; }
 constexpr bool has_halves(Shape s) { return s.scales == Scales::super_halves; }
 constexpr bool is_super(Shape s) { return s.scales == Scales::super_min || s.scales == Scales::super_halves; }
 constexpr bool is_float(Shape s) { return s.low == 16; }
 constexpr bool is_wide(Shape s) { return s.low == 8 || s.table; }   // values beyond 63
+
+// What kernels can do.
+constexpr bool is_possible(Shape s) {
+    if (is_float(s)) {
+        return s.high == 0 && s.scales == Scales::none;
+    }
+    const bool planes = s.low == 8 ? !s.high && !s.table : s.low == 4 && s.high <= 2 && !(s.high && s.table);
+    return planes && s.scales != Scales::none && (has_min(s) ? s.zero == 0 && !is_wide(s) : !is_wide(s) || s.zero == 128);
+}
+
+constexpr bool all_are_possible() {
+    for (Shape s : shapes) {
+        if (!is_possible(s)) {
+            return false;
+        }
+    }
+    return true;
+}
+static_assert(all_are_possible(), "a row of shapes that no kernel can do");
 
 constexpr size_t plane_bytes(Shape s) { return static_cast<size_t>(s.low + s.high) * block * panel_rows / 8; }
 
@@ -99,10 +132,16 @@ constexpr size_t tile_bytes(Shape s, int rows) {
     return static_cast<size_t>(rows) * (is_float(s) ? block * sizeof(float) : block + (has_halves(s) ? 12 : 8));
 }
 
+constexpr size_t scratch_bytes(Shape s, int64_t n_blocks) {
+    return is_float(s) ? 0 : static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192;
+}
+
 // Numbers of rows that kernels are made for; in between, rows of zeros fill up.
 constexpr int sizes[]  = { 1, 2, 4, 8, 16 };
 constexpr int n_sizes  = 5;
 constexpr int size_index(int64_t rows) { return rows > 8 ? 4 : rows > 4 ? 3 : rows > 2 ? 2 : rows > 1 ? 1 : 0; }
+
+}  // namespace
 
 // A row of activations, and where its products go.
 struct Row {
@@ -123,9 +162,5 @@ struct Kernel {
     bool whole_tiles[n_types];   // it wants more rows than a tile has in whole ones, which zeros fill up
     Attend attend;
 };
-
-constexpr size_t scratch_bytes(Shape s, int64_t n_blocks) {
-    return is_float(s) ? 0 : static_cast<size_t>(n_blocks) * (panel_rows * block + 128) + 8192;
-}
 
 }  // namespace triollama::native::kernels

@@ -224,7 +224,7 @@ __attribute__((noinline)) void multiply_floats(const uint8_t * panels, int64_t n
         for (int k = 0; k < block; ++k, at += k_bytes) {
             const auto weights = [&](int i) __attribute__((always_inline)) {
                 const uint8_t * values = at + static_cast<size_t>(i / N) * of_panel + i % N * V::width * 2;
-                return T == f16 ? V::halves(values) : V::bfloats(values);
+                return shapes[T].of == GGML_TYPE_F16 ? V::halves(values) : V::bfloats(values);
             };
             // What there is less of stays in registers.
             if constexpr (R < P * N) {

@@ -26,7 +26,7 @@ void fill_floats(const Row * rows, int64_t n_rows, int size, int64_t b, float * 
 }
 
 // A block of a tile; rows that do not exist are zero.
-void fill_block(const Kernel & kernel, Shape shape, const Row * rows, int64_t n_rows, int size, int64_t b, uint8_t * to) {
+void fill_block(const Kernel & kernel, const Shape & shape, const Row * rows, int64_t n_rows, int size, int64_t b, uint8_t * to) {
     if (is_float(shape)) {
         fill_floats(rows, n_rows, size, b, reinterpret_cast<float *>(to));
         return;
@@ -73,25 +73,44 @@ std::atomic<const Kernel *> chosen{ nullptr };
 
 }  // namespace
 
-// The tiles of a group: whole ones, then one that may be smaller.
-struct Product::Tiles {
-    Shape   shape;
-    int64_t n_blocks, n_rows;
-    bool    whole;   // all of them, where there are several
+// Weights, the rows that meet them, and the tiles that these lie in: whole ones, then one that may be smaller.
+struct Product::Group {
+    const uint8_t * panels;
+    int64_t         n_columns;
+    const Row *     rows;
+    int64_t         n_rows;
+    Type            type;
+    int64_t         n_blocks;
+    bool            whole;   // all tiles, where there are several
 
-    int64_t count() const { return (n_rows + tile_rows - 1) / tile_rows; }
+    int64_t n_panels() const { return (n_columns + panel_rows - 1) / panel_rows; }
+    int64_t n_tiles() const { return (n_rows + tile_rows - 1) / tile_rows; }
     int64_t rows_of(int64_t t) const { return std::min<int64_t>(tile_rows, n_rows - t * tile_rows); }
     int     size_of(int64_t t) const { return whole && n_rows > tile_rows ? n_sizes - 1 : size_index(rows_of(t)); }
-    size_t  bytes_of(int size) const { return static_cast<size_t>(n_blocks) * tile_bytes(shape, size); }
+    size_t  bytes_of(int size) const { return static_cast<size_t>(n_blocks) * tile_bytes(shapes[type], size); }
     size_t  place_of(int64_t t) const { return static_cast<size_t>(t) * bytes_of(tile_rows); }
-    size_t  bytes() const { return place_of(count() - 1) + bytes_of(sizes[size_of(count() - 1)]); }   // of all
+    size_t  bytes() const { return place_of(n_tiles() - 1) + bytes_of(sizes[size_of(n_tiles() - 1)]); }   // of all tiles
 
     // Blocks [first, last) of all tiles, counted through.
-    void fill(const Kernel & kernel, const Row * rows, int64_t first, int64_t last, uint8_t * to) const {
+    void fill(const Kernel & kernel, int64_t first, int64_t last, uint8_t * tiles) const {
         for (int64_t at = first; at < last; ++at) {
             const int64_t t = at / n_blocks, b = at % n_blocks;
             const int size = sizes[size_of(t)];
-            fill_block(kernel, shape, rows + t * tile_rows, rows_of(t), size, b, to + place_of(t) + static_cast<size_t>(b) * tile_bytes(shape, size));
+            fill_block(kernel, shapes[type], rows + t * tile_rows, rows_of(t), size, b,
+                       tiles + place_of(t) + static_cast<size_t>(b) * tile_bytes(shapes[type], size));
+        }
+    }
+
+    // Tiles [from, to) with panels [first, last).
+    void multiply(const Kernel & kernel, const uint8_t * tiles, int64_t first, int64_t last, int64_t from, int64_t to, uint8_t * scratch) const {
+        const uint8_t * some = panels + static_cast<size_t>(first) * panel_bytes(shapes[type], n_blocks);
+        const int64_t end = std::min(last * panel_rows, n_columns);
+        while (from < to) {
+            const int     size = size_of(from);
+            const int64_t same = size_of(to - 1) == size ? to : to - 1;   // only the last may be smaller
+            kernel.multiply[type][size](some, n_blocks, tiles + place_of(from), rows + from * tile_rows,
+                                        std::min(same * tile_rows, n_rows) - from * tile_rows, first * panel_rows, end, scratch);
+            from = same;
         }
     }
 };
@@ -151,75 +170,53 @@ Product::Product(Workspace & workspace, Type type, int64_t n_blocks, int64_t max
     }
 }
 
+// Tiles lie as the fastest kernel wants them, whoever multiplies: another may be chosen in the middle.
 void Product::begin_group(const uint8_t * panels, int64_t n_columns) {
-    if (n_groups && !groups[n_groups - 1].n) {
+    if (n_groups && !groups[n_groups - 1].n_rows) {
         --n_groups;
     }
-    groups[n_groups++] = { panels, n_columns, n_rows, 0 };
+    groups[n_groups++] = { panels, n_columns, rows + n_rows, 0, type, n_blocks, available_kernels().front()->whole_tiles[type] };
 }
 
 void Product::add_row(Row row) {
     rows[n_rows++] = row;
-    ++groups[n_groups - 1].n;
+    ++groups[n_groups - 1].n_rows;
 }
 
 bool Product::is_few() const { return max_rows * n_blocks * block <= few_values; }
 
-// As the fastest kernel wants them, whoever multiplies: another may be chosen in the middle.
-Product::Tiles Product::tiles_of(const Group & group) const {
-    return { shapes[type], n_blocks, group.n, available_kernels().front()->whole_tiles[type] };
-}
-
-// Tiles [from, to) of a group with panels [first, last).
-void Product::multiply_part(const Kernel & kernel, const Group & group, const Tiles & all, const uint8_t * work, int64_t first,
-                            int64_t last, int64_t from, int64_t to) const {
-    const uint8_t * panels = group.panels + static_cast<size_t>(first) * panel_bytes(all.shape, n_blocks);
-    const int64_t end = std::min(last * panel_rows, group.n_columns);
-    while (from < to) {
-        const int     size = all.size_of(from);
-        const int64_t same = all.size_of(to - 1) == size ? to : to - 1;   // only the last may be smaller
-        kernel.multiply[type][size](panels, n_blocks, work + all.place_of(from), rows + group.first + from * tile_rows,
-                                    std::min(same * tile_rows, all.n_rows) - from * tile_rows, first * panel_rows, end, scratch);
-        from = same;
-    }
-}
-
 void Product::multiply(Team & team) const {
     const Kernel & kernel = chosen_kernel();
     const bool few = is_few();
-    const Group * const end = groups + n_groups - (n_groups && !groups[n_groups - 1].n);
+    const Group * const end = groups + n_groups - (n_groups && !groups[n_groups - 1].n_rows);
     uint8_t * to = tiles;
-    for (const Group * group = groups; group < end; ++group) {
-        const Tiles of = tiles_of(*group);
-        const int64_t units = of.count() * n_blocks;
-        of.fill(kernel, rows + group->first, few ? 0 : units * team.ith / team.nth, few ? units : units * (team.ith + 1) / team.nth, to);
-        to += of.bytes();
+    for (const Group * group = groups; group < end; to += group++->bytes()) {
+        const int64_t units = group->n_tiles() * n_blocks;
+        group->fill(kernel, few ? 0 : units * team.ith / team.nth, few ? units : units * (team.ith + 1) / team.nth, to);
     }
     if (!few) {
         team.meet();
     }
 
     // Many rows are cut into parts that whoever is free takes; few are shared out beforehand.
-    const uint8_t * work = tiles;
+    const uint8_t * from = tiles;
     int64_t part = 0, mine = team.ith;
-    for (const Group * group = groups; group < end; ++group) {
-        const Tiles of = tiles_of(*group);
-        const int64_t panels = (group->n_columns + panel_rows - 1) / panel_rows;
+    for (const Group * group = groups; group < end; from += group++->bytes()) {
+        const int64_t panels = group->n_panels(), n = group->n_tiles();
         if (few) {
-            multiply_part(kernel, *group, of, work, panels * team.ith / team.nth, panels * (team.ith + 1) / team.nth, 0, of.count());
-        } else {
-            const int64_t at_once = std::max<int64_t>(1, static_cast<int64_t>(tiles_in_cache / of.bytes_of(tile_rows)));
-            const int64_t share = std::clamp<int64_t>(panels / (4 * team.nth), 1, 64);
-            for (int64_t t = 0; t < of.count(); t += at_once) {
-                for (int64_t p = 0; p < panels; p += share, ++part) {
-                    if (part == mine) {
-                        multiply_part(kernel, *group, of, work, p, std::min(p + share, panels), t, std::min(t + at_once, of.count()));
-                        mine = team.next();
-                    }
+            group->multiply(kernel, from, panels * team.ith / team.nth, panels * (team.ith + 1) / team.nth, 0, n, scratch);
+            continue;
+        }
+        const int64_t at_once = std::max<int64_t>(1, static_cast<int64_t>(tiles_in_cache / group->bytes_of(tile_rows)));
+        const int64_t share = std::clamp<int64_t>(panels / (4 * team.nth), 1, 64);
+        for (int64_t t = 0; t < n; t += at_once) {
+            for (int64_t p = 0; p < panels; p += share, ++part) {
+                if (part == mine) {
+                    group->multiply(kernel, from, p, std::min(p + share, panels), t, std::min(t + at_once, n), scratch);
+                    mine = team.next();
                 }
             }
         }
-        work += of.bytes();
     }
 }
 

@@ -45,17 +45,9 @@ public:
     void multiply(Team & team) const;
 
 private:
-    struct Group {
-        const uint8_t * panels;
-        int64_t         n_columns;
-        int64_t         first, n;    // of `rows`
-    };
-    struct Tiles;
+    struct Group;
 
     bool is_few() const;
-    Tiles tiles_of(const Group & group) const;
-    void multiply_part(const Kernel & kernel, const Group & group, const Tiles & tiles, const uint8_t * work, int64_t first, int64_t last,
-                       int64_t from, int64_t to) const;
 
     const Type      type;
     const int64_t   n_blocks;   // of a row

@@ -15,24 +15,27 @@
 
 namespace triollama::native::kernels {
 
+// Their bits are those of the portable one, proven where it is said by product_check.cpp and attention_check.cpp, and for
+// whole models by test_kernels.py.
 const Kernel & portable_kernel();
 #if TRIOLLAMA_X86_KERNELS
-const Kernel & avx2_kernel();
+const Kernel & avx2_kernel();       // Intel Xeon, family 6, model 207, as the next three
 const Kernel & avx_vnni_kernel();
 const Kernel & avx512_kernel();
 const Kernel & amx_kernel();
 #endif
 #if TRIOLLAMA_ARM_KERNELS
-const Kernel & neon_kernel();
+const Kernel & neon_kernel();       // under emulation (QEMU), and no whole model
 #endif
 
 namespace {
 
-// The scale of 32 activations from the bits of the largest magnitude, and by what they are multiplied.
+// The scale of 32 activations from the bits of the largest magnitude, and by what they are multiplied. Of what is infinite
+// as of what is no number the scale is none, so that no product is one: there is no whole number for it.
 inline float scale_of(int32_t bits, float * scale) {
     float largest;
     std::memcpy(&largest, &bits, sizeof(largest));
-    *scale = largest / 127.0f;
+    *scale = largest / 127.0f + (largest - largest);
     return largest < 1e-35f ? 0.0f : 127.0f / largest;   // what is less would divide to infinity
 }
 

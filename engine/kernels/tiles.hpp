@@ -5,27 +5,26 @@
 #define TRIOLLAMA_HAS_TILES 1
 
 #include <cstdint>
-#include <initializer_list>
 
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+// Included where it is compiled for an instruction set, too: nothing may leave the file.
 namespace triollama::native {
+namespace {
 
 struct TileShape { int rows, row_bytes; };
 
 // Tiles of these shapes while in scope. ggml configures its own once for each thread and relies on finding them again.
 class TileScope {
 public:
-    explicit TileScope(std::initializer_list<TileShape> shapes) {
+    template <int n> explicit TileScope(const TileShape (&shapes)[n]) {
         Config wanted{};
         wanted.palette = 1;
-        int i = 0;
-        for (const TileShape & shape : shapes) {
-            wanted.rows[i]      = static_cast<uint8_t>(shape.rows);
-            wanted.row_bytes[i] = static_cast<uint16_t>(shape.row_bytes);
-            ++i;
+        for (int i = 0; i < n; ++i) {
+            wanted.rows[i]      = static_cast<uint8_t>(shapes[i].rows);
+            wanted.row_bytes[i] = static_cast<uint16_t>(shapes[i].row_bytes);
         }
         asm volatile("sttilecfg %0" : "=m"(before));
         asm volatile("ldtilecfg %0" ::"m"(wanted));
@@ -50,7 +49,7 @@ private:
 };
 
 // Linux grants tiles to a process that asks.
-inline bool tiles_are_granted() {
+[[maybe_unused]] inline bool tiles_are_granted() {
     static const bool granted = [] {
         unsigned a, b, c, d;
         constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;   // BF16, tiles, INT8: a hypervisor may hide any
@@ -63,6 +62,7 @@ inline bool tiles_are_granted() {
     return granted;
 }
 
+}  // namespace
 }  // namespace triollama::native
 
 #define TILE_LOAD(tile, base, stride) \

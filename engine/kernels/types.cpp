@@ -1,4 +1,4 @@
-// What GGUF's blocks hold. The layouts are GGUF's (ggml-common.h); a type needs a row of `readers` here and of `shapes`.
+// What GGUF's blocks hold. The layouts are GGUF's (ggml-common.h); a type needs a reader here, and a row of `shapes`.
 #include "kernels/types.hpp"
 
 #include <algorithm>
@@ -6,14 +6,14 @@
 
 namespace triollama::native::kernels {
 
-namespace {
-
 // One block of one row.
 struct Block {
     uint8_t  values[block];     // as whole numbers without a sign
     uint16_t scale, min;        // halves: of the block, or of `super` of them
     uint8_t  scales[2];         // bytes that they scale: of block and minimum, or of both halves
 };
+
+namespace {
 
 uint16_t half_at(const uint8_t * at) {
     uint16_t half;
@@ -46,6 +46,27 @@ void add_fifth_bits(const uint8_t * at, Block & to) {
         store_eight(to.values + 8 * i, eight_at(to.values + 8 * i) | fifth);
     }
 }
+
+// Blocks 2 i and 2 i + 1 of eight are the lower and the upper halves of 32 bytes.
+void read_nibbles_of_pair(const uint8_t * packed, int64_t in_super, Block & to) {
+    const uint8_t * at = packed + in_super / 2 * block;
+    for (int i = 0; i < block; ++i) {
+        to.values[i] = in_super % 2 ? at[i] >> 4 : at[i] & 15;
+    }
+}
+
+// Twelve bytes hold six bits of scale and of minimum for eight blocks.
+void read_six_bits(const uint8_t * at, int64_t j, Block & to) {
+    if (j < 4) {
+        to.scales[0] = at[j] & 63;
+        to.scales[1] = at[j + 4] & 63;
+    } else {
+        to.scales[0] = static_cast<uint8_t>((at[j + 4] & 15) | at[j - 4] >> 6 << 4);
+        to.scales[1] = static_cast<uint8_t>(at[j + 4] >> 4 | at[j] >> 6 << 4);
+    }
+}
+
+}  // namespace
 
 void read_q4_0(const uint8_t * row, int64_t b, Block & to) {
     const uint8_t * at = row + b * 18;
@@ -83,25 +104,6 @@ void read_q8_0(const uint8_t * row, int64_t b, Block & to) {
     }
 }
 
-// Blocks 2 i and 2 i + 1 of eight are the lower and the upper halves of 32 bytes.
-void read_nibbles_of_pair(const uint8_t * packed, int64_t in_super, Block & to) {
-    const uint8_t * at = packed + in_super / 2 * block;
-    for (int i = 0; i < block; ++i) {
-        to.values[i] = in_super % 2 ? at[i] >> 4 : at[i] & 15;
-    }
-}
-
-// Twelve bytes hold six bits of scale and of minimum for eight blocks.
-void read_six_bits(const uint8_t * at, int64_t j, Block & to) {
-    if (j < 4) {
-        to.scales[0] = at[j] & 63;
-        to.scales[1] = at[j + 4] & 63;
-    } else {
-        to.scales[0] = static_cast<uint8_t>((at[j + 4] & 15) | at[j - 4] >> 6 << 4);
-        to.scales[1] = static_cast<uint8_t>(at[j + 4] >> 4 | at[j] >> 6 << 4);
-    }
-}
-
 void read_q4_k(const uint8_t * row, int64_t b, Block & to) {
     const uint8_t * at = row + b / super * 144;
     to.scale = half_at(at);
@@ -136,17 +138,7 @@ void read_q6_k(const uint8_t * row, int64_t b, Block & to) {
     to.scale = half_at(at + 208);
 }
 
-struct Reader {
-    ggml_type type;
-    void (*read)(const uint8_t * row, int64_t b, Block & to);   // or null: values are floats themselves
-};
-
-constexpr Reader readers[n_types] = {
-    { GGML_TYPE_Q4_0, read_q4_0 }, { GGML_TYPE_Q4_1, read_q4_1 }, { GGML_TYPE_Q5_0, read_q5_0 },
-    { GGML_TYPE_Q5_1, read_q5_1 }, { GGML_TYPE_Q8_0, read_q8_0 }, { GGML_TYPE_Q4_K, read_q4_k },
-    { GGML_TYPE_Q5_K, read_q5_k }, { GGML_TYPE_Q6_K, read_q6_k }, { GGML_TYPE_IQ4_NL, read_q4_0 },
-    { GGML_TYPE_F16, nullptr },    { GGML_TYPE_BF16, nullptr },
-};
+namespace {
 
 uint32_t four_at(const uint8_t * at) {
     uint32_t four;
@@ -180,19 +172,18 @@ void pack_floats(const uint8_t * row, int64_t n, uint8_t * to) {
 void read_floats(Type type, const uint8_t * from, int64_t n, float * out) {
     for (int64_t k = 0; k < n; ++k) {
         const uint16_t bits = half_at(from + static_cast<size_t>(k) * panel_rows * 2);
-        out[k] = type == f16 ? ggml_fp16_to_fp32(bits) : ggml_bf16_to_fp32({ bits });
+        out[k] = shapes[type].of == GGML_TYPE_F16 ? ggml_fp16_to_fp32(bits) : ggml_bf16_to_fp32({ bits });
     }
 }
 
 }  // namespace
 
 Type type_of(ggml_type type) {
-    for (int t = 0; t < n_types; ++t) {
-        if (readers[t].type == type) {
-            return static_cast<Type>(t);
-        }
+    Type t = 0;
+    while (t < n_types && shapes[t].of != type) {
+        ++t;
     }
-    return n_types;
+    return t;
 }
 
 void pack_panel(Type type, const uint8_t * rows, size_t row_bytes, int64_t first, int64_t n, int64_t n_blocks, uint8_t * panel) {
@@ -207,7 +198,7 @@ void pack_panel(Type type, const uint8_t * rows, size_t row_bytes, int64_t first
         }
         for (int64_t b = 0; b < n_blocks; ++b) {
             Block from{};
-            readers[type].read(row, b, from);
+            s.read(row, b, from);
             uint8_t * planes = panel + static_cast<size_t>(b) * plane_bytes(s) + 4 * r;
             for (int v = 0; v < (s.low == 8 ? groups : 4); ++v) {
                 const uint32_t x = four_at(from.values + 4 * v);

@@ -3,8 +3,6 @@
 
 #include "kernels/layout.hpp"
 
-#include "ggml.h"
-
 #include <cstdint>
 
 namespace triollama::native::kernels {

@@ -11,20 +11,19 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// The widest that this processor has.
-const Passes & passes() {
-    static const Passes & widest = []() -> const Passes & {
+const Passes & widest_passes() {
 #if TRIOLLAMA_X86_PASSES
-        for (const Passes * some : { avx512_passes(), avx2_passes() }) {
-            if (some) {
-                return *some;
-            }
+    for (const Passes * some : { avx512_passes(), avx2_passes() }) {
+        if (some) {
+            return *some;
         }
+    }
 #endif
-        return baseline_passes();
-    }();
-    return widest;
+    return baseline_passes();
 }
+
+// Asked while the extension is loaded: a child could be forked in the middle of a first call.
+const Passes & passes = widest_passes();
 
 inline int32_t ring_of(float x, float centre) {
     const float scaled = std::fabs(x - centre) * Rings::rings_per_unit;
@@ -41,7 +40,7 @@ float lower_edge(float max, int32_t ring) {
 
 void RowScan::run(const float * x, int32_t n) {
     maxima.resize((size_t) block_count(n));
-    has_nan = passes().scan(x, n, maxima.data());
+    has_nan = passes.scan(x, n, maxima.data());
     max     = *std::max_element(maxima.begin(), maxima.end());
 }
 
@@ -113,35 +112,35 @@ float RowScan::threshold_for(const float * x, int32_t n, size_t k) const {
 }
 
 double exp_weights(const float * x, int32_t n, float shift, float * weights, double * block_sums) {
-    return passes().weights(x, n, shift, weights, block_sums);
+    return passes.weights(x, n, shift, weights, block_sums);
 }
 
 ExpSums exp_sums(const float * x, int32_t n, float shift) {
-    return passes().sums(x, n, shift);
+    return passes.sums(x, n, shift);
 }
 
 Moments finite_moments(const float * x, int32_t n, float shift) {
     // A first shift near the mean keeps the squares small, so that their difference loses nothing.
-    const RawMoments rough = passes().moments(x, n, shift);
+    const RawMoments rough = passes.moments(x, n, shift);
     if (rough.n == 0.0) {
         return { 0.0, 0.0 };
     }
     const auto centre = (float) (shift + rough.sum / rough.n);
-    const RawMoments fine = passes().moments(x, n, centre);
+    const RawMoments fine = passes.moments(x, n, centre);
     const double offset = fine.sum / fine.n;
     return { centre + offset, std::sqrt(std::max(0.0, fine.squares / fine.n - offset * offset)) };
 }
 
 void divide(const float * x, int32_t n, float divisor, float * out) {
-    passes().divide(x, n, divisor, out);
+    passes.divide(x, n, divisor, out);
 }
 
 void mask_below(const float * x, int32_t n, float threshold, float * out) {
-    passes().mask(x, n, threshold, out);
+    passes.mask(x, n, threshold, out);
 }
 
 void reward_nearness(const float * x, const float * weights, int32_t n, float total, float target, float * out) {
-    passes().reward(x, weights, n, total, target, out);
+    passes.reward(x, weights, n, total, target, out);
 }
 
 void Rings::run(const float * x, const float * weights, int32_t n, float centre) {

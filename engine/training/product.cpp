@@ -18,41 +18,38 @@ using panels::Kernel, panels::max_group, panels::Right, panels::Sink, panels::ti
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The widest vectors that this processor has, or null.
-const Kernel * vector_panels() {
-    static const Kernel * const widest = []() -> const Kernel * {
-        for (const Kernel * kernel : {
-#if TRIOLLAMA_X86_PANELS
-                 &panels::avx512_panels, &panels::avx2_panels,
-#endif
-#if TRIOLLAMA_ARM_PANELS
-                 &panels::neon_panels,
-#endif
-                 static_cast<const Kernel *>(nullptr) }) {
-            if (kernel && kernel->works()) {
-                return kernel;
-            }
+// The first that works here, or null.
+const Kernel * first_of(std::initializer_list<const Kernel *> kernels) {
+    for (const Kernel * kernel : kernels) {
+        if (kernel->works()) {
+            return kernel;
         }
-        return nullptr;
-    }();
-    return widest;
+    }
+    return nullptr;
 }
+
+// What this processor has, asked while the extension is loaded: a child could be forked in the middle of a first call.
+#if TRIOLLAMA_X86_PANELS
+const Kernel * const vector_panels = first_of({ &panels::avx512_panels, &panels::avx2_panels });
+const Kernel * const dot_panels    = first_of({ &panels::dot_panels });
+#elif TRIOLLAMA_ARM_PANELS
+const Kernel * const vector_panels = first_of({ &panels::neon_panels }), * const dot_panels = nullptr;
+#else
+const Kernel * const vector_panels = nullptr, * const dot_panels = nullptr;
+#endif
+#if TRIOLLAMA_X86_PANELS && TRIOLLAMA_HAS_TILES
+const Kernel * const tile_panels = tiles_are_granted() ? first_of({ &panels::tile_panels }) : nullptr;
+#else
+const Kernel * const tile_panels = nullptr;
+#endif
 
 // What computes products in this way here, or null.
 const Kernel * panels_of(ProductKernel kernel) {
     switch (kernel) {
-        case ProductKernel::vector:
-            return vector_panels();
-#if TRIOLLAMA_X86_PANELS
-        case ProductKernel::dots:
-            return panels::dot_panels.works() ? &panels::dot_panels : nullptr;
-#if TRIOLLAMA_HAS_TILES
-        case ProductKernel::tiles:
-            return panels::tile_panels.works() && tiles_are_granted() ? &panels::tile_panels : nullptr;
-#endif
-#endif
-        default:
-            return nullptr;
+        case ProductKernel::vector: return vector_panels;
+        case ProductKernel::dots:   return dot_panels;
+        case ProductKernel::tiles:  return tile_panels;
+        default:                    return nullptr;
     }
 }
 
@@ -171,8 +168,8 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
 #if TRIOLLAMA_HAS_TILES
     std::optional<TileScope> scope;
     if (kind == ProductKernel::tiles) {
-        constexpr TileShape whole = { 16, 64 };
-        scope.emplace(std::initializer_list<TileShape>{ whole, whole, whole, whole, whole, whole, whole, whole });
+        constexpr TileShape whole = { 16, 64 }, all[] = { whole, whole, whole, whole, whole, whole, whole, whole };
+        scope.emplace(all);
     }
 #endif
     for (int64_t u = units * ith / nth, count = 1; u < end; u += count) {
@@ -213,7 +210,7 @@ ProductKernel best_product_kernel(bool exact) {
     return has_product_kernel(ProductKernel::vector) ? ProductKernel::vector : ProductKernel::ggml;
 }
 
-bool f32_outruns_quantized() { return vector_panels() && vector_panels()->lanes >= 16; }
+bool f32_outruns_quantized() { return vector_panels && vector_panels->lanes >= 16; }
 
 const char * product_kernel_name(ProductKernel kernel) {
     switch (kernel) {

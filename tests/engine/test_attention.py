@@ -56,6 +56,21 @@ def test_errors_are_not_above_upstreams(arch: str, type_k: str, tiny: Any) -> No
 
 
 @kernels_only
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+def test_it_is_ours_where_queries_come_from_our_products(
+    type_k: str, tiny: Any, tmp_path: Path
+) -> None:
+    """In contexts that are not exact, too. Where keys lie in blocks, llama.cpp turns them, and
+    queries, by one product more: in exact ones by another kernel, which rounds otherwise."""
+    path = tmp_path / "q8_0.gguf"
+    quantize(tiny("llama", n_embd=256, n_ff=512), path, "q8_0", pure=True)
+    with Model(path) as model:
+        expected = logits(model, type_k=type_k, type_v=type_k)
+        made = logits(model, exact=False, type_k=type_k, type_v=type_k)
+    assert np.linalg.norm(made - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@kernels_only
 def test_cells_of_others_between_ours_change_nothing(tiny: Any, tmp_path: Path) -> None:
     """In a cache that sequences share, where all weights are ours."""
     path = tmp_path / "q8_0.gguf"

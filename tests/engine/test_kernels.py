@@ -55,7 +55,8 @@ def fastest() -> Iterator[None]:
 
 
 def exact(model: Model, **options: Any) -> Context:
-    return Context(model, n_ctx=64, n_batch=64, kv_unified=False, exact=True, **options)
+    options = {"kv_unified": False, "exact": True, **options}
+    return Context(model, n_ctx=64, n_batch=64, **options)
 
 
 def logits(

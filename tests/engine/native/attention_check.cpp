@@ -23,7 +23,8 @@ namespace {
 struct Tensor : ggml_tensor {
     std::vector<char> memory;
 
-    Tensor(ggml_type of, int64_t n0, int64_t n1, int64_t n2, int64_t n3) : ggml_tensor{} {
+    // `mixed`: rows of all n2 behind each other, as heads of a cell lie.
+    Tensor(ggml_type of, int64_t n0, int64_t n1, int64_t n2, int64_t n3, bool mixed = false) : ggml_tensor{} {
         type = of;
         const int64_t shape[] = { n0, n1, n2, n3 };
         std::copy(shape, shape + 4, ne);
@@ -31,6 +32,10 @@ struct Tensor : ggml_tensor {
         nb[1] = ggml_row_size(type, n0);
         nb[2] = nb[1] * static_cast<size_t>(n1);
         nb[3] = nb[2] * static_cast<size_t>(n2);
+        if (mixed) {
+            nb[2] = nb[1];
+            nb[1] *= static_cast<size_t>(n2);
+        }
         memory.resize(nb[3] * static_cast<size_t>(n3));
         data = memory.data();
     }
@@ -159,7 +164,7 @@ struct Case {
 void spoil(Tensor & tensor, int64_t cell) {
     for (int64_t i3 = 0; i3 < tensor.ne[3]; ++i3) {
         for (int64_t i2 = 0; i2 < tensor.ne[2]; ++i2) {
-            std::memset(tensor.row(cell, i2, i3), 0xff, tensor.nb[1]);
+            std::memset(tensor.row(cell, i2, i3), 0xff, ggml_row_size(tensor.type, tensor.ne[0]));
         }
     }
 }
@@ -170,17 +175,26 @@ int64_t compared = 0;
 void check(unsigned seed) {
     Random random(seed);
     const ggml_type types[] = { GGML_TYPE_F16, GGML_TYPE_F16, GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0 };
-    const ggml_type type_k = types[random() % 6], type_v = random() % 2 ? type_k : types[random() % 6];
+    // Values that are a part of keys, for many heads; and so many cells that not all heads go over them together.
+    const bool latent = random() % 8 == 0, many = !latent && random() % 16 == 0;
+    const ggml_type type_k = types[random() % (latent ? 5 : 6)], type_v = latent || random() % 2 ? type_k : types[random() % 6];
     const bool blocks = type_k == GGML_TYPE_Q8_0 || type_v == GGML_TYPE_Q8_0;
-    const int64_t width = blocks ? among(random, { 32, 64, 96, 128, 256 }) : among(random, { 8, 16, 20, 32, 64, 72, 80, 112, 128, 192, 256 });
-    const int64_t value_width = random() % 4 ? width : blocks ? 64 : among(random, { 16, 24, 64, 128 });
-    const int64_t heads = among(random, { 1, 2, 3 }), of_head = among(random, { 1, 2, 3, 4, 7, 8 }), streams = among(random, { 1, 1, 2, 5 });
-    const int64_t tokens = among(random, { 1, 1, 2, 3, 9, 40 }), cells = among(random, { 1, 3, 16, 17, 64, 129, 256, 300 });
-    Tensor q(GGML_TYPE_F32, width, tokens, heads * of_head, streams), k(type_k, width, cells, heads, streams), v(type_v, value_width, cells, heads, streams);
+    const int64_t width = latent ? 576 : blocks ? among(random, { 32, 64, 96, 128, 256 }) : among(random, { 8, 16, 20, 32, 40, 48, 64, 72, 80, 112, 128, 192, 256 });
+    const int64_t value_width = latent ? 512 : random() % 4 ? width : blocks ? 64 : among(random, { 16, 24, 64, 128 });
+    const int64_t heads = latent || many ? 1 : among(random, { 1, 2, 3 }), streams = many ? 1 : among(random, { 1, 1, 2, 5 });
+    const int64_t of_head = many ? 33 : latent ? 16 : among(random, { 1, 2, 3, 4, 7, 8 });
+    const int64_t tokens = many ? 2 : latent ? 3 : among(random, { 1, 1, 2, 3, 9, 40 }), cells = many ? 8000 : among(random, { 1, 3, 16, 17, 64, 129, 256, 300 });
+    const bool mixed = random() % 2;
+    Tensor q(GGML_TYPE_F32, width, tokens, heads * of_head, streams, random() % 2), k(type_k, width, cells, heads, streams, mixed), v(type_v, value_width, cells, heads, streams, mixed);
     Tensor mask(GGML_TYPE_F16, cells, tokens, 1, random() % 2 ? streams : 1), sinks(GGML_TYPE_F32, heads * of_head, 1, 1, 1);
     fill(q, random, 1);
     fill(k, random, 1);
-    fill(v, random, 1);
+    if (latent) {
+        v.data = k.data;
+        std::copy(k.nb, k.nb + 4, v.nb);
+    } else {
+        fill(v, random, 1);
+    }
     fill(sinks, random, 2);
     const bool masks = random() % 8, alibi = masks && random() % 4 == 0;
     const int kind = static_cast<int>(random() % 3), window = static_cast<int>(random() % 40) + 1;

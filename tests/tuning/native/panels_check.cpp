@@ -83,8 +83,8 @@ static std::vector<float> multiplied(const Kernel & kernel, const panels::Right 
 #if TRIOLLAMA_HAS_TILES
     std::optional<TileScope> scope;
     if (&kernel == &panels::tile_panels) {
-        constexpr TileShape whole = { 16, 64 };
-        scope.emplace(std::initializer_list<TileShape>{ whole, whole, whole, whole, whole, whole, whole, whole });
+        constexpr TileShape whole = { 16, 64 }, all[] = { whole, whole, whole, whole, whole, whole, whole, whole };
+        scope.emplace(all);
     }
 #endif
     const int64_t unit = c.k_contiguous ? kernel.panel_i : c.n_i;
