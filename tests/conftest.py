@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ TIMEOUT = 600
 """Seconds that no test needs on a quiet machine: a hang becomes a failure."""
 
 RunIsolated = Callable[..., "subprocess.CompletedProcess[str]"]
+RunNative = Callable[..., str]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def slowness() -> float:
@@ -61,7 +64,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     needed = any(item.get_closest_marker("upstream") for item in session.items)
     if config.option.collectonly or not needed:
         return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    sys.path.insert(0, str(ROOT / "scripts"))
     from _env import SetupError, build_upstream_tools
     from benches._upstream import TOOLS
 
@@ -126,6 +129,31 @@ def run_isolated(tmp_path: Path) -> RunIsolated:
             how = f"signal {-result.returncode}" if result.returncode < 0 else result.returncode
             assert result.returncode == 0, f"ended with {how}\n{result.stdout}\n{result.stderr}"
         return result
+
+    return run
+
+
+@pytest.fixture
+def run_native(tmp_path: Path) -> RunNative:
+    """Compiles C++, each file with flags of its own, and gives what their program prints.
+
+    ``run_native({"engine/x.cpp": ["-mavx2"], "tests/x_check.cpp": []}, "-std=c++17")``
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    places = ("engine", "llama.cpp/source/include", "llama.cpp/source/ggml/include")
+    if compiler is None or not (ROOT / places[1]).is_dir():
+        pytest.skip("no C++ compiler, or llama.cpp is not unpacked")
+    include = [word for place in places for word in ("-I", str(ROOT / place))]
+
+    def run(files: Mapping[str, Sequence[str]], *options: str) -> str:
+        common = [compiler, "-O2", "-g", *include, *options]
+        jobs = [[*common, *flags, "-c", str(ROOT / name)] for name, flags in files.items()]
+        jobs.append([*common, *(f"{Path(name).stem}.o" for name in files), "-o", "program"])
+        jobs.append([str(tmp_path / "program")])
+        for job in jobs:
+            done = subprocess.run(job, capture_output=True, text=True, cwd=tmp_path, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     return run
 
