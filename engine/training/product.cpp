@@ -56,7 +56,7 @@ const Kernel * panels_of(ProductKernel kernel) {
 // L as F32, its rows in groups, from F32 rows of either order.
 void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const ggml_tensor * x = dst->src[0];
-    const Kernel & kernel = *vector_panels();
+    const Kernel & kernel = *vector_panels;
     const int64_t n_k = dst->ne[0], n_j = dst->ne[1], group = kernel.group;
     const int64_t groups = round_up(n_j, group) / group, units = groups * dst->ne[2];
     for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
