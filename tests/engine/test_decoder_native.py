@@ -130,6 +130,22 @@ def test_what_all_threads_share_excludes_and_survives_a_fork(
     assert "Sanitizer" not in done.stderr
 
 
+def test_what_llama_cpp_asserts_outside_of_a_decode_breaks_the_context(tmp_path: Path) -> None:
+    """In llama_synchronize, as where a GPU failed, and in what else a backend calls."""
+    program = tmp_path / "backend"
+    command = [
+        str(COMPILER), "-std=c++17", "-O1", "-g",
+        "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
+        "-I", str(SOURCE / "ggml" / "include"),
+        *(str(ROOT / "engine" / name) for name in ("decoding/backend.cpp", "guards/abort.cpp")),
+        str(ROOT / "tests/engine/native/backend_check.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+
+
 def test_the_checksum_needs_no_special_instruction(tmp_path: Path) -> None:
     printed = []
     for number, options in enumerate(([], ["-DTRIOLLAMA_PORTABLE_CHECKSUM"])):
