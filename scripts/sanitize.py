@@ -46,6 +46,9 @@ FLAGS = {
     "address": "-fsanitize=address,undefined -D_GLIBCXX_ASSERTIONS",
     "thread": "-fsanitize=thread",
 }
+# Of GCC's two libraries in one process ASan's takes both paths for reports, and UBSan's would go to
+# a standard error that nobody reads. So that one is linked into the extension.
+LINK = {"address": ["-static-libubsan"], "thread": []}
 LIBRARIES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
 # The interpreter itself frees little at its end, so leaks are left to `live_objects`. A test that
@@ -81,7 +84,10 @@ def build(name: str, ours: bool, python: Path) -> Path:
     flags = [f"-DCMAKE_{language}_FLAGS={FLAGS[name]}" for language in ("C", "CXX")]
     flags += [f"-DCMAKE_{language}_FLAGS_RELEASE={OPTIMISATION}" for language in ("C", "CXX")]
     folder = ROOT / "build" / f"sanitize-{name}"
-    extension = build_extension(native(flags, ours), folder / "engine", str(python))
+    upstream = native(flags, ours)
+    link = [f"-DCMAKE_MODULE_LINKER_FLAGS={shlex.join(LINK[name])}"]
+    upstream = dataclasses.replace(upstream, arguments=(*upstream.arguments, *link))
+    extension = build_extension(upstream, folder / "engine", str(python))
     package = folder / "site" / "triollama"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
@@ -101,12 +107,8 @@ def library(name: str) -> str:
     return str(Path(found).resolve())
 
 
-def run(name: str, ours: bool, python: Path, arguments: list[str]) -> int:
-    """The tests' exit status, or 1 for reports."""
-    site = build(name, ours, python)
-    reports = site.parent / "reports"
-    shutil.rmtree(reports, ignore_errors=True)
-    reports.mkdir()
+def watched(name: str, reports: Path, command: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment, for a process that writes what is found into `reports`."""
     environment = dict(os.environ)
     for variable, value in OPTIONS[name].items():
         environment[variable] = value
@@ -117,13 +119,23 @@ def run(name: str, ours: bool, python: Path, arguments: list[str]) -> int:
             if suppressions.exists():
                 environment[variable] += f":suppressions={suppressions}"
     environment["LD_PRELOAD"] = ":".join(map(library, LIBRARIES[name]))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *(arguments or DEFAULT)]
     # Addresses at random leave TSan no room for its shadow on recent kernels.
     if name == "thread" and (setarch := shutil.which("setarch")):
         command = [setarch, "-R", *command]
+    return command, environment
+
+
+def run(name: str, ours: bool, python: Path, arguments: list[str]) -> int:
+    """The tests' exit status, or 1 for reports."""
+    site = build(name, ours, python)
+    reports = site.parent / "reports"
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir()
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *(arguments or DEFAULT)]
+    command, environment = watched(name, reports, command)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     print(f"{name}: {shlex.join(command)}", flush=True)
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     found = sorted(reports.iterdir())

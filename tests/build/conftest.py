@@ -34,6 +34,11 @@ def fetcher() -> ModuleType:
 
 
 @pytest.fixture
+def sanitizing() -> ModuleType:
+    return _load("sanitize")
+
+
+@pytest.fixture
 def native() -> ModuleType:
     return _load("_native")
 

@@ -12,7 +12,11 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl"]
 OF_X86 = {"avx2": AVX2, "avx512": AVX512, "bf16": [*AVX512, "-mavx512bf16"]}
 
 
-@pytest.mark.parametrize("options", [[], ["-fsanitize=address,undefined"]], ids=["plain", "asan"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]],
+    ids=["plain", "asan"],
+)
 def test_every_set_of_panels_multiplies_alike(
     run_native: Callable[..., str], options: list[str]
 ) -> None:
