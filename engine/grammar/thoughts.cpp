@@ -41,13 +41,18 @@ std::string Thoughts::text_of(llama_token token) const {
     return text;
 }
 
-// Whether the text so far may be `open`, or, `whole`, begins with it.
-bool Thoughts::opens(llama_token token, bool & whole) const {
+// Whether the text so far may be `open`, or `close` and nothing else, for no thoughts; `next`: where it then
+// is, if it is whole.
+bool Thoughts::begins(llama_token token, Place & next) const {
     std::string text = tail + text_of(token);
     text.erase(0, std::min(text.find_first_not_of(" \t\r\n"), text.size()));
     const std::string & open = params_.thought.open;
-    whole = text.compare(0, open.size(), open) == 0;
-    return whole || (!text.empty() && open.compare(0, text.size(), text) == 0);
+    const std::string & close = params_.thought.close;
+    const bool opened = text.compare(0, open.size(), open) == 0;
+    const bool closed = text.compare(0, close.size(), close) == 0 && is_space(text.substr(close.size()));
+    next = opened ? Place::inside : closed ? Place::gap : Place::before;
+    const auto may_be = [&](const std::string & marker) { return marker.compare(0, text.size(), text) == 0; };
+    return opened || closed || (!text.empty() && (may_be(open) || may_be(close)));
 }
 
 // Whether `close` is complete with this token; `clean`: and nothing but whitespace follows in it.
@@ -69,8 +74,9 @@ void Thoughts::enter(Place next) {
 bool Thoughts::allows(llama_token token) const {
     const ThoughtParams & thought = params_.thought;
     bool clean = false;
+    Place next = Place::before;
     switch (place) {
-        case Place::before:  return opens(token, clean) || (tail.empty() ? by_rules(token) : !rules);
+        case Place::before:  return begins(token, next) || (tail.empty() ? by_rules(token) : !rules);
         case Place::opening: return token == thought.open_tokens[count];
         case Place::inside:
             if (llama_vocab_is_eog(vocab, token)) {
@@ -131,14 +137,14 @@ void Thoughts::accept(llama_token token) {
         throw grammar_error("token " + std::to_string(token) + " may not follow under the grammar");
     }
     bool clean = false;
-    bool whole = false;
+    Place next = Place::before;
     switch (place) {
         case Place::before:
-            if (opens(token, whole) && (whole || !rules || !tail.empty() || !rules->allows(token))) {
+            if (begins(token, next) && (next != Place::before || !rules || !tail.empty() || !rules->allows(token))) {
                 tail += text_of(token);
-                if (whole) {
+                if (next != Place::before) {
                     tail.clear();
-                    enter(Place::inside);
+                    enter(next);
                 }
             } else {
                 if (rules) {

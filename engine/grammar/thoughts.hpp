@@ -38,7 +38,7 @@ private:
 
     bool is_limited() const { return params_.thought.max_tokens >= 0; }
     std::string text_of(llama_token token) const;
-    bool opens(llama_token token, bool & whole) const;
+    bool begins(llama_token token, Place & next) const;
     bool closes(llama_token token, bool & clean) const;
     bool by_rules(llama_token token) const { return !rules || rules->allows(token); }
     void enter(Place next);

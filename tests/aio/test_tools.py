@@ -12,8 +12,11 @@ import pytest
 import trio
 from msgspec import Meta
 from triollama import GenerationParams, open_llama, sync
-from triollama.chat import BUILTIN, ChatTemplate, named
+from triollama._engine import Model
+from triollama.answers import FORMATS, Tool, Toolbox
+from triollama.chat import BUILTIN, ChatTemplate, TurnEnd, named
 from triollama.conversation.protocol import calling_of
+from triollama.conversation.samplers import with_end
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import FakeEngine, open_fake_llama
@@ -46,7 +49,7 @@ def scripted(*replies: str) -> tuple[FakeEngine, list[str]]:
         prompts.append(prompt)
         return next(script)
 
-    return FakeEngine(reply), prompts
+    return FakeEngine(reply, n_ctx=20_000), prompts  # as long as GigaChat's own prompt
 
 
 # Thoughts
@@ -426,6 +429,11 @@ FOUND: dict[str, str] = {
     "minicpm5": "openbmb-MiniCPM5-1B",
     "functionary": "meetkai-functionary-medium-v3.1",
     "gigachat": "GigaChat3.1-10B-A1.8B",
+    "gigachat-3": "GigaChat3-10B-A1.8B",
+    "kimi-k3": "Kimi-K3",
+    "minimax-m3": "MiniMax-M3",
+    "muse": "muse-glimmer",
+    "functionary-v3.2": "meetkai-functionary-medium-v3.2",
     "gpt-oss": "openai-gpt-oss-120b",
     "solar": "upstage-Solar-Open-100B",
     "hunyuan": "tencent-Hy3",
@@ -433,13 +441,12 @@ FOUND: dict[str, str] = {
     "protocol": "CohereForAI-c4ai-command-r-plus-tool_use HuggingFaceTB-SmolLM3-3B "
     "fireworks-ai-llama-3-firefunction-v2 google-gemma-2-2b-it llama-cpp-rwkv-world "
     "microsoft-Phi-3.5-mini-instruct",
-    "": "GigaChat3-10B-A1.8B Kimi-K3 MiniMax-M3 meetkai-functionary-medium-v3.2 muse-glimmer",
 }
-"""Of each template that upstream ships; at the end those whose format is not known."""
+"""Of each template that upstream ships."""
 
 
 def test_formats_of_the_templates_that_upstream_ships() -> None:
-    """All of them, and docs name those that are not known."""
+    """All of them are known."""
     paths = sorted(TEMPLATES.glob("*.jinja"))
     if not paths:
         pytest.skip("llama.cpp's templates are not unpacked")
@@ -450,9 +457,6 @@ def test_formats_of_the_templates_that_upstream_ships() -> None:
         name = "" if calling.format is None else calling.format.name
         found[path.stem] = name if calling.shows or name != "hermes" else "protocol"
     assert found == {stem: name for name, stems in FOUND.items() for stem in stems.split()}
-    docs = (Path(__file__).parents[2] / "docs" / "answers.md").read_text(encoding="utf-8")
-    for stem in FOUND[""].split():
-        assert f"`{stem}`" in docs
     for name in BUILTIN:
         assert not calling_of(named(name)).shows
 
@@ -467,6 +471,11 @@ def test_formats_of_the_templates_that_upstream_ships() -> None:
         "google-gemma-4-31B-it",
         "moonshotai-Kimi-K2",
         "openai-gpt-oss-120b",
+        "Kimi-K3",
+        "MiniMax-M3",
+        "muse-glimmer",
+        "meetkai-functionary-medium-v3.2",
+        "GigaChat3-10B-A1.8B",
     ],
 )
 def test_tools_run_by_templates_that_do_a_part_of_it(stem: str) -> None:
@@ -479,9 +488,12 @@ def test_tools_run_by_templates_that_do_a_part_of_it(stem: str) -> None:
     form = calling_of(ChatTemplate(source)).format
     assert form is not None
     said = form.write([{"function": {"name": "add", "arguments": {"a": 40, "b": 2}}}])
+    final = f"{form.text}It is 42.{form.text_end}"
+    if form.text_end:
+        said = f"Sum.{form.thoughts_end}{form.text}{said}{form.closing}"
+        final = f"Sum.{form.thoughts_end}{final}{form.closing}"
 
     async def main() -> None:
-        final = f"{form.text}It is 42."
         engine, prompts = scripted(said, final)
         async with open_fake_llama(engine) as llama:
             chat = llama.conversation(template=source)
@@ -521,6 +533,65 @@ def test_what_follows_thoughts_is_said_after_them() -> None:
             assert chat.messages[2].content == "3"
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("stem", "said", "reasoning"),
+    [
+        ("Kimi-K3", "Hm.<|close|>think<|sep|><|open|>response<|sep|>Hi.<|close|>response<|sep|>"
+         "<|close|>message<|sep|>", "Hm."),
+        ("muse-glimmer", " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Hi.",
+         "Hm."),
+        ("muse-glimmer", " to=user<|message|>Hi.<|eot|>", ""),
+        ("openai-gpt-oss-120b", "<|channel|>final<|message|>Hi.", ""),
+        ("meetkai-functionary-medium-v3.2", "Hi.", ""),
+        ("MiniMax-M3", "</mm:think>Hi.", ""),
+        ("MiniMax-M3", "<mm:think>Hm.</mm:think>Hi.", "Hm."),
+        ("Apriel-1.6-15b-Thinker-fixed", "Hm.\n[BEGIN FINAL RESPONSE]\nHi.", "Hm."),
+    ],
+)  # fmt: skip
+def test_markers_around_a_text_are_no_part_of_it(stem: str, said: str, reasoning: str) -> None:
+    """Where there are no tools."""
+    path = TEMPLATES / f"{stem}.jinja"
+    if not path.exists():
+        pytest.skip("llama.cpp's templates are not unpacked")
+
+    async def main() -> None:
+        engine, prompts = scripted(said, said)
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template=path.read_text(encoding="utf-8"))
+            for _ in range(2):
+                reply = await chat.say("Hello")
+                assert (reply.text, reply.reasoning) == ("Hi.", reasoning)
+            assert "functionary" not in stem or prompts[1].endswith(">>>all\n")
+
+    run(main)
+
+
+def test_what_ends_a_turn_may_stand_inside_an_answer(tiny: Any) -> None:
+    """After thoughts, or before a call; it ends the answer where none of it follows."""
+    sources = {stem: (TEMPLATES / f"{stem}.jinja").read_text(encoding="utf-8")
+               for stem in ("Kimi-K3", "openai-gpt-oss-120b", "muse-glimmer",
+                            "GigaChat3-10B-A1.8B")} if TEMPLATES.is_dir() else {}  # fmt: skip
+    if not sources:
+        pytest.skip("llama.cpp's templates are not unpacked")
+    vocab = Model(str(tiny("llama")), vocab_only=True).vocab
+    form = {form.name: form for form in FORMATS}["gigachat-3"]
+    box = Toolbox([Tool(add)], form, vocab)
+    calling = box.constrain(GenerationParams())
+
+    def stops(stem: str, name: str, box: Toolbox | None = None, *, token: bool = True) -> bool:
+        end = TurnEnd((), (7,), (name,)) if token else TurnEnd((name,), ())
+        params = GenerationParams() if box is None else calling
+        ended = with_end(params, end, sources[stem], box)
+        return bool(ended.stop_tokens or ended.stop)
+
+    for token in (True, False):
+        assert not stops("Kimi-K3", "<|close|>", token=token)
+        assert not stops("openai-gpt-oss-120b", "<|end|>", token=token)
+        assert stops("muse-glimmer", "<|eot|>", token=token)
+        assert stops("GigaChat3-10B-A1.8B", "<|message_sep|>", token=token)
+        assert not stops("GigaChat3-10B-A1.8B", "<|message_sep|>", box, token=token)
 
 
 def test_a_channel_is_no_part_of_an_answer(tiny: Any) -> None:

@@ -145,7 +145,8 @@ def test_a_turn_that_ends_with_a_token_that_is_no_end(tiny: Any) -> None:
         template = ChatTemplate(
             "{% for m in messages %}{{ m.content }}<|end_header_id|>{% endfor %}"
         )
-        assert ChatTokenizer(model.vocab).turn_end(template) == TurnEnd((), tuple(header))
+        end = TurnEnd((), tuple(header), ("<|end_header_id|>",))
+        assert ChatTokenizer(model.vocab).turn_end(template) == end
 
 
 def test_the_model_s_own_template(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

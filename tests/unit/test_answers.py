@@ -47,7 +47,7 @@ class Words:
 
 def cuts(n: int) -> list[tuple[int, ...]]:
     """Ways to cut a text: whole, one by one, at every place, and at some pairs of places."""
-    pairs = itertools.islice(itertools.combinations(range(1, n), 2), 0, None, 7)
+    pairs = itertools.islice(itertools.combinations(range(1, n), 2), 0, None, 7 + n * n // 2000)
     return [(), tuple(range(1, n)), *[(at,) for at in range(1, n)], *pairs]
 
 
@@ -65,6 +65,8 @@ THOUGHTS = [
     ("inside", "</think>x", "", "x"),
     ("free", "<think>\na < b</think>\nSo </think>.", "a < b", "So </think>."),
     ("free", "\n<think>a</think>", "a", ""),
+    ("free", "</think>\n\nx", "", "x"),
+    ("free", "</thi", "", "</thi"),
     ("free", "Plain <think> text", "", "Plain <think> text"),
     ("free", "\n  Indented", "", "\n  Indented"),
     ("free", "<thi", "", "<thi"),
@@ -129,7 +131,37 @@ SCHEMAS: dict[str, Any] = {
         },
     },
     "g": {},
+    "t": {
+        "properties": {
+            "tags": {"type": "array", "items": {"type": "string"}},
+            "entries": {"type": "array", "items": {
+                "properties": {"id": {"type": "integer"}, "label": {"type": "string"}},
+                "type": "object"}},
+            "filter": {"anyOf": [{"type": "array", "items": {"type": "string"}},
+                                 {"type": "object", "properties": {"op": {"type": "string"}}}]},
+            "limit": {"oneOf": [{"type": "integer"},
+                                {"type": "object", "properties": {"max": {"type": "integer"}}}]},
+            "label": {"oneOf": [{"type": "string"},
+                                {"type": "object", "properties": {"text": {"type": "string"}}}]},
+        },
+    },
 }  # fmt: skip
+ATEM = (
+    '<atem:function_calls>\n<atem:invoke name="%s">\n<atem:parameter name="n">%d</atem:parameter>\n'
+    "</atem:invoke>\n</atem:function_calls>"
+)
+K3 = (
+    '<|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|><|open|>argument key="a" '
+    'type="string"<|sep|>5<|close|>argument<|sep|><|open|>argument key="n" type="number"<|sep|>1'
+    '<|close|>argument<|sep|><|close|>call<|sep|><|open|>call tool="g" index="2"<|sep|><|close|>'
+    "call<|sep|><|close|>tools<|sep|><|close|>message<|sep|>"
+)
+M3 = (
+    '*<tool_call>\n*<invoke name="t">*<tags>*<item>a*</item>*<item>5*</item>*</tags>*<entries>'
+    "*<item>*<id>1*</id>*<label></item>*</label>*</item>*</entries>*<filter>*<item>x*</item>"
+    "*</filter>*<limit>*<max>10*</max>*</limit>*<label>*<text>hi*</text>*</label>*<more>*<k>true*</k>"
+    '*</more>*</invoke>\n*<invoke name="g">*</invoke>\n*</tool_call>'
+)
 CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
     (HERMES, 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": "}<"}}\n</tool_call>',
      "Let me see.", [("f", {"a": "}<"})]),
@@ -192,6 +224,35 @@ CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
      "", [("f", {"n": 1})]),
     (BY_NAME["gpt-oss"], "<|channel|>final<|message|>Say to=functions.f<|channel|>x",
      "Say to=functions.f<|channel|>x", []),
+    (BY_NAME["gpt-oss"], "<|channel|>final<|message|>I look.<|end|><|start|>assistant<|channel|>"
+     'commentary to=functions.f <|constrain|>json<|message|>{"n": 1}',
+     "I look.", [("f", {"n": 1})]),
+    (BY_NAME["gigachat-3"], "Hm. \n<|message_sep|>\n\nfunction call<|role_sep|>\n"
+     '{"name": "f", "arguments": {"n": 1}}<|message_sep|>\n\n', "Hm.", [("f", {"n": 1})]),
+    (BY_NAME["gigachat-3"], "No function call<|message_sep|>\n\n", "No function call", []),
+    (BY_NAME["muse"], f" to=f<|message|>{ATEM % ('f', 1)}<|eom|><|start|>assistant to=g<|message|>"
+     f"{ATEM % ('g', 2)}<|eot|>", "", [("f", {"n": 1}), ("g", {"n": 2})]),
+    (BY_NAME["muse"], " to=user<|message|>I look.\nWait.<|eom|><|start|>assistant to=f<|message|>"
+     f"{ATEM % ('f', 1)}", "I look.\nWait.", [("f", {"n": 1})]),
+    (BY_NAME["muse"], f" to=user<|message|>You say:\n{ATEM % ('f', 1)}<|eot|>",
+     f"You say:\n{ATEM % ('f', 1)}", []),
+    (BY_NAME["functionary-v3.2"], 'f\n{"a": ">>>g\\n"}>>>g\n{}', "",
+     [("f", {"a": ">>>g\n"}), ("g", {})]),
+    (BY_NAME["functionary-v3.2"], 'all\nSee:\n>>> print(1)\n>>>f\n{"n": 1}', "See:\n>>> print(1)",
+     [("f", {"n": 1})]),
+    (BY_NAME["functionary-v3.2"], "all\nHi, all\n>>>", "Hi, all\n>>>", []),
+    (BY_NAME["kimi-k3"], f"<|open|>response<|sep|>On it.<|close|>response<|sep|>{K3}", "On it.",
+     [("f", {"a": "5", "n": 1}), ("g", {})]),
+    (BY_NAME["kimi-k3"], f"<|open|>response<|sep|><|close|>response<|sep|>{K3}", "",
+     [("f", {"a": "5", "n": 1}), ("g", {})]),
+    (BY_NAME["kimi-k3"], K3, "", [("f", {"a": "5", "n": 1}), ("g", {})]),
+    (BY_NAME["kimi-k3"], "<|open|>response<|sep|>Say response.<|close|>response<|sep|>"
+     "<|close|>message<|sep|>", "Say response.", []),
+    (BY_NAME["kimi-k3"], "It is open.<|close|>message<|sep|>", "It is open.", []),
+    (BY_NAME["minimax-m3"], "Hm." + M3.replace("*", "]<]minimax[>["), "Hm.",
+     [("t", {"tags": ["a", "5"], "entries": [{"id": 1, "label": "</item>"}], "filter": ["x"],
+             "limit": {"max": 10}, "label": "]<]minimax[>[<text>hi]<]minimax[>[</text>",
+             "more": {"k": True}}), ("g", {})]),
 ]  # fmt: skip
 
 

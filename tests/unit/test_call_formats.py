@@ -15,7 +15,7 @@ from triollama.answers import FORMATS, CallFormat, Tool, Toolbox
 from triollama.chat import ChatTemplate
 from triollama.conversation.protocol import calling_of
 from triollama.errors import GrammarError, UnsupportedError
-from triollama.params import GenerationParams
+from triollama.params import GenerationParams, Reasoning
 
 TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "templates"
 
@@ -87,8 +87,9 @@ def written(template: ChatTemplate, form: CallFormat, calls: list[dict[str, Any]
     specs = [Tool(forecast).spec, Tool(now).spec]
     text = template.render([*asked, said, *results], tools=specs, add_generation_prompt=False).text
     text = text[text.index("what4user") :].partition("what4result")[0]
-    begin = max(text.find(way.begin.strip() or '{"name"') for way in form.ways)
-    text = text[begin if form.between is not None or form.one else text.find(form.begin.strip()) :]
+    names = [one["function"]["name"] for one in calls]
+    begins = [begin for way in form.ways for begin in way.begins(names)]
+    text = text[min(text.index(begin) for begin in begins if begin in text) :]
     end = form.end.strip() or form.call.rpartition("}")[2]
     if end:
         return text[: text.rindex(end) + len(end)]
@@ -181,7 +182,7 @@ def test_random_answers_are_never_malformed(vocab: Vocab, form: CallFormat) -> N
             sampler = Sampler(vocab, GenerationParams(grammar=box.grammar, seed=seed, **FREE))
             reader, ended = box.reader(0), False
             data = b""
-            for _ in range(400):
+            for _ in range(600):
                 row = rng.normal(0.0, 2.0, vocab.n_tokens).astype(np.float32)
                 row[6 + 128 : 6 + 256] = -100.0  # bytes of no character
                 token = sampler.sample(row)
@@ -197,6 +198,17 @@ def test_random_answers_are_never_malformed(vocab: Vocab, form: CallFormat) -> N
                 assert tools[made.name].keywords(made.arguments) is not None
                 called += 1
     assert called > 3
+
+
+def test_a_model_may_close_thoughts_that_it_has_not_opened(vocab: Vocab) -> None:
+    """For no thoughts, as MiniMax M3 does."""
+    params = GenerationParams(choices=("Yes", "No"), reasoning=Reasoning(), seed=1, **FREE)
+    for text in ("</think>\nNo", "<think>Hm.</think>No", "No"):
+        sampler = Sampler(vocab, params)
+        for byte in text.encode():
+            sampler.accept(6 + byte)
+    with pytest.raises(GrammarError):
+        sampler.accept(6 + ord("<"))
 
 
 A, B = "<|start_header_id|>", "<|end_header_id|>"
@@ -215,7 +227,14 @@ A, B = "<|start_header_id|>", "<|end_header_id|>"
             name="quoted", begin=f"{A}call:", call="{name}{{arguments}}", end=A,
             argument="{key}:{value}", comma=",", quote=B,
         ),
-        CallFormat(name="text first", begin=A, one=True, text=f"{A}{B}"),
+        CallFormat(
+            name="tree", begin=A, call="{name}\n{arguments}", end=B,
+            argument=f"{A}{{key}}={{value}}{B}/{{key}};", item=f"{A}+{{value}}{B}.",
+        ),
+        CallFormat(name="text first", begin=A, one=True, text=f"{A}{B}", again=B),
+        CallFormat(
+            name="text in markers", begin=f"{B}{A}", end=B, text=A, text_end=B, closing=f"{B}{B}",
+        ),
     ],
     ids=lambda form: form.name,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """What an answer has to be: types, and their grammars; thoughts before it, and calls of tools."""
 
 from .calls import Calls
-from .formats import FORMATS, CallFormat
+from .formats import FORMATS, CallFormat, voice_of
 from .partial import PartialJSON
 from .parts import Parts
 from .reasoning import Thoughts, reasoning_of
@@ -23,4 +23,5 @@ __all__ = [
     "Tries",
     "reasoning_of",
     "structured",
+    "voice_of",
 ]

@@ -12,21 +12,10 @@ from ..errors import AnswerError
 from ..results import ToolCall
 from .formats import CallFormat, filled, loose, parts_of
 from .marks import Marks, Vocabulary, may_begin
-from .schemas import kinds_of
-from .values import read_value
+from .trees import Tree
+from .values import plain_value, read_value
 
 __all__ = ["Calls"]
-
-_KINDS: dict[type, tuple[str, ...]] = {
-    bool: ("boolean",),
-    int: ("integer", "number"),
-    float: ("number",),
-    str: (),  # which are bare
-    list: ("array",),
-    dict: ("object",),
-    type(None): ("null",),
-}
-"""What JSON schemas call the types of plain data."""
 
 _SPACE = " \t\r\n"
 
@@ -43,15 +32,29 @@ class Calls:
         self._format = format
         self._schemas = schemas
         self._first = first
-        texts = [format.text, format.end, format.quote]
+        texts = [format.text, format.text_end, format.closing, format.end, format.quote]
         for form in format.ways:
-            texts += (form.begin, *form.fixed)
+            texts += (form.again, form.begin, *form.fixed)
         self.markers = [text.strip() for text in texts if text.strip()]
         self._marks = Marks(vocab, self.markers)
+        self._text = format.text.lstrip(_SPACE)
+        self._ends = [text for text in (format.text_end, format.closing) if text]
+        # What calls begin with: at the beginning of an answer, and anywhere.
+        self._first_begins: dict[str, CallFormat] = {}
+        self._begins: dict[str, CallFormat] = {}
+        for form in format.ways if schemas else ():
+            begins = dict.fromkeys(form.begins(schemas), form)
+            if form.again:
+                space = form.begin[: len(form.begin) - len(form.begin.lstrip())]
+                self._begins |= {form.again + space + begin: form for begin in begins}
+            if form.again or not form.begin:
+                self._first_begins |= begins
+            else:
+                self._begins |= begins
         self._held = ""
         self._calls: str | None = None  # the text of calls, once they began
         self._begun = False  # the text has
-        self._plain = False  # no call may follow
+        self._over = False  # the text is
 
     def feed(self, text: str, tokens: Iterable[int]) -> str:
         """What is new of the text."""
@@ -60,41 +63,53 @@ class Calls:
         if self._calls is not None:
             self._calls += text
             return ""
+        if self._over:
+            return ""
         if not self._begun:
-            if self._format.text.startswith(text) and text != self._format.text:
+            start = text.lstrip(_SPACE)
+            if self._text and start.startswith(self._text):
+                text = start.removeprefix(self._text)
+            elif self._text.startswith(start):
                 self._held = text
                 return ""
-            if self._format.text and text.startswith(self._format.text):
-                self._plain = self._begun = True
-                text = text.removeprefix(self._format.text)
-        if self._plain:
-            return text
-        if not self._format.begin:
-            if not self._begun and text.lstrip(_SPACE).startswith("{"):
-                self._calls = text
-                return ""
-            if not text.strip(_SPACE) and not self._begun:
-                self._held = text
-                return ""
+            else:
+                for begin, form in self._first_begins.items():
+                    if start.startswith(begin):
+                        self._format, self._calls = form, start
+                        return ""
+                if any(begin.startswith(start) for begin in self._first_begins):
+                    self._held = text
+                    return ""
             self._begun = True
-            return text
-        kept = len(text)
-        for form in self._format.ways:
-            begin = form.begin.strip()
-            before, found, after = text.partition(begin)
-            if found:
-                self._format, self._calls = form, found + after
-                return before.rstrip(_SPACE)
-            kept = min(kept, len(text) - may_begin(begin, text))
-        kept = len(text[:kept].rstrip(_SPACE))
+        return self._until_end(text)
+
+    def _until_end(self, text: str) -> str:
+        """The text as far as it is one; what may not be is held back."""
+        found = [(text.find(begin), form) for begin, form in self._begins.items() if begin in text]
+        at, form = min(found, default=(len(text), None), key=lambda one: one[0])
+        end = min((text.find(end) for end in self._ends if end in text), default=len(text))
+        if end < at:
+            # A call may begin with the end of the text.
+            if any(begin.startswith(text[end:]) for begin in self._begins):
+                kept = len(text[:end].rstrip(_SPACE))
+                self._held = text[kept:]
+                return text[:kept]
+            self._over = True
+            return text[:end]
+        if form is not None:
+            self._format, self._calls = form, text[at:]
+            return text[:at].rstrip(_SPACE)
+        markers = (*self._begins, *self._ends)
+        kept = len(text) - max((may_begin(one, text) for one in markers), default=0)
+        if self._begins:
+            kept = len(text[:kept].rstrip(_SPACE))
         self._held = text[kept:]
-        self._begun = self._begun or kept > 0
         return text[:kept]
 
     def finish(self) -> str:
         """What was held back of the text, at the end."""
         held, self._held = self._held, ""
-        return held
+        return min((held.partition(end)[0] for end in self._ends), default=held, key=len)
 
     def calls(self) -> tuple[ToolCall, ...]:
         """The calls of a finished answer. Raises AnswerError where they are cut, or no calls."""
@@ -124,7 +139,7 @@ class Calls:
         close = "]" if form.list else form.end.strip()
         at = 0
         while at < len(text):
-            at = _past(text, at, form.begin)
+            at = _past(text, _maybe_past(text, at, form.again), form.begin)
             if form.list:
                 at = _past(text, at, "[")
             while True:
@@ -138,7 +153,7 @@ class Calls:
                 at = _past(text, at, form.between)
             if form.list:
                 at = _past(text, at, "]")
-            at = _past(text, at, form.end)
+            at = _maybe_past(text, _past(text, at, form.end), form.closing)
 
     def _call(self, text: str, at: int) -> tuple[tuple[str, str, Any], int]:
         form = self._format
@@ -162,6 +177,8 @@ class Calls:
             arguments, at = json.JSONDecoder().raw_decode(text, at)
         elif form.quote:
             arguments, at = self._listed(text, at)
+        elif form.item:
+            arguments, at = Tree(form, self._schemas.get(name) or {}).read(text, at)
         else:
             arguments, at = self._tagged(text, at, self._schemas.get(name) or {})
         return (number, name, arguments), _past(text, at, tail)
@@ -195,11 +212,11 @@ class Calls:
             if found is None:
                 raise ValueError(f"no end of {key['key']} at {at}")
             at = found.end()
-            name, said = key["key"].strip(), found["data"]
+            name, said, says = key["key"].strip(), found["data"], key.groupdict()
             if said is None:
                 said = found["text"]
-                if key.groupdict().get("text") != "true":
-                    said = _value(schema, name, said)
+                if says.get("text") != "true" and says.get("type") != "string":
+                    said = plain_value((schema.get("properties") or {}).get(name), schema, said)
             arguments[name] = said
         return arguments, at
 
@@ -209,6 +226,7 @@ _ANY = {
     "{id}": r'(?P<id>[^\s<>"\[\]]+?)',
     "{key}": r'(?P<key>[^<>="]+?)',
     "{text}": "(?P<text>true|false)",
+    "{type}": r"(?P<type>\w+)",
 }
 
 
@@ -217,9 +235,14 @@ def _pattern(text: str, end: str | None = None) -> re.Pattern[str]:
     """For the beginning of a call or an argument, whatever space is in it; ``end``: after it, where
     space is not the pattern's."""
     parts = parts_of(text)
-    regex = "".join(_ANY.get(part) or loose(part) for part in parts)
-    if parts and not parts[-1].strip():  # nothing else ends a name
-        regex = "".join(_ANY.get(part) or loose(part) for part in parts[:-1])
+    ends_name = bool(parts) and not parts[-1].strip()  # nothing else does
+    regex, seen = "", set[str]()
+    for part in parts[:-1] if ends_name else parts:
+        known = _ANY.get(part)
+        # What comes twice is the same.
+        regex += loose(part) if known is None else f"(?P={part[1:-1]})" if part in seen else known
+        seen.add(part)
+    if ends_name:
         regex += r"(?=[\s<]|$)\s*"
     elif end is not None:
         regex = regex.removesuffix(r"\s*") + end
@@ -234,13 +257,7 @@ def _past(text: str, at: int, what: str) -> int:
     return found.end()
 
 
-def _value(schema: Mapping[str, Any], key: str, text: str) -> Any:
-    """An argument of its text: strings are bare, all else is JSON, or as Python shows it."""
-    kinds = kinds_of((schema.get("properties") or {}).get(key), schema)
-    if kinds == {"string"}:
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
-    return value if "string" not in kinds or kinds & {"any", *_KINDS[type(value)]} else text
+def _maybe_past(text: str, at: int, what: str) -> int:
+    """The same, where it may be missing."""
+    found = re.compile(loose(what)).match(text, at)
+    return at if found is None else found.end()

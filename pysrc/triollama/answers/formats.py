@@ -12,8 +12,9 @@ import msgspec
 
 from ..checks import shown
 from ..errors import ParameterError
+from .trees import written_tree
 
-__all__ = ["FORMATS", "CallFormat", "filled", "loose", "parts_of"]
+__all__ = ["FORMATS", "CallFormat", "filled", "loose", "parts_of", "voice_of"]
 
 
 class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -27,15 +28,22 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         pair of its own, or there is but ``one`` in an answer.
     list: square brackets stand around the calls of a pair.
     argument: one of the arguments, by its ``{key}`` and ``{value}`` (and ``{text}``: "true" where
-        that is a string, or "false"); where it is empty, arguments are a JSON object.
+        that is a string, or "false"; ``{type}``: as JSON schemas call it); where it is empty,
+        arguments are a JSON object.
+    item: one of a list's items, by its ``{value}``, of a model that writes objects and lists as
+        trees, members as arguments. Else they are JSON.
     comma, quote: between arguments, and around strings. Without quotes strings are bare, and all
         else is JSON; with them, values are written as :mod:`.values` reads them.
     id: a pattern of ids. call_id: the id that a call has for us; where it is empty, we count.
+        first_id: of numbers.
     other: another ``begin`` and ``call`` that are read, since templates write them so.
-    thoughts_end, text: of a model that says after its thoughts what follows: the end that thoughts
-        have then, and the marker before text.
+    text: of a model that says first what follows: the marker before text.
+    again: what stands before ``begin`` after a text or another call, where an answer may begin
+        with ``begin`` itself.
+    text_end, closing: what ends a text, and what may end an answer.
+    thoughts, thoughts_end: of a model that says what follows: around its thoughts.
     sign: what the source of a template has that shows tools, or nothing of them, and leaves it to
-        others to write calls in this format.
+        others to write calls in this format; or that says first what follows.
     """
 
     name: str
@@ -46,13 +54,19 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     one: bool = False
     list: bool = False
     argument: str = ""
+    item: str = ""
     comma: str = ""
     quote: str = ""
     id: str = "[0-9]{1,4}"
     call_id: str = ""
+    first_id: int = 0
     other: tuple[str, str] | None = None
-    thoughts_end: str = ""
     text: str = ""
+    again: str = ""
+    text_end: str = ""
+    closing: str = ""
+    thoughts: str = ""
+    thoughts_end: str = ""
     sign: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -79,11 +93,20 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         call = json.loads(self.call.replace("{arguments}", '"{arguments}"'))
         return {value: key for key, value in call.items()}
 
+    def begins(self, names: Iterable[str]) -> tuple[str, ...]:
+        """What calls of these tools begin with."""
+        if self.begin:
+            return (self.begin.strip(),)
+        if self.keys:
+            return ("{",)
+        head = self.call.partition("{arguments}")[0]
+        return tuple(filled(head, {"{name}": name}) for name in names)
+
     def write(self, calls: Iterable[Mapping[str, Any]]) -> str:
         """The text of calls, as they stand in a message's ``tool_calls``. Raises ParameterError."""
         texts = [self._call(call, at) for at, call in enumerate(calls)]
         if self.between is None:
-            return "\n".join(f"{self.begin}{text}{self.end}" for text in texts)
+            return f"\n{self.again}".join(f"{self.begin}{text}{self.end}" for text in texts)
         text = self.between.join(texts)
         return f"{self.begin}[{text}]{self.end}" if self.list else f"{self.begin}{text}{self.end}"
 
@@ -102,7 +125,7 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         else:
             text = arguments if isinstance(arguments, str) else _json(arguments)
         written = self.call_id == "{id}"
-        number = str(call.get("id") or f"call{at:05d}") if written else str(at)
+        number = str(call.get("id") or f"call{at:05d}") if written else str(at + self.first_id)
         name = _json(name)[1:-1] if self.keys else name
         return filled(self.call, {"{name}": name, "{id}": number, "{arguments}": text})
 
@@ -113,6 +136,8 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             except (ValueError, RecursionError):
                 arguments = {}
         items = arguments.items() if isinstance(arguments, Mapping) else ()
+        if self.item:
+            return written_tree(dict(items), self, self.value)
         return self.comma.join(
             filled(
                 self.argument,
@@ -120,6 +145,7 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                     "{key}": key,
                     "{value}": self.value(value),
                     "{text}": "true" if isinstance(value, str) else "false",
+                    "{type}": _TYPES.get(type(value), "array"),
                 },
             )
             for key, value in items
@@ -142,9 +168,8 @@ class CallFormat(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 def parts_of(pattern: str) -> list[str]:
     """What a ``call`` or an ``argument`` is made of, in order; what changes as "{its name}"."""
-    return [
-        part for part in re.split(r"(\{(?:name|id|arguments|key|value|text)\})", pattern) if part
-    ]
+    changing = r"(\{(?:name|id|arguments|key|value|text|type)\})"
+    return [part for part in re.split(changing, pattern) if part]
 
 
 def filled(pattern: str, texts: Mapping[str, str]) -> str:
@@ -162,12 +187,21 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_TYPES = {
+    str: "string", bool: "boolean", int: "number", float: "number", dict: "object",
+    type(None): "null",
+}  # fmt: skip
+"""What models call types."""
+
+
 _DEEPSEEK: dict[str, Any] = {"begin": "<｜tool▁calls▁begin｜>", "end": "<｜tool▁calls▁end｜>"}
 _DSML: dict[str, Any] = {
     "call": '<｜DSML｜invoke name="{name}">\n{arguments}</｜DSML｜invoke>',
     "between": "\n",
     "argument": '<｜DSML｜parameter name="{key}" string="{text}">{value}</｜DSML｜parameter>\n',
 }
+
+_KIMI_K3 = '<|open|>call tool="{name}" index="{id}"<|sep|>{arguments}<|close|>call<|sep|>'
 
 FORMATS: tuple[CallFormat, ...] = (
     CallFormat(name="hermes", begin="<tool_call>\n", end="\n</tool_call>"),
@@ -210,6 +244,13 @@ FORMATS: tuple[CallFormat, ...] = (
         argument='<parameter name="{key}">{value}</parameter>\n',
     ),
     CallFormat(
+        name="minimax-m3", begin="]<]minimax[>[<tool_call>\n", between="\n",
+        end="\n]<]minimax[>[</tool_call>",
+        call=']<]minimax[>[<invoke name="{name}">{arguments}]<]minimax[>[</invoke>',
+        argument="]<]minimax[>[<{key}>{value}]<]minimax[>[</{key}>",
+        item="]<]minimax[>[<item>{value}]<]minimax[>[</item>",
+    ),
+    CallFormat(
         name="minimax-m1", begin="<tool_calls>\n", end="\n</tool_calls>", between="\n"
     ),
     CallFormat(
@@ -217,6 +258,16 @@ FORMATS: tuple[CallFormat, ...] = (
         call="<|tool_call_begin|>functions.{name}:{id}<|tool_call_argument_begin|>{arguments}"
         "<|tool_call_end|>",
         between="", call_id="functions.{name}:{id}",
+    ),
+    CallFormat(
+        name="kimi-k3", begin="<|close|>response<|sep|><|open|>tools<|sep|>",
+        call=_KIMI_K3, end="<|close|>tools<|sep|>", between="", first_id=1,
+        argument='<|open|>argument key="{key}" type="{type}"<|sep|>{value}<|close|>argument<|sep|>',
+        other=("<|open|>tools<|sep|>", _KIMI_K3),
+        text="<|open|>response<|sep|>", text_end="<|close|>response<|sep|>",
+        closing="<|close|>message<|sep|>",
+        thoughts="<|open|>think<|sep|>", thoughts_end="<|close|>think<|sep|>",
+        sign=("<|open|>", "<|sep|>", "response"),
     ),
     CallFormat(
         name="deepseek-r1", **_DEEPSEEK, between="\n",
@@ -267,10 +318,29 @@ FORMATS: tuple[CallFormat, ...] = (
     ),
     CallFormat(name="gigachat", begin="<|function_call|>", one=True),
     CallFormat(
+        name="gigachat-3", begin="<|message_sep|>\n\nfunction call<|role_sep|>\n", one=True,
+        closing="<|message_sep|>",
+    ),
+    CallFormat(
         name="gpt-oss", begin="<|channel|>commentary to=functions.", one=True,
         call="{name} <|constrain|>json<|message|>{arguments}",
-        thoughts_end="<|end|><|start|>assistant", text="<|channel|>final<|message|>",
-        other=("to=functions.", "{name}<|channel|>commentary json<|message|>{arguments}"),
+        other=(" to=functions.", "{name}<|channel|>commentary json<|message|>{arguments}"),
+        text="<|channel|>final<|message|>", again="<|end|><|start|>assistant",
+        thoughts="<|channel|>analysis<|message|>", thoughts_end="<|end|><|start|>assistant",
+        sign=("<|channel|>", "analysis"),
+    ),
+    CallFormat(
+        name="muse", begin=" to=",
+        call='{name}<|message|><atem:function_calls>\n<atem:invoke name="{name}">\n{arguments}'
+        "</atem:invoke>\n</atem:function_calls>",
+        argument='<atem:parameter name="{key}">{value}</atem:parameter>\n',
+        text=" to=user<|message|>", again="<|eom|><|start|>assistant", closing="<|eot|>",
+        thoughts=" to=self<|message|>", thoughts_end="<|eom|><|start|>assistant",
+        sign=("<atem:function_calls>", "<|eom|>"),
+    ),
+    CallFormat(
+        name="functionary-v3.2", call="{name}\n{arguments}", text="all\n", again=">>>",
+        sign=(">>>all",),
     ),
     CallFormat(
         name="solar", begin="<|tool_calls|>", between="",
@@ -287,3 +357,10 @@ FORMATS: tuple[CallFormat, ...] = (
     ),
 )  # fmt: skip
 """The formats that are known. The first is the protocol for templates that know no tools."""
+
+
+def voice_of(source: str) -> CallFormat | None:
+    """The format of a model that says first what follows, also where there are no tools, by the
+    source of its template."""
+    forms = (form for form in FORMATS if form.text and all(sign in source for sign in form.sign))
+    return next(forms, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..params import Reasoning
+from .formats import voice_of
 from .marks import Marks, Vocabulary, may_begin
 
 __all__ = ["Thoughts", "reasoning_of"]
@@ -19,26 +20,29 @@ MARKERS: tuple[tuple[str, str], ...] = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
     ("<|channel>thought", "<channel|>"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 """What stands around thoughts in the templates that models come with."""
-
-_HARMONY = (
-    "<|channel|>analysis<|message|>",
-    "<|end|><|start|>assistant<|channel|>final<|message|>",
-)
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:
     """Where thoughts stand in answers by a template of this ``source`` to this ``prompt``; None
     where it knows of none, or has closed them already."""
-    if "<|channel|>" in source and "analysis" in source:
-        # Without thoughts an answer begins with a channel's name, which is no part of its text.
-        return Reasoning(open=_HARMONY[0], close=_HARMONY[1], start="forced")
+    end = prompt.rstrip(_SPACE)
+    voice = voice_of(source)
+    if voice is not None and voice.thoughts:
+        if end.endswith(voice.text):
+            return None
+        # Without thoughts an answer would begin with a marker, which is no part of its text.
+        return Reasoning(
+            open=voice.thoughts,
+            close=voice.thoughts_end + voice.text,
+            start="inside" if end.endswith(voice.thoughts) else "forced",
+        )
     for open_, close in MARKERS:
         # Templates compose markers, "</" + "think>", and some know the closing one alone.
         if open_ not in source and close not in source:
             continue
-        end = prompt.rstrip(_SPACE)
         if end.endswith(close):
             return None
         return Reasoning(open=open_, close=close, start="inside" if end.endswith(open_) else "free")
@@ -52,7 +56,7 @@ class Thoughts:
     """
 
     def __init__(self, reasoning: Reasoning, vocab: Vocabulary) -> None:
-        self._open, self._close = reasoning.open, reasoning.close
+        self._open, self._close = reasoning.open.lstrip(_SPACE), reasoning.close
         self._marks = Marks(vocab, (reasoning.open, reasoning.close))
         self._place = "inside" if reasoning.start == "inside" else "before"
         self._held = ""  # what may yet be a marker, or whitespace at an end
@@ -69,7 +73,9 @@ class Thoughts:
             start = text.lstrip(_SPACE)
             if start.startswith(self._open):
                 self._place, text = "inside", start[len(self._open) :]
-            elif self._open.startswith(start):
+            elif start.startswith(self._close):  # for no thoughts
+                self._place, text = "answer", start[len(self._close) :]
+            elif self._open.startswith(start) or self._close.startswith(start):
                 self._held = text
                 return "", ""
             else:

@@ -20,12 +20,19 @@ from .grammar import Grammar
 from .lark import literal
 from .marks import Vocabulary
 from .quoted import Quoted
-from .schemas import is_text, resolved, values_of, without_refs
+from .schemas import is_text, kinds_of, resolved, values_of, without_refs
 from .sound import check_sound
+from .trees import TreeRules
 
 __all__ = ["Tool", "ToolChoice", "Toolbox"]
 
 S = TypeVar("S")
+
+_TYPES = {
+    "integer": "number", "number": "number", "boolean": "boolean", "null": "null",
+    "array": "array", "object": "object",
+}  # fmt: skip
+"""What models call the types of JSON schemas, but for strings."""
 
 _COMPOUND = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
 
@@ -131,7 +138,11 @@ class Tool:
 
 
 def _optional(space: str) -> str:
-    return f"{literal(space)}?" if space else ""
+    return _maybe(literal(space) if space else "")
+
+
+def _maybe(body: str) -> str:
+    return f"({body})?" if body else ""
 
 
 def _struct_of(function: Callable[..., Any], name: str) -> type[msgspec.Struct]:
@@ -214,23 +225,54 @@ class Toolbox:
         grammar.add("gap", "GAP?")
         grammar.add("GAP", r"/[ \n]{1,6}/")
         grammar.add("TEXT", r"/(.|\n)*/")
-        rules = [grammar.rule(self._call(grammar, form, tool)) for tool in self.tools.values()]
-        call = grammar.rule(" | ".join(rules))
-        begin = self._marker(form.begin)
-        if not begin:
+        calls = [self._call(grammar, form, tool) for tool in self.tools.values()]
+        if form.again and not form.begin:
+            calls = [
+                f"{self._exact(*form.begins([name]))} {self._after_name(grammar, form, tool)}"
+                for name, tool in self.tools.items()
+            ]
+        call = grammar.rule(" | ".join(map(grammar.rule, calls)))
+        begin = self._marker(form.begin.lstrip())
+        closing = _maybe(self._fixed(form.closing))
+        if not form.begin and not form.again:
             grammar.add("FREE", r"/[^{\s](.|\n)*/")
             return grammar.text(call if self.choice == "required" else f"{call} | FREE")
         several = call if form.between is None else f"{call} ({self._fixed(form.between)} {call})*"
         if form.list:
             several = f'gap "[" gap {several} gap "]" gap'
         grammar.add("calls", f"{several} {self._fixed(form.end)}")
-        more = "" if form.one or form.between is not None else f" (gap {begin} calls)*"
+        more = closing
+        if not form.one and form.between is None:
+            more = f"(gap {self._marker(form.again + form.begin)} calls)* {closing}"
+        text = self._exact(form.text.lstrip())
+        if form.text[:1].isspace():
+            text = f"gap {text}"
+        if form.text_end:  # of which a call begins with the end
+            text = _maybe(text)
+        first = f"gap {text if form.text_end else ''} {begin} calls {more}"
         if self.choice == "required":
-            return grammar.text(f"gap {begin} calls{more}")
-        text = f"{self._fixed(form.text)} TEXT"
-        if form.text:  # a call may not follow it
-            return grammar.text(f"gap {begin} calls | {text}")
-        return grammar.text(f"{self._until(grammar, form.begin)} calls{more} | {text}")
+            return grammar.text(first)
+        ways = [f"{text} TEXT {_maybe(self._fixed(form.text_end))} {closing}"]
+        if form.again:
+            ways.append(first)
+        ways += [f"{text} {later} {more}" for later in self._later(grammar, form)]
+        return grammar.text(" | ".join(ways))
+
+    def _later(self, grammar: Grammar, form: CallFormat) -> list[str]:
+        """Text, and the first call after it."""
+        if form.begin:
+            return [f"{self._until(grammar, form.again + form.begin)} calls"]
+        ways = []
+        for tool in self.tools.values():
+            (begin,) = form.begins([tool.name])
+            until = grammar.lazy(f"TEXT {literal(form.again + begin)}")
+            ways.append(f"{until} {self._after_name(grammar, form, tool)} {self._fixed(form.end)}")
+        return ways
+
+    def _after_name(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
+        """What follows what a call begins with, where that is the tool's name."""
+        _, arguments, tail = form.call.partition("{arguments}")
+        return self._call(grammar, msgspec.structs.replace(form, call=arguments + tail), tool)
 
     def _call(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
         arguments = self._arguments(grammar, form, tool) if form.argument else tool.rule(grammar)
@@ -243,10 +285,15 @@ class Toolbox:
 
     def _arguments(self, grammar: Grammar, form: CallFormat, tool: Tool) -> str:
         """Arguments one by one, in the order of the schema."""
-        members = []
-        for key, schema, required in tool.parameters():
-            argument = grammar.rule(self._argument(grammar, form, tool, key, schema))
-            members.append((argument, required))
+        if form.item:
+            until = functools.partial(self._until, grammar)
+            tree = TreeRules(grammar, form, tool.schema, self._exact, until)
+            members = [(tree.member(key, one), needed) for key, one, needed in tool.parameters()]
+        else:
+            members = [
+                (grammar.rule(self._argument(grammar, form, tool, key, schema)), required)
+                for key, schema, required in tool.parameters()
+            ]
         return grammar.some(members, self._fixed(form.comma))
 
     def _argument(
@@ -272,11 +319,21 @@ class Toolbox:
             ways.append(("true", f"{first} ({one_of}) {last} {self._fixed(after.lstrip())}"))
         elif text is not False:
             ways.append(("true", self._until(grammar, after)))
-        if text is False or (text is None and "{text}" in before):
+        if text is False or (text is None and {"{text}", "{type}"} & {*parts_of(before)}):
             rule = tool.rule_of(grammar, key, schema)
             ways.append(("false", f"gap {rule} {self._fixed(after)}"))
+        others = {_TYPES.get(kind, kind) for kind in kinds_of(schema, tool.schema) - {"string"}}
+        others = {*_TYPES.values()} if "any" in others else others
+        one_of = " | ".join(map(literal, sorted(others)))
         return " | ".join(
-            self._written(before.rstrip(), {"{key}": literal(key), "{text}": literal(says)})
+            self._written(
+                before.rstrip(),
+                {
+                    "{key}": literal(key),
+                    "{text}": literal(says),
+                    "{type}": literal("string") if says == "true" else f"({one_of})",
+                },
+            )
             + f" {value}"
             for says, value in ways
         )
@@ -298,11 +355,15 @@ class Toolbox:
             at = place + len(name)
         return [piece for piece in (*pieces, text[at:]) if piece]
 
+    def _exact(self, text: str) -> str:
+        """What is written so, to the letter."""
+        pieces = self._pieces(text)
+        return " ".join(one if one.startswith("<[") else literal(one) for one in pieces)
+
     def _marker(self, text: str) -> str:
         """What calls begin with: nothing else does."""
-        pieces = self._pieces(text.rstrip())
-        parts = [piece if piece.startswith("<[") else literal(piece) for piece in pieces]
-        return " ".join([*parts, "gap"] if text != text.rstrip() else parts)
+        marker = self._exact(text.rstrip())
+        return f"{marker} gap" if text != text.rstrip() else marker
 
     def _fixed(self, text: str) -> str:
         """What is always written so, but for spaces and line breaks."""

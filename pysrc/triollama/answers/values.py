@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["read_value"]
+from .schemas import kinds_of
+
+__all__ = ["plain_value", "read_value"]
+
+_KINDS: dict[type, tuple[str, ...]] = {
+    bool: ("boolean",),
+    int: ("integer", "number"),
+    float: ("number",),
+    str: (),  # which are bare
+    list: ("array",),
+    dict: ("object",),
+    type(None): ("null",),
+}
+"""What JSON schemas call the types of plain data."""
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"true|false|null|True|False|None")
@@ -16,6 +31,21 @@ _KEY = re.compile(r"""[^\s:,{}\[\]"'<>]+""")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\n": ""}
 _SPACE = re.compile(r"\s*")
+
+
+def plain_value(schema: Any, whole: Mapping[str, Any], text: str) -> Any:
+    """The value that a text stands for: strings are bare, all else is JSON, or as Python shows it.
+
+    ``schema``: the value's, a part of ``whole``.
+    """
+    kinds = kinds_of(schema, whole)
+    if kinds == {"string"}:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
+    return value if "string" not in kinds or kinds & {"any", *_KINDS[type(value)]} else text
 
 
 def read_value(text: str, at: int, quote: str) -> tuple[Any, int]:

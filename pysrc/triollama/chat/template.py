@@ -116,7 +116,7 @@ class ChatTemplate:
         passed to the template (``enable_thinking=False``). ``fit`` adapts messages to what the
         template can express, as llama.cpp does: a system prompt it does not know goes before
         the first user message, content becomes a list of parts if it wants one, and arguments of
-        tool calls become objects.
+        tool calls become objects, or JSON if it can write that alone.
 
         Raises ParameterError for malformed messages, and ChatTemplateError when the template
         refuses them (``refused`` is then true), fails, or costs more than ``limits``.
@@ -195,7 +195,14 @@ class ChatTemplate:
 
     @functools.cached_property
     def _object_arguments(self) -> bool:
-        call = {"name": "what4call", "arguments": {"what4name": "what4value"}}
+        return self._shows_call({"what4name": "what4value"})
+
+    @functools.cached_property
+    def _text_arguments(self) -> bool:
+        return not self._object_arguments and self._shows_call('{"what4name": "what4value"}')
+
+    def _shows_call(self, arguments: Any) -> bool:
+        call = {"name": "what4call", "arguments": arguments}
         calling = self._probe("assistant", "")
         calling["tool_calls"] = [{"type": "function", "id": "call00000", "function": call}]
         return self._shows("what4value", self._probe("user", "what4user"), calling)
@@ -214,6 +221,8 @@ class ChatTemplate:
                 message["content"] = ""
             if message.get("tool_calls") and self._object_arguments:
                 message["tool_calls"] = [_object_arguments(call) for call in message["tool_calls"]]
+            elif message.get("tool_calls") and self._text_arguments:
+                message["tool_calls"] = [_text_arguments(call) for call in message["tool_calls"]]
         first = fitted[0] if fitted else None
         if (
             first is not None
@@ -247,6 +256,15 @@ def _object_arguments(call: Any) -> Any:
         return call
     if not isinstance(arguments, dict):
         return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _text_arguments(call: Any) -> Any:
+    """A tool call whose arguments are JSON, where they were an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
 
 

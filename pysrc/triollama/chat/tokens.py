@@ -46,11 +46,13 @@ class ChatTokens(msgspec.Struct, frozen=True):
 class TurnEnd(msgspec.Struct, frozen=True):
     """What ends the assistant's turn besides the vocabulary's end-of-generation tokens.
 
-    ``stop``: strings; ``tokens``: special tokens that the vocabulary does not know to end.
+    ``stop``: strings; ``tokens``: special tokens that the vocabulary does not know to end, and
+    their ``names``.
     """
 
     stop: tuple[str, ...]
     tokens: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
 
 class _Special(NamedTuple):
@@ -153,8 +155,10 @@ class ChatTokenizer:
             return TurnEnd((), ())
         for special in self._specials(rendered):
             if low <= special.start < high:
-                ends = self._vocab.is_eog(special.token)
-                return TurnEnd((), () if ends else (special.token,))
+                if self._vocab.is_eog(special.token):
+                    return TurnEnd((), ())
+                name = rendered.text[special.start : special.stop]
+                return TurnEnd((), (special.token,), (name,))
         between = rendered.text[low:high].rstrip()
         if not between:
             return TurnEnd((), ())

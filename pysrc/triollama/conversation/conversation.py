@@ -461,6 +461,7 @@ class Conversation:
             changes,
             into,
             self._house.turn_end(self.template),
+            self.template.source,
             toolbox=toolbox,
             shifts=self._ledger.overflow == "shift",
         )

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import msgspec
 
 from .._engine import WORTH_SHARING
-from ..chat import ChatTemplate, ChatTokens, Rendered
+from ..answers import voice_of
+from ..chat import ChatTemplate, ChatTokens, Rendered, Segment
 from ..chat.template import check_variables
 from ..checks import shown
 from ..errors import ContextFullError, ParameterError, UnsupportedError
@@ -118,6 +119,7 @@ class Prompts:
         self._n_keep: int | None = None
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
         self.thinking: bool | None = None  # of the turn that is planned
+        self.may_call = False  # the same
         self.calling: Calling | None = None  # of a template that needs help with tools
 
     def are_long(self, messages: Sequence[Message]) -> bool:
@@ -133,11 +135,17 @@ class Prompts:
         variables = dict(self.variables)
         if self.thinking is not None:
             variables["enable_thinking"] = self.thinking
-        return self.template.render(
+        rendered = self.template.render(
             [message.for_template() for message in self.shown(shown)],
             tools=self.shown_tools,
             **variables,
         )
+        voice = voice_of(self.template.source)
+        if voice is None or voice.thoughts or self.may_call:
+            return rendered
+        # A text is all that can be said.
+        marker = Segment(voice.text, template=True, message=None, generated=False)
+        return Rendered(rendered.text + voice.text, (*rendered.segments, marker))
 
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template is given them."""

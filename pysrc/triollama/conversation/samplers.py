@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..answers import Structured, Toolbox, reasoning_of
+from ..answers import CallFormat, Structured, Toolbox, reasoning_of, voice_of
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
 from ..errors import UnsupportedError
@@ -20,6 +20,7 @@ __all__ = [
     "sampler_for",
     "state_of",
     "turn_params",
+    "with_end",
     "with_grammar",
     "with_thoughts",
 ]
@@ -36,12 +37,14 @@ def turn_params(
     changes: Mapping[str, Any],
     into: Structured[Any] | None,
     end: TurnEnd,
+    source: str,
     *,
     toolbox: Toolbox | None = None,
     shifts: bool,
 ) -> tuple[GenerationParams, bool]:
-    """The parameters of a turn of a conversation with its ``own``, and whether it begins a random
-    state of its own: without a seed it goes on with the last turn's."""
+    """The parameters of a turn of a conversation with its ``own``, by a template of this
+    ``source``, and whether it begins a random state of its own: without a seed it goes on with the
+    last turn's."""
     made = make_params(own if params is None else params, changes)
     own_seed = "seed" in changes or made.seed not in (None, own.seed)
     fresh = own_seed and made.seed is not None
@@ -57,11 +60,35 @@ def turn_params(
         raise UnsupportedError(
             "a conversation shifts its context by overflow='shift', not by context_overflow"
         )
-    if end.stop:
-        made = made.replace(stop=(*made.stop, *end.stop))
-    if end.tokens and not made.ignore_eos:  # of which the vocabulary does not know it
-        made = made.replace(stop_tokens=(*made.stop_tokens, *end.tokens))
-    return made, fresh
+    return with_end(made, end, source, toolbox), fresh
+
+
+def with_end(
+    params: GenerationParams, end: TurnEnd, source: str, toolbox: Toolbox | None
+) -> GenerationParams:
+    """The parameters with what ends a turn. After some of it an answer may go on: with its text
+    after thoughts, or with a call of ``toolbox``."""
+    forms: list[CallFormat | None] = [voice_of(source)]
+    if toolbox is not None and params.grammar == toolbox.grammar:
+        forms.append(toolbox.format)
+    inside = [
+        text
+        for form in forms
+        if form is not None
+        for text in (form.thoughts_end, form.text_end, form.again, form.begin)
+    ]
+
+    def ends(name: str) -> bool:
+        return not any(name in text for text in inside)
+
+    if stop := tuple(filter(ends, end.stop)):
+        params = params.replace(stop=(*params.stop, *stop))
+    # Of these the vocabulary does not know it.
+    named = zip(end.tokens, end.names, strict=True)
+    tokens = [token for token, name in named if ends(name) and not params.ignore_eos]
+    if tokens:
+        params = params.replace(stop_tokens=(*params.stop_tokens, *tokens))
+    return params
 
 
 def with_thoughts(

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from ..answers import Calls, Tool, Toolbox, ToolChoice
+from ..answers import Calls, Tool, Toolbox, ToolChoice, voice_of
 from ..chat import ChatTemplate
 from ..checks import check_count
 from ..errors import AnswerError, ParameterError, UnsupportedError
@@ -108,10 +108,12 @@ def show(tools: Tools | None, prompts: Prompts) -> None:
         tools.show(prompts)
 
 
-def reader_for(toolbox: Toolbox | None, plan: Plan) -> Calls | None:
-    """What finds calls in the answer of a turn."""
+def reader_for(toolbox: Toolbox | None, plan: Plan, source: str, vocab: Any) -> Calls | None:
+    """What finds calls in the answer of a turn by a template of this ``source``, and the text where
+    markers stand around it."""
     if toolbox is None or toolbox.format is None:
-        return None
+        voice = voice_of(source)
+        return None if voice is None else Calls(voice, vocab, {})
     return toolbox.reader(sum(len(message.tool_calls) for message in plan.base.messages))
 
 

@@ -165,7 +165,8 @@ class TurnStream(Stream):
 
     def _start(self, stream: EngineStream) -> None:
         assert self._plan is not None
-        self._calls = reader_for(self._toolbox, self._plan)
+        source = self._ledger.prompts.template.source
+        self._calls = reader_for(self._toolbox, self._plan, source, self._core.vocab)
         super()._start(stream)
         if not self._plan.messages:  # it goes on with these
             tokens = self._plan.base.messages[-1].tokens
@@ -174,6 +175,7 @@ class TurnStream(Stream):
     async def _make_plan(self, base: State, added: tuple[Message, ...]) -> Plan:
         ledger = self._ledger
         ledger.prompts.thinking = self.params.thinking
+        ledger.prompts.may_call = self._toolbox is not None
         planning = make_plan(
             ledger.prompts, base, added, self.params, ledger.overflow, self._core.n_ctx
         )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from ..answers import Toolbox, ToolChoice
+from ..answers import Toolbox, ToolChoice, voice_of
 from ..conversation.choices import given
 from ..conversation.history import State
 from ..conversation.plan import Plan, Prompts
-from ..conversation.samplers import with_thoughts
+from ..conversation.samplers import with_end, with_thoughts
 from ..conversation.tools import Tools
 from ..engine.core import LONG
 from ..engine.loaded import LoadedAdapter, Scaled
@@ -149,7 +149,7 @@ class Service:
         template = chats.template(None)
         state = given(None, messages)
         prompts = Prompts(template, chats.tokenizer, vocab, None, variables)
-        prompts.thinking = params.thinking
+        prompts.thinking, prompts.may_call = params.thinking, bool(tools)
         offered = Tools.of(tools or None, template, vocab)
         box = None if offered is None else offered.box(choice)
         if offered is not None and box is not None:
@@ -171,11 +171,9 @@ class Service:
         long = prompts.are_long(state.messages)
         tokens = await trio.to_thread.run_sync(make) if long else make()
         params = with_thoughts(params, Plan(base, added, tokens, 0, 0), prompts, box)
-        end = chats.turn_end(template)
-        if end.stop:
-            params = params.replace(stop=(*params.stop, *end.stop))
-        if end.tokens and not params.ignore_eos:
-            params = params.replace(stop_tokens=(*params.stop_tokens, *end.tokens))
+        params = with_end(params, chats.turn_end(template), template.source, box)
+        if box is None and (voice := voice_of(template.source)) is not None:
+            box = Toolbox((), voice, vocab)  # for the markers around texts
         n_calls = sum(len(message.tool_calls) for message in state.messages)
         return Ask(tokens=tokens, params=params, adapters=adapters, tools=box, n_calls=n_calls)
 

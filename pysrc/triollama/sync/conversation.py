@@ -388,6 +388,7 @@ class Conversation:
             changes,
             into,
             house.turn_end(self.template),
+            self.template.source,
             toolbox=toolbox,
             shifts=self._overflow == "shift",
         )
@@ -395,6 +396,7 @@ class Conversation:
         house.make_room(house.check_adapters(self._adapters))  # unloaded meanwhile?
         base, added = with_schema(choose, made, into)(self._state)
         prompts.thinking = made.thinking
+        prompts.may_call = toolbox is not None and made.grammar == toolbox.grammar
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
         made = with_grammar(with_thoughts(made, plan, prompts, toolbox), plan)

@@ -6,6 +6,7 @@ from typing import Any, NoReturn, Protocol
 
 from .._engine import Context, Sampler
 from ..answers import Structured, Toolbox
+from ..chat import ChatTemplate
 from ..conversation.answer import Continued
 from ..conversation.choices import OnCancel
 from ..conversation.finished import Answer, state_after
@@ -21,6 +22,8 @@ __all__ = ["TurnStream"]
 
 
 class _Chat(Protocol):
+    @property
+    def template(self) -> ChatTemplate: ...
     def commit(self, turn: TurnStream, state: State, usage: Usage) -> bool: ...
 
 
@@ -66,7 +69,7 @@ class TurnStream(Stream):
             reuse=reuse,
             sampler=sampler,
             accept_from=shown,
-            calls=reader_for(toolbox, plan),
+            calls=reader_for(toolbox, plan, chat.template.source, context.model.vocab),
         )
         self._on_cancel = on_cancel
         if self._parts is not None and not plan.messages:  # it goes on with these
