@@ -25,6 +25,9 @@ from .streams import N_GEN, N_PROMPT, PARAMS, THREADS, prompt, serving
 
 CLIENTS = {1: 15, 8: 9, 16: 7}
 """Numbers of clients, and repeats of each."""
+N_ANSWER = 128
+"""Tokens of an answer beside the library's. What a request costs before them is a figure of its
+own; between servers answers are as short as the streams' of other sections."""
 PROGRAM = Path(__file__).with_name("_http_program.py")
 PEER_PROGRAM = Path(__file__).with_name("_peer_server.py")
 STREAMS = 16
@@ -57,10 +60,10 @@ async def through_http(port: int, n: int, n_gen: int = N_GEN) -> dict[str, Any]:
     return found
 
 
-async def speed(port: int, n: int) -> float:
+async def speed(port: int, n: int, n_gen: int = N_GEN) -> float:
     """Tokens a second of ``n`` clients, prompts included."""
-    found = await through_http(port, n)
-    return float(n * (N_PROMPT + N_GEN) / found["seconds"])
+    found = await through_http(port, n, n_gen)
+    return float(n * (N_PROMPT + n_gen) / found["seconds"])
 
 
 async def rest() -> None:
@@ -74,7 +77,7 @@ async def of_library(llama: Any, n: int) -> float:
     await rest()
 
     async def one(tokens: list[int]) -> None:
-        async with llama.stream(tokens, PARAMS) as stream:
+        async with llama.stream(tokens, PARAMS, max_tokens=N_ANSWER) as stream:
             async for _ in stream:
                 pass
 
@@ -83,7 +86,7 @@ async def of_library(llama: Any, n: int) -> float:
         start = time.perf_counter()
         for tokens in prompts:
             nursery.start_soon(one, tokens)
-    return n * (N_PROMPT + N_GEN) / (time.perf_counter() - start)
+    return n * (N_PROMPT + N_ANSWER) / (time.perf_counter() - start)
 
 
 async def in_turn(
@@ -127,7 +130,7 @@ async def beside_library(options: Options) -> list[Figure]:
             name = f"server.{n}_over_library"
             if options.wants(name):
                 pairs = await in_turn(
-                    functools.partial(speed, port, n),
+                    functools.partial(speed, port, n, N_ANSWER),
                     functools.partial(of_library, llama, n),
                     options.repeats_or(repeats),
                 )
