@@ -497,7 +497,7 @@ class Trainer(Owner):
         n_gpu_layers: int = 0,
         kernel: str | None = None,
         invocation: Sequence[int] = (),
-        kept_bytes: int = 134217728,
+        kept_bytes: int = 1 << 27,
     ) -> None: ...
     @property
     def kernel(self) -> str: ...

@@ -428,6 +428,8 @@ FOUND: dict[str, str] = {
     "gemma4": "google-gemma-4-31B-it google-gemma-4-31B-it-interleaved",
     "minicpm5": "openbmb-MiniCPM5-1B",
     "functionary": "meetkai-functionary-medium-v3.1",
+    "firefunction": "fireworks-ai-llama-3-firefunction-v2",
+    "command-r": "CohereForAI-c4ai-command-r-plus-tool_use",
     "gigachat": "GigaChat3.1-10B-A1.8B",
     "gigachat-3": "GigaChat3-10B-A1.8B",
     "kimi-k3": "Kimi-K3",
@@ -438,8 +440,7 @@ FOUND: dict[str, str] = {
     "solar": "upstage-Solar-Open-100B",
     "hunyuan": "tencent-Hy3",
     # They show no tools, so ours stands in.
-    "protocol": "CohereForAI-c4ai-command-r-plus-tool_use HuggingFaceTB-SmolLM3-3B "
-    "fireworks-ai-llama-3-firefunction-v2 google-gemma-2-2b-it llama-cpp-rwkv-world "
+    "protocol": "HuggingFaceTB-SmolLM3-3B google-gemma-2-2b-it llama-cpp-rwkv-world "
     "microsoft-Phi-3.5-mini-instruct",
 }
 """Of each template that upstream ships."""

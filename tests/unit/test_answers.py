@@ -227,6 +227,10 @@ CALLS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
     (BY_NAME["gpt-oss"], "<|channel|>final<|message|>I look.<|end|><|start|>assistant<|channel|>"
      'commentary to=functions.f <|constrain|>json<|message|>{"n": 1}',
      "I look.", [("f", {"n": 1})]),
+    (BY_NAME["firefunction"], 'Use functools. functools[{"name": "f", "arguments": {"n": 1}}]',
+     "Use functools.", [("f", {"n": 1})]),
+    (BY_NAME["command-r"], 'Hm.\nAction:\n```json\n[{"tool_name": "f", "parameters": {"n": 1}}\n'
+     "]```", "Hm.", [("f", {"n": 1})]),
     (BY_NAME["gigachat-3"], "Hm. \n<|message_sep|>\n\nfunction call<|role_sep|>\n"
      '{"name": "f", "arguments": {"n": 1}}<|message_sep|>\n\n', "Hm.", [("f", {"n": 1})]),
     (BY_NAME["gigachat-3"], "No function call<|message_sep|>\n\n", "No function call", []),

@@ -58,8 +58,9 @@ ARGUMENTS: list[dict[str, Any]] = [
 ]
 
 
-# By their templates, in calls of the past: with an id, or with the parts in another order.
-SHOWN_OTHERWISE = {"apriel", "gpt-oss"}
+# By their templates, in calls of the past: with an id, or with the parts in another order, or with
+# JSON over several lines.
+SHOWN_OTHERWISE = {"apriel", "gpt-oss", "command-r"}
 
 
 def call(name: str, arguments: dict[str, Any], at: int = 0) -> dict[str, Any]:

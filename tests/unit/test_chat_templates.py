@@ -13,6 +13,7 @@ import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from triollama.chat import BUILTIN, ChatTemplate, named, training_texts
+from triollama.conversation.protocol import calling_of
 from triollama.errors import ChatTemplateError, ParameterError
 
 TEMPLATES = Path(__file__).parents[2] / "llama.cpp" / "source" / "models" / "templates"
@@ -155,6 +156,29 @@ def test_equal_to_the_reference(path: Path) -> None:
         assert rendered.text == wanted
         assert "".join(segment.text for segment in rendered.segments) == wanted
     assert compared > 3
+
+
+NEED_TOOLS = {
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+}
+"""Templates that models have beside another, for conversations without."""
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_functions_without_docs_can_be_shown(path: Path) -> None:
+    """Parameters need no descriptions, and what a template calls tools and the time it is given."""
+    template = ChatTemplate(path.read_text(encoding="utf-8"), bos_token="", eos_token="")
+    bare: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    function = {"name": "double", "description": "Twice as much", "parameters": bare}
+    tools = [{"type": "function", "function": function}]
+    asked = [{"role": "user", "content": "how much?"}]
+    if calling_of(template).shows:
+        assert "Twice as much" in template.render(asked, tools=tools).text
+    if path.stem not in NEED_TOOLS:
+        assert "how much?" in template.render(asked).text
+    assert bare["properties"] == {"n": {"type": "integer"}}
 
 
 def test_upstream_ships_many() -> None:

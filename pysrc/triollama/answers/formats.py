@@ -316,6 +316,11 @@ FORMATS: tuple[CallFormat, ...] = (
     CallFormat(
         name="functionary", begin="<function=", end="</function>", call="{name}>{arguments}"
     ),
+    CallFormat(name="firefunction", begin=" functools[", end="]", between=", "),
+    CallFormat(
+        name="command-r", begin="Action:\n```json\n[\n", end="\n]```", between=",\n",
+        call='{"tool_name": "{name}", "parameters": {arguments}}',
+    ),
     CallFormat(name="gigachat", begin="<|function_call|>", one=True),
     CallFormat(
         name="gigachat-3", begin="<|message_sep|>\n\nfunction call<|role_sep|>\n", one=True,

@@ -150,7 +150,7 @@ class TreeRules:
         for group in ("anyOf", "oneOf"):
             if isinstance(schema.get(group), list):
                 return [way for one in schema[group] for way in self._ways(one, close)]
-        kinds = schema.get("type")
+        kinds = schema["type"]
         kinds = [kinds] if isinstance(kinds, str) else list(kinds)
         return [f"gap {self._of_kind(kind, schema)} {end}" for kind in kinds]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import functools
 import json
 import logging
@@ -115,8 +117,9 @@ class ChatTemplate:
         ``add_generation_prompt`` ends it where the assistant's answer begins. ``variables`` are
         passed to the template (``enable_thinking=False``). ``fit`` adapts messages to what the
         template can express, as llama.cpp does: a system prompt it does not know goes before
-        the first user message, content becomes a list of parts if it wants one, and arguments of
-        tool calls become objects, or JSON if it can write that alone.
+        the first user message, content becomes a list of parts if it wants one, arguments of
+        tool calls become objects, or JSON if it can write that alone, and a tool's parameters get
+        descriptions, without words, if it cannot do without.
 
         Raises ParameterError for malformed messages, and ChatTemplateError when the template
         refuses them (``refused`` is then true), fails, or costs more than ``limits``.
@@ -125,6 +128,7 @@ class ChatTemplate:
         check_kind("tools", tools, list, tuple, type(None))
         if fit:
             checked = self._fit(checked)
+            tools = self._described(tools)
         return self._render(checked, add_generation_prompt, tools, variables)
 
     def _render(
@@ -139,6 +143,10 @@ class ChatTemplate:
             "eos_token": T.from_template(self.eos_token),
             "documents": None,
         }
+        if " functools[" in self.source:  # Firefunction's, which names what it needs otherwise
+            shown = json.dumps(list(tools), ensure_ascii=False, indent=2) if tools else ""
+            names["functions"] = _ingest(shown, None, "tools")
+            names["datetime"] = datetime.datetime.now().strftime("%b %d %Y %H:%M:%S")
         for name, value in {**self.variables, **variables}.items():
             names[name] = _ingest(value, None, f"variable {name!r}")
         names["messages"] = [_mark(message, index) for index, message in enumerate(messages)]
@@ -168,9 +176,9 @@ class ChatTemplate:
 
     # What the template can express, found by trying.
 
-    def _shows(self, wanted: str, *messages: dict[str, Any]) -> bool:
+    def _shows(self, wanted: str, *messages: dict[str, Any], tools: Any = None) -> bool:
         try:
-            return wanted in self._render(list(messages), False, None, {}).text
+            return wanted in self._render(list(messages), False, tools, {}).text
         except ChatTemplateError:
             return False
 
@@ -206,6 +214,33 @@ class ChatTemplate:
         calling = self._probe("assistant", "")
         calling["tool_calls"] = [{"type": "function", "id": "call00000", "function": call}]
         return self._shows("what4value", self._probe("user", "what4user"), calling)
+
+    @functools.cached_property
+    def _wants_descriptions(self) -> bool:
+        plain: dict[str, Any] = {"type": "string"}
+        asked = self._probe("user", "what4user")
+
+        def shows(parameter: dict[str, Any]) -> bool:
+            parameters = {"type": "object", "properties": {"what4name": parameter}}
+            tool = {"name": "what4call", "description": "what4tool", "parameters": parameters}
+            return self._shows("what4tool", asked, tools=[{"type": "function", "function": tool}])
+
+        return not shows(plain) and shows({**plain, "description": ""})
+
+    def _described(
+        self, tools: Sequence[Mapping[str, Any]] | None
+    ) -> Sequence[Mapping[str, Any]] | None:
+        if not tools or not self._wants_descriptions:
+            return tools
+        described = copy.deepcopy(list(tools))
+        for tool in described:
+            part: Any = tool
+            for key in ("function", "parameters", "properties"):
+                part = part.get(key) if isinstance(part, dict) else None
+            for parameter in part.values() if isinstance(part, dict) else ():
+                if isinstance(parameter, dict):
+                    parameter.setdefault("description", "")
+        return described
 
     def fitted_away(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether fitting puts the first message, a system prompt, into the second."""
