@@ -90,6 +90,14 @@ struct Avx512 {
         store(to, _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd)));
     }
 
+    // Wraps around, of what is no number; _mm512_reduce_add_epi32 ends by a sum of signed integers, which must not.
+    static int32_t sum_of(__m512i x) {
+        const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        const __m128i two  = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
+
     static void quantize(const float * x, int8_t * q, float * scale, int32_t sums[2]) {
         const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
         // As whole numbers, so that a NaN is the largest.
@@ -102,8 +110,8 @@ struct Avx512 {
         const __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, _mm512_set1_ps(inverse)));
         _mm_storeu_si128(reinterpret_cast<__m128i *>(q), _mm512_cvtsepi32_epi8(q0));
         _mm_storeu_si128(reinterpret_cast<__m128i *>(q + 16), _mm512_cvtsepi32_epi8(q1));
-        sums[0] = _mm512_reduce_add_epi32(q0);
-        sums[1] = _mm512_reduce_add_epi32(q1);
+        sums[0] = sum_of(q0);
+        sums[1] = sum_of(q1);
     }
 };
 

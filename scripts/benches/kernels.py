@@ -232,17 +232,18 @@ def build(python: str, what: str, path: Path) -> Iterator[Callable[[], float]]:
         [python, str(BUILD_PROGRAM), what, str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
+        asking, answers = process.stdin, process.stdout
+        assert asking is not None
+        assert answers is not None
 
         def once() -> float:
-            print(file=process.stdin, flush=True)
-            if not (line := process.stdout.readline()):
+            print(file=asking, flush=True)
+            if not (line := answers.readline()):
                 raise RuntimeError(f"{python} ended with {process.wait()}")
             return float(json.loads(line))
 
         yield once
-        process.stdin.close()
+        asking.close()
 
 
 def of_build(name: str, other: str, what: str, path: Path, options: Options) -> Figure:
