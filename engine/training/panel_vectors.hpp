@@ -13,6 +13,7 @@ constexpr int lanes = 8, rows_at_once = 6;
 #else
 constexpr int lanes = 4, rows_at_once = 8;
 #endif
+static_assert(rows_at_once <= max_group);
 constexpr int vector_i = 2 * lanes;
 typedef float vec __attribute__((vector_size(lanes * sizeof(float))));
 typedef float unaligned_vec __attribute__((vector_size(lanes * sizeof(float)), aligned(4), may_alias));

@@ -65,9 +65,10 @@ extern const Kernel avx2_panels, avx512_panels, dot_panels, tile_panels;
 extern const Kernel neon_panels;
 #endif
 
+constexpr int64_t max_group = 16;   // at least every kernel's
+
 // Rows of the next group where `left` are left: as many as are multiplied together. A group has its rows' values of a k
 // next to each other, and begins where its first row would, were they not in groups.
-constexpr int64_t max_group = 16;
 static constexpr int64_t group_of(int64_t group, int64_t left) { return left >= group ? group : left >= 8 ? 8 : left >= 4 ? 4 : 1; }
 
 constexpr int64_t tile_k = 32, tile_i = 32, tile_j = 32;   // what tiles take at a time; L's rows are padded to tile_j
