@@ -144,6 +144,40 @@ def test_a_cut_answer_goes_on_where_it_was(tiny: Any, cut: int) -> None:
     run(main)
 
 
+RULES: list[dict[str, Any]] = [
+    {"regex": "[a-z]{5,12}!"},
+    {"json_schema": {"type": "object", "properties": {"n": {"type": "integer"}},
+                     "required": ["n"], "additionalProperties": False}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", RULES, ids=["regex", "schema"])
+def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]) -> None:
+    """Tools stand beside, and take nothing over; another constraint does."""
+
+    async def main() -> None:
+        options = {"n_ctx": 2048, "max_streams": 2, "threads": 1, "deterministic": True}
+        async with open_llama(tiny("llama"), **options) as llama:
+            given = {"template": "chatml", "params": PARAMS, "tools": [add]}
+            one, two, three = (llama.conversation(**given) for _ in range(3))
+            whole = await one.say("Where?", **rules)
+            for chat in (two, three):
+                cut = await chat.say("Where?", **rules, max_tokens=3)
+                assert cut.finish_reason == "length"
+            await two.go_on(max_tokens=300)
+            assert two.messages[-1].content == one.messages[-1].content == whole.text
+            await three.go_on(regex="#{3}")
+            assert three.messages[-1].content == cut.text + "###"
+
+    run(main)
+    with sync.Llama(tiny("llama"), n_ctx=2048, threads=1) as llama:
+        chats = [llama.chat(template="chatml", params=PARAMS, tools=[add]) for _ in range(2)]
+        whole = chats[0].say("Where?", **rules)
+        assert chats[1].say("Where?", **rules, max_tokens=3).finish_reason == "length"
+        chats[1].go_on(max_tokens=300)
+        assert chats[1].messages[-1].content == whole.text
+
+
 def test_thoughts_in_raw_text(tiny: Any) -> None:
     rules = {
         "reasoning": Reasoning(start="inside"),

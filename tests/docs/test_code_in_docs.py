@@ -27,6 +27,7 @@ import triollama
 import triollama.conversation.conversation
 import triollama.sync.conversation
 from triollama import GenerationParams, conversation, sync
+from triollama.answers import Toolbox
 from triollama.conversation.samplers import turn_params
 from triollama.lowlevel import Model, use_kernel
 
@@ -94,11 +95,13 @@ def folder(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def brief(*arguments: Any, **options: Any) -> tuple[GenerationParams, bool]:
+def brief(*arguments: Any, **options: Any) -> tuple[GenerationParams, Toolbox | None, bool]:
     """A model of random numbers ends no answer by itself."""
-    params, fresh = turn_params(*arguments, **options)
+    params, toolbox, fresh = turn_params(*arguments, **options)
     bound = params.json_schema is not None or params.grammar is not None
-    return params if bound or params.max_tokens else params.replace(max_tokens=20), fresh
+    if not bound and not params.max_tokens:
+        params = params.replace(max_tokens=20)
+    return params, toolbox, fresh
 
 
 @pytest.fixture(autouse=True)

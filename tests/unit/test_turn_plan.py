@@ -222,16 +222,16 @@ def test_what_a_turn_goes_on_from() -> None:
 def test_the_parameters_of_a_turn() -> None:
     own = GenerationParams(seed=7, stop=("x",))
     end = TurnEnd((), ())
-    assert turn_params(own, None, {}, None, end, "", shifts=False) == (own, False)
-    made, fresh = turn_params(own, None, {"seed": 7}, None, end, "", shifts=False)
+    assert turn_params(own, None, {}, None, end, "", shifts=False) == (own, None, False)
+    made, _, fresh = turn_params(own, None, {"seed": 7}, None, end, "", shifts=False)
     assert (made.seed, fresh) == (7, True)
-    made, fresh = turn_params(own, GenerationParams(), {}, None, end, "", shifts=False)
+    made, _, fresh = turn_params(own, GenerationParams(), {}, None, end, "", shifts=False)
     assert (made.seed, made.stop, fresh) == (7, (), False)
     ends = TurnEnd(("\nUser:",), (5,), ("<5>",))
-    made, _ = turn_params(own, None, {}, None, ends, "", shifts=True)
+    made, *_ = turn_params(own, None, {}, None, ends, "", shifts=True)
     assert (made.stop, made.stop_tokens) == (("x", "\nUser:"), (5,))
     assert made.context_overflow == "shift"
-    made, _ = turn_params(own, None, {"ignore_eos": True}, None, ends, "", shifts=False)
+    made, *_ = turn_params(own, None, {"ignore_eos": True}, None, ends, "", shifts=False)
     assert made.stop_tokens == ()
     with pytest.raises(UnsupportedError):
         turn_params(own, None, {"context_overflow": "shift"}, None, end, "", shifts=False)

@@ -209,6 +209,10 @@ class Toolbox:
             **{**UNCONSTRAINED, "reasoning": params.reasoning, "grammar": self.grammar}
         )
 
+    def binds(self, params: GenerationParams) -> bool:
+        """Whether ``params`` have the grammar of ``constrain``."""
+        return self.grammar is not None and params.grammar == self.grammar
+
     def after_thoughts(self, reasoning: Reasoning) -> Reasoning:
         """Where thoughts stand in an answer that may call tools."""
         if self.format is None or not self.format.thoughts_end:

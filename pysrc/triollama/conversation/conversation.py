@@ -454,15 +454,15 @@ class Conversation:
         choice: ToolChoice = "auto",
     ) -> TurnStream:
         self._house.core.check_open()
-        toolbox = None if self.tools is None or into is not None else self.tools.box(choice)
-        made, fresh = turn_params(
+        made, toolbox, fresh = turn_params(
             self.params,
             params,
             changes,
             into,
             self._house.turn_end(self.template),
             self.template.source,
-            toolbox=toolbox,
+            tools=self.tools,
+            choice=choice,
             shifts=self._ledger.overflow == "shift",
         )
         policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)
@@ -473,7 +473,7 @@ class Conversation:
             made,
             policy,
             into,
-            toolbox if toolbox is not None and made.grammar == toolbox.grammar else None,
+            toolbox,
             fresh_sampler=fresh,
             interrupt=interrupt,
             priority=priority,

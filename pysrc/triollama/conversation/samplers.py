@@ -7,21 +7,22 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..answers import CallFormat, Structured, Toolbox, reasoning_of, voice_of
+from ..answers import CallFormat, Structured, Toolbox, ToolChoice, reasoning_of, voice_of
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
 from ..errors import UnsupportedError
 from ..params import CONSTRAINTS, UNCONSTRAINED, GenerationParams, make_params
 from .plan import Plan, Prompts
+from .tools import Tools
 
 __all__ = [
     "Kept",
     "make_sampler",
+    "planned_params",
     "sampler_for",
     "state_of",
     "turn_params",
     "with_end",
-    "with_grammar",
     "with_thoughts",
 ]
 
@@ -39,28 +40,36 @@ def turn_params(
     end: TurnEnd,
     source: str,
     *,
-    toolbox: Toolbox | None = None,
+    tools: Tools | None = None,
+    choice: ToolChoice = "auto",
     shifts: bool,
-) -> tuple[GenerationParams, bool]:
+) -> tuple[GenerationParams, Toolbox | None, bool]:
     """The parameters of a turn of a conversation with its ``own``, by a template of this
-    ``source``, and whether it begins a random state of its own: without a seed it goes on with the
-    last turn's."""
+    ``source``; what it may call, where nothing else binds it; and whether it begins a random state
+    of its own: without a seed it goes on with the last turn's."""
     made = make_params(own if params is None else params, changes)
     own_seed = "seed" in changes or made.seed not in (None, own.seed)
     fresh = own_seed and made.seed is not None
     if made.seed is None:
         made = made.replace(seed=own.seed)
+    toolbox = None if tools is None or into is not None else tools.box(choice)
     if into is not None:
         made = into.constrain(made)
     elif toolbox is not None and not made.replace(reasoning=None).is_constrained:
         made = toolbox.constrain(made)
+    toolbox = _binding(toolbox, made)
     if shifts:
         made = made.replace(context_overflow="shift")
     elif made.context_overflow == "shift":
         raise UnsupportedError(
             "a conversation shifts its context by overflow='shift', not by context_overflow"
         )
-    return with_end(made, end, source, toolbox), fresh
+    return with_end(made, end, source, toolbox), toolbox, fresh
+
+
+def _binding(toolbox: Toolbox | None, params: GenerationParams) -> Toolbox | None:
+    """``toolbox`` if ``params`` are by its grammar."""
+    return toolbox if toolbox is not None and toolbox.binds(params) else None
 
 
 def with_end(
@@ -69,7 +78,7 @@ def with_end(
     """The parameters with what ends a turn. After some of it an answer may go on: with its text
     after thoughts, or with a call of ``toolbox``."""
     forms: list[CallFormat | None] = [voice_of(source)]
-    if toolbox is not None and params.grammar == toolbox.grammar:
+    if toolbox is not None:
         forms.append(toolbox.format)
     inside = [
         text
@@ -89,6 +98,19 @@ def with_end(
     if tokens:
         params = params.replace(stop_tokens=(*params.stop_tokens, *tokens))
     return params
+
+
+def planned_params(
+    params: GenerationParams, plan: Plan, prompts: Prompts, toolbox: Toolbox | None
+) -> tuple[GenerationParams, Toolbox | None]:
+    """What ``turn_params`` made, as the prompt wants it that was rendered last: with thoughts where
+    its template puts them, or with the constraint of the answer that goes on. ``toolbox`` is left
+    where it still counts. Raises UnsupportedError."""
+    if _goes_on(plan):
+        params = _going_on(params, plan, toolbox)
+    else:
+        params = with_thoughts(params, plan, prompts, toolbox)
+    return params, _binding(toolbox, params)
 
 
 def with_thoughts(
@@ -113,17 +135,15 @@ def with_thoughts(
     return params if found is None else params.replace(reasoning=found)
 
 
-def with_grammar(params: GenerationParams, plan: Plan) -> GenerationParams:
-    """The parameters of a turn that goes on with an answer: by the answer's constraint, unless
-    another is given."""
-    if not _goes_on(plan):
-        return params
+def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> GenerationParams:
+    """By the answer's constraint, unless the caller gives another; ``toolbox`` does not."""
     unfinished = plan.base.turns[-1].unfinished
     if unfinished is None:  # thoughts, if there were any, are over
         return params.replace(reasoning=None)
     before = unfinished[1]
-    same = all(getattr(params, name) == getattr(before, name) for name in CONSTRAINTS)
-    return params if params.is_constrained and not same else params.replace(**_constraint(before))
+    given = params if toolbox is None else params.replace(grammar=None)
+    same = all(getattr(given, name) == getattr(before, name) for name in CONSTRAINTS)
+    return given if given.is_constrained and not same else params.replace(**_constraint(before))
 
 
 def _constraint(params: GenerationParams) -> dict[str, Any]:

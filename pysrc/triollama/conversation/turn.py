@@ -24,7 +24,7 @@ from .finished import Answer, after_shifts, state_after
 from .history import Shift, State, common_length
 from .ledger import Ledger
 from .plan import Plan, Wanted, make_plan
-from .samplers import make_sampler, state_of, with_grammar, with_thoughts
+from .samplers import make_sampler, planned_params, state_of
 from .tools import reader_for
 
 __all__ = ["TurnStream"]
@@ -124,8 +124,8 @@ class TurnStream(Stream):
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
         self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
-        self.params = with_grammar(
-            with_thoughts(self.params, plan, ledger.prompts, self._toolbox), plan
+        self.params, self._toolbox = planned_params(
+            self.params, plan, ledger.prompts, self._toolbox
         )
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)

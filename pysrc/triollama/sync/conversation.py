@@ -30,7 +30,7 @@ from ..conversation.choices import (
 )
 from ..conversation.history import State, now
 from ..conversation.plan import Overflow, Prompts, make_plan, planned
-from ..conversation.samplers import sampler_for, turn_params, with_grammar, with_thoughts
+from ..conversation.samplers import planned_params, sampler_for, turn_params
 from ..conversation.saved import exported, saved_conversation
 from ..conversation.tools import OnToolError, Tools, ToolSource, check_not_run, show
 from ..engine.loaded import LoadedAdapter, Scaled
@@ -381,27 +381,25 @@ class Conversation:
         house, context, prompts = self._house, self._house.context, self._prompts
         if self._in_rounds:
             self._check_idle()
-        toolbox = None if self.tools is None or into is not None else self.tools.box(choice)
-        made, fresh = turn_params(
+        made, toolbox, fresh = turn_params(
             self.params,
             params,
             changes,
             into,
             house.turn_end(self.template),
             self.template.source,
-            toolbox=toolbox,
+            tools=self.tools,
+            choice=choice,
             shifts=self._overflow == "shift",
         )
         policy = check_policy(self._on_cancel if on_cancel is None else on_cancel)
         house.make_room(house.check_adapters(self._adapters))  # unloaded meanwhile?
         base, added = with_schema(choose, made, into)(self._state)
         prompts.thinking = made.thinking
-        prompts.may_call = toolbox is not None and made.grammar == toolbox.grammar
+        prompts.may_call = toolbox is not None
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
-        made = with_grammar(with_thoughts(made, plan, prompts, toolbox), plan)
-        if toolbox is not None and made.grammar != toolbox.grammar:
-            toolbox = None
+        made, toolbox = planned_params(made, plan, prompts, toolbox)
         sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh, toolbox=toolbox)
         turn = TurnStream(
             self,
