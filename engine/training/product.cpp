@@ -296,7 +296,7 @@ bool ProductRewriter::take_sum(ggml_tensor * node, const std::unordered_map<cons
         const bool prepared_too = std::any_of(std::begin(prepared), std::end(prepared),
                                               [&](const auto & some) { return some.count(product) != 0; });
         if (!products.count(product) || readers.at(product) != 1 || prepared_too ||
-            product->flags & GGML_TENSOR_FLAG_OUTPUT || other->type != GGML_TYPE_F32 || !has_dense_rows(other)) {
+            product->data || other->type != GGML_TYPE_F32 || !has_dense_rows(other)) {
             continue;
         }
         node->op = product->op;

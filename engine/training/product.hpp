@@ -41,6 +41,7 @@ public:
     bool rewrite(ggml_tensor * node);
 
     // A sum of such a product, which nobody else reads, and something else is made one operation: the product, which adds.
+    // A product that has a place already is read there, by another graph.
     // `readers`: how many there are of each node.
     bool take_sum(ggml_tensor * node, const std::unordered_map<const ggml_tensor *, int> & readers);
 

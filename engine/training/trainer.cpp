@@ -107,17 +107,20 @@ struct Trainer::Activations {
             }
         }
         std::stable_sort(weights.begin(), weights.end(), [](const auto * a, const auto * b) { return a->ne[0] > b->ne[0]; });
-        kept = std::make_unique<TensorStore>(weights.size() + 1);
+        auto made = std::make_unique<TensorStore>(weights.size() + 1);
+        std::unordered_map<const ggml_tensor *, ggml_tensor *> places;
         for (const ggml_tensor * weight : weights) {
             const size_t bytes = static_cast<size_t>(weight->ne[1] * n_tokens) * sizeof(float);
             if (bytes <= room) {
                 room -= bytes;
-                inputs.kept[weight] = kept->add(GGML_TYPE_F32, weight->ne[1], n_tokens);
+                places[weight] = made->add(GGML_TYPE_F32, weight->ne[1], n_tokens);
             }
         }
-        if (!inputs.kept.empty()) {
-            kept->allocate(type);
+        if (!places.empty()) {
+            made->allocate(type);
         }
+        kept        = std::move(made);   // once there is memory: else what comes next would find places without
+        inputs.kept = std::move(places);
     }
 
     std::unique_ptr<TensorStore> kept;   // once it trains
@@ -223,11 +226,12 @@ void Trainer::prepare(const TrainingRow & row, bool train) {
     const int64_t n_labels = static_cast<int64_t>(picked.size());
     if (!activations || activations->n_tokens != static_cast<int64_t>(n) || activations->n_labels != n_labels) {
         activations.reset();   // first, so that the two never exist at once
-        activations = std::make_unique<Activations>(*frozen, *adapters, static_cast<int64_t>(n), n_labels,
-                                                    settings.dropout > 0.0f, executor.buffer_type());
+        auto made = std::make_unique<Activations>(*frozen, *adapters, static_cast<int64_t>(n), n_labels,
+                                                  settings.dropout > 0.0f, executor.buffer_type());
         if (frozen->info().n_expert) {
-            activations->experts = std::make_unique<Experts>(*frozen, builder, static_cast<int64_t>(n), executor.buffer_type());
+            made->experts = std::make_unique<Experts>(*frozen, builder, static_cast<int64_t>(n), executor.buffer_type());
         }
+        activations = std::move(made);
     }
     if (train) {
         activations->keep(frozen->info(), first_layer(), executor.on_gpu() ? 0 : settings.kept_bytes, executor.buffer_type());

@@ -349,6 +349,21 @@ def test_what_is_kept_for_the_way_back_changes_no_bit(tiny: Any, arch: str) -> N
         assert fewest < most
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_kept_changes_no_bit_where_one_matrix_has_an_adapter(tiny: Any, arch: str) -> None:
+    """A product without an adapter is what is kept; sums that take products in leave it there."""
+    row = example(23)
+    with _engine.Trainer(tiny(arch), rank=2) as trainer:
+        names = trainer.targets
+    for name in names:
+        found = []
+        for room in (1 << 27, 0):
+            with _engine.Trainer(tiny(arch), rank=2, targets=(name,), kept_bytes=room) as trainer:
+                warm(trainer)
+                found.append(gradients(trainer, row))
+        assert np.array_equal(*found), name
+
+
 def test_serving_goes_on_as_before_beside_training(tiny: Any) -> None:
     """On processors with matrix tiles both sides configure them, each for itself."""
     path = tiny("llama", dtype="Q8_0")
@@ -677,9 +692,11 @@ def test_an_abort_clears_the_gradients_and_leaves_the_run_as_it_was(trainer: Any
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
 @pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need memory")
-@pytest.mark.parametrize("kept_bytes", [0, 1 << 27])
+@pytest.mark.parametrize(
+    ("arch", "kept_bytes"), [("llama", 0), ("llama", 1 << 27), ("qwen3moe", 1 << 27)]
+)
 def test_gradients_are_cleared_where_memory_runs_out(
-    tiny: Any, tmp_path: Path, run_isolated: Any, kept_bytes: int
+    tiny: Any, tmp_path: Path, run_isolated: Any, arch: str, kept_bytes: int
 ) -> None:
     """At every amount of memory with which a row fails, on the way back too. Then training goes on,
     or says that it cannot."""
@@ -717,6 +734,17 @@ def test_gradients_are_cleared_where_memory_runs_out(
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, before)
 
+        def goes_on():
+            try:
+                trainer.forward_backward(tokens, labels)
+                assert np.array_equal(trainer.get("gradients"), expected)
+            except EngineError as error:
+                assert "saved and closed" in str(error), error
+
+        warmed = False
+        with made() as trainer:
+            trainer.forward_backward(tokens, labels)
+            expected = trainer.get("gradients")
         for warmed in (False, True):
             on_the_way_back = 0
             trainer = made()
@@ -729,6 +757,7 @@ def test_gradients_are_cleared_where_memory_runs_out(
                 on_the_way_back += there
                 assert not trainer.get("gradients").any(), extra
                 if extra % 2**17 == 0:
+                    goes_on()
                     trainer.save_adapter(saved)
                     trainer.close()
                     trainer = made()
@@ -741,7 +770,7 @@ def test_gradients_are_cleared_where_memory_runs_out(
     """
     # What was freed is given back, so that it does not serve the next attempt.
     given_back = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = run_isolated(code, tiny("llama"), tmp_path / "saved.gguf", kept_bytes, **given_back)
+    done = run_isolated(code, tiny(arch), tmp_path / "saved.gguf", kept_bytes, **given_back)
     assert int(done.stdout) > 0
 
 
