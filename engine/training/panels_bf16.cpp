@@ -164,19 +164,10 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
     alignas(64) float edge[tile_j][tile_i];
     for (int64_t j = first; j < last; j += tile_j) {
         const int64_t rows = least(tile_j, last - j);
-        const bool whole = rows == tile_j && n == tile_i;
-        if (whole && sink.addend) {
-            const char * added = reinterpret_cast<const char *>(added_to(sink, j));
-            TILE_LOAD(0, added, sink.addend_stride);
-            TILE_LOAD(1, added + 64, sink.addend_stride);
-            TILE_LOAD(2, added + 16 * sink.addend_stride, sink.addend_stride);
-            TILE_LOAD(3, added + 16 * sink.addend_stride + 64, sink.addend_stride);
-        } else {
-            TILE_ZERO(0);
-            TILE_ZERO(1);
-            TILE_ZERO(2);
-            TILE_ZERO(3);
-        }
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
         const char * a0 = left + static_cast<size_t>(j) * left_stride;
         const char * a1 = a0 + 16 * left_stride;
         const char * b  = panel;
@@ -190,6 +181,7 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
             TILE_MULTIPLY_BF16(2, 5, 6);
             TILE_MULTIPLY_BF16(3, 5, 7);
         }
+        const bool whole = rows == tile_j && n == tile_i && !sink.addend;
         char * base = whole ? reinterpret_cast<char *>(row_of(sink, j)) : reinterpret_cast<char *>(edge);
         const size_t stride = whole ? sink.stride : sizeof(edge[0]);
         TILE_STORE(0, base, stride);

@@ -53,24 +53,30 @@ const Kernel * panels_of(ProductKernel kernel) {
     }
 }
 
+// What this thread lays out of L: `lay` is given rows [first, last), `step` at a time, where they belong, and a row of x.
+template <class Lay> void share_left(const ggml_tensor * dst, int64_t step, int ith, int nth, Lay && lay) {
+    const ggml_tensor * x = dst->src[0];
+    const int64_t steps = round_up(dst->ne[1], step) / step, units = steps * dst->ne[2];
+    for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
+        const size_t  batch = static_cast<size_t>(u / steps);
+        const int64_t first = u % steps * step;
+        lay(first, std::min(first + step, dst->ne[1]), static_cast<char *>(dst->data) + batch * dst->nb[2], [&](int64_t i) {
+            return reinterpret_cast<const float *>(static_cast<const char *>(x->data) + batch * x->nb[2] + static_cast<size_t>(i) * x->nb[1]);
+        });
+    }
+}
+
 // L as F32, its rows in groups, from F32 rows of either order.
 void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
-    const ggml_tensor * x = dst->src[0];
     const Kernel & kernel = *vector_panels;
-    const int64_t n_k = dst->ne[0], n_j = dst->ne[1], group = kernel.group;
-    const int64_t groups = round_up(n_j, group) / group, units = groups * dst->ne[2];
-    for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
-        const size_t  batch = static_cast<size_t>(u / groups);
-        const int64_t last  = std::min((u % groups + 1) * group, n_j);
-        const auto row = [&](int64_t i) {
-            return reinterpret_cast<const float *>(static_cast<const char *>(x->data) + batch * x->nb[2] + static_cast<size_t>(i) * x->nb[1]);
-        };
-        for (int64_t j = u % groups * group, rows; j < last; j += rows) {
-            rows = panels::group_of(group, last - j);
-            float * to = reinterpret_cast<float *>(static_cast<char *>(dst->data) + batch * dst->nb[2]) + j * n_k;
+    const int64_t n_k = dst->ne[0];
+    share_left(dst, kernel.group, ith, nth, [&](int64_t first, int64_t last, char * left, const auto & row) {
+        for (int64_t j = first, rows; j < last; j += rows) {
+            rows = panels::group_of(kernel.group, last - j);
+            float * to = reinterpret_cast<float *>(left) + j * n_k;
             if (transposed) {
-                for (int64_t k = 0; k < n_k; ++k, to += rows) {
-                    std::memcpy(to, row(k) + j, static_cast<size_t>(rows) * sizeof(float));
+                for (int64_t k = 0; k < n_k; ++k) {
+                    std::memcpy(to + k * rows, row(k) + j, static_cast<size_t>(rows) * sizeof(float));
                 }
                 continue;
             }
@@ -80,7 +86,7 @@ void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
             }
             kernel.side_by_side(together, rows, n_k, to);
         }
-    }
+    });
 }
 
 #if TRIOLLAMA_X86_PANELS
@@ -88,40 +94,26 @@ void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
 // L as BF16 rows of all k, from F32 rows of either order; rows and k beyond the end are zero.
 void round_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const ggml_tensor * x = dst->src[0];
-    const int64_t n_k = transposed ? x->ne[1] : x->ne[0], n_j = transposed ? x->ne[0] : x->ne[1];
-    const int64_t wide = dst->ne[0];
+    const int64_t n_k = x->ne[transposed ? 1 : 0], n_j = x->ne[transposed ? 0 : 1], wide = dst->ne[0];
     constexpr int64_t band = 16;
-    const int64_t bands = round_up(dst->ne[1], band) / band, units = bands * dst->ne[2];
     static thread_local Scratch scratch;
     float * buffer = scratch.get<float>(static_cast<size_t>(band * wide));
-    for (int64_t u = units * ith / nth; u < units * (ith + 1) / nth; ++u) {
-        const int64_t batch = u / bands, first = u % bands * band;
-        const int64_t last = std::min(first + band, dst->ne[1]);
-        const char * source = static_cast<const char *>(x->data) + static_cast<size_t>(batch) * x->nb[2];
-        char * target = static_cast<char *>(dst->data) + static_cast<size_t>(batch) * dst->nb[2];
-        if (transposed) {
-            for (int64_t k = 0; k < n_k; ++k) {
-                const float * row = reinterpret_cast<const float *>(source + static_cast<size_t>(k) * x->nb[1]);
-                for (int64_t j = first; j < last; ++j) {
-                    buffer[(j - first) * wide + k] = j < n_j ? row[j] : 0.0f;
-                }
+    share_left(dst, band, ith, nth, [&](int64_t first, int64_t last, char * left, const auto & row) {
+        for (int64_t k = 0; transposed && k < n_k; ++k) {
+            for (int64_t j = first; j < std::min(last, n_j); ++j) {
+                buffer[(j - first) * wide + k] = row(k)[j];
             }
         }
         for (int64_t j = first; j < last; ++j) {
             float * own = buffer + (j - first) * wide;
-            const float * row = own;
-            if (!transposed) {
-                row = reinterpret_cast<const float *>(source + static_cast<size_t>(j) * x->nb[1]);
-                if (j >= n_j || wide != n_k) {
-                    std::fill(std::copy(row, row + (j < n_j ? n_k : 0), own), own + wide, 0.0f);
-                    row = own;
-                }
-            } else if (wide != n_k) {
-                std::fill(own + n_k, own + wide, 0.0f);
+            const int64_t n = j < n_j ? n_k : 0;
+            if (!transposed && n < wide) {
+                std::copy_n(row(j), n, own);
             }
-            panels::dot_panels.round(row, target + static_cast<size_t>(j) * dst->nb[1], wide);
+            std::fill(own + n, own + wide, 0.0f);
+            panels::dot_panels.round(transposed || n < wide ? own : row(j), left + static_cast<size_t>(j) * dst->nb[1], wide);
         }
-    }
+    });
 }
 
 #else

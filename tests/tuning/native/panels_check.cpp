@@ -70,7 +70,7 @@ static std::vector<float> multiplied(const Kernel & kernel, const panels::Right 
         }
     }
     for (int64_t j = 0, rows; !kernel.round && j < c.n_j; j += rows) {
-        rows = c.n_j - j >= kernel.group ? kernel.group : c.n_j - j >= 8 ? 8 : c.n_j - j >= 4 ? 4 : 1;
+        rows = panels::group_of(kernel.group, c.n_j - j);
         const float * together[panels::max_group];
         for (int64_t r = 0; r < rows; ++r) {
             together[r] = &left[static_cast<size_t>((j + r) * c.n_k)];
