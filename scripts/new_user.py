@@ -113,9 +113,10 @@ class Transcript:
         self._page += [f"## {text}", *([words] if words else [])]
 
     def shell(self, line: str, *wanted: str, keep: int = 12) -> None:
-        """A line for the shell, whose output must show what is ``wanted``."""
+        """A line for the shell, which must succeed and whose output show what is ``wanted``."""
         shown, seconds = self._terminal.type(line + "\n")
         self._check(line, shown, wanted)
+        self._check(line, shown + self._terminal.type("echo code $?\n")[0], [r"\ncode 0\n"])
         parts = line.split("\n")
         n_typed = sum(1 + (len(PROMPT) + len(part)) // COLUMNS for part in parts)
         output = re.sub(ENDED, "", shown).split("\n")[n_typed:]
