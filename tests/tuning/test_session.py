@@ -161,6 +161,21 @@ def test_an_exception_or_a_stop_leaves_a_checkpoint_of_the_last_step(
         assert run.status == ("failed" if error is ValueError else "stopped")
         with train(path, dataset, config(), checkpoint=checkpoint, resume=True) as again:
             assert again.trainer.step == 3
+    # What fails in the midst of iterating, too: an evaluation here.
+    checkpoint = tmp_path / "within.ckpt"
+
+    def fails(what: str, done: int, of: int) -> None:
+        if run.trainer.step:
+            raise MemoryError
+
+    settings = config(evaluate_every=2)
+    run = train(path, dataset, settings, checkpoint=checkpoint, progress=fails)
+    with pytest.raises(MemoryError), run:
+        list(run)
+    assert run.status == "failed"
+    assert isinstance(run.error, MemoryError)
+    with train(path, dataset, settings, checkpoint=checkpoint, resume=True) as again:
+        assert again.trainer.step == 2
     checkpoint = tmp_path / "stop.ckpt"
     with train(path, dataset, config(), checkpoint=checkpoint) as run:
         for step in run:

@@ -169,6 +169,8 @@ class TrainingRun:
             return
         self.status = "failed" if isinstance(error, Exception) else "stopped"
         self.error = error
+        if isinstance(error, NonFiniteLossError | LoRASaveError):
+            return  # the checkpoint before it stands
         if self._saved_step != self.trainer.step:
             self.save_checkpoint()
         if self._checkpoint is not None and self.trainer.step < self.total_steps:
@@ -278,8 +280,7 @@ class TrainingRun:
             self.exit_if_terminated()
             return
         except Exception as error:
-            self.status = "failed"
-            self.error = error
+            self.leave(error)
             raise
         self._stopped_early = trainer.step < plan.total_steps
         self.save_checkpoint()  # of the last step: a longer run goes on from there
