@@ -3,24 +3,27 @@
 
 #include "threads/thread.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace triollama::native {
 
 class Helpers {
 public:
-    explicit Helpers(int32_t count) : count(count) {}
+    explicit Helpers(int32_t count) : count(count) { threads.reserve(std::max(count, 0)); }
     ~Helpers() { stop(); }
     Helpers(const Helpers &) = delete;
     Helpers & operator=(const Helpers &) = delete;
 
     // Calls part(0) .. part(n - 1), each once, on this thread and the helpers; returns when all are done. `part` must not
-    // throw. The threads start with the first call; they sleep between calls.
+    // throw. The threads start with the first call; they sleep between calls. Where the system has no more, those that
+    // there are do it.
     void share(int32_t n, const std::function<void(int32_t)> & part) {
         if (n < 2 || count < 1) {
             for (int32_t i = 0; i < n; i++) {
@@ -31,7 +34,11 @@ public:
         {
             std::lock_guard<std::mutex> lock(mutex);
             while ((int32_t) threads.size() < count) {
-                threads.emplace_back("triollama-draw", [this] { loop(); });
+                Thread thread;
+                if (!thread.start("triollama-draw", [this] { loop(); })) {
+                    break;
+                }
+                threads.push_back(std::move(thread));
             }
             task  = &part;
             total = n;

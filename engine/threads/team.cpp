@@ -251,9 +251,7 @@ bool Crew::claim(Worker & worker) {
         worker.thread.join();
     }
     worker.state.set(Worker::CLAIMED);
-    try {
-        worker.thread = Thread("triollama-cpu", [this, &worker] { serve(worker); });
-    } catch (...) {         // no more threads, or no memory
+    if (!worker.thread.start("triollama-cpu", [this, &worker] { serve(worker); })) {
         worker.state.set(Worker::RETIRED);
         return false;
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <system_error>
 #include <utility>
@@ -47,6 +48,16 @@ public:
         thread  = other.thread;
         running = std::exchange(other.running, false);
         return *this;
+    }
+
+    // False where there are no more threads, or no memory for one.
+    bool start(const char * name, std::function<void()> work) {     // this one is not running
+        try {
+            *this = Thread(name, std::move(work));
+        } catch (const std::exception &) {
+            return false;
+        }
+        return true;
     }
 
     bool joinable() const { return running; }

@@ -18,13 +18,15 @@ public:
     Worker(const Worker &) = delete;
     Worker & operator=(const Worker &) = delete;
 
-    // `job` must not throw. The thread starts with the first one.
+    // `job` must not throw. The thread starts with the first one; where the system has no more, the job is done here.
     void run(std::function<void()> job) {
-        std::lock_guard<std::mutex> lock(mutex);
-        jobs.push_back(std::move(job));
-        if (!thread.joinable()) {
-            thread = Thread("triollama-slow", [this] { loop(); });
+        std::unique_lock<std::mutex> lock(mutex);
+        if (!thread.joinable() && !thread.start("triollama-slow", [this] { loop(); })) {
+            lock.unlock();
+            job();
+            return;
         }
+        jobs.push_back(std::move(job));
         changed.notify_one();
     }
 

@@ -39,7 +39,7 @@ def test_tokens_are_right_through_cancels_faults_and_evictions(
 ) -> None:
     program = tmp_path / "fuzz"
     command = [
-        str(COMPILER), "-std=c++17", "-O1", "-g", "-pthread",
+        str(COMPILER), "-std=c++17", "-O1", "-g", "-pthread", "-Dpthread_create=start_or_refuse",
         *watched_by(sanitizer),
         "-I", str(ROOT / "engine"), "-I", str(SOURCE / "include"),
         "-I", str(SOURCE / "ggml" / "include"),

@@ -9,11 +9,14 @@
 #include "text/token_texts.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <poll.h>
+#include <pthread.h>
 #include <random>
 #include <thread>
 
@@ -31,6 +34,20 @@ static void check(bool good, const std::string & why) {
     if (!good) {
         die(why);
     }
+}
+
+// Compiled with -Dpthread_create=start_or_refuse: the decoder's threads begin here, or there are no more.
+#undef pthread_create
+extern "C" int pthread_create(pthread_t *, const pthread_attr_t *, void * (*)(void *), void *);
+static std::atomic<int> refuse_thread{0};       // per mille
+static std::atomic<long> total_refused{0};
+extern "C" int start_or_refuse(pthread_t * thread, const pthread_attr_t * attributes, void * (*work)(void *), void * data) noexcept {
+    static std::atomic<unsigned> calls{0};
+    if ((int) (calls++ * 379 % 1000) < refuse_thread) {
+        total_refused++;
+        return EAGAIN;
+    }
+    return pthread_create(thread, attributes, work, data);
 }
 
 // What a grammar leaves no choice about, after a token that was sampled.
@@ -285,7 +302,11 @@ static void round(unsigned seed) {
     faults.error = below(4) == 0 ? below(40) : 0;
     faults.abort_checks = 1 + below(6);
 
+    const int refused = below(4) == 0 ? 1000 : below(4) == 0 ? 500 : 0;
+
+    refuse_thread = 0;
     Decoder decoder(std::make_unique<ScriptedBackend>(faults, config.n_slots, cells, config.can_roll_back, seed), config);
+    refuse_thread = refused;                        // it has its own; its helpers start when they are needed
     std::map<uint64_t, Expected> streams;
     std::map<uint64_t, int32_t> max_tokens;
     struct Kept {
@@ -597,9 +618,9 @@ int main(int argc, char ** argv) {
         round(seed + i);
     }
     std::printf("finished %ld cancelled %ld failed %ld generated %ld cached %ld aborts %ld evictions %ld restores %ld "
-                "preemptions %ld beside %ld alike %ld forced %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
+                "preemptions %ld beside %ld alike %ld forced %ld refused %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
                 (long) total.generated_tokens, (long) total.cached_tokens, (long) total.aborts, (long) total.evictions,
-                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike, total_forced.load());
+                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike, total_forced.load(), total_refused.load());
     std::printf("ok\n");
     return 0;
 }
