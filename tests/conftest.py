@@ -147,6 +147,8 @@ def run_native(tmp_path: Path) -> RunNative:
     places = ("engine", "llama.cpp/source/include", "llama.cpp/source/ggml/include")
     if compiler is None or not (ROOT / places[1]).is_dir():
         pytest.skip("no C++ compiler, or llama.cpp is not unpacked")
+    if "san.so" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("one sanitizer at a time: a program of its own, with options of its own")
     include = [word for place in places for word in ("-I", str(ROOT / place))]
 
     def run(files: Mapping[str, Sequence[str]], *options: str) -> str:

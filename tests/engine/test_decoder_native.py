@@ -19,6 +19,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="one at a time"),
     pytest.mark.skipif(os.name == "nt", reason="written for POSIX compilers"),
     pytest.mark.skipif(
         not (SOURCE / "include").is_dir(), reason="llama.cpp's source is not unpacked"

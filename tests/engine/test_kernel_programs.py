@@ -30,6 +30,7 @@ CHECKS = ("product_check", "attention_check")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(HERE is None, reason="no C++ compiler"),
+    pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="one at a time"),
     pytest.mark.skipif(not (SOURCE / "include").is_dir(), reason="llama.cpp is not unpacked"),
 ]
 

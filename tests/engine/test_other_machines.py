@@ -19,6 +19,7 @@ EMULATOR = shutil.which("qemu-aarch64")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="one at a time"),
     pytest.mark.skipif(
         not (HERE and THERE and EMULATOR), reason="no cross compiler or no emulator for aarch64"
     ),
