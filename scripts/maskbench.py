@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -62,8 +63,8 @@ def takes(vocab: Vocab, sampler: Sampler, text: str) -> bool:
     return True
 
 
-def orders(schema: Any, root: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """The schemas that say something of the same value."""
+def orders(schema: Any, root: Any, value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """The schemas that say something of a value, the likeliest of alternatives first."""
     if not isinstance(schema, dict) or depth > 20:
         return
     yield schema
@@ -73,15 +74,34 @@ def orders(schema: Any, root: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
         for part in ref[1:].strip("/").split("/") if len(ref) > 1 else ():
             part = part.replace("~1", "/").replace("~0", "~")  # noqa: PLW2901
             target = target.get(part) if isinstance(target, dict) else None
-        yield from orders(target, root, depth + 1)
+        yield from orders(target, root, value, depth + 1)
     for key in ("allOf", "anyOf", "oneOf"):
-        for child in schema.get(key) or ():
-            yield from orders(child, root, depth + 1)
+        children = [list(orders(child, root, value, depth + 1)) for child in schema.get(key) or ()]
+        if key != "allOf":
+            children.sort(key=lambda child: misfits(child, value))
+        yield from itertools.chain.from_iterable(children)
+
+
+def misfits(schemas: Sequence[dict[str, Any]], value: Any) -> int:
+    """How many keys of a value another alternative may know better."""
+    if not isinstance(value, dict):
+        return 0
+    properties: dict[str, Any] = {}
+    for one in schemas:
+        properties |= one.get("properties") or {}
+
+    def fits(name: str) -> bool:
+        schema = properties.get(name)
+        return name in properties and (
+            not isinstance(schema, dict) or value[name] in schema.get("enum", [value[name]])
+        )
+
+    return sum(not fits(name) for name in value)
 
 
 def in_order(value: Any, schemas: list[Any], root: Any) -> Any:
     """A value with its keys in the order of the schemas: known ones first."""
-    known = [one for schema in schemas for one in orders(schema, root)]
+    known = [one for schema in schemas for one in orders(schema, root, value)]
     if isinstance(value, dict):
         names: dict[str, list[Any]] = {}
         for one in known:

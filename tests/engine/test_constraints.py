@@ -123,6 +123,17 @@ def test_what_may_follow_is_exact(vocab: Vocab) -> None:
     sampler.accept(eog)
 
 
+def test_patterns_of_many_words_leave_every_text_possible(vocab: Vocab) -> None:
+    """Each makes thousands of states of a lexer, whose work a text must not use up."""
+    words = {"type": "string", "maxLength": 200, "pattern": r"^(?:\S+\s+){0,19}\S+$"}
+    more = {"type": "string", "maxLength": 500, "pattern": r"^(?:\S+\s+){0,49}\S+$"}
+    schema = {"type": "object", "properties": {"a": words, "b": more}}
+    sampler = Sampler(vocab, GenerationParams(json_schema=json.dumps(schema), seed=1))
+    for byte in b'{"a": "Up to 24 hours", "b": "' + b" ".join([b"word"] * 50) + b'"}':
+        sampler.accept(next(t for t in range(N) if vocab.piece(t) == bytes([byte])))
+    assert sampler.is_grammar_done()
+
+
 def test_states_and_copies_go_on(vocab: Vocab) -> None:
     params = GenerationParams(json_schema=SCHEMA, seed=5, **FREE)
     sampler = Sampler(vocab, params)
