@@ -23,6 +23,7 @@
 #include <exception>
 #include <iterator>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -48,37 +49,61 @@ struct Patience {
     }
 };
 
-// Who yields to a program that never waits gives away a whole time slice, and Linux counts it as used: beside such a
-// program sleeping is better, since who wakes up goes first. It shows in yields that all last as long as a slice;
-// beside another decoder most are shorter.
-class Crowd {
+// While it is there, this thread asks for slices of 0.1 ms, the shortest that Linux grants (since 6.12; before, and where it
+// may not ask, nothing changes): a yield then gives away no more than that, and who wakes up comes sooner to its turn.
+class ShortSlices {
 public:
-    bool is_there(Clock::time_point now) const {
-        return now.time_since_epoch().count() < until.load(std::memory_order_relaxed);
+    ShortSlices() {
+        if (syscall(SYS_sched_getattr, 0, &before, sizeof(before), 0) == 0 && before.policy == SCHED_OTHER) {
+            Attributes wanted = before;
+            wanted.runtime = 100'000;
+            changed = syscall(SYS_sched_setattr, 0, &wanted, 0) == 0;
+        }
     }
+    ~ShortSlices() {
+        if (changed) {
+            syscall(SYS_sched_setattr, 0, &before, 0);
+        }
+    }
+    ShortSlices(const ShortSlices &) = delete;
+    ShortSlices & operator=(const ShortSlices &) = delete;
 
-    // A yield that ended now was so long.
-    void saw(Clock::duration yield, Clock::time_point now) {
-        if (yield < microseconds(100)) {
-            return;             // nobody was there, or for a moment
-        }
-        evidence = std::max(0, evidence + (yield < SLICE ? -5 : 1));
-        if (evidence == ENOUGH) {
-            evidence = 0;
-            until.store((now + MEMORY).time_since_epoch().count(), std::memory_order_relaxed);
-        }
+private:
+    struct Attributes {         // struct sched_attr of sched_setattr(2), in its first version
+        uint32_t size;
+        uint32_t policy;
+        uint64_t flags;
+        int32_t  nice;
+        uint32_t priority;
+        uint64_t runtime;       // of policies without deadlines: a slice, in nanoseconds
+        uint64_t deadline;
+        uint64_t period;
+    };
+    static_assert(sizeof(Attributes) == 48, "SCHED_ATTR_SIZE_VER0");
+
+    Attributes before = {};
+    bool       changed = false;
+};
+
+// How long a thread turns before it yields again. Each yield gives a slice of its due away, and to a program that never
+// waits a whole one, whatever its priority; so who finds nobody there asks less often. Someone who ran, and may wait as
+// we do, is met with yields in a row.
+class Pause {
+public:
+    microseconds length() const { return pause; }
+
+    // A yield was so long.
+    void saw(Clock::duration yield) {
+        pause = yield > OTHERS ? microseconds(0) : std::min(LONGEST, std::max(microseconds(2), 2 * pause));
     }
 
 private:
-    static constexpr microseconds SLICE{1500};
-    static constexpr int ENOUGH = 20;
-    static constexpr std::chrono::seconds MEMORY{1};
+    static constexpr microseconds OTHERS{10};   // somebody ran in it
+    static constexpr microseconds LONGEST{50};
 
-    static thread_local int evidence;
-    std::atomic<Clock::rep> until{0};
+    microseconds pause{0};
 };
-thread_local int Crowd::evidence = 0;
-Crowd crowd;
+thread_local Pause pause_of_thread;
 
 constexpr std::chrono::seconds RETIREMENT{10};  // a thread that has nothing to do for so long ends
 
@@ -114,23 +139,20 @@ public:
         }
         const auto start = Clock::now();
         auto time = start;
-        while (time - start < patience.turning) {
-            for (int i = 0; i < 16; i++) {
-                turn();
-                if (now() != old) {
-                    return true;
-                }
-            }
-            time = Clock::now();
+        if (turns(old, time, patience.turning)) {
+            return true;
         }
-        while (time - start < patience.yielding && !crowd.is_there(time)) {
-            sched_yield();
-            if (now() != old) {
+        while (time - start < patience.yielding) {
+            if (turns(old, time, pause_of_thread.length())) {
                 return true;
             }
             const auto before = time;
+            sched_yield();
             time = Clock::now();
-            crowd.saw(time - before, time);
+            pause_of_thread.saw(time - before);
+            if (now() != old) {
+                return true;
+            }
         }
         timespec timeout = {};
         timeout.tv_sec = most.count();
@@ -146,6 +168,21 @@ public:
     }
 
 private:
+    // Whether it is no longer `old` within so long from `time`, which is then later.
+    bool turns(uint32_t old, Clock::time_point & time, microseconds length) const {
+        const auto end = time + length;
+        while (time < end) {
+            for (int i = 0; i < 16; i++) {
+                turn();
+                if (now() != old) {
+                    return true;
+                }
+            }
+            time = Clock::now();
+        }
+        return false;
+    }
+
     void wake() {
         if (sleepers.load(std::memory_order_seq_cst) > 0) {
             syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
@@ -251,7 +288,9 @@ bool Crew::claim(Worker & worker) {
         worker.thread.join();
     }
     worker.state.set(Worker::CLAIMED);
-    if (!worker.thread.start("triollama-cpu", [this, &worker] { serve(worker); })) {
+    try {
+        worker.thread = Thread("triollama-cpu", [this, &worker] { serve(worker); });
+    } catch (...) {         // no more threads, or no memory
         worker.state.set(Worker::RETIRED);
         return false;
     }
@@ -270,6 +309,7 @@ void Crew::retire() {
 }
 
 void Crew::serve(Worker & worker) {
+    const ShortSlices slices;
     for (uint32_t idle = 0;; idle += Worker::CALL) {
         if (!worker.state.wait(idle, RETIREMENT)) {
             worker.state.exchange(idle, Worker::RETIRED);
@@ -297,6 +337,10 @@ void Crew::run(unsigned n, void (*work_)(void *), void * data_) {
     unsigned found = 0;
     while (found + 1 < n && claim(workers[found])) {
         found++;        // where the system has no more threads, those that there are do it
+    }
+    std::optional<ShortSlices> slices;
+    if (found > 0) {
+        slices.emplace();
     }
     const bool within = member.active;
     size = found + 1;

@@ -102,3 +102,29 @@ while os.environ["OMP_WAIT_POLICY"] != "active" and state(task) == "R" and time.
 print(*{state(task) for _ in range(50)})
 """
     assert set(run(code, path, OMP_WAIT_POLICY=policy).split()) == states
+
+
+def test_slices_are_short_while_computing_and_the_callers_afterwards_its_own(path: Path) -> None:
+    code = """
+import ctypes, platform, struct
+
+number = {"x86_64": 315, "aarch64": 275}.get(platform.machine())  # sched_getattr
+libc = ctypes.CDLL(None)
+
+def slice_of(thread):
+    found = ctypes.create_string_buffer(48)
+    if number is None or libc.syscall(number, thread, found, 48, 0):
+        return 0
+    return struct.unpack("IIQiIQQQ", found.raw)[5]
+
+before = slice_of(0)
+model = Model(path)
+context = opened(model)
+compute(context)
+(task,) = helpers()
+print(before, slice_of(0), slice_of(int(task.name)))
+"""
+    before, after, helper = map(int, run(code, path).split())
+    if not before:
+        pytest.skip("this system has no slices of a thread's own")
+    assert (after, helper) == (before, 100_000)
