@@ -99,27 +99,31 @@ void transpose_rows(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * src = dst->src[0];
     const int64_t n_cols = src->ne[0], n_rows = src->ne[1];
     const auto to_float = ggml_get_type_traits(src->type)->to_float;
-    std::vector<float> values(src->type == GGML_TYPE_F32 ? 0 : static_cast<size_t>(band * n_cols));
+    constexpr int64_t some = 256;   // columns at a time: whole blocks of any type
+    float values[band * some];
     const int64_t n_bands = (n_rows + band - 1) / band;
     const int64_t last    = n_bands * (ith + 1) / nth;
     float * out = static_cast<float *>(dst->data);
     for (int64_t b = n_bands * ith / nth; b < last; ++b) {
         const int64_t first = b * band, n = std::min(band, n_rows - first);
-        const float * rows[band];
-        for (int64_t r = 0; r < n; ++r) {
-            const char * source = static_cast<const char *>(src->data) + static_cast<size_t>(first + r) * src->nb[1];
-            if (src->type == GGML_TYPE_F32) {
-                rows[r] = reinterpret_cast<const float *>(source);
-            } else {
-                float * row = values.data() + r * n_cols;
-                to_float(source, row, n_cols);
-                rows[r] = row;
-            }
-        }
-        for (int64_t i = 0; i < n_cols; ++i) {
-            float * target = out + i * n_rows + first;
+        for (int64_t column = 0; column < n_cols; column += some) {
+            const int64_t wide = std::min(some, n_cols - column);
+            const float * rows[band];
             for (int64_t r = 0; r < n; ++r) {
-                target[r] = rows[r][i];
+                const char * source = static_cast<const char *>(src->data) + static_cast<size_t>(first + r) * src->nb[1] +
+                                      ggml_row_size(src->type, column);
+                if (src->type == GGML_TYPE_F32) {
+                    rows[r] = reinterpret_cast<const float *>(source);
+                } else {
+                    to_float(source, values + r * some, wide);
+                    rows[r] = values + r * some;
+                }
+            }
+            for (int64_t i = 0; i < wide; ++i) {
+                float * target = out + (column + i) * n_rows + first;
+                for (int64_t r = 0; r < n; ++r) {
+                    target[r] = rows[r][i];
+                }
             }
         }
     }
@@ -345,7 +349,7 @@ void Graph::make_operands_contiguous(ggml_tensor * node, std::unordered_map<ggml
 
 // ggml differentiates a matrix product into outer products, which are slow on a CPU, refuse shared key-value heads
 // there, and want F32 on a GPU.
-void Graph::choose_products() {
+void Graph::choose_products(int n_threads) {
     // Where rounding is admitted, there are no tiles and vectors are short, ggml multiplies quantised weights and
     // activations, as in serving.
     const bool weights_too = options.exact || options.kernel >= ProductKernel::dots || f32_outruns_quantized();
@@ -381,6 +385,7 @@ void Graph::choose_products() {
             taken.insert(sources[node->src[2] == sources[0]]);
         }
     }
+    rewriter.give_room(n_threads);
     ggml_cgraph * rewritten = ggml_new_graph_custom(nodes.get(), max_nodes, false);
     for (int i = 0; i < n; ++i) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
@@ -426,13 +431,16 @@ ggml_backend_buffer_type_t Executor::buffer_type() const {
     return ggml_backend_get_default_buffer_type(backends.front().get());
 }
 
-void Executor::set_threads(int n_threads) { ggml_backend_cpu_set_n_threads(backends.back().get(), n_threads); }
+void Executor::set_threads(int n) {
+    n_threads = n;
+    ggml_backend_cpu_set_n_threads(backends.back().get(), n);
+}
 
 void Executor::run(Graph & graph) {
     if (abort) {
         throw training_aborted();
     }
-    graph.choose_products();
+    graph.choose_products(n_threads);
     if (auditing) {
         return audit(graph);
     }

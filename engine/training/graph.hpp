@@ -83,8 +83,9 @@ public:
                        const std::unordered_map<ggml_tensor *, ggml_tensor *> & accumulators,
                        ggml_tensor * input, ggml_tensor * d_input);
 
-    // Puts in place of products what computes them best. Called once, when the graph is complete.
-    void choose_products();
+    // Puts in place of products what computes them best, with so many threads at most. Called once, when the graph is
+    // complete.
+    void choose_products(int n_threads);
 
 private:
     // A matrix as F32 with rows and columns exchanged.
@@ -131,6 +132,7 @@ public:
 private:
     void audit(Graph & graph);
 
+    int                            n_threads = 1;
     bool                           auditing = false;
     std::set<std::string>          absent;
     std::map<std::string, Audited> audited;

@@ -2,9 +2,9 @@
 
 #include "kernels/tiles.hpp"
 #include "training/panels.hpp"
-#include "training/scratch.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -53,6 +53,37 @@ const Kernel * panels_of(ProductKernel kernel) {
     }
 }
 
+constexpr size_t line = 64;   // bytes: what memory of threads is aligned to
+constexpr int    room_at = 3;    // where a node has the memory that its threads work in: nothing is allocated while they do
+
+size_t whole_lines(size_t bytes) { return (bytes + line - 1) / line * line; }
+
+// This thread's part of it.
+char * own_room(const ggml_tensor * dst, int ith, int nth) {
+    const ggml_tensor * room = dst->src[room_at];
+    const size_t part = (static_cast<size_t>(room->ne[0]) - line) / static_cast<size_t>(nth) / line * line;
+    return static_cast<char *>(room->data) + (line - reinterpret_cast<uintptr_t>(room->data) % line) % line + static_cast<size_t>(ith) * part;
+}
+
+// How threads share out R, and what each needs for that.
+struct Pieces {
+    int64_t piece, together;   // i in a piece; i filled at a time
+    size_t  panel_bytes, panels, rows;
+
+    // Threads share out pieces of i. Where a row is one k, several are filled together: long reads, and whole blocks of a
+    // quantised type.
+    Pieces(const Kernel & kernel, ggml_type type, int64_t n_k, bool transposed)
+        : piece(transposed ? std::max<int64_t>(kernel.panel_i, ggml_blck_size(type)) : kernel.panel_i),
+          together(transposed ? std::max<int64_t>(piece, type == GGML_TYPE_F32 ? 64 : 128) : piece) {
+        const int64_t k_pad = round_up(n_k, kernel.k_step);
+        panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
+        panels      = whole_lines(panel_bytes * static_cast<size_t>(together / kernel.panel_i));
+        rows        = whole_lines(static_cast<size_t>(std::max(16 * k_pad, 2 * together)) * sizeof(float));
+    }
+};
+
+constexpr int64_t band = 16;   // rows of L that are rounded at a time
+
 // What this thread lays out of L: `lay` is given rows [first, last), `step` at a time, where they belong, and a row of x.
 template <class Lay> void share_left(const ggml_tensor * dst, int64_t step, int ith, int nth, Lay && lay) {
     const ggml_tensor * x = dst->src[0];
@@ -95,9 +126,7 @@ void group_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
 void round_left(ggml_tensor * dst, int ith, int nth, void * transposed) {
     const ggml_tensor * x = dst->src[0];
     const int64_t n_k = x->ne[transposed ? 1 : 0], n_j = x->ne[transposed ? 0 : 1], wide = dst->ne[0];
-    constexpr int64_t band = 16;
-    static thread_local Scratch scratch;
-    float * buffer = scratch.get<float>(static_cast<size_t>(band * wide));
+    float * buffer = reinterpret_cast<float *>(own_room(dst, ith, nth));
     share_left(dst, band, ith, nth, [&](int64_t first, int64_t last, char * left, const auto & row) {
         for (int64_t k = 0; transposed && k < n_k; ++k) {
             for (int64_t j = first; j < std::min(last, n_j); ++j) {
@@ -137,12 +166,8 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
     right.stride       = r->nb[1];
     right.to_float     = kernel.dequantizer(r->type);
 
-    // Threads share out pieces of i. Where a row is one k, several are filled together: long reads, and whole blocks of a
-    // quantised type.
-    const int64_t piece    = transposed ? std::max<int64_t>(kernel.panel_i, ggml_blck_size(r->type)) : kernel.panel_i;
-    const int64_t together = transposed ? std::max<int64_t>(piece, r->type == GGML_TYPE_F32 ? 64 : 128) : piece;
-    const int64_t k_pad  = round_up(right.n_k, kernel.k_step);
-    const size_t  panel_bytes = static_cast<size_t>(kernel.panel_i * k_pad * kernel.element);
+    const Pieces of(kernel, r->type, right.n_k, transposed);
+    const int64_t piece = of.piece;
     const int64_t n_j    = dst->ne[1], pieces = round_up(right.n_i, piece) / piece, batches = dst->ne[2];
     const int64_t j_step = kernel.group ? kernel.group * 3 : tile_j;
     // Where threads would have unequal numbers of few pieces, columns are split as well; a panel on the border between two
@@ -153,9 +178,8 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
     const int64_t share  = round_up((n_j + splits - 1) / splits, j_step);
     const int64_t units  = n_pieces * splits, end = units * (ith + 1) / nth, repeat = dst->ne[2] / r->ne[2];
 
-    static thread_local Scratch panel_scratch, row_scratch;
-    char *  panel  = panel_scratch.get<char>(panel_bytes * static_cast<size_t>(together / kernel.panel_i));
-    float * buffer = row_scratch.get<float>(static_cast<size_t>(std::max(16 * k_pad, 2 * together)));
+    char *  panel  = own_room(dst, ith, nth);
+    float * buffer = reinterpret_cast<float *>(panel + of.panels);
     int64_t packed = -1;
 #if TRIOLLAMA_HAS_TILES
     std::optional<TileScope> scope;
@@ -166,11 +190,11 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
 #endif
     for (int64_t u = units * ith / nth, count = 1; u < end; u += count) {
         const int64_t batch = u / (pieces * splits), at = u / splits % pieces, split = u % splits;
-        count = splits > 1 ? 1 : std::min({ together / piece, pieces - at, end - u });
+        count = splits > 1 ? 1 : std::min({ of.together / piece, pieces - at, end - u });
         const int64_t first = at * piece, n = std::min(count * piece, right.n_i - first);
         if (packed != u / splits) {
             right.data = static_cast<const char *>(r->data) + static_cast<size_t>(batch / repeat) * r->nb[2];
-            kernel.pack(right, first, n, panel, panel_bytes, buffer);
+            kernel.pack(right, first, n, panel, of.panel_bytes, buffer);
             packed = u / splits;
         }
         const char * left = static_cast<const char *>(l->data) + static_cast<size_t>(batch) * l->nb[2];
@@ -181,7 +205,7 @@ template <ProductKernel kind> void multiply(ggml_tensor * dst, int ith, int nth,
             const Sink sink = { place(dst, first + p), dst->nb[1], added ? place(added, first + p) : nullptr,
                                 added ? added->nb[1] : 0 };
             kernel.multiply(left, l->nb[1], split * share, std::min((split + 1) * share, n_j),
-                            panel + static_cast<size_t>(p / kernel.panel_i) * panel_bytes, std::min(kernel.panel_i, n - p),
+                            panel + static_cast<size_t>(p / kernel.panel_i) * of.panel_bytes, std::min(kernel.panel_i, n - p),
                             right.n_k, sink);
         }
     }
@@ -235,6 +259,9 @@ ggml_tensor * ProductRewriter::rows_of(ggml_tensor * x, bool transposed, bool pa
         rows = ggml_custom_4d(context, packed ? GGML_TYPE_BF16 : GGML_TYPE_F32, wide, high, x->ne[2], 1, &x, 1,
                               packed ? round_left : group_left,
                               GGML_N_TASKS_MAX, order);
+        if (packed) {
+            needs_room(rows, static_cast<size_t>(band * wide) * sizeof(float));
+        }
     }
     return rows;
 }
@@ -275,6 +302,8 @@ bool ProductRewriter::rewrite(ggml_tensor * node) {
     node->src[0] = right;
     node->src[1] = left;
     products.insert(node);
+    const Pieces of(*panels_of(packed ? kernel : ProductKernel::vector), right->type, n_k, outer);
+    needs_room(node, of.panels + of.rows);
     return true;
 }
 
@@ -297,9 +326,24 @@ bool ProductRewriter::take_sum(ggml_tensor * node, const std::unordered_map<cons
         node->src[1] = product->src[1];
         node->src[2] = other;
         products.erase(product);
+        in_room.push_back(node);
         return true;
     }
     return false;
+}
+
+void ProductRewriter::needs_room(ggml_tensor * node, size_t bytes) {
+    in_room.push_back(node);
+    room = std::max(room, whole_lines(bytes));
+}
+
+void ProductRewriter::give_room(int threads) {
+    if (!in_room.empty()) {
+        ggml_tensor * shared = ggml_new_tensor_1d(context, GGML_TYPE_I8, static_cast<int64_t>(room * static_cast<size_t>(threads) + line));
+        for (ggml_tensor * node : in_room) {
+            node->src[room_at] = shared;
+        }
+    }
 }
 
 }  // namespace triollama::native

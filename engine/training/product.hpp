@@ -8,6 +8,7 @@
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 namespace triollama::native {
 
@@ -45,7 +46,11 @@ public:
     // `readers`: how many there are of each node.
     bool take_sum(ggml_tensor * node, const std::unordered_map<const ggml_tensor *, int> & readers);
 
+    // Afterwards: memory for what so many threads at most work in.
+    void give_room(int threads);
+
 private:
+    void needs_room(ggml_tensor * node, size_t bytes_of_a_thread);
     ggml_tensor * rows_of(ggml_tensor * x, bool transposed, bool packed);
 
     ggml_context * context;
@@ -53,6 +58,8 @@ private:
     bool           weights_too;
     std::unordered_map<ggml_tensor *, ggml_tensor *> prepared[4];   // by transposed, packed
     std::unordered_set<const ggml_tensor *> products;               // that stand by themselves
+    std::vector<ggml_tensor *> in_room;                             // what needs some
+    size_t room = 0;                                                // the most that a thread needs
 };
 
 // The matrix behind a cast or a row lookup that only dequantises it, else `tensor`.

@@ -779,6 +779,35 @@ def test_gradients_are_cleared_where_memory_runs_out(
     assert int(done.stdout) > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need memory")
+def test_threads_have_their_memory_before_they_compute(tiny: Any, run_isolated: Any) -> None:
+    """An exception in one of several would end the process."""
+    code = """
+        import resource, sys
+        import numpy as np
+        from triollama import _engine
+        from triollama.errors import OutOfMemoryError
+
+        tokens = np.arange(5, 17, dtype=np.int32)
+        failed = 0
+        with _engine.Trainer(sys.argv[1], rank=2, threads=2, kept_bytes=0) as trainer:
+            trainer.evaluate(tokens, tokens)
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            for extra in range(0, 2**26, 2**20):
+                resource.setrlimit(resource.RLIMIT_AS, (used + extra, resource.RLIM_INFINITY))
+                try:
+                    trainer.forward_backward(tokens, tokens)
+                    break
+                except OutOfMemoryError:
+                    failed += 1
+        print(failed)
+    """
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
+    model = tiny("llama", n_ff=16384, n_layer=1, dtype="Q8_0")
+    assert 5 <= int(run_isolated(code, model, **given_back).stdout) < 64
+
+
 def test_an_abort_reaches_a_call_in_another_thread(tiny: Any) -> None:
     with _engine.Trainer(tiny("gemma3", n_vocab=20000), rank=4, threads=1) as trainer:
         tokens, labels = example(400)
