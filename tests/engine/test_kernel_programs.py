@@ -79,7 +79,7 @@ def build(compiler: str, folder: Path, sets: dict[str, list[str]], *options: str
         )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["here", "address,undefined", "thread", "aarch64"])
+@pytest.fixture(scope="module", params=["here", "address,undefined", "aarch64"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """What a check prints: here, under sanitizers, or emulated."""
     where, folder = request.param, tmp_path_factory.mktemp("kernels")
