@@ -115,6 +115,7 @@ std::vector<llama_token> GuidedGrammar::allowed() const {
 void GuidedGrammar::accept(llama_token token) {
     // What may not follow would leave the matcher of no use, so it is asked first.
     if (!allows(token)) {
+        find_mask();    // throws where the grammar was too much work: then nothing may follow
         throw grammar_error("token " + std::to_string(token) + " may not follow under the grammar");
     }
     if (!llama_vocab_is_eog(vocab, token)) {

@@ -123,15 +123,31 @@ def test_what_may_follow_is_exact(vocab: Vocab) -> None:
     sampler.accept(eog)
 
 
-def test_patterns_of_many_words_leave_every_text_possible(vocab: Vocab) -> None:
-    """Each makes thousands of states of a lexer, whose work a text must not use up."""
-    words = {"type": "string", "maxLength": 200, "pattern": r"^(?:\S+\s+){0,19}\S+$"}
-    more = {"type": "string", "maxLength": 500, "pattern": r"^(?:\S+\s+){0,49}\S+$"}
-    schema = {"type": "object", "properties": {"a": words, "b": more}}
+def of_words(*limits: tuple[int, int]) -> tuple[dict[str, Any], bytes]:
+    """A schema of strings of at most so many words and characters, and the longest value."""
+    named = {
+        f"k{most}": {
+            "type": "string", "maxLength": long, "pattern": rf"^(?:\S+\s+){{0,{most - 1}}}\S+$",
+        }
+        for most, long in limits
+    }  # fmt: skip
+    value = {f"k{most}": " ".join(["word"] * most) for most, _ in limits}
+    return {"type": "object", "properties": named}, json.dumps(value).encode()
+
+
+def read(vocab: Vocab, schema: dict[str, Any], text: bytes) -> Sampler:
     sampler = Sampler(vocab, GenerationParams(json_schema=json.dumps(schema), seed=1))
-    for byte in b'{"a": "Up to 24 hours", "b": "' + b" ".join([b"word"] * 50) + b'"}':
+    for byte in text:
         sampler.accept(next(t for t in range(N) if vocab.piece(t) == bytes([byte])))
-    assert sampler.is_grammar_done()
+    return sampler
+
+
+def test_patterns_of_many_words(vocab: Vocab) -> None:
+    """Each makes thousands of states of a lexer, whose work a text must not use up; what is too
+    much work is an error that says so."""
+    assert read(vocab, *of_words((20, 200), (50, 500))).is_grammar_done()
+    with pytest.raises(GrammarError, match="lexer error"):
+        read(vocab, *of_words((200, 5000), (201, 5000), (202, 5000)))
 
 
 def test_states_and_copies_go_on(vocab: Vocab) -> None:
