@@ -15,8 +15,10 @@ from triollama import GenerationParams, open_llama, sync
 from triollama._engine import Model
 from triollama.answers import FORMATS, Tool, Toolbox
 from triollama.chat import BUILTIN, ChatTemplate, TurnEnd, named
+from triollama.conversation.history import State, Turn
+from triollama.conversation.plan import Plan
 from triollama.conversation.protocol import calling_of
-from triollama.conversation.samplers import with_end
+from triollama.conversation.samplers import planned_params, with_end
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import FakeEngine, open_fake_llama
@@ -144,14 +146,16 @@ def test_a_cut_answer_goes_on_where_it_was(tiny: Any, cut: int) -> None:
     run(main)
 
 
+THOUGHTS = Reasoning(open="<think>", close="</think>", start="inside")
 RULES: list[dict[str, Any]] = [
     {"regex": "[a-z]{5,12}!"},
+    {"regex": "[a-z]{5,12}!", "reasoning": THOUGHTS, "max_reasoning_tokens": 1},
     {"json_schema": {"type": "object", "properties": {"n": {"type": "integer"}},
                      "required": ["n"], "additionalProperties": False}},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rules", RULES, ids=["regex", "schema"])
+@pytest.mark.parametrize("rules", RULES, ids=["regex", "thoughts", "schema"])
 def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]) -> None:
     """Tools stand beside, and take nothing over; another constraint does."""
 
@@ -164,7 +168,7 @@ def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]
             for chat in (two, three):
                 cut = await chat.say("Where?", **rules, max_tokens=3)
                 assert cut.finish_reason == "length"
-            await two.go_on(max_tokens=300)
+            await two.go_on(max_tokens=300, reasoning=rules.get("reasoning"))
             assert two.messages[-1].content == one.messages[-1].content == whole.text
             await three.go_on(regex="#{3}")
             assert three.messages[-1].content == cut.text + "###"
@@ -176,6 +180,26 @@ def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]
         assert chats[1].say("Where?", **rules, max_tokens=3).finish_reason == "length"
         chats[1].go_on(max_tokens=300)
         assert chats[1].messages[-1].content == whole.text
+
+
+def test_tools_count_where_the_answer_goes_on_by_their_grammar(tiny: Any) -> None:
+    """Beside thoughts whose markers the caller names, too; not by a constraint of its own."""
+    vocab = Model(str(tiny("llama")), vocab_only=True).vocab
+    box = Toolbox([Tool(add)], {form.name: form for form in FORMATS}["hermes"], vocab)
+    prompts: Any = None  # what is rendered is asked for at the beginning of answers alone
+
+    def after(before: GenerationParams, params: GenerationParams) -> tuple[Any, Any]:
+        ended = Turn(1, 1, 1, b"", None, (b"", before))
+        plan = Plan(State(turns=(ended,)), (), (), 0, 0)
+        return planned_params(params, plan, prompts, box if box.binds(params) else None)
+
+    for reasoning in (None, THOUGHTS):
+        free = GenerationParams(reasoning=reasoning)
+        bound, calling = free.replace(regex="a+"), box.constrain(free)
+        assert after(calling, calling) == (calling, box)
+        assert after(bound, calling) == (bound, None)
+        assert after(calling, bound) == (bound, None)
+        assert after(calling, free) == (calling, None)
 
 
 def test_thoughts_in_raw_text(tiny: Any) -> None:

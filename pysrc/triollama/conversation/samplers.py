@@ -141,9 +141,11 @@ def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> 
     if unfinished is None:  # thoughts, if there were any, are over
         return params.replace(reasoning=None)
     before = unfinished[1]
-    given = params if toolbox is None else params.replace(grammar=None)
-    same = all(getattr(given, name) == getattr(before, name) for name in CONSTRAINTS)
-    return given if given.is_constrained and not same else params.replace(**_constraint(before))
+    if toolbox is None and params.replace(reasoning=None).is_constrained:
+        same = all(getattr(params, name) == getattr(before, name) for name in CONSTRAINTS)
+        if not same:
+            return params
+    return params.replace(**_constraint(before))
 
 
 def _constraint(params: GenerationParams) -> dict[str, Any]:
