@@ -25,6 +25,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace triollama::native {
@@ -53,16 +54,10 @@ struct Patience {
 // may not ask, nothing changes): a yield then gives away no more than that, and who wakes up comes sooner to its turn.
 class ShortSlices {
 public:
-    ShortSlices() {
-        if (syscall(SYS_sched_getattr, 0, &before, sizeof(before), 0) == 0 && before.policy == SCHED_OTHER) {
-            Attributes wanted = before;
-            wanted.runtime = 100'000;
-            changed = syscall(SYS_sched_setattr, 0, &wanted, 0) == 0;
-        }
-    }
+    ShortSlices() : before(exchange(100'000)) {}
     ~ShortSlices() {
-        if (changed) {
-            syscall(SYS_sched_setattr, 0, &before, 0);
+        if (before > 0) {
+            exchange(before);
         }
     }
     ShortSlices(const ShortSlices &) = delete;
@@ -81,8 +76,17 @@ private:
     };
     static_assert(sizeof(Attributes) == 48, "SCHED_ATTR_SIZE_VER0");
 
-    Attributes before = {};
-    bool       changed = false;
+    // The slice until now; 0 where nothing was changed. All else is set as it is now: somebody may renice us.
+    static uint64_t exchange(uint64_t slice) {
+        Attributes now = {};
+        if (syscall(SYS_sched_getattr, 0, &now, sizeof(now), 0) != 0 || now.policy != SCHED_OTHER) {
+            return 0;
+        }
+        std::swap(now.runtime, slice);
+        return syscall(SYS_sched_setattr, 0, &now, 0) == 0 ? slice : 0;
+    }
+
+    const uint64_t before;
 };
 
 // How long a thread turns before it yields again. Each yield gives a slice of its due away, and to a program that never
@@ -288,9 +292,7 @@ bool Crew::claim(Worker & worker) {
         worker.thread.join();
     }
     worker.state.set(Worker::CLAIMED);
-    try {
-        worker.thread = Thread("triollama-cpu", [this, &worker] { serve(worker); });
-    } catch (...) {         // no more threads, or no memory
+    if (!worker.thread.start("triollama-cpu", [this, &worker] { serve(worker); })) {
         worker.state.set(Worker::RETIRED);
         return false;
     }

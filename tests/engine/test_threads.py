@@ -122,6 +122,20 @@ model = Model(path)
 context = opened(model)
 compute(context)
 (task,) = helpers()
+
+# Reniced in the midst of it (seen at once, or never), it stays so.
+import subprocess, threading
+
+renice = "for n, _ in enumerate(sys.stdin, 1): os.setpriority(os.PRIO_PROCESS, int(sys.argv[1]), n)"
+command = [sys.executable, "-c", "import os, sys\\n" + renice, str(threading.get_native_id())]
+with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as other:
+    for nice in range(1, 20):
+        print(file=other.stdin, flush=True)
+        while os.getpriority(os.PRIO_PROCESS, 0) < nice:
+            compute(context)
+    other.stdin.close()
+compute(context)
+assert os.getpriority(os.PRIO_PROCESS, 0) == 19
 print(before, slice_of(0), slice_of(int(task.name)))
 """
     before, after, helper = map(int, run(code, path).split())
