@@ -178,7 +178,8 @@ bool Sampler::Impl::is_greedy_from(size_t i) const {
 // Does a stage before the temperature sort? Then it decides which of several equal maxima comes first.
 bool Sampler::Impl::sorts_from(size_t i) const {
     for (; i < active.size() && keeps_first(active[i]); ++i) {
-        if (active[i] == Stage::top_k || active[i] == Stage::top_p) {
+        if (active[i] == Stage::top_k || active[i] == Stage::top_p ||
+            (active[i] == Stage::min_p && params.min_keep > 1)) {  // it sorts where fewer would be left
             return true;
         }
     }

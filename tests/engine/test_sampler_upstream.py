@@ -240,6 +240,17 @@ def test_min_p_of_equals(vocab: Vocab, keep: int) -> None:
         assert Sampler(vocab, seeded).sample(row) == expected
 
 
+@pytest.mark.parametrize("keep", [2, 3, 40])
+def test_greedy_after_min_p_of_equals(vocab: Vocab, keep: int) -> None:
+    """min_p sorts where too few would be left, and so tells which of equals is the first."""
+    params = GenerationParams(
+        samplers=("min_p", "temperature"), min_p=0.5, min_keep=keep, temperature=0.0
+    )
+    for seed in range(400):
+        row = np.round(np.random.default_rng(seed).normal(size=NARROW) * 5).astype(np.float32)
+        assert Sampler(vocab, params).sample(row) == UpstreamSampler(vocab, params).sample(row)
+
+
 @pytest.mark.parametrize(
     ("mirostat", "kinds"), [(1, ("ties", "plain")), (2, ("ties", "plain", "equal"))]
 )
