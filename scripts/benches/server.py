@@ -23,8 +23,10 @@ from ._harness import Figure, Options, Pairs
 from ._upstream import server_program
 from .streams import N_GEN, N_PROMPT, PARAMS, THREADS, prompt, serving
 
-CLIENTS = {1: 15, 8: 9, 16: 7}
-"""Numbers of clients, and repeats of each."""
+CLIENTS = {1: 15, 8: 25, 16: 15}
+"""Numbers of clients, and repeats of each beside the library, which is close."""
+REPEATS = 7
+"""Beside other servers."""
 N_ANSWER = 128
 """Tokens of an answer beside the library's. What a request costs before them is a figure of its
 own; between servers answers are as short as the streams' of other sections."""
@@ -195,13 +197,13 @@ async def beside_another(
         try:
             await until_healthy(other, process)
             async with served() as (_, port):
-                for n, repeats in CLIENTS.items():
+                for n in CLIENTS:
                     figure = f"server.{n}_over_{name}"
                     if options.wants(figure):
                         pairs = await in_turn(
                             functools.partial(speed, port, n),
                             functools.partial(speed, other, n),
-                            options.repeats_or(repeats),
+                            options.repeats_or(REPEATS),
                         )
                         found.append(pairs.ratio(figure, target=1.0, note=speeds(pairs)))
         finally:
