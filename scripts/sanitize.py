@@ -59,7 +59,9 @@ OPTIONS = {
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # else Python's own objects are out of its sight
     },
-    "thread": {"TSAN_OPTIONS": "halt_on_error=0:die_after_fork=0:report_signal_unsafe=0"},
+    "thread": {
+        "TSAN_OPTIONS": "halt_on_error=0:die_after_fork=0:report_signal_unsafe=0:handle_sigbus=0"
+    },
 }
 
 
