@@ -8,6 +8,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <strings.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -87,6 +88,23 @@ private:
     }
 
     const uint64_t before;
+};
+
+// What a thread inherits from who starts it: where it may run, and how urgently.
+struct Standing {
+    cpu_set_t   cpus;
+    sched_param priority = {};
+    const int   policy = sched_getscheduler(0), nice = getpriority(PRIO_PROCESS, 0);
+
+    Standing() {
+        CPU_ZERO(&cpus);
+        sched_getaffinity(0, sizeof cpus, &cpus);
+        sched_getparam(0, &priority);
+    }
+    bool operator==(const Standing & other) const {
+        return CPU_EQUAL(&cpus, &other.cpus) && policy == other.policy && nice == other.nice &&
+               priority.sched_priority == other.priority.sched_priority;
+    }
 };
 
 // How long a thread turns before it yields again. Each yield gives a slice of its due away, and to a program that never
@@ -213,9 +231,9 @@ struct alignas(64) Worker {
 // done may still be looking at it.
 class Crew {
 public:
-    explicit Crew(const cpu_set_t & cpus) : cpus(cpus) {}
+    explicit Crew(const Standing & standing) : standing(standing) {}
 
-    const cpu_set_t cpus;           // where it may run: threads inherit that from who starts them
+    const Standing standing;        // of all of its threads
     void run(unsigned n, void (*work)(void *), void * data);
     void barrier();
     bool single(unsigned & seen);
@@ -261,14 +279,12 @@ struct Pool {
     size_t crews = 0;               // there is room for all
 
     Crew & take() {
-        cpu_set_t cpus;
-        CPU_ZERO(&cpus);
-        sched_getaffinity(0, sizeof cpus, &cpus);
+        const Standing standing;
         std::lock_guard<std::mutex> lock(mutex);
-        const auto found = std::find_if(idle.rbegin(), idle.rend(), [&](Crew * crew) { return CPU_EQUAL(&crew->cpus, &cpus); });
+        const auto found = std::find_if(idle.rbegin(), idle.rend(), [&](Crew * crew) { return crew->standing == standing; });
         if (found == idle.rend()) {
             idle.reserve(++crews);
-            return *new Crew(cpus);
+            return *new Crew(standing);
         }
         Crew * crew = *found;
         idle.erase(std::next(found).base());

@@ -13,7 +13,7 @@
 namespace triollama::native {
 
 // Runs work(data) on n threads, the caller among them, and returns when all are done. 0: one for each core that the
-// process may use, or OMP_NUM_THREADS. Within a team the caller works alone. They run where the caller may.
+// process may use, or OMP_NUM_THREADS. Within a team the caller works alone. They run where the caller may, and as urgently.
 void run_team(unsigned n, void (*work)(void *), void * data);
 
 // Ends the threads that have nothing to do, and returns when they have ended. Those that will be needed come again.

@@ -122,6 +122,7 @@ model = Model(path)
 context = opened(model)
 compute(context)
 (task,) = helpers()
+short = slice_of(int(task.name))
 
 # Reniced in the midst of it (seen at once, or never), it stays so.
 import subprocess, threading
@@ -136,7 +137,7 @@ with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as other:
     other.stdin.close()
 compute(context)
 assert os.getpriority(os.PRIO_PROCESS, 0) == 19
-print(before, slice_of(0), slice_of(int(task.name)))
+print(before, slice_of(0), short)
 """
     before, after, helper = map(int, run(code, path).split())
     if not before:

@@ -5,6 +5,7 @@
 
 #include <omp.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -158,6 +159,30 @@ static void pinned() {
     check(pinned_to(before) == 2, "and others do not");
 }
 
+// Of a team of two, how many are scheduled so.
+static int scheduled(int policy, int nice) {
+    std::atomic<int> there{0};
+    #pragma omp parallel num_threads(2)
+    there += sched_getscheduler(0) == policy && getpriority(PRIO_PROCESS, 0) == nice;
+    return there;
+}
+
+static void urgent() {
+    const int policy = sched_getscheduler(0), nice = getpriority(PRIO_PROCESS, 0);
+    const auto check_now = [&](const char * who) { check(scheduled(policy, nice) == 2, who); };
+    check_now("a team is as urgent as its caller");
+    std::thread([] {
+        setpriority(PRIO_PROCESS, 0, 19);
+        check(scheduled(sched_getscheduler(0), 19) == 2, "one in the background, too");
+    }).join();
+    check_now("and others are what they were");
+    std::thread([nice] {
+        const sched_param none = {};
+        check(sched_setscheduler(0, SCHED_IDLE, &none) != 0 || scheduled(SCHED_IDLE, nice) == 2, "one for when nobody else runs");
+    }).join();
+    check_now("and others stay so");
+}
+
 static void thrown() {
     bool caught = false;
     try {
@@ -187,6 +212,7 @@ int main(int argc, char ** argv) {
     nested();
     orphaned();
     pinned();
+    urgent();
     thrown();
     triollama::native::retire_team();
     check(threads_become(before), "nobody is left of the retired");
