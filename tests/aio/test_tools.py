@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +19,7 @@ from triollama.chat import BUILTIN, ChatTemplate, TurnEnd, named
 from triollama.conversation.history import State, Turn
 from triollama.conversation.plan import Plan
 from triollama.conversation.protocol import calling_of
-from triollama.conversation.samplers import planned_params, with_end
+from triollama.conversation.samplers import planned_params
 from triollama.errors import AnswerError, GrammarError, ParameterError, UnsupportedError
 from triollama.params import Reasoning
 from triollama.testing import FakeEngine, open_fake_llama
@@ -186,12 +187,13 @@ def test_tools_count_where_the_answer_goes_on_by_their_grammar(tiny: Any) -> Non
     """Beside thoughts whose markers the caller names, too; not by a constraint of its own."""
     vocab = Model(str(tiny("llama")), vocab_only=True).vocab
     box = Toolbox([Tool(add)], {form.name: form for form in FORMATS}["hermes"], vocab)
-    prompts: Any = None  # what is rendered is asked for at the beginning of answers alone
+    prompts: Any = SimpleNamespace(template=ChatTemplate("x"))
+    end = TurnEnd((), ())
 
     def after(before: GenerationParams, params: GenerationParams) -> tuple[Any, Any]:
         ended = Turn(1, 1, 1, b"", None, (b"", before))
         plan = Plan(State(turns=(ended,)), (), (), 0, 0)
-        return planned_params(params, plan, prompts, box if box.binds(params) else None)
+        return planned_params(params, plan, prompts, box if box.binds(params) else None, end)
 
     for reasoning in (None, THOUGHTS):
         free = GenerationParams(reasoning=reasoning)
@@ -642,7 +644,9 @@ def test_what_ends_a_turn_may_stand_inside_an_answer(tiny: Any) -> None:
     def stops(stem: str, name: str, box: Toolbox | None = None, *, token: bool = True) -> bool:
         end = TurnEnd((), (7,), (name,)) if token else TurnEnd((name,), ())
         params = GenerationParams() if box is None else calling
-        ended = with_end(params, end, sources[stem], box)
+        prompts: Any = SimpleNamespace(template=ChatTemplate(sources[stem]))
+        going_on = Plan(State(), (), (), 0, 0)
+        ended, _ = planned_params(params, going_on, prompts, box, end)
         return bool(ended.stop_tokens or ended.stop)
 
     for token in (True, False):

@@ -11,7 +11,7 @@ from triollama.chat import ChatTemplate, ChatTokenizer, TurnEnd
 from triollama.conversation.choices import again, edited, onward, said
 from triollama.conversation.history import Shift, State, Turn, common_length, shifted
 from triollama.conversation.plan import Plan, Planning, Prompts, make_plan
-from triollama.conversation.samplers import turn_params
+from triollama.conversation.samplers import planned_params, turn_params
 from triollama.errors import ContextFullError, ParameterError, UnsupportedError
 from triollama.files import Message
 from triollama.testing.fake_memory import FakeVocab
@@ -221,17 +221,16 @@ def test_what_a_turn_goes_on_from() -> None:
 
 def test_the_parameters_of_a_turn() -> None:
     own = GenerationParams(seed=7, stop=("x",))
-    end = TurnEnd((), ())
-    assert turn_params(own, None, {}, None, end, "", shifts=False) == (own, None, False)
-    made, _, fresh = turn_params(own, None, {"seed": 7}, None, end, "", shifts=False)
+    assert turn_params(own, None, {}, None, shifts=False) == (own, None, False)
+    made, _, fresh = turn_params(own, None, {"seed": 7}, None, shifts=False)
     assert (made.seed, fresh) == (7, True)
-    made, _, fresh = turn_params(own, GenerationParams(), {}, None, end, "", shifts=False)
+    made, _, fresh = turn_params(own, GenerationParams(), {}, None, shifts=False)
     assert (made.seed, made.stop, fresh) == (7, (), False)
-    ends = TurnEnd(("\nUser:",), (5,), ("<5>",))
-    made, *_ = turn_params(own, None, {}, None, ends, "", shifts=True)
-    assert (made.stop, made.stop_tokens) == (("x", "\nUser:"), (5,))
-    assert made.context_overflow == "shift"
-    made, *_ = turn_params(own, None, {"ignore_eos": True}, None, ends, "", shifts=False)
-    assert made.stop_tokens == ()
+    assert turn_params(own, None, {}, None, shifts=True)[0].context_overflow == "shift"
     with pytest.raises(UnsupportedError):
-        turn_params(own, None, {"context_overflow": "shift"}, None, end, "", shifts=False)
+        turn_params(own, None, {"context_overflow": "shift"}, None, shifts=False)
+    turn, end = plan(State(), user("Hi"))[0], TurnEnd(("\nUser:",), (5,), ("<5>",))
+    made, _ = planned_params(own, turn, prompts(), None, end)
+    assert (made.stop, made.stop_tokens) == (("x", "\nUser:"), (5,))
+    made, _ = planned_params(own.replace(ignore_eos=True), turn, prompts(), None, end)
+    assert made.stop_tokens == ()

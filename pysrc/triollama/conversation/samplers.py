@@ -22,8 +22,6 @@ __all__ = [
     "sampler_for",
     "state_of",
     "turn_params",
-    "with_end",
-    "with_thoughts",
 ]
 
 S = TypeVar("S", bound=Sampler)
@@ -37,16 +35,14 @@ def turn_params(
     params: GenerationParams | None,
     changes: Mapping[str, Any],
     into: Structured[Any] | None,
-    end: TurnEnd,
-    source: str,
     *,
     tools: Tools | None = None,
     choice: ToolChoice = "auto",
     shifts: bool,
 ) -> tuple[GenerationParams, Toolbox | None, bool]:
-    """The parameters of a turn of a conversation with its ``own``, by a template of this
-    ``source``; what it may call, where nothing else binds it; and whether it begins a random state
-    of its own: without a seed it goes on with the last turn's."""
+    """The parameters of a turn of a conversation with its ``own``; what it may call, where nothing
+    else binds it; and whether it begins a random state of its own: without a seed it goes on with
+    the last turn's."""
     made = make_params(own if params is None else params, changes)
     own_seed = "seed" in changes or made.seed not in (None, own.seed)
     fresh = own_seed and made.seed is not None
@@ -64,7 +60,7 @@ def turn_params(
         raise UnsupportedError(
             "a conversation shifts its context by overflow='shift', not by context_overflow"
         )
-    return with_end(made, end, source, toolbox), toolbox, fresh
+    return made, toolbox, fresh
 
 
 def _binding(toolbox: Toolbox | None, params: GenerationParams) -> Toolbox | None:
@@ -72,7 +68,22 @@ def _binding(toolbox: Toolbox | None, params: GenerationParams) -> Toolbox | Non
     return toolbox if toolbox is not None and toolbox.binds(params) else None
 
 
-def with_end(
+def planned_params(
+    params: GenerationParams, plan: Plan, prompts: Prompts, toolbox: Toolbox | None, end: TurnEnd
+) -> tuple[GenerationParams, Toolbox | None]:
+    """``params``, which are by ``toolbox`` unless that is None, as the prompt wants them that was
+    rendered last: with thoughts where its template puts them, or with the constraint of the answer
+    that goes on; and with what ends the turn. ``toolbox`` is left where it still counts. Raises
+    UnsupportedError."""
+    if plan.messages:
+        params = _with_thoughts(params, prompts, toolbox)
+    else:
+        params = _going_on(params, plan, toolbox)
+    toolbox = _binding(toolbox, params)
+    return _with_end(params, end, prompts.template.source, toolbox), toolbox
+
+
+def _with_end(
     params: GenerationParams, end: TurnEnd, source: str, toolbox: Toolbox | None
 ) -> GenerationParams:
     """The parameters with what ends a turn. After some of it an answer may go on: with its text
@@ -100,26 +111,13 @@ def with_end(
     return params
 
 
-def planned_params(
-    params: GenerationParams, plan: Plan, prompts: Prompts, toolbox: Toolbox | None
-) -> tuple[GenerationParams, Toolbox | None]:
-    """What ``turn_params`` made, as the prompt wants it that was rendered last: with thoughts where
-    its template puts them, or with the constraint of the answer that goes on. ``toolbox`` is left
-    where it still counts. Raises UnsupportedError."""
-    if _goes_on(plan):
-        params = _going_on(params, plan, toolbox)
-    else:
-        params = with_thoughts(params, plan, prompts, toolbox)
-    return params, _binding(toolbox, params)
-
-
-def with_thoughts(
-    params: GenerationParams, plan: Plan, prompts: Prompts, toolbox: Toolbox | None = None
+def _with_thoughts(
+    params: GenerationParams, prompts: Prompts, toolbox: Toolbox | None
 ) -> GenerationParams:
     """The parameters of a turn whose prompt was rendered last, and where its template puts
     thoughts, before what ``toolbox`` allows. Raises UnsupportedError where it knows of none, and
     they are asked for."""
-    if params.reasoning is not None or not plan.messages:
+    if params.reasoning is not None:
         return params
     found = reasoning_of(prompts.template.source, prompts.last_text)
     if params.thinking:
@@ -137,7 +135,7 @@ def with_thoughts(
 
 def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> GenerationParams:
     """By the answer's constraint, unless the caller gives another; ``toolbox`` does not."""
-    unfinished = plan.base.turns[-1].unfinished
+    unfinished = _unfinished(plan)
     if unfinished is None:  # thoughts, if there were any, are over
         return params.replace(reasoning=None)
     before = unfinished[1]
@@ -153,8 +151,9 @@ def _constraint(params: GenerationParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in names}
 
 
-def _goes_on(plan: Plan) -> bool:
-    return not plan.messages and bool(plan.base.turns)
+def _unfinished(plan: Plan) -> tuple[bytes, GenerationParams] | None:
+    """The sampler of the answer that goes on, if that is by a constraint."""
+    return plan.base.turns[-1].unfinished if plan.base.turns and not plan.messages else None
 
 
 def sampler_for(
@@ -177,7 +176,7 @@ def sampler_for(
 def _sampler_for(
     new: Callable[[GenerationParams], S], params: GenerationParams, plan: Plan, fresh: bool
 ) -> tuple[S, int]:
-    unfinished = plan.base.turns[-1].unfinished if _goes_on(plan) else None
+    unfinished = _unfinished(plan)
     data, before = plan.base.sampler
     if unfinished is not None and _constraint(params) == _constraint(unfinished[1]):
         data, before = unfinished

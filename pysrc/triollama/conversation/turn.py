@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import trio
 
 from ..answers import Structured, Toolbox
+from ..chat import TurnEnd
 from ..engine.loaded import activated
 from ..engine.protocol import EngineStream, Taken
 from ..errors import BusyError, StateError
@@ -53,6 +54,7 @@ class TurnStream(Stream):
         ledger: Ledger,
         choose: Choose,
         params: GenerationParams,
+        end: TurnEnd,
         on_cancel: OnCancel,
         into: Structured[Any] | None = None,
         toolbox: Toolbox | None = None,
@@ -70,6 +72,7 @@ class TurnStream(Stream):
         self._refused = False
         self._ledger = ledger
         self._choose = choose
+        self._end = end
         self._plan: Plan | None = None
         self._on_cancel = on_cancel
         self._fresh_sampler = fresh_sampler
@@ -125,7 +128,7 @@ class TurnStream(Stream):
         self.prompt = plan.tokens
         self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
         self.params, self._toolbox = planned_params(
-            self.params, plan, ledger.prompts, self._toolbox
+            self.params, plan, ledger.prompts, self._toolbox, self._end
         )
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)

@@ -14,8 +14,8 @@ from ..answers import Toolbox, ToolChoice, voice_of
 from ..conversation.choices import given
 from ..conversation.history import State
 from ..conversation.plan import Plan, Prompts
-from ..conversation.samplers import with_end, with_thoughts
-from ..conversation.tools import Tools
+from ..conversation.samplers import planned_params
+from ..conversation.tools import Tools, show
 from ..engine.core import LONG
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
@@ -149,16 +149,10 @@ class Service:
         template = chats.template(None)
         state = given(None, messages)
         prompts = Prompts(template, chats.tokenizer, vocab, None, variables)
-        prompts.thinking, prompts.may_call = params.thinking, bool(tools)
         offered = Tools.of(tools or None, template, vocab)
-        box = None if offered is None else offered.box(choice)
-        if offered is not None and box is not None:
-            if box.format is None and choice == "required":
-                raise Fault(
-                    400, "this model writes calls in a way unknown here", param="tool_choice"
-                )
-            offered.show(prompts)
-            params = box.constrain(params)
+        show(offered, prompts)
+        params, box = bound_by_tools(params, offered, choice)
+        prompts.thinking, prompts.may_call = params.thinking, box is not None
         *before, last = state.messages
         if params.show_schema and params.json_schema and last.role != "assistant":
             last = msgspec.structs.replace(last, schema=params.json_schema)
@@ -170,8 +164,8 @@ class Service:
 
         long = prompts.are_long(state.messages)
         tokens = await trio.to_thread.run_sync(make) if long else make()
-        params = with_thoughts(params, Plan(base, added, tokens, 0, 0), prompts, box)
-        params = with_end(params, chats.turn_end(template), template.source, box)
+        plan, end = Plan(base, added, tokens, 0, 0), chats.turn_end(template)
+        params, box = planned_params(params, plan, prompts, box, end)
         if box is None and (voice := voice_of(template.source)) is not None:
             box = Toolbox((), voice, vocab)  # for the markers around texts
         n_calls = sum(len(message.tool_calls) for message in state.messages)
@@ -251,6 +245,19 @@ class Service:
     def token_text(self, token: int) -> bytes:
         """What a token is called in log-probabilities."""
         return self.llama.vocab.piece(token, True)
+
+
+def bound_by_tools(
+    params: GenerationParams, tools: Tools | None, choice: ToolChoice
+) -> tuple[GenerationParams, Toolbox | None]:
+    """``params`` with what ``tools`` bring, and what may be called. Raises Fault where that cannot
+    be honoured, ParameterError where something else binds the answer."""
+    box = None if tools is None else tools.box(choice)
+    if box is not None and box.format is not None:
+        return box.constrain(params), box
+    if box is not None and choice == "required":
+        raise Fault(400, "this model writes calls in a way unknown here", param="tool_choice")
+    return params, None
 
 
 def text_of(piece: Piece) -> bytes:

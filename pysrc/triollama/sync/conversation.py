@@ -386,8 +386,6 @@ class Conversation:
             params,
             changes,
             into,
-            house.turn_end(self.template),
-            self.template.source,
             tools=self.tools,
             choice=choice,
             shifts=self._overflow == "shift",
@@ -399,7 +397,8 @@ class Conversation:
         prompts.may_call = toolbox is not None
         planning = make_plan(prompts, base, added, made, self._overflow, context.n_ctx)
         plan = planned(planning, prompts)
-        made, toolbox = planned_params(made, plan, prompts, toolbox)
+        end = house.turn_end(self.template)
+        made, toolbox = planned_params(made, plan, prompts, toolbox, end)
         sampler, shown = sampler_for(house.new_sampler, made, plan, fresh=fresh, toolbox=toolbox)
         turn = TurnStream(
             self,
