@@ -98,6 +98,20 @@ def test_a_history_that_differs_is_refused(tmp_path: Path) -> None:
     run_fake(test, folder=tmp_path)
 
 
+def test_a_format_beside_tools_is_refused_as_elsewhere(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+        for choice in ("auto", "required"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await say(site, "One", tools=[tool], tool_choice=choice,
+                          response_format={"type": "json_object"})  # fmt: skip
+            assert caught.value.param == "tools"
+        await say(site, "One")
+        assert await kept(site) == ["One", "Hello there."]
+
+    run_fake(test, folder=tmp_path)
+
+
 def test_one_answer_at_a_time(tmp_path: Path) -> None:
     async def first(site: Site) -> None:
         with pytest.raises(openai.InternalServerError):

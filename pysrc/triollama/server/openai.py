@@ -21,7 +21,7 @@ from .asked import MAX_TOP, bound_by, chosen_tools, fields_of, message_of, param
 from .chunks import ChatWriter, TextWriter, answer
 from .faults import Fault
 from .http import Reply, Request
-from .service import Ask, Lora, Service
+from .service import Ask, Lora, Service, bound_by_tools
 
 if TYPE_CHECKING:
     from ..conversation.conversation import Conversation
@@ -172,9 +172,7 @@ class OpenAI:
         chat.set_adapters(adapters)
         tools, choice = tools_of(asked)
         chat.set_tools(tools or None)
-        box = None if chat.tools is None else chat.tools.box(choice)
-        if box is not None and box.format is None and choice == "required":
-            raise Fault(400, "this model writes calls in a way unknown here", param="tool_choice")
+        bound_by_tools(params, chat.tools, choice)
         role, text = new[0]["role"], new[0]["content"]
         if role == "tool" and any("tool_call_id" in one for one in new):
             text = {one.get("tool_call_id", ""): one["content"] for one in new}

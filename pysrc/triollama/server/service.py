@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..conversation.conversation import Conversation
     from ..llama import Llama
 
-__all__ = ["Ask", "Lora", "Service", "text_of"]
+__all__ = ["Ask", "Lora", "Service", "bound_by_tools", "text_of"]
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
