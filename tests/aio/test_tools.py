@@ -183,6 +183,31 @@ def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]
         assert chats[1].messages[-1].content == whole.text
 
 
+def test_a_turn_that_is_entered_again_goes_on_from_what_is_there_then(tiny: Any) -> None:
+    async def main() -> None:
+        options = {"n_ctx": 2048, "max_streams": 1, "max_queue": 0, "threads": 1}
+        async with open_llama(tiny("llama"), **options) as llama:
+            chat, other = (
+                llama.conversation(template="chatml", params=PARAMS, tools=tools)
+                for tools in ([add], None)
+            )
+            await chat.say("Where?", regex="[a-z]{9}", max_tokens=2)
+            turn = chat.stream_on()
+            busy = other.stream("Hi", ignore_eos=True, max_tokens=1000)
+            async with busy, trio.open_nursery() as nursery:
+                nursery.start_soon(turn.__aenter__)
+                while not turn.prompt:  # planned, it waits for a place
+                    await trio.sleep(0)
+                nursery.cancel_scope.cancel()
+            await chat.regenerate(regex="#{9}", max_tokens=2)
+            async with turn:
+                async for _ in turn:
+                    pass
+            assert chat.messages[-1].content == "#" * 9
+
+    run(main)
+
+
 def test_tools_count_where_the_answer_goes_on_by_their_grammar(tiny: Any) -> None:
     """Beside thoughts whose markers the caller names, too; not by a constraint of its own."""
     vocab = Model(str(tiny("llama")), vocab_only=True).vocab

@@ -65,7 +65,7 @@ class TurnStream(Stream):
         capacity: int,
     ) -> None:
         super().__init__(ledger.core, [], params, into=into, priority=priority, capacity=capacity)
-        self._toolbox = toolbox
+        self._asked = self.params, toolbox
         self.conversation = conversation
         self.conversation_id = conversation.id
         self.committed = False
@@ -127,8 +127,10 @@ class TurnStream(Stream):
         self._plan = plan = await self._make_plan(base, added)
         self.prompt = plan.tokens
         self._continued = Continued.after(base, added, plan.tokens, ledger.prompts.bytes_of)
+        # It may be entered again, when what it goes on from is another.
+        params, toolbox = self._asked
         self.params, self._toolbox = planned_params(
-            self.params, plan, ledger.prompts, self._toolbox, self._end
+            params, plan, ledger.prompts, toolbox, self._end
         )
         sequence = ledger.sequence
         await ledger.sequences.settled(sequence)
@@ -177,11 +179,10 @@ class TurnStream(Stream):
 
     async def _make_plan(self, base: State, added: tuple[Message, ...]) -> Plan:
         ledger = self._ledger
-        ledger.prompts.thinking = self.params.thinking
-        ledger.prompts.may_call = self._toolbox is not None
-        planning = make_plan(
-            ledger.prompts, base, added, self.params, ledger.overflow, self._core.n_ctx
-        )
+        params, toolbox = self._asked
+        ledger.prompts.thinking = params.thinking
+        ledger.prompts.may_call = toolbox is not None
+        planning = make_plan(ledger.prompts, base, added, params, ledger.overflow, self._core.n_ctx)
         wanted = next(planning)
         while True:
             tokens = await self._tokens_of(wanted)
