@@ -45,14 +45,14 @@ def main() -> None:
         ends[connection] = b""
     while chosen.get_map():
         for key, _ in chosen.select():
-            connection: Any = key.fileobj
-            data = connection.recv(MUCH)
-            if connection not in first and b"data: " in data:
-                first[connection] = time.perf_counter() - sent[connection]
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MUCH)
-            ends[connection] = (ends[connection] + data)[-END:] if data else ends[connection]
+            ready: Any = key.fileobj
+            data = ready.recv(MUCH)
+            if ready not in first and b"data: " in data:
+                first[ready] = time.perf_counter() - sent[ready]
+                ready.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MUCH)
+            ends[ready] = (ends[ready] + data)[-END:] if data else ends[ready]
             if not data:
-                chosen.unregister(connection)
+                chosen.unregister(ready)
     seconds = time.perf_counter() - start
     if not all(b"[DONE]" in end for end in ends.values()):
         raise SystemExit(f"an answer did not come to its end: {ends}")

@@ -279,6 +279,27 @@ def qwen() -> str:
     return path.read_text(encoding="utf-8")
 
 
+def test_a_call_that_cannot_be_is_not_required() -> None:
+    """Whatever stands against it is said; nothing was asked of the model."""
+    must: Any = {"tool_choice": "required"}
+
+    async def main() -> None:
+        engine, prompts = scripted()
+        async with open_fake_llama(engine) as llama:
+            chat = llama.conversation(template="chatml")
+            with pytest.raises(ParameterError, match="no tools"):
+                await chat.say("Find x", **must)
+            with pytest.raises(ParameterError, match="'auto' or 'required'"):
+                chat.stream("Find x", tool_choice="sometimes")  # type: ignore[arg-type]
+            chat.set_tools([add])
+            for bound in ({"into": int}, {"regex": "[a-z]+"}, {"choices": ("a", "b")}):
+                with pytest.raises(ParameterError, match="binds this answer"):
+                    await chat.say("Find x", **bound, **must)
+            assert not prompts and not chat.is_busy
+
+    run(main)
+
+
 @pytest.mark.parametrize("template", ["qwen", "chatml", "gemma"])
 def test_tools_are_run_and_heard_of(template: str) -> None:
     async def main() -> None:

@@ -210,6 +210,14 @@ def test_interrupted_in_mid_tool_it_is_as_if_it_had_never_run(llama: Llama, scri
     assert "stop" not in prompts[2]
 
 
+def test_a_call_that_cannot_be_is_not_required(llama: Llama) -> None:
+    with pytest.raises(ParameterError, match="no tools"):
+        llama.chat(template="chatml").say("Find x", tool_choice="required")
+    chat = llama.chat(template="chatml", params=PARAMS, tools=[lookup("find")])
+    with pytest.raises(ParameterError, match="binds this answer"):
+        chat.say("Find x", into=int, tool_choice="required")
+
+
 def test_calls_without_running_them(llama: Llama, script: Any) -> None:
     script("Well.\n" + call("find", what="x"), "Found.",
            call("find", what="y") + call("keep", what="z"), "Both.")  # fmt: skip

@@ -78,12 +78,6 @@ class Tools:
 
     def box(self, choice: ToolChoice) -> Toolbox | None:
         """For one answer; None where there are no tools."""
-        if choice not in ("auto", "required"):
-            raise ParameterError(
-                f"tool_choice must be 'auto' or 'required', not {choice!r}",
-                parameter="tool_choice",
-                value=choice,
-            )
         if not self._tools:
             return None
         return Toolbox(self._tools.values(), self._calling.format, self._vocab, choice)
