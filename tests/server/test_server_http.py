@@ -114,9 +114,66 @@ def test_what_is_no_request_for_us(data: bytes, status: int) -> None:
     async def test(site: Site) -> None:
         answer = await exchange(site, data)
         assert answer.split(b" ")[1] == str(status).encode(), answer[:200]
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["message"]
+        kinds = {404: "not_found_error", 501: "server_error"}
+        assert error["type"] == kinds.get(status, "invalid_request_error")
 
     run_fake(test, limits=Limits(body_bytes=10_000))
+
+
+def test_refusals_before_a_request_was_read_are_its_api_s() -> None:
+    async def test(site: Site) -> None:
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+        for rest, kind in ((b"99999\r\n\r\n", "request_too_large"),
+                           (b"9\r\n\r\n{", "invalid_request_error")):  # fmt: skip
+            answer = json.loads((await exchange(site, head + rest)).partition(b"\r\n\r\n")[2])
+            assert (answer["type"], answer["error"]["type"]) == ("error", kind)
+        counted = (await site.get("/metrics")).text
+        assert 'requests_total{path="other",status="413"} 1' in counted
+
+    run_fake(test, limits=Limits(body_bytes=10_000, receive_seconds=0.05))
+
+
+def test_what_follows_a_head_is_refused_in_full() -> None:
+    async def test(site: Site) -> None:
+        head = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        answers = await exchange(site, head, b"\0\1\r\n\r\n")
+        last = answers[answers.rindex(b"HTTP/1.1 ") :]
+        assert last.startswith(b"HTTP/1.1 400")
+        assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+    run_fake(test)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("connections", [0, -1, True, 1.5, "1"]), ("requests", [0]), ("choices", [-1]),
+        ("body_bytes", [0]), ("kept_bytes", [-1]), ("max_tokens", [0, "x"]),
+        ("seconds", [0, -1, float("nan"), "1", True, None]), ("drain_seconds", [-1]),
+    ],
+)  # fmt: skip
+def test_limits_by_which_nobody_is_served(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ParameterError, match=name) as caught:
+            Limits(**{name: value})
+        assert caught.value.parameter == name
+    assert Limits(drain_seconds=0, seconds=float("inf"), kept_bytes=0).drain_seconds == 0
+
+
+def test_addresses_and_origins_that_are_none() -> None:
+    async def test(site: Site) -> None:
+        for port in (-1, 65536, "80"):
+            with pytest.raises(ParameterError, match="port"):
+                await Server(site.llama, name="other").run(port=port)  # type: ignore[arg-type]
+        with pytest.raises(OSError, match=f"127.0.0.1:{site.port}"):
+            await Server(site.llama, name="other").run(port=site.port)
+        for origin in ("example.org", "https://example.org/", "*", 5):
+            with pytest.raises(ParameterError, match="an origin is"):
+                Server(site.llama, origins=[origin])  # type: ignore[list-item]
+
+    run_fake(test)
 
 
 def test_a_body_that_never_ends() -> None:

@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "model", nargs="?", type=Path, default=os.environ.get("TRIOLLAMA_MODEL"),
+        "model", nargs="?", default=os.environ.get("TRIOLLAMA_MODEL") or None,
         help="a GGUF file, or a name as for other commands; default: TRIOLLAMA_MODEL",
     )  # fmt: skip
     add("--host", default="127.0.0.1", help="default: %(default)s; others need an API key")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from ..checks import shown
 from ..engine.loaded import LoadedAdapter
-from ..errors import ParameterError
+from ..errors import ParameterError, StateWriteError
 from ..params import GenerationParams
 from . import metrics, page
 from .anthropic import Anthropic
@@ -84,7 +85,7 @@ class Server:
         )
         self._key = api_key
         self._web = web
-        self._origins = frozenset(origins)
+        self._origins = frozenset(map(check_origin, origins))
         self.connections = Connections(self.limits, self._handle)
         openai, anthropic = OpenAI(self._service), Anthropic(self._service)
         responses = Responses(self._service)
@@ -130,7 +131,13 @@ class Server:
                 parameter="host",
                 value=host,
             )
-        listeners = await trio.open_tcp_listeners(port, host=host)
+        if not isinstance(port, int) or not 0 <= port <= 65535:
+            why = f"port must be an integer from 0 to 65535, not {shown(port)}"
+            raise ParameterError(why, parameter="port", value=port)
+        try:
+            listeners = await trio.open_tcp_listeners(port, host=host)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
         try:
             with by_itself():
                 async with trio.open_nursery() as nursery:
@@ -156,6 +163,8 @@ class Server:
         status = 499
         try:
             try:
+                if request.refused is not None:
+                    raise request.refused
                 self._check(request, reply)
                 answer, found = self._route(request)
                 path = re.sub(r"\(.*?\)", "*", found.re.pattern)
@@ -248,6 +257,14 @@ class Server:
             raise Fault(404, "this server keeps no conversations: it was given no folder for them")
         return self._chats
 
+    async def _save(self) -> None:
+        """What was changed. Raises Fault."""
+        try:
+            await self.llama.flush()
+        except StateWriteError:
+            why = "it is done, but cannot be saved now; the server goes on trying"
+            raise Fault(507, why) from None
+
     async def _conversation(self, request: Request, reply: Reply, id: str) -> None:
         async with self._kept().open(id) as chat:
             body = {
@@ -263,7 +280,7 @@ class Server:
     async def _delete(self, request: Request, reply: Reply, id: str) -> None:
         async with self._kept().open(id) as chat:
             chat.delete()
-            await self.llama.flush()
+            await self._save()
         await reply.send(200, msgspec.json.encode({"id": id, "deleted": True}), "application/json")
 
     async def _fork(self, request: Request, reply: Reply, id: str) -> None:
@@ -273,7 +290,7 @@ class Server:
         asked = msgspec.json.decode(request.body, type=Fork)
         async with self._kept().open(id) as chat:
             branch = await self._kept().fork(chat, asked.id)
-            await self.llama.flush()
+            await self._save()
         body = {"id": branch.id, "parent": id, "turns": branch.n_turns}
         await reply.send(200, msgspec.json.encode(body), "application/json")
 
@@ -283,8 +300,12 @@ class Server:
 
         asked = msgspec.json.decode(request.body, type=Rewind)
         async with self._kept().open(id) as chat:
-            chat.rewind(asked.turns)
-            await self.llama.flush()
+            try:
+                chat.rewind(asked.turns)
+            except ParameterError:
+                why = f"turns must be from 0 to {chat.n_turns}, not {asked.turns}"
+                raise Fault(400, why, param="turns") from None
+            await self._save()
             turns = chat.n_turns
         body = msgspec.json.encode({"id": id, "turns": turns})
         await reply.send(200, body, "application/json")
@@ -325,6 +346,17 @@ def by_itself() -> Iterator[None]:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
         raise error from error.__cause__
+
+
+def check_origin(origin: str) -> str:
+    """As browsers send it. Raises ParameterError for what no browser would."""
+    if not isinstance(origin, str) or not re.fullmatch(r"null|[a-z][a-z0-9+.-]*://[^/?#]+", origin):
+        raise ParameterError(
+            f"an origin is a scheme and a host, as 'https://example.org', not {shown(origin)}",
+            parameter="origins",
+            value=origin,
+        )
+    return origin
 
 
 def is_loopback(host: str) -> bool:

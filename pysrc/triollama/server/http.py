@@ -18,6 +18,9 @@ import h11
 import msgspec
 import trio
 
+from ..checks import check_count, shown
+from ..errors import ParameterError
+
 __all__ = [
     "Connections",
     "GoneError",
@@ -68,6 +71,23 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     receive_seconds: float = 30.0
     drain_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "connections", "requests", "choices"):
+            check_count(name, getattr(self, name), 1)
+        check_count("kept_bytes", self.kept_bytes, 0)
+        if self.max_tokens is not None:
+            check_count("max_tokens", self.max_tokens, 1)
+        for name in ("seconds", "idle_seconds", "receive_seconds", "drain_seconds"):
+            value = getattr(self, name)
+            least = "0 on" if name == "drain_seconds" else "above 0"
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (value > 0 or (value == 0 and least == "0 on")):
+                raise ParameterError(
+                    f"{name} must be a number of seconds from {least}, not {shown(value)}",
+                    parameter=name,
+                    value=value,
+                )
+
 
 class GoneError(Exception):
     """The client has gone."""
@@ -82,12 +102,14 @@ class RefusedError(Exception):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole request. Names of headers are in lower case."""
+    """A whole request; or, with ``refused``, as much as is known of one that is answered so. Names
+    of headers are in lower case."""
 
     method: str
     path: str
     headers: dict[str, str]
     body: bytes
+    refused: RefusedError | None = None
 
 
 class Reply:
@@ -166,7 +188,7 @@ class _Connection:
     def __init__(self, stream: trio.SocketStream, limits: Limits, handler: Handler) -> None:
         self.stream = stream
         self.ends = False  # after this answer
-        self.method = ""  # of what is being answered
+        self.method = self.path = ""  # of what is being answered
         self.idle = trio.CancelScope()
         self._limits = limits
         self._handler = handler
@@ -208,6 +230,7 @@ class _Connection:
     async def _request(self) -> Request | None:
         """The next one; None where there will be none."""
         self.idle = trio.CancelScope(deadline=trio.current_time() + self._limits.idle_seconds)
+        self.method = self.path = ""
         if self.ends:
             self.idle.cancel()
         head: object = None
@@ -216,6 +239,7 @@ class _Connection:
         if not isinstance(head, h11.Request):
             return None
         self.method = head.method.decode("ascii")
+        self.path = unquote(head.target.decode("ascii").partition("?")[0])
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         body = bytearray()
         with trio.move_on_after(self._limits.receive_seconds) as receiving:
@@ -227,12 +251,7 @@ class _Connection:
                 return None
         if receiving.cancelled_caught:
             raise RefusedError(408, "the request did not come to its end")
-        return Request(
-            method=self.method,
-            path=unquote(head.target.decode("ascii").partition("?")[0]),
-            headers=headers,
-            body=bytes(body),
-        )
+        return Request(method=self.method, path=self.path, headers=headers, body=bytes(body))
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.body_bytes:
@@ -275,9 +294,12 @@ class _Connection:
     async def _refuse(self, error: h11.RemoteProtocolError | RefusedError) -> None:
         self.ends = True
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            status = error.status if isinstance(error, RefusedError) else error.error_status_hint
-            body = msgspec.json.encode({"error": {"message": str(error), "code": status}})
-            await Reply(self).send(status, body, "application/json")
+            if not isinstance(error, RefusedError):
+                error = RefusedError(error.error_status_hint, str(error))
+            request = Request(
+                method=self.method, path=self.path, headers={}, body=b"", refused=error
+            )
+            await self._handler(request, Reply(self))
 
     async def _linger(self) -> None:
         """Closing at once, with something unread, would take the answer away from the client."""
