@@ -99,6 +99,8 @@ def test_the_same_turn_through_all_doors(tiny: Any, template: str) -> None:
                             await service.chat_ask(said, params, tools=tools, choice=choice)
                         continue
                     ask = await service.chat_ask(said, params, tools=tools, choice=choice)
+                    if expected.reasoning is None:  # for tokens there is nothing more to say of it
+                        expected = expected.replace(thinking=None)
                     assert ask.params == expected, case
                     assert (ask.tools is not None and bool(ask.tools.tools)) == (box is not None)
 

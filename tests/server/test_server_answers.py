@@ -148,6 +148,11 @@ def test_thoughts_are_apart() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
          "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+         "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "n": 1}}},
+         "response_format.json_schema"),
         ({"thinking": True}, ""),
         ({"reasoning": {}}, ""),
     ],
@@ -161,6 +166,23 @@ def test_what_cannot_be_honoured_is_refused(changes: Any, param: str) -> None:
             assert (answer.json()["error"]["param"] or "") == param, answer.text
 
     run_fake(test)
+
+
+def test_a_template_that_closes_thoughts_is_told_to() -> None:
+    async def test(site: Site) -> None:
+        for more in ({"thinking": False}, {"thinking": False, "max_reasoning_tokens": 5}):
+            for goes_on in ([], [{"role": "assistant", "content": "Y"}]):
+                body = {"messages": [*ASK, *goes_on], **more}
+                answer = await site.post("/v1/chat/completions", body)
+                assert answer.status_code == 200, answer.text
+        body = {"messages": [*ASK, {"role": "assistant", "content": "Y"}], "thinking": True}
+        assert (await site.post("/v1/chat/completions", body)).status_code == 200
+        assert engine.prompts[0].endswith("<think></think>")
+
+    engine = Scripted("Yes.")
+    obeys = "{% if add_generation_prompt and enable_thinking is false %}<think></think>{% endif %}"
+    engine.model.chat_template = lambda name=None: THINKER + obeys  # type: ignore[method-assign]
+    run_fake(test, engine)
 
 
 def test_a_call_that_is_cut_is_told() -> None:

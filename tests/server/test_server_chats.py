@@ -9,6 +9,7 @@ import openai
 import pytest
 import trio
 from servers import Scripted, Site, run_fake, site
+from triollama import StateWriteError
 from triollama.testing import open_fake_llama
 
 ANN = {"X-Conversation-Id": "ann"}
@@ -200,11 +201,43 @@ def test_they_are_forked_rewound_and_deleted(tmp_path: Path) -> None:
         assert (await site.post("/conversations/ann/fork", {"id": "bob"})).status_code == 409
         rewound = await site.post("/conversations/bob/rewind", {"turns": 1})
         assert rewound.json() == {"id": "bob", "turns": 1}
-        assert (await site.post("/conversations/bob/rewind", {"turns": 9})).status_code == 400
+        for turns in (9, -1, 2**70):
+            refused = await site.post("/conversations/bob/rewind", {"turns": turns})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "turns")
         assert (len(await kept(site)), len(await kept(site, "bob"))) == (4, 2)
         assert (await site.ask("DELETE", "/conversations/ann")).json()["deleted"]
         assert (await site.get("/conversations/ann")).status_code == 404
         assert len(await kept(site, "bob")) == 2
+
+    run_fake(test, folder=tmp_path)
+
+
+def test_what_is_done_and_not_saved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(site: Site) -> None:
+        await say(site, "One")
+
+        async def full() -> None:
+            raise StateWriteError("No space left on device", path="x")
+
+        monkeypatch.setattr(site.llama, "flush", full)
+        fork = await site.post("/conversations/ann/fork", {"id": "bob"})
+        assert fork.status_code == 507
+        assert "it is done" in fork.json()["error"]["message"]
+        assert len(await kept(site, "bob")) == 2
+
+    run_fake(test, folder=tmp_path)
+
+
+@pytest.mark.parametrize("id", [["x"], {}, {"a": 1}, 5])
+def test_results_of_calls_whose_ids_are_none(id: Any, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        await say(site, "One")
+        body = {"messages": [{"role": "tool", "tool_call_id": id, "content": "x"}]}
+        answer = await site.post("/v1/chat/completions", body, headers=ANN)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages[0].tool_call_id"
 
     run_fake(test, folder=tmp_path)
 

@@ -6,7 +6,7 @@ A field that is known and cannot be honoured is refused, as is one that is not k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -76,12 +76,17 @@ def message_of(given: Mapping[str, Any], place: str) -> dict[str, Any]:
             continue
         if name not in _MESSAGE:
             raise Fault(400, f"{place}.{name} is not supported", param=f"{place}.{name}")
+        if not isinstance(value, list if name == "tool_calls" else str):
+            kind = "list" if name == "tool_calls" else "text"
+            raise Fault(400, f"{place}.{name} is no {kind}", param=f"{place}.{name}")
         message[name] = value
     return message
 
 
-def text_content(content: Any, place: str) -> str:
-    """Text, or parts of which all are text."""
+def text_content(
+    content: Any, place: str, kinds: Collection[str] = ("text", "input_text", "output_text")
+) -> str:
+    """Text, or parts of which all are text: of one of these types."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -90,7 +95,7 @@ def text_content(content: Any, place: str) -> str:
     for at, part in enumerate(content if isinstance(content, list) else [None]):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        if kind not in kinds or not isinstance(text, str):
             what = f"of the type {kind!r}" if kind else "no text and no part"
             param = f"{place}.content[{at}]"
             raise Fault(400, f"{param} is {what}: only text is understood here", param=param)
@@ -101,6 +106,9 @@ def text_content(content: Any, place: str) -> str:
 def bound_by(kind: str, schema: Any, param: str) -> dict[str, Any]:
     """What makes an answer be of a format, as fields of GenerationParams. ``param``: the field that
     has the schema. Raises Fault."""
+    if schema is not None and kind in ("text", "json_object"):
+        why = f"{param} is given, and the type is {kind!r}"
+        raise Fault(400, why, param=param)
     if kind == "text":
         return {}
     if kind == "json_object":

@@ -71,9 +71,17 @@ class Asked(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise Fault(400, why, param="stream_options.include_obfuscation")
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
+class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    schema: Any = None
+    # Labels: they change no answer, since a schema is kept in any case.
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     type: str
-    json_schema: dict[str, Any] = {}
+    json_schema: JsonSchema = msgspec.field(default_factory=JsonSchema)
 
 
 class ChatRequest(Asked, kw_only=True, forbid_unknown_fields=True):
@@ -128,7 +136,7 @@ class OpenAI:
         changes: dict[str, Any] = {"logprobs": asked.top_logprobs if asked.logprobs else None}
         if asked.response_format is not None:
             format = asked.response_format
-            schema = format.json_schema.get("schema")
+            schema = format.json_schema.schema
             changes |= bound_by(format.type, schema, "response_format.json_schema")
         params = params_of(service, ours, **changes)
         adapters = service.adapters_of(asked.model, asked.lora)

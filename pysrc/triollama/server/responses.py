@@ -164,17 +164,17 @@ def messages_of(given: str | Sequence[Json], before: Sequence[Json] = ()) -> lis
             if item.get("encrypted_content"):
                 why = f"{place} is encrypted, and not by this server"
                 raise Fault(400, why, param=f"{place}.encrypted_content")
-            thoughts = "\n".join(part.get("text", "") for part in item.get("content") or ())
+            thoughts = text_content(item.get("content"), place, ("reasoning_text",))
             message = of_model("content", "tool_calls", "reasoning_content")
             message["reasoning_content"] = thoughts
         elif kind == "function_call":
-            name, id = item.get("name"), item.get("call_id")
+            name, id = field_of(item, "name", place), field_of(item, "call_id", place)
             names[id] = name
             function = {"name": name, "arguments": item.get("arguments") or "{}"}
             call = {"id": id, "type": "function", "function": function}
             of_model().setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
-            id = item.get("call_id")
+            id = field_of(item, "call_id", place)
             content = text_content(item.get("output"), f"{place}.output")
             result = {"role": "tool", "content": content, "tool_call_id": id}
             messages.append(result | ({"name": names[id]} if id in names else {}))
@@ -182,6 +182,14 @@ def messages_of(given: str | Sequence[Json], before: Sequence[Json] = ()) -> lis
             why = f"{place} is of the type {kind!r}, which is not supported here"
             raise Fault(400, why, param=f"{place}.type")
     return messages
+
+
+def field_of(item: Json, name: str, place: str) -> str:
+    """A text that an item has to have. Raises Fault."""
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise Fault(400, f"{place}.{name} is no text", param=f"{place}.{name}")
+    return value
 
 
 def usage_of(usage: Usage, n_thought: int) -> Json:

@@ -166,6 +166,8 @@ class Service:
         tokens = await trio.to_thread.run_sync(make) if long else make()
         plan, end = Plan(base, added, tokens, 0, 0), chats.turn_end(template)
         params, box = planned_params(params, plan, prompts, box, end)
+        if params.reasoning is None:  # what is said of thoughts, the template has heard
+            params = params.replace(thinking=None, max_reasoning_tokens=None)
         if box is None and (voice := voice_of(template.source)) is not None:
             box = Toolbox((), voice, vocab)  # for the markers around texts
         n_calls = sum(len(message.tool_calls) for message in state.messages)
