@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import triollama
+from triollama._engine import Trainer
 from triollama.cli.common import setting
 from triollama.sync import Llama
 
@@ -164,6 +166,54 @@ def test_converting(command: Any, tiny: Any, tmp_path: Path) -> None:
     status, out, _ = command("quantize", tiny("llama"), target, "q8_0", "--json")
     assert status == 0 and json.loads(out) == {"path": str(target)}
     assert {one.type for one in triollama.models.inspect(target).tensors} >= {"q8_0"}
+
+
+def test_a_merged_model_does_not_replace_its_adapter(
+    command: Any, tiny: Any, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "a.gguf"
+    with Trainer(tiny("llama"), rank=2) as trainer:
+        trainer.save_adapter(adapter)
+    before = adapter.read_bytes()
+    status, _, err = command("merge", adapter, adapter, "-m", tiny("llama"))
+    assert status == 2 and "adapter's own file" in err
+    assert adapter.read_bytes() == before
+
+
+def test_options_of_a_model_that_is_not_named(command: Any) -> None:
+    for option in (["--update"], ["--revision", "x"]):
+        status, _, err = command("models", *option)
+        assert status == 2 and "none is named" in err
+    assert command("chat", "-m", "")[0] == command("serve", "")[0] == 1  # as for all others
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_streams_that_are_closed(tiny: Any) -> None:
+    run = f'"{sys.executable}" -m triollama run -m "{tiny("llama")}" --raw -n 2'
+    for line, status in ((f"{run} the <&-", 0), (f"{run} <&-", 2), (f"{run} the >&-", 0)):
+        done = subprocess.run(["sh", "-c", line], check=False, capture_output=True, text=True)
+        assert done.returncode == status
+        assert "Traceback" not in done.stderr
+
+
+def test_tables_that_nobody_reads() -> None:
+    end, nobody = os.pipe()
+    os.close(end)
+    words = [sys.executable, "-m", "triollama", "models"]
+    done = subprocess.run(words, check=False, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    os.close(nobody)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_while_it_is_imported(monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *more: Any) -> None:
+            if name == "triollama.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "triollama.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert command("models")[::2] == (130, "interrupted\n")
 
 
 def test_completion_is_offered(command: Any) -> None:

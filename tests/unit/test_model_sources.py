@@ -184,6 +184,8 @@ def test_what_is_not_there_is_told(hub: Hub, fetch: Any) -> None:
     assert "no file c.gguf in me/tiny; it has a.gguf, b.gguf" in nothing
     assert "no repository me/other" in repository and "private" in repository
     assert "no revision absent" in revision
+    (no_name,) = fetch("hf:../../x.gguf")
+    assert "hf:../../x.gguf: Repo id must use" in no_name
     (offline,) = fetch("hf:me/tiny/a.gguf", offline=True)
     assert "was not fetched before" in offline
     hub.gated = True

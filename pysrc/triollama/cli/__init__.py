@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import click  # noqa: F401
         import prompt_toolkit  # noqa: F401
         import rich  # noqa: F401
+    except KeyboardInterrupt:
+        return _interrupted()
     except ImportError as error:
         print(
             f"triollama: the command needs {error.name}, which is not installed: "
@@ -22,6 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    from .app import run
+    try:
+        from .app import run
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    """Ctrl-C while all of it was being imported."""
+    print("interrupted", file=sys.stderr)
+    return 130

@@ -53,6 +53,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     instruction = os.environ.get(_COMPLETE)
     if instruction:
         return shell_complete(app, {}, "triollama", _COMPLETE, instruction)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it, or there is none
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         with app.make_context("triollama", words) as context:

@@ -64,7 +64,7 @@ def chat(
     said one by one.
     """
     params = params_of(None, settings, **options)
-    with opened(model or CHAT_MODEL, ctx, threads, gpu_layers) as llama:
+    with opened(CHAT_MODEL if model is None else model, ctx, threads, gpu_layers) as llama:
         session = Session(
             llama, system=system, params=params, adapters=adapters_of(llama, adapters), file=file
         )

@@ -25,10 +25,15 @@ def _size(n: int) -> str:
     return f"{value:.2f} GiB"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - the command ends as any that nobody reads
+
+
 def _console() -> Console:
     """For tables: whole lines where no terminal limits them."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=200)
 
 
 @click.command()
@@ -106,6 +111,8 @@ def models(name: str | None, revision: str | None, update: bool, as_json: bool) 
         else:
             click.echo(path)
         return
+    if revision is not None or update:
+        raise click.UsageError("--revision and --update are of a model, and none is named")
     if as_json:
         emit(list(sources.KNOWN.values()))
         return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -26,6 +27,8 @@ def merge(adapter: str, output: str, model: str | None, ftype: str, as_json: boo
     """Write a model with an adapter added into its weights."""
     from ..tuning import save_merged
 
+    if os.path.exists(output) and os.path.samefile(adapter, output):
+        raise click.UsageError("OUTPUT is the adapter's own file")
     with on_stderr.status(f"merging into {output}"), _trainer(model, adapter) as trainer:
         save_merged(trainer, output, ftype=ftype)
     _written(output, as_json)

@@ -34,7 +34,10 @@ def fetch(wanted: Reference, *, update: bool = False) -> Path:
 
 
 def _fetched(hub: Any, wanted: Reference, parts: list[str]) -> Path | None:
-    first = hub.try_to_load_from_cache(wanted.repository, parts[0], revision=wanted.revision)
+    try:
+        first = hub.try_to_load_from_cache(wanted.repository, parts[0], revision=wanted.revision)
+    except hub.errors.HFValidationError as error:  # no name that the hub would have
+        raise ModelNotFoundError(f"{wanted}: {error}", path=str(wanted)) from error
     if not isinstance(first, str):
         return None
     commit = _commit_of(Path(first))
