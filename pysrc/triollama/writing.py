@@ -46,8 +46,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     leads to is replaced. Raises OSError.
     """
     target = os.path.realpath(path)
-    if os.path.isdir(target):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     with _locked(target) as (fd, partial):
         try:
             yield partial
@@ -63,7 +61,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def beside(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The name of an empty file in the folder of ``path``, removed in the end. Raises OSError."""
+    """The name of an empty file in the folder of ``path``, removed in the end. Raises OSError, also
+    where ``replacing`` could not put one at ``path``."""
     with _locked(os.path.realpath(path)) as (_, partial):
         yield partial
 
@@ -88,6 +87,8 @@ def write_file(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None
 
 @contextlib.contextmanager
 def _locked(target: str) -> Iterator[tuple[int, str]]:
+    if os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     remove_abandoned(target)
     while True:
         partial = f"{target}.{os.getpid()}-{next(_counter)}.partial"

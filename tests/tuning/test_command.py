@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,42 @@ def test_how_to_go_on_is_told(
     assert "after step 2 of 10; the same command goes on" in capsys.readouterr().err
     assert main(command) == 0
     assert "going on after step 2 of 10" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_the_training(
+    tiny: Any, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = ["train", str(data), "--model", str(tiny("llama")), *QUICK]
+    good, none = str(tmp_path / "a.gguf"), str(tmp_path / "none" / "x")
+    before = data.read_bytes()
+    for arguments, says in (
+        (["--adapter", none], "none/x"),
+        (["--adapter", str(tmp_path)], "Is a directory"),
+        (["--adapter", good, "--checkpoint", none], "no checkpoint can be written"),
+        (["--adapter", good, "--report", none], "none/x"),
+        (["--adapter", good, "--html", none], "none/x"),
+        (["--adapter", good, "--csv", str(tmp_path)], "Is a directory"),
+        (["--adapter", str(data)], "would replace what is read"),
+        (["--adapter", good, "--validation-limit", "3"], "--validation, which is not given"),
+    ):
+        assert main([*command, *arguments]) == 1
+        told = capsys.readouterr().err
+        assert says in told and "step" not in told
+    assert data.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_a_reader_that_goes_ends_it(tiny: Any, data: Path) -> None:
+    words = ["evaluate", str(data), "--model", str(tiny("llama")), "--as-chat"]
+    end, nobody = os.pipe()
+    os.close(end)
+    done = subprocess.run(
+        [sys.executable, "-m", "triollama.tuning", *words],
+        check=False, stdout=nobody, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(nobody)
+    assert done.returncode == 141
+    assert "Error" not in done.stderr
 
 
 def test_refusals_are_told_and_not_thrown(

@@ -22,7 +22,7 @@ from .. import models
 from .._engine import Model, Trainer
 from ..chat import template_for_model
 from ..errors import TriollamaError
-from ..writing import write_file
+from ..writing import beside, write_file
 from .config import QLoRAConfig, TrainingConfig
 from .dataset import TrainingDataset
 from .errors import DataError, IncompatibleAdapterError, InvalidSettingError
@@ -38,10 +38,16 @@ from .watch import Watch, duration, plot
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a refusal that is explained, 130 for Ctrl-C."""
+    """Run one command; the exit status is 0, 1 for a refusal that is explained, 130 for Ctrl-C,
+    141 where nobody reads the output any more."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer has no reader either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (TriollamaError, OSError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -209,7 +215,32 @@ def _dataset(options: argparse.Namespace, seed: int) -> TrainingDataset:
     return dataset
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before hours of training: whether what comes of it can be written, and not in place of what
+    is read. Raises OSError, InvalidSettingError."""
+    read = [one for one in (options.data, options.validation) if one and os.path.exists(one)]
+    for name in ("adapter", "report", "html", "csv"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        if os.path.exists(path) and any(os.path.samefile(path, one) for one in read):
+            raise InvalidSettingError(
+                f"--{name} {path} would replace what is read from it",
+                parameter=name,
+                value=path,
+            )
+        with beside(path):
+            pass
+
+
 def _train(options: argparse.Namespace) -> None:
+    if options.validation_limit is not None and not options.validation:
+        raise InvalidSettingError(
+            "--validation-limit is of the items of --validation, which is not given",
+            parameter="validation_limit",
+            value=options.validation_limit,
+        )
+    _check_outputs(options)
     config = _config(options)
     dataset = _dataset(options, config.seed)
     started = time.monotonic()

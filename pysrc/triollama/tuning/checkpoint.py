@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import check_path
+from ..writing import beside
 from .config import FREE_TO_CHANGE, TrainingConfig
 from .errors import CheckpointError, LoRASaveError
 from .records import TrainingSummary
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "check_fits",
     "check_replaceable",
+    "check_writable",
     "checksum",
     "read_checkpoint",
     "write_checkpoint",
@@ -135,6 +137,15 @@ def check_replaceable(path: str) -> None:
             f"{path} is there and is no checkpoint: it is not replaced; remove it, or choose"
             " another name"
         )
+
+
+def check_writable(path: str) -> None:
+    """Whether a checkpoint can be put there, before there is one. Raises LoRASaveError."""
+    try:
+        with beside(path):
+            pass
+    except OSError as error:
+        raise LoRASaveError(error.errno, f"no checkpoint can be written there: {error}") from error
 
 
 def checksum(tensors: Mapping[str, NDArray[Any]], *texts: str) -> str:

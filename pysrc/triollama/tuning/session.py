@@ -33,6 +33,7 @@ from .checkpoint import (
     Checkpoint,
     check_fits,
     check_replaceable,
+    check_writable,
     read_checkpoint,
     write_checkpoint,
 )
@@ -128,8 +129,10 @@ class TrainingRun:
         if self._trainer is not None:
             raise InvalidSettingError("this run has already been entered")
         resume = self._resume and self._checkpoint and os.path.exists(self._checkpoint)
-        if self._checkpoint is not None and not self._resume:
-            check_replaceable(self._checkpoint)
+        if self._checkpoint is not None:
+            check_writable(self._checkpoint)
+            if not self._resume:
+                check_replaceable(self._checkpoint)
         try:
             self._trainer = open_trainer(self._base(), self.config)
             if self._adapter is not None:
