@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def test_they_outlive_the_server(tmp_path: Path) -> None:
                 await say(served, f"Turn {turn}")
 
     trio.run(main)
+
+
+def test_a_server_that_is_killed_within_a_first_turn_leaves_nothing(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+
+    async def first(site: Site) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say, site, "One", "Two", "Three")
+            await site.until(lambda now: now.running + now.prefilling == 1)
+            await site.llama.flush()
+            shutil.copytree(tmp_path / "kept", killed)
+            nursery.cancel_scope.cancel()
+
+    async def second(site: Site) -> None:
+        assert (await site.get("/conversations/ann")).status_code == 404
+        await say(site, "Four", "Five", "Six")
+
+    run_fake(first, Scripted(token_seconds=9.0), folder=tmp_path / "kept")
+    run_fake(second, folder=killed)
 
 
 def test_what_nobody_uses_is_unloaded(tmp_path: Path) -> None:

@@ -96,13 +96,17 @@ class Chats:
 
     async def _wake(self, id: str, begin: Sequence[Mapping[str, Any]] | None) -> Conversation:
         try:
-            return (await self._llama.restore(self._path, [id]))[0]
+            chat = (await self._llama.restore(self._path, [id]))[0]
         except (ParameterError, FileNotFoundError) as error:
             if isinstance(error, ParameterError) and error.parameter != "ids":
                 raise
-            if begin is None:
-                raise Fault(404, f"there is no conversation {id!r}", param="id") from None
-            return self._llama.conversation(id, messages=begin, **self._options)
+        else:
+            if chat.n_turns or chat.parent:
+                return chat
+            chat.delete()  # the server ended within its first turn
+        if begin is None:
+            raise Fault(404, f"there is no conversation {id!r}", param="id")
+        return self._llama.conversation(id, messages=begin, **self._options)
 
     async def fork(self, chat: Conversation, id: str) -> Conversation:
         """A branch under another id. Fault if there is such a one."""
