@@ -60,7 +60,9 @@ def test_they_outlive_the_server(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_server_that_is_killed_within_a_first_turn_leaves_nothing(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_within_a_first_turn_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     killed = tmp_path / "killed"
 
     async def first(site: Site) -> None:
@@ -76,6 +78,7 @@ def test_a_server_that_is_killed_within_a_first_turn_leaves_nothing(tmp_path: Pa
         await say(site, "Four", "Five", "Six")
 
     run_fake(first, Scripted(token_seconds=9.0), folder=tmp_path / "kept")
+    assert "see above" not in caplog.text  # nothing has failed
     run_fake(second, folder=killed)
 
 

@@ -169,6 +169,8 @@ def test_addresses_and_origins_that_are_none() -> None:
                 await Server(site.llama, name="other").run(port=port)  # type: ignore[arg-type]
         with pytest.raises(OSError, match=f"127.0.0.1:{site.port}"):
             await Server(site.llama, name="other").run(port=site.port)
+        with pytest.raises(ParameterError, match="both called 'other'"):
+            Server(site.llama, name="other", adapters={"other": None})  # type: ignore[dict-item]
         for origin in ("example.org", "https://example.org/", "*", 5):
             with pytest.raises(ParameterError, match="an origin is"):
                 Server(site.llama, origins=[origin])  # type: ignore[list-item]

@@ -219,7 +219,9 @@ class Autosave:
                 late = scope.cancelled_caught
         finally:
             if self._pending and self._journal is not None:
-                why = f"it took longer than {deadline:g} s" if late else "see above"
+                why = "see above" if self._failure else "they changed after the last round"
+                if late:
+                    why = f"it took longer than {deadline:g} s"
                 _log.error("autosave: left without saving %s: %s", ", ".join(self._pending), why)
             self._ended = True
             self._held.leave()

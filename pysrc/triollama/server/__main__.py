@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 for a refusal that is explained, 2 for options that are none."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if len(dict(options.adapter)) < len(options.adapter):
+        parser.error("argument --adapter: a name is given twice")
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
         format="%(asctime)s %(name)s %(message)s",

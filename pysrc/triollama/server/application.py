@@ -73,6 +73,12 @@ class Server:
         self.limits = Limits() if limits is None else limits
         self.llama = llama
         named = name or Path(llama.model.path).stem or llama.model.metadata.get("general.name", "")
+        if named in (adapters or {}):
+            raise ParameterError(
+                f"the model and an adapter are both called {named!r}: name one otherwise",
+                parameter="adapters",
+                value=adapters,
+            )
         options = {"overflow": "truncate_turns", **(conversation or {})}
         self._chats = None if folder is None else Chats(llama, Path(folder), **options)
         self._service = Service(
