@@ -114,7 +114,9 @@ def test_what_cannot_be_written_is_told_before_the_training(
         (["--adapter", good, "--report", none], "none/x"),
         (["--adapter", good, "--html", none], "none/x"),
         (["--adapter", good, "--csv", str(tmp_path)], "Is a directory"),
-        (["--adapter", str(data)], "would replace what is read"),
+        (["--adapter", str(data)], "which is DATA"),
+        (["--adapter", good, "--report", good], "which is --adapter"),
+        (["--adapter", good, "--checkpoint", good], "which is --adapter"),
         (["--adapter", good, "--validation-limit", "3"], "--validation, which is not given"),
     ):
         assert main([*command, *arguments]) == 1

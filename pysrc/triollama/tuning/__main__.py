@@ -217,20 +217,21 @@ def _dataset(options: argparse.Namespace, seed: int) -> TrainingDataset:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Before hours of training: whether what comes of it can be written, and not in place of what
-    is read. Raises OSError, InvalidSettingError."""
-    read = [one for one in (options.data, options.validation) if one and os.path.exists(one)]
-    for name in ("adapter", "report", "html", "csv"):
+    is read, or of one another. Raises OSError, InvalidSettingError."""
+    given = {"DATA": options.data, "--validation": options.validation, "--model": options.model}
+    taken = {os.path.realpath(path): name for name, path in given.items() if path}
+    for name in ("adapter", "checkpoint", "report", "html", "csv"):
         path = getattr(options, name)
         if path is None:
             continue
-        if os.path.exists(path) and any(os.path.samefile(path, one) for one in read):
+        other = taken.setdefault(os.path.realpath(path), f"--{name}")
+        if other != f"--{name}":
             raise InvalidSettingError(
-                f"--{name} {path} would replace what is read from it",
-                parameter=name,
-                value=path,
+                f"--{name} would replace {path}, which is {other}", parameter=name, value=path
             )
-        with beside(path):
-            pass
+        if name != "checkpoint":  # the run looks after it
+            with beside(path):
+                pass
 
 
 def _train(options: argparse.Namespace) -> None:
