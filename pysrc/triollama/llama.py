@@ -511,8 +511,9 @@ class Llama:
         Onto the file of an autosave of this Llama they are written too, now; it stays a journal,
         and keeps what else it holds.
 
-        Raises StateBusyError where another autosave keeps the path, StateWriteError, also for a
-        path where there is a file that is no state file: what is there stays.
+        Raises StateBusyError where another autosave keeps the path, StateFormatError where two have
+        one id, StateWriteError, also for a path where there is a file that is no state file: what
+        is there stays.
         """
         return await saving.save(self.conversations, path, conversations, format=format, kv=kv)
 

@@ -297,6 +297,22 @@ def test_bad_documents_leave_everything_as_it_was(llama_model: Path, tmp_path: P
     run(main)
 
 
+def test_a_file_that_could_not_be_read_is_not_written(llama_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+
+    async def main() -> None:
+        async with opened(llama_model) as llama:
+            chat = llama.conversation("a", params=GREEDY)
+            await chat.say("Hello")
+            await llama.save(path)
+            before = path.read_bytes()
+            with pytest.raises(StateFormatError, match="there twice"):
+                await llama.save(path, [chat, chat])
+            assert path.read_bytes() == before
+
+    run(main)
+
+
 @pytest.mark.promise("S26")
 def test_a_save_in_mid_turn_takes_the_last_commit(llama_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"

@@ -92,6 +92,11 @@ def test_what_nobody_uses_is_unloaded(tmp_path: Path) -> None:
             chats.unload(trio.current_time() + 1000)
             assert "ann" not in llama.conversations
             assert await kept(served) == ["One", "Hello there."]
+            await served.post("/conversations/ann/fork", {"id": "bob"})
+            await served.post("/conversations/bob/rewind", {"turns": 1})
+            chats.unload(trio.current_time() + 1000)
+            assert len(llama.conversations) == 0
+            assert await kept(served, "bob") == []
 
     trio.run(main)
 

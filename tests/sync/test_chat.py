@@ -17,6 +17,7 @@ from triollama.errors import (
     BusyError,
     ContextFullError,
     ParameterError,
+    StateFormatError,
     StateMismatchError,
     TriollamaError,
     UnsupportedError,
@@ -179,6 +180,17 @@ def test_files_are_the_trio_layer_s(tiny: Any, llama: Llama, tmp_path: Path, for
         llama.restore(theirs, ["c"])
     with pytest.raises(ParameterError, match="no option"):
         llama.restore(theirs, on_cancle="keep")
+
+
+def test_a_file_that_could_not_be_read_is_not_written(llama: Llama, tmp_path: Path) -> None:
+    chat, path = llama.chat("a", max_tokens=3), tmp_path / "chats.json"
+    chat.say("Hello")
+    chat.save(path)
+    before = path.read_bytes()
+    for twice in ([chat, chat], [chat, chat.fork("a")]):
+        with pytest.raises(StateFormatError, match="there twice"):
+            llama.save(path, twice)
+    assert path.read_bytes() == before
 
 
 def test_another_model_s_file(tiny: Any, llama: Llama, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def model_options(function: F) -> F:
     for option in (
         click.option("--gpu-layers", type=int, default=-1, metavar="N",
                      help="Layers on GPUs, if the build has any; default: all."),
-        click.option("--threads", type=int, metavar="N", help="Default: all processors."),
+        click.option("--threads", type=int, metavar="N",
+                     help="Default: all processors, at most 16."),
         click.option("--ctx", type=int, metavar="N",
                      help="Tokens of the context; default: the model's, at most 4096."),
         click.option("--model", "-m", metavar="MODEL", envvar="TRIOLLAMA_MODEL",

@@ -68,6 +68,8 @@ def encode(document: Saved, format: Format = "json") -> bytes:
             value=format,
         )
     check_kind("document", document, Saved)
+    if isinstance(document, Document):
+        _check_ids(document)
     return _sign(encode_part(document, format), format)
 
 
@@ -322,18 +324,24 @@ def _check_nesting(value: Any, place: str, path: str, depth: int = 0) -> None:
         raise StateFormatError(f"{value} is no number to keep", place=place, path=path)
 
 
+def _check_ids(document: Document, path: str = "", place: str = "$") -> None:
+    seen: set[str] = set()
+    for at, conversation in enumerate(document.conversations):
+        if conversation.id in seen:
+            raise StateFormatError(
+                f"the id {conversation.id!r} is there twice",
+                place=f"{place}.conversations[{at}].id",
+                path=path,
+            )
+        seen.add(conversation.id)
+
+
 def check(saved: Saved, path: str = "", place: str = "$") -> None:
     """What types cannot say. Raises StateFormatError."""
     if isinstance(saved, Document):
-        seen: set[str] = set()
+        _check_ids(saved, path, place)
         for at, conversation in enumerate(saved.conversations):
-            where = f"{place}.conversations[{at}]"
-            if conversation.id in seen:
-                raise StateFormatError(
-                    f"the id {conversation.id!r} is there twice", place=f"{where}.id", path=path
-                )
-            seen.add(conversation.id)
-            check(conversation, path, where)
+            check(conversation, path, f"{place}.conversations[{at}]")
     elif isinstance(saved, SavedConversation):
         n = sum(saved.batches)
         if n > len(saved.tokens):

@@ -89,9 +89,9 @@ class Chats:
             if not self._users[id]:
                 del self._users[id]
                 left = self._llama.conversations
-                if id in left and left[id].n_turns:
+                if id in left and (left[id].n_turns or left[id].parent):
                     self._left[id] = trio.current_time()
-                elif id in left and not left[id].parent:
+                elif id in left:
                     left[id].delete()
 
     async def _wake(self, id: str, begin: Sequence[Mapping[str, Any]] | None) -> Conversation:

@@ -352,8 +352,9 @@ class Llama:
         """Save conversations as of their last commits, atomically, in a file that
         :meth:`triollama.Llama.restore` reads too.
 
-        Raises StateBusyError where an autosave keeps the path, StateWriteError, also for a path
-        where there is a file that is no state file: what is there stays.
+        Raises StateBusyError where an autosave keeps the path, StateFormatError where two have one
+        id, StateWriteError, also for a path where there is a file that is no state file: what is
+        there stays.
         """
         return self._conversations().save(path, conversations, format)
 
