@@ -16,7 +16,7 @@ from .asked import chosen_tools, fields_of, params_of, split, text_content
 from .events import Events, event
 from .faults import Fault
 from .http import Reply, Request
-from .service import Ask, Lora, Service, text_of
+from .service import Ask, Lora, Service
 
 __all__ = ["Anthropic"]
 
@@ -247,7 +247,7 @@ class _Blocks:
             await self._delta(b'{"type":"thinking_delta","thinking":%b}' % thought)
         if piece.text:
             await self._begin("text", {"type": "text", "text": ""})
-            await self._delta(b'{"type":"text_delta","text":%b}' % text_of(piece))
+            await self._delta(b'{"type":"text_delta","text":%b}' % msgspec.json.encode(piece.text))
 
     async def call(self, call: ToolCall) -> None:
         """A whole call."""

@@ -14,7 +14,7 @@ from ..results import Completion, TokenLogprob, ToolCall, Usage
 from ..streams.stream import Piece, Stream
 from .events import Events, event
 from .http import Reply
-from .service import Ask, Service, text_of
+from .service import Ask, Service
 
 __all__ = ["ChatWriter", "TextWriter", "answer", "calls_of", "logprob_of"]
 
@@ -96,7 +96,7 @@ class ChatWriter:
         if piece.logprobs is not None:
             content = [logprob_of(self._service, one) for one in piece.logprobs]
             logprobs = msgspec.json.encode({"content": content, "refusal": None})
-        delta = b'"content":' + text_of(piece)
+        delta = b'"content":' + msgspec.json.encode(piece.text)
         if piece.reasoning:
             more = b"," + delta if piece.text else b""
             delta = b'"reasoning_content":' + msgspec.json.encode(piece.reasoning) + more
@@ -144,7 +144,7 @@ class TextWriter:
         if piece.logprobs is not None:
             logprobs = msgspec.json.encode(self._logprobs(index, piece.logprobs))
         return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (
-            index, text_of(piece), logprobs,
+            index, msgspec.json.encode(piece.text), logprobs,
         )  # fmt: skip
 
     def last(self, index: int, stream: Stream) -> dict[str, Any]:
@@ -193,13 +193,11 @@ async def answer(
         }
         await reply.send(200, msgspec.json.encode(body), "application/json")
         return
-    head = msgspec.json.encode({**writer.head, "object": writer.kinds[1]})[:-1]
-    tail = b',"usage":null}' if counting else b"}"
+    head = msgspec.json.encode({**writer.head, "object": writer.kinds[1]})[:-1] + b',"choices":['
+    tail = b'],"usage":null}' if counting else b"]}"
+    before, after = event(head + b"\0" + tail).split(b"\0")  # of a piece; JSON has no NUL
     usages: dict[int, Usage] = {}
     events: Events | None = None
-
-    def chunk(choice: bytes) -> bytes:
-        return event(head + b',"choices":[' + choice + b"]" + tail)
 
     async def one(index: int, ask: Ask) -> None:
         nonlocal events
@@ -207,12 +205,13 @@ async def answer(
             if events is None:  # a stream that cannot begin has a status of its own
                 events = Events(reply, shared=len(asks) > 1)
             out = events
-            await out.write(b"".join(chunk(msgspec.json.encode(c)) for c in writer.first(index)))
+            begun = [before + msgspec.json.encode(one) + after for one in writer.first(index)]
+            await out.write(b"".join(begun))
             async for piece in pieces:
-                await out.write(chunk(writer.piece(index, piece)))
+                await out.write(before + writer.piece(index, piece) + after)
             service.ended(pieces)
             usages[index] = pieces.usage
-            data = chunk(msgspec.json.encode(writer.last(index, pieces)))
+            data = before + msgspec.json.encode(writer.last(index, pieces)) + after
             if len(usages) == len(asks):
                 data += the_end()
             await out.write(data)
@@ -221,7 +220,7 @@ async def answer(
         counts = b""
         if counting:
             total = usage_of([usages[i] for i in range(len(asks))], firsts)
-            counts = event(head + b',"choices":[],"usage":' + msgspec.json.encode(total) + b"}")
+            counts = event(head + b'],"usage":' + msgspec.json.encode(total) + b"}")
         return counts + event(b"[DONE]")
 
     if len(asks) == 1:

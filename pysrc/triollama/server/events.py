@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 import trio
 
@@ -21,16 +23,14 @@ class Events:
 
     def __init__(self, reply: Reply, *, shared: bool = False, headers: Headers = ()) -> None:
         self._reply = reply
-        self._lock = trio.Lock() if shared else None
+        self._lock = trio.Lock()
+        self.write: Callable[[bytes], Awaitable[None]] = self._in_turn if shared else reply.write
+        """Some events."""
         reply.begin("text/event-stream", [("cache-control", "no-cache"), *headers])
 
-    async def write(self, data: bytes) -> None:
-        """Some events."""
-        if self._lock is None:
+    async def _in_turn(self, data: bytes) -> None:
+        async with self._lock:
             await self._reply.write(data)
-        else:
-            async with self._lock:
-                await self._reply.write(data)
 
     async def put(self, value: object, name: str = "") -> None:
         """One event, of a value as JSON."""

@@ -153,14 +153,6 @@ class Reply:
                 self._unsent += b"%x\r\n%b\r\n" % (len(data), data)
             else:
                 self._unsent += self._connection.pack(h11.Data(data=data))
-        await self._flush()
-
-    async def end(self) -> None:
-        """The whole body was written."""
-        self._unsent += self._connection.pack(h11.EndOfMessage())
-        await self._flush()
-
-    async def _flush(self) -> None:
         if self._unsent:
             await trio.lowlevel.checkpoint_if_cancelled()  # all of it waits then
             data, self._unsent = self._connection.send_now(self._unsent), b""
@@ -171,6 +163,11 @@ class Reply:
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     raise GoneError from None
                 self._sending = False
+
+    async def end(self) -> None:
+        """The whole body was written."""
+        self._unsent += self._connection.pack(h11.EndOfMessage())
+        await self.write(b"")
 
     @property
     def is_torn(self) -> bool:

@@ -21,7 +21,7 @@ from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
 from ..params import MAX_SEED, GenerationParams
 from ..results import Completion
-from ..streams.stream import Piece, Stream
+from ..streams.stream import Stream
 from .chats import Chats
 from .faults import Fault
 from .http import Limits
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..conversation.conversation import Conversation
     from ..llama import Llama
 
-__all__ = ["Ask", "Lora", "Service", "bound_by_tools", "text_of"]
+__all__ = ["Ask", "Lora", "Service", "bound_by_tools"]
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -260,8 +260,3 @@ def bound_by_tools(
     if box is not None and choice == "required":
         raise Fault(400, "this model writes calls in a way unknown here", param="tool_choice")
     return params, None
-
-
-def text_of(piece: Piece) -> bytes:
-    """A piece's text as JSON."""
-    return msgspec.json.encode(piece.text)
