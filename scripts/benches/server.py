@@ -23,7 +23,7 @@ from ._harness import Figure, Options, Pairs
 from ._upstream import server_program
 from .streams import N_GEN, N_PROMPT, PARAMS, THREADS, prompt, serving
 
-CLIENTS = {1: 15, 8: 25, 16: 15}
+CLIENTS = {1: 41, 8: 25, 16: 15}
 """Numbers of clients, and repeats of each beside the library, which is close."""
 REPEATS = 7
 """Beside other servers."""
