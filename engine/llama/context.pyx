@@ -1,4 +1,6 @@
 """The context: a model's working memory, and the calls that compute."""
+from pathlib import Path
+
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
 from kv cimport line_up, settle, why_no_shift
@@ -62,11 +64,17 @@ cdef int _MAX_CTX = 2**28
 
 
 def default_threads() -> int:
-    """Threads used unless told otherwise: the processors this process may run on, at most 16."""
+    """Threads used unless told otherwise: the processors this process may run on, no more than its
+    container's quota pays for, at most 16."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:
         count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, int(quota) // int(period))
+    except (OSError, ValueError):  # no container, or one without a quota: "max"
+        pass
     return max(1, min(count, 16))
 
 

@@ -82,7 +82,8 @@ class open_llama(Serving):
         QueueFullError at once ("raise"), as a server that answers "too many" wants it.
     deterministic: each stream's tokens are the same as if it ran alone, whatever runs beside it
         (docs/kv.md; Linux, on the CPU).
-    threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
+    threads, batch_threads: for single tokens and for prompts; None is the processors that it may
+        use, at most 16.
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
     type_k, type_v: cache types, see :class:`triollama._engine.Context`.
     prompt_budget: time that prompts may take of a step beside running streams, in ordinary steps,

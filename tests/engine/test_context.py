@@ -7,11 +7,12 @@ import os
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from triollama import _engine
-from triollama._engine import Batch, Context, Model
+from triollama._engine import Batch, Context, Model, default_threads
 from triollama.errors import (
     BusyError,
     ContextFullError,
@@ -267,6 +268,25 @@ def test_causal_attention_matters(context):
         decode(context, [40] * 17, pos=10)
 
 
+@pytest.mark.parametrize(
+    ("said", "n"),
+    [("150000 100000", 1), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8), ("", 8)],
+)
+def test_no_more_threads_than_a_quota_pays_for(monkeypatch, said, n):
+    asked = []
+
+    def read(path, **_):
+        asked.append(str(path))
+        if not said:
+            raise FileNotFoundError(path)
+        return said + "\n"
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert default_threads() == n
+    assert asked == ["/sys/fs/cgroup/cpu.max"]
+
+
 def test_threads_can_change(context):
     context.set_threads(2)
     assert (context.n_threads, context.n_threads_batch) == (2, 1)
@@ -497,7 +517,7 @@ limited = pytest.mark.skipif(
 )
 SHORT_OF_MEMORY = """
     import logging, resource, sys
-    from triollama._engine import Batch, Context, Model
+    from triollama._engine import Batch, Context, Model, default_threads
     from triollama.errors import DecodeError, EngineError, OutOfMemoryError
 
     def decode(context, n, output="last"):

@@ -43,7 +43,7 @@ def model_options(function: F) -> F:
         click.option("--gpu-layers", type=int, default=-1, metavar="N",
                      help="Layers on GPUs, if the build has any; default: all."),
         click.option("--threads", type=int, metavar="N",
-                     help="Default: all processors, at most 16."),
+                     help="Default: the processors it may use, at most 16."),
         click.option("--ctx", type=int, metavar="N",
                      help="Tokens of the context; default: the model's, at most 4096."),
         click.option("--model", "-m", metavar="MODEL", envvar="TRIOLLAMA_MODEL",

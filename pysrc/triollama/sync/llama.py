@@ -46,7 +46,8 @@ class Llama:
     n_ctx: tokens the context holds, prompt and generated together. None: 4096, or what the model
         was trained for where that is less.
     n_batch, n_ubatch: most tokens of a prompt submitted, and computed, at once.
-    threads, batch_threads: for single tokens and for prompts; None is all processors, at most 16.
+    threads, batch_threads: for single tokens and for prompts; None is the processors that it may
+        use, at most 16.
     n_gpu_layers: -1 puts all layers on GPUs, if the build has a GPU backend.
     reuse: a prompt begins with what the last call left of the same beginning, if that is 16 tokens
         or more; ``usage`` tells how much (``cached_tokens``). What follows is then computed in
