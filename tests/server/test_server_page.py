@@ -78,9 +78,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def url(tiny: Any) -> Iterator[str]:
-    """Of a server with the page."""
+    """Of a server with the page: of a model slow enough that an answer can be stopped."""
+    model = tiny("llama", n_layer=16, n_embd=512, n_head=8, n_head_kv=8)
     command = [
-        sys.executable, "-m", "triollama.server", str(tiny("llama")), "--web", "--port", "0",
+        sys.executable, "-m", "triollama.server", str(model), "--web", "--port", "0",
         "--threads", "1", "--n-ctx", "2048", "--params", '{"ignore_eos": true, "seed": 1}',
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
