@@ -122,7 +122,7 @@ void multiply_by_tiles(const uint8_t * panels, int64_t n_blocks, const uint8_t *
     }
 }
 
-template <int T = 0> void fill_tiles(Kernel & kernel) {
+template <int T = 0> constexpr void fill_tiles(Kernel & kernel) {
     if constexpr (T < n_types) {
         if constexpr (!is_float(shapes[T])) {
             kernel.multiply[T][3] = multiply_by_tiles<Type(T), 8>;
@@ -133,20 +133,15 @@ template <int T = 0> void fill_tiles(Kernel & kernel) {
     }
 }
 
-bool available() { return avx512_kernel().available() && tiles_are_granted(); }
+constexpr Kernel with_tiles() {
+    Kernel made = { "amx", processor::tiles | avx512_needs, nullptr, {}, {}, {} };
+    fill_tiles(made);
+    return made;
+}
 
 }  // namespace
 
-const Kernel & amx_kernel() {
-    static const Kernel kernel = [] {
-        Kernel made = avx512_kernel();
-        made.name = "amx";
-        made.available = available;
-        fill_tiles(made);
-        return made;
-    }();
-    return kernel;
-}
+constexpr Kernel amx_tiles = with_tiles();
 
 }  // namespace triollama::native::kernels
 #endif

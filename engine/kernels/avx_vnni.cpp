@@ -2,7 +2,6 @@
 
 #if TRIOLLAMA_X86_KERNELS
 #include "kernels/avx2.hpp"
-#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 namespace triollama::native::kernels {
@@ -16,19 +15,7 @@ struct AvxVnni : Avx2 {
 
 }  // namespace
 
-static bool available() {
-    return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-}
-
-const Kernel & avx_vnni_kernel() {
-    static constexpr Kernel kernel = [] {
-        Kernel made = { "avx-vnni", available, AvxVnni::quantize, {}, {}, attend_with<AvxVnni>() };
-        fill<AvxVnni>(made);
-        return made;
-    }();
-    return kernel;
-}
+constexpr Kernel avx_vnni_kernel = kernel_of<AvxVnni>("avx-vnni", processor::avx2 | processor::avx_vnni);
 
 }  // namespace triollama::native::kernels
 #endif

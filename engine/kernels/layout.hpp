@@ -149,16 +149,18 @@ struct Row {
     float *       out;
 };
 
+// Panels behind one another with tiles of one of `sizes` behind one another: columns [first, last), of which all but the last
+// panel's are whole. `scratch` has room for scratch_bytes.
+using Multiply = void (*)(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
+                          int64_t first, int64_t last, uint8_t * scratch);
+
 // What an instruction set gives. All fill and read the same layouts, and round alike.
 struct Kernel {
     const char * name;
-    bool (*available)();
+    unsigned     needs;          // of processor.hpp
     // 32 values to whole numbers in [-127, 127] and their scale; sums of both halves.
     void (*quantize)(const float * x, int8_t * q, float * scale, int32_t sums[2]);
-    // Panels behind one another with tiles of one of `sizes` behind one another: columns [first, last), of which all but the
-    // last panel's are whole. `scratch` has room for scratch_bytes.
-    void (*multiply[n_types][n_sizes])(const uint8_t * panels, int64_t n_blocks, const uint8_t * tiles, const Row * rows, int64_t n_rows,
-                                       int64_t first, int64_t last, uint8_t * scratch);
+    Multiply multiply[n_types][n_sizes];
     bool whole_tiles[n_types];   // it wants more rows than a tile has in whole ones, which zeros fill up
     Attend attend;
 };

@@ -3,6 +3,7 @@
 // mixes none of them up.
 #pragma once
 
+#include "kernels/attend.hpp"
 #include "kernels/layout.hpp"
 
 #include <cstring>
@@ -304,7 +305,6 @@ template <class V, int T, int R> constexpr auto multiply_of() {
     }
 }
 
-// Fills the table of a kernel.
 template <class V, int T = 0> constexpr void fill(Kernel & kernel) {
     if constexpr (T < n_types) {
         kernel.multiply[T][0] = multiply_of<V, T, 1>();
@@ -314,6 +314,12 @@ template <class V, int T = 0> constexpr void fill(Kernel & kernel) {
         kernel.multiply[T][4] = multiply_of<V, T, 16>();
         fill<V, T + 1>(kernel);
     }
+}
+
+template <class V> constexpr Kernel kernel_of(const char * name, unsigned needs) {
+    Kernel made = { name, needs, V::quantize, {}, {}, attend_with<V>() };
+    fill<V>(made);
+    return made;
 }
 
 }  // namespace

@@ -2,13 +2,9 @@
 #include "kernels/sets.hpp"
 
 #if TRIOLLAMA_ARM_KERNELS
-#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 
 #include <arm_neon.h>
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 namespace triollama::native::kernels {
 
@@ -97,27 +93,9 @@ struct Neon {
     }
 };
 
-bool available() {
-#if defined(__APPLE__)
-    return true;   // every processor of theirs
-#elif defined(__linux__)
-    constexpr unsigned long dot_products = 1ul << 20;   // HWCAP_ASIMDDP
-    return getauxval(AT_HWCAP) & dot_products;
-#else
-    return false;
-#endif
-}
-
 }  // namespace
 
-const Kernel & neon_kernel() {
-    static constexpr Kernel kernel = [] {
-        Kernel made = { "neon", available, Neon::quantize, {}, {}, attend_with<Neon>() };
-        fill<Neon>(made);
-        return made;
-    }();
-    return kernel;
-}
+constexpr Kernel neon_kernel = kernel_of<Neon>("neon", processor::dot_products);
 
 }  // namespace triollama::native::kernels
 #endif

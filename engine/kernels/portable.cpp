@@ -1,5 +1,4 @@
 // The same arithmetic without vectors: what the others are compared with, and what runs where none of them can.
-#include "kernels/attend.hpp"
 #include "kernels/multiply.hpp"
 #include "kernels/sets.hpp"
 
@@ -112,17 +111,8 @@ struct Portable {
     }
 };
 
-bool available() { return true; }
-
 }  // namespace
 
-const Kernel & portable_kernel() {
-    static constexpr Kernel kernel = [] {
-        Kernel made = { "portable", available, Portable::quantize, {}, {}, attend_with<Portable>() };
-        fill<Portable>(made);
-        return made;
-    }();
-    return kernel;
-}
+constexpr Kernel portable_kernel = kernel_of<Portable>("portable", 0);
 
 }  // namespace triollama::native::kernels

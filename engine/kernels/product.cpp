@@ -115,18 +115,38 @@ struct Product::Group {
     }
 };
 
+#if TRIOLLAMA_X86_KERNELS
+static Kernel with_tiles() {
+    Kernel made = avx512_kernel;
+    made.name = amx_tiles.name;
+    made.needs = amx_tiles.needs;
+    for (int type = 0; type < n_types; ++type) {
+        made.whole_tiles[type] = amx_tiles.whole_tiles[type];
+        for (int size = 0; size < n_sizes; ++size) {
+            if (const Multiply multiply = amx_tiles.multiply[type][size]) {
+                made.multiply[type][size] = multiply;
+            }
+        }
+    }
+    return made;
+}
+#endif
+
 const std::vector<const Kernel *> & available_kernels() {
     static const std::vector<const Kernel *> kernels = [] {
         std::vector<const Kernel *> found;
+#if TRIOLLAMA_X86_KERNELS
+        static const Kernel amx_kernel = with_tiles();
+#endif
         for (const Kernel * kernel : {
 #if TRIOLLAMA_X86_KERNELS
-                 &amx_kernel(), &avx512_kernel(), &avx_vnni_kernel(), &avx2_kernel(),
+                 &amx_kernel, &avx512_kernel, &avx_vnni_kernel, &avx2_kernel,
 #endif
 #if TRIOLLAMA_ARM_KERNELS
-                 &neon_kernel(),
+                 &neon_kernel,
 #endif
-                 &portable_kernel() }) {
-            if (kernel->available()) {
+                 &portable_kernel }) {
+            if (processor::has(kernel->needs)) {
                 found.push_back(kernel);
             }
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/layout.hpp"
+#include "kernels/processor.hpp"
 
 #include <cstdint>
 #include <cstring>
@@ -17,15 +18,16 @@ namespace triollama::native::kernels {
 
 // Their bits are those of the portable one, proven where it is said by product_check.cpp and attention_check.cpp, and for
 // whole models by test_kernels.py.
-const Kernel & portable_kernel();
+extern const Kernel portable_kernel;
 #if TRIOLLAMA_X86_KERNELS
-const Kernel & avx2_kernel();       // Intel Xeon, family 6, model 207, as the next three
-const Kernel & avx_vnni_kernel();
-const Kernel & avx512_kernel();
-const Kernel & amx_kernel();
+extern const Kernel avx2_kernel;        // Intel Xeon, family 6, model 207, as the next three
+extern const Kernel avx_vnni_kernel;
+extern const Kernel avx512_kernel;
+extern const Kernel amx_tiles;          // what it leaves out is as in avx512_kernel
+constexpr unsigned avx512_needs = processor::avx2 | processor::avx512 | processor::avx512_vnni;
 #endif
 #if TRIOLLAMA_ARM_KERNELS
-const Kernel & neon_kernel();       // under emulation (QEMU), and no whole model
+extern const Kernel neon_kernel;        // under emulation (QEMU), and no whole model
 #endif
 
 namespace {

@@ -6,10 +6,6 @@
 
 #include <cstdint>
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 // Included where it is compiled for an instruction set, too: nothing may leave the file.
 namespace triollama::native {
 namespace {
@@ -47,20 +43,6 @@ private:
     };
     Config before;
 };
-
-// Linux grants tiles to a process that asks.
-[[maybe_unused]] inline bool tiles_are_granted() {
-    static const bool granted = [] {
-        unsigned a, b, c, d;
-        constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;   // BF16, tiles, INT8: a hypervisor may hide any
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) {
-            return false;
-        }
-        constexpr int request_permission = 0x1023, tile_data = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    }();
-    return granted;
-}
 
 }  // namespace
 }  // namespace triollama::native

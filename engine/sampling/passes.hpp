@@ -25,11 +25,10 @@ struct Passes {
     void (*reward)(const float * x, const float * weights, int32_t n, float total, float target, float * out);
 };
 
-const Passes & baseline_passes();
+extern const Passes baseline_passes;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TRIOLLAMA_X86_PASSES 1
-const Passes * avx2_passes();       // null where the processor lacks it
-const Passes * avx512_passes();
+extern const Passes avx2_passes, avx512_passes;     // for processors that have it
 #endif
 
 }  // namespace triollama::native

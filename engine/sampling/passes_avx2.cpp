@@ -6,7 +6,7 @@
 
 namespace triollama::native {
 
-const Passes * avx2_passes() { return __builtin_cpu_supports("avx2") ? &passes : nullptr; }
+constexpr Passes avx2_passes = passes;
 
 }  // namespace triollama::native
 

@@ -6,7 +6,7 @@
 
 namespace triollama::native {
 
-const Passes * avx512_passes() { return __builtin_cpu_supports("avx512f") ? &passes : nullptr; }
+constexpr Passes avx512_passes = passes;
 
 }  // namespace triollama::native
 

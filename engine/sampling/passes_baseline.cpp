@@ -2,6 +2,6 @@
 
 namespace triollama::native {
 
-const Passes & baseline_passes() { return passes; }
+constexpr Passes baseline_passes = passes;
 
 }  // namespace triollama::native

@@ -1,4 +1,5 @@
 #include "sampling/passes.hpp"
+#include "kernels/processor.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -13,13 +14,14 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 const Passes & widest_passes() {
 #if TRIOLLAMA_X86_PASSES
-    for (const Passes * some : { avx512_passes(), avx2_passes() }) {
-        if (some) {
-            return *some;
-        }
+    if (processor::has(processor::avx512)) {
+        return avx512_passes;
+    }
+    if (processor::has(processor::avx2)) {
+        return avx2_passes;
     }
 #endif
-    return baseline_passes();
+    return baseline_passes;
 }
 
 // Asked while the extension is loaded: a child could be forked in the middle of a first call.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "ggml.h"
+#include "kernels/processor.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -44,7 +45,7 @@ struct Kernel {
     int64_t k_step;       // k is padded to a multiple with zeros
     int64_t lanes;        // of the vectors
     int64_t group;        // rows of L side by side: see group_of; 0: one after the other
-    bool (*works)();      // on this processor
+    unsigned needs;       // of processor.hpp
     ggml_to_float_t (*dequantizer)(ggml_type type);   // null for F32
     // Values [first, first + n) of i and all k into as many panels as that takes, each `panel_bytes` after the last.
     void (*pack)(const Right & right, int64_t first, int64_t n, char * panels, size_t panel_bytes, float * buffer);

@@ -6,16 +6,8 @@
 
 namespace triollama::native::panels {
 
-namespace {
-
-bool works() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-}  // namespace
-
 const Kernel avx2_panels = {
-    vector_i, sizeof(float), 1, lanes, rows_at_once, works, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
+    vector_i, sizeof(float), 1, lanes, rows_at_once, processor::avx2, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
 };
 
 }  // namespace triollama::native::panels

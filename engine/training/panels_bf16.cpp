@@ -150,10 +150,7 @@ void round_row(const float * values, char * to, int64_t n) {
     }
 }
 
-bool has_dots() {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+constexpr unsigned dots_need = processor::avx2 | processor::avx512 | processor::avx512_bf16;
 
 #if TRIOLLAMA_HAS_TILES
 
@@ -201,10 +198,10 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
 
 }  // namespace
 
-const Kernel dot_panels = { tile_i, 2, tile_k, 16, 0, has_dots, dequantizer, pack_tiles, multiply_dots, nullptr, round_row };
+const Kernel dot_panels = { tile_i, 2, tile_k, 16, 0, dots_need, dequantizer, pack_tiles, multiply_dots, nullptr, round_row };
 
 #if TRIOLLAMA_HAS_TILES
-const Kernel tile_panels = { tile_i, 2, tile_k, 16, 0, has_dots, dequantizer, pack_tiles, multiply_tiles, nullptr, round_row };
+const Kernel tile_panels = { tile_i, 2, tile_k, 16, 0, dots_need | processor::tiles, dequantizer, pack_tiles, multiply_tiles, nullptr, round_row };
 #endif
 
 }  // namespace triollama::native::panels

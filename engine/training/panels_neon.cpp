@@ -6,16 +6,8 @@
 
 namespace triollama::native::panels {
 
-namespace {
-
-bool works() {
-    return true;
-}
-
-}  // namespace
-
 const Kernel neon_panels = {
-    vector_i, sizeof(float), 1, lanes, rows_at_once, works, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
+    vector_i, sizeof(float), 1, lanes, rows_at_once, 0, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
 };
 
 }  // namespace triollama::native::panels

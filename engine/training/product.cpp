@@ -1,5 +1,6 @@
 #include "training/product.hpp"
 
+#include "kernels/processor.hpp"
 #include "kernels/tiles.hpp"
 #include "training/panels.hpp"
 
@@ -21,7 +22,7 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 // The first that works here, or null.
 const Kernel * first_of(std::initializer_list<const Kernel *> kernels) {
     for (const Kernel * kernel : kernels) {
-        if (kernel->works()) {
+        if (processor::has(kernel->needs)) {
             return kernel;
         }
     }
@@ -38,7 +39,7 @@ const Kernel * const vector_panels = first_of({ &panels::neon_panels }), * const
 const Kernel * const vector_panels = nullptr, * const dot_panels = nullptr;
 #endif
 #if TRIOLLAMA_X86_PANELS && TRIOLLAMA_HAS_TILES
-const Kernel * const tile_panels = tiles_are_granted() ? first_of({ &panels::tile_panels }) : nullptr;
+const Kernel * const tile_panels = first_of({ &panels::tile_panels });
 #else
 const Kernel * const tile_panels = nullptr;
 #endif

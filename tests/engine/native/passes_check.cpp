@@ -1,4 +1,5 @@
 // The sampler's passes over random rows: every instruction set gives the same bytes. Prints how many.
+#include "kernels/processor.hpp"
 #include "sampling/passes.hpp"
 
 #include <cmath>
@@ -38,12 +39,13 @@ static std::vector<char> all_of(const Passes & passes, const std::vector<float> 
 }
 
 int main() {
-    std::vector<const Passes *> sets = { &baseline_passes() };
+    std::vector<const Passes *> sets = { &baseline_passes };
 #if TRIOLLAMA_X86_PASSES
-    for (const Passes * some : { avx2_passes(), avx512_passes() }) {
-        if (some) {
-            sets.push_back(some);
-        }
+    if (processor::has(processor::avx2)) {
+        sets.push_back(&avx2_passes);
+    }
+    if (processor::has(processor::avx512)) {
+        sets.push_back(&avx512_passes);
     }
 #endif
     std::mt19937 rng(1);
