@@ -108,20 +108,24 @@ struct Standing {
 };
 
 // How long a thread turns before it yields again. Each yield gives a slice of its due away, and to a program that never
-// waits a whole one, whatever its priority; so who finds nobody there asks less often. Someone who ran, and may wait as
-// we do, is met with yields in a row.
+// waits all until the next tick, whatever its priority; so who finds nobody there asks less often, and who finds such a
+// program seldom. Someone who ran, and waits as we do, is met with yields in a row.
 class Pause {
 public:
     microseconds length() const { return pause; }
 
-    // A yield was so long.
-    void saw(Clock::duration yield) {
-        pause = yield > OTHERS ? microseconds(0) : std::min(LONGEST, std::max(microseconds(2), 2 * pause));
+    // A yield was so long. Whether somebody ran in it.
+    bool saw(Clock::duration yield) {
+        pause = yield > NEVER_WAITS ? LONGEST
+              : yield > OTHERS      ? microseconds(0)
+                                    : std::min(LONGEST, std::max(microseconds(2), 2 * pause));
+        return yield > OTHERS;
     }
 
 private:
-    static constexpr microseconds OTHERS{10};   // somebody ran in it
-    static constexpr microseconds LONGEST{50};
+    static constexpr microseconds OTHERS{10};
+    static constexpr microseconds NEVER_WAITS{500};
+    static constexpr microseconds LONGEST{200};
 
     microseconds pause{0};
 };
@@ -140,6 +144,8 @@ void turn() {
 }
 
 const Patience patience;
+
+void came_back();   // this thread, after others may have had its core
 
 // A number that threads wait on.
 class Signal {
@@ -171,7 +177,9 @@ public:
             const auto before = time;
             sched_yield();
             time = Clock::now();
-            pause_of_thread.saw(time - before);
+            if (pause_of_thread.saw(time - before)) {
+                came_back();
+            }
             if (now() != old) {
                 return true;
             }
@@ -186,6 +194,7 @@ public:
             in_time = result == 0 || errno != ETIMEDOUT;
         }
         sleepers.fetch_sub(1, std::memory_order_relaxed);
+        came_back();
         return now() != old;
     }
 
@@ -231,7 +240,7 @@ struct alignas(64) Worker {
 // done may still be looking at it.
 class Crew {
 public:
-    explicit Crew(const Standing & standing) : standing(standing) {}
+    explicit Crew(const Standing & standing) : standing(standing), seats(1) {}
 
     const Standing standing;        // of all of its threads
     void run(unsigned n, void (*work)(void *), void * data);
@@ -239,6 +248,7 @@ public:
     bool single(unsigned & seen);
     bool loop_begin(unsigned & seen, long first, long last, long step, long chunk, Chunk & mine);
     bool loop_next(Chunk & mine);
+    void spread(unsigned rank);
     void retire();          // while nobody runs it
     unsigned size = 1;
 
@@ -249,6 +259,7 @@ private:
     void (*work)(void *) = nullptr;
     void * data = nullptr;
     std::deque<Worker> workers;     // they stay where they are
+    std::deque<std::atomic<int>> seats;     // by rank: the core where a thread was last seen
     alignas(64) std::atomic<uint32_t> arrived{0};
     alignas(64) Signal passed;      // how many barriers
     alignas(64) std::atomic<uint32_t> busy{0};
@@ -337,6 +348,7 @@ void Crew::serve(Worker & worker) {
         }
         worker.state.wait(idle + Worker::CLAIMED);
         member = {this, true, worker.rank, 0, 0};
+        spread(worker.rank);
         work(data);
         member = {};
         const uint32_t runs = finished.now();
@@ -351,6 +363,7 @@ void Crew::run(unsigned n, void (*work_)(void *), void * data_) {
         workers.emplace_back();
         workers.back().rank = (unsigned) workers.size();
         workers.back().state.set(Worker::RETIRED);
+        seats.emplace_back(-1);
     }
     unsigned found = 0;
     while (found + 1 < n && claim(workers[found])) {
@@ -362,6 +375,7 @@ void Crew::run(unsigned n, void (*work_)(void *), void * data_) {
     }
     const bool within = member.active;
     size = found + 1;
+    seats[0].store(sched_getcpu(), std::memory_order_relaxed);
     work = work_;
     data = data_;
     singles.store(0, std::memory_order_relaxed);
@@ -386,6 +400,41 @@ void Crew::run(unsigned n, void (*work_)(void *), void * data_) {
     }
     if (found > 0) {
         finished.wait(runs);
+    }
+}
+
+// Threads that wait for each other gain nothing from a core together, and Linux brings them together: it wakes a thread
+// where who wakes it runs, and finds two of them on one core, beside a program that never waits on the other, in balance. So
+// who comes back to a core where another one was seen leaves it, and may then be anywhere again. The caller's thread is not
+// ours to move.
+void Crew::spread(unsigned rank) {
+    const int here = sched_getcpu();
+    seats[rank].store(here, std::memory_order_relaxed);
+    if (rank == 0) {
+        return;
+    }
+    cpu_set_t all, taken, free;
+    CPU_ZERO(&taken);
+    for (unsigned other = 0; other < size; other++) {
+        const int core = seats[other].load(std::memory_order_relaxed);
+        if (other != rank && core >= 0) {
+            CPU_SET(core, &taken);
+        }
+    }
+    if (!CPU_ISSET(here, &taken) || sched_getaffinity(0, sizeof all, &all) != 0) {
+        return;
+    }
+    CPU_AND(&taken, &all, &taken);
+    CPU_XOR(&free, &all, &taken);
+    if (sched_setaffinity(0, sizeof free, &free) == 0) {    // refused where none is free
+        seats[rank].store(sched_getcpu(), std::memory_order_relaxed);
+        sched_setaffinity(0, sizeof all, &all);
+    }
+}
+
+void came_back() {
+    if (member.crew) {
+        member.crew->spread(member.rank);
     }
 }
 

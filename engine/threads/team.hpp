@@ -5,7 +5,8 @@
 // waiting thread here turns for some microseconds, then offers its core to whoever else could run, again and again, and
 // sleeps only after a millisecond or two. Alone nobody takes the offer, and nobody pays for waking a sleeper or a core;
 // beside another program no time slice is spent on waiting for a thread that is not running. An offer costs who makes it,
-// though, and most beside a program that never waits itself: so offers become rare while nobody takes them.
+// though, and most beside a program that never waits itself: so offers become rare while nobody takes them, or such a one
+// does. And threads of one computation keep to different cores.
 //
 // gomp.cpp calls it for ggml, openmp.hpp for the rest of the engine. Functions that ask are of the calling thread.
 #pragma once

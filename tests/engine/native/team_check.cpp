@@ -183,6 +183,32 @@ static void urgent() {
     check_now("and others stay so");
 }
 
+// A helper that was brought to its caller's core has left it when they work again.
+static void apart() {
+    cpu_set_t all, one;
+    sched_getaffinity(0, sizeof all, &all);
+    int together = 0;
+    for (int i = 0; i < 20 && CPU_COUNT(&all) > 1; i++) {
+        int cores[2] = {};
+        #pragma omp parallel num_threads(2)
+        {
+            cores[omp_get_thread_num()] = sched_getcpu();
+            #pragma omp barrier
+            if (omp_get_thread_num() == 1) {
+                CPU_ZERO(&one);
+                CPU_SET(cores[0], &one);
+                sched_setaffinity(0, sizeof one, &one);
+                sched_setaffinity(0, sizeof all, &all);
+            }
+        }
+        #pragma omp parallel num_threads(2)
+        cores[omp_get_thread_num()] = sched_getcpu();
+        together += cores[0] == cores[1];
+    }
+    check(together < 10, "threads of a team keep to different cores");
+    check(pinned_to(all) == 2, "and may go anywhere");
+}
+
 static void thrown() {
     bool caught = false;
     try {
@@ -213,6 +239,7 @@ int main(int argc, char ** argv) {
     orphaned();
     pinned();
     urgent();
+    apart();
     thrown();
     triollama::native::retire_team();
     check(threads_become(before), "nobody is left of the retired");
