@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["check_count", "check_kind", "check_path", "shown"]
+__all__ = ["check_count", "check_kind", "check_path", "shown", "told_as"]
 
 _LONG = 200
 
@@ -57,3 +59,17 @@ def check_path(name: str, value: Any) -> str:
             f"{name} must be a path, not {shown(value)}", parameter=name, value=value
         )
     return path
+
+
+@contextlib.contextmanager
+def told_as(**names: str) -> Iterator[None]:
+    """Errors about parameters say the names that the caller knows, ``names`` by those within."""
+    try:
+        yield
+    except ParameterError as error:
+        known = names.get(error.parameter, "")
+        if not known:
+            raise
+        raise ParameterError(
+            str(error).replace(error.parameter, known), parameter=known, value=error.value
+        ) from None

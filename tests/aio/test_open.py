@@ -99,18 +99,21 @@ def test_what_the_progress_callback_raises_comes_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "named"),
     [
-        ({"n_ctx": 0}, ParameterError),
-        ({"max_streams": 0}, ParameterError),
-        ({"max_queue": -1}, ParameterError),
-        ({"prompt_budget": 0.0}, ParameterError),
-        ({"type_k": "f99"}, ParameterError),
-        ({"deterministic": True, "context_options": {"swa_full": False}}, ParameterError),
+        ({"n_ctx": 0}, "n_ctx"),
+        ({"max_streams": 0}, "max_streams"),
+        ({"max_streams": 2**20}, "max_streams"),
+        ({"threads": 0}, "threads"),
+        ({"batch_threads": 2**20}, "batch_threads"),
+        ({"max_queue": -1}, "max_queue"),
+        ({"prompt_budget": 0.0}, "prompt_budget"),
+        ({"type_k": "f99"}, "type_k"),
+        ({"deterministic": True, "context_options": {"swa_full": False}}, "deterministic"),
     ],
 )
-def test_wrong_options_are_typed_and_leave_nothing(
-    path: Path, options: dict[str, Any], error: type[Exception]
+def test_wrong_options_are_named_and_leave_nothing(
+    path: Path, options: dict[str, Any], named: str
 ) -> None:
     before = native_objects()
 
@@ -118,8 +121,9 @@ def test_wrong_options_are_typed_and_leave_nothing(
         async with open_llama(path, **{**OPTIONS, **options}):
             pytest.fail("opened")
 
-    with pytest.raises(error):
+    with pytest.raises(ParameterError, match=rf"\b{named}\b") as caught:
         run(main)
+    assert caught.value.parameter == named and "n_seq_max" not in str(caught.value)
     assert native_objects() == before
 
 

@@ -739,6 +739,8 @@ def after_close(path: str) -> None:
         for name, cls in vars(_engine).items():
             if not isinstance(cls, type) or issubclass(cls, BaseException):
                 continue
+            if cls.__module__.partition(".")[0] != "triollama":  # imported: not ours to attack
+                continue
             for first in ((), (fresh.vocab,), (other,), (fresh,)):
                 try:
                     raw = survive(f"{name}.__new__{first!r}", cls.__new__, cls, *first)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import trio
 from triollama import GenerationParams, open_llama, sync
-from triollama.conversation.tools import Tools, show
 from triollama.errors import ParameterError
 from triollama.params import CONSTRAINTS, Reasoning
 from triollama.server.http import Limits
@@ -75,8 +74,7 @@ def test_the_same_turn_through_all_doors(tiny: Any, template: str) -> None:
                     other = script.chat(template=source, params=OWN)
                     if begun:
                         other.say("Hi", **how)
-                    other.tools = Tools.of(tools, other.template, script.vocab)
-                    show(other.tools, other._prompts)
+                    other.set_tools(tools)
                     asked = (
                         other.stream_on(**changes)
                         if begun

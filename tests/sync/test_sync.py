@@ -450,6 +450,13 @@ def test_threads(llama):
     assert (llama.context.n_threads, llama.context.n_threads_batch) == (1, 1)
 
 
+@pytest.mark.parametrize("name", ["threads", "batch_threads"])
+def test_threads_by_their_names_here(tiny, name):
+    with pytest.raises(ParameterError, match=f"^{name} must be") as caught:
+        Llama(tiny("llama"), **{name: 0})
+    assert caught.value.parameter == name
+
+
 def test_special_tokens_in_the_text(llama):
     control = next(
         t

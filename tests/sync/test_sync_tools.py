@@ -218,6 +218,24 @@ def test_a_call_that_cannot_be_is_not_required(llama: Llama) -> None:
         chat.say("Find x", into=int, tool_choice="required")
 
 
+def test_other_tools_from_the_next_turn_on(llama: Llama, script: Any) -> None:
+    prompts = script(call("find", what="x"), "Found.", call("keep", what="y"), "Nothing.")
+    chat = llama.chat(template="chatml", params=PARAMS, tools=[lookup("find")])
+    assert chat.say("Find x").tool_calls and chat.say("There", role="tool").text == "Found."
+    chat.set_tools([lookup("keep")])
+    turn = chat.stream("Keep y")
+    with pytest.raises(BusyError):
+        chat.set_tools(None)
+    assert "".join(turn) == "" and [one.name for one in turn.tool_calls] == ["keep"]
+    with pytest.raises(ParameterError, match="two tools"):
+        chat.set_tools([lookup("find"), lookup("find")])
+    assert chat.tools is not None and chat.tools.sources == (lookup("keep"),)
+    chat.set_tools(None)
+    assert chat.say("No", role="tool").text == "Nothing."
+    assert ["keep" in prompt for prompt in prompts] == [False, False, True, True]
+    assert ["parameters" in prompt for prompt in prompts] == [True, True, True, False]
+
+
 def test_calls_without_running_them(llama: Llama, script: Any) -> None:
     script("Well.\n" + call("find", what="x"), "Found.",
            call("find", what="y") + call("keep", what="z"), "Both.")  # fmt: skip

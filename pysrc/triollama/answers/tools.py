@@ -211,7 +211,7 @@ class Toolbox:
 
     def binds(self, params: GenerationParams) -> bool:
         """Whether ``params`` have the grammar of ``constrain``."""
-        return self.grammar is not None and params.grammar == self.grammar
+        return params.grammar is not None and params.grammar == self.grammar
 
     def after_thoughts(self, reasoning: Reasoning) -> Reasoning:
         """Where thoughts stand in an answer that may call tools."""

@@ -21,7 +21,7 @@ from ..errors import ContextFullError, ParameterError, UnsupportedError
 from ..files import Message
 from ..params import GenerationParams
 from .history import Shift, State, common_length, shifted, tools_key
-from .protocol import Calling, with_protocol, with_schemas
+from .protocol import calling_of, with_protocol, with_schemas
 
 __all__ = [
     "Overflow",
@@ -120,7 +120,6 @@ class Prompts:
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
         self.thinking: bool | None = None  # of the turn that is planned
         self.may_call = False  # the same
-        self.calling: Calling | None = None  # of a template that needs help with tools
 
     def are_long(self, messages: Sequence[Message]) -> bool:
         """Whether rendering these takes milliseconds: others should not wait for it."""
@@ -150,14 +149,17 @@ class Prompts:
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template is given them."""
         messages = with_schemas(messages)
-        if self.calling is None:
+        calls = any(message.tool_calls or message.role == "tool" for message in messages)
+        if not (self.tools or calls) or not (calling := calling_of(self.template)).needs_help:
             return messages
-        return with_protocol(messages, self.tools or (), self.calling)
+        return with_protocol(messages, self.tools or (), calling)
 
     @property
     def shown_tools(self) -> list[Mapping[str, Any]] | None:
         """Tools as the template is given them."""
-        return self.tools if self.calling is None or self.calling.shows else None
+        if self.tools and (calling := calling_of(self.template)).needs_help and not calling.shows:
+            return None
+        return self.tools
 
     @property
     def last_text(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ class Calling(msgspec.Struct, frozen=True):
         return self.format is not None and not (self.shows and self.writes and self.answers)
 
 
+@functools.lru_cache(maxsize=16)
 def calling_of(template: ChatTemplate) -> Calling:
     """How a template takes part in calls; found by rendering some."""
     asked = {"role": "user", "content": "what4user"}

@@ -10,10 +10,10 @@ import msgspec
 from ..answers import CallFormat, Structured, Toolbox, ToolChoice, reasoning_of, voice_of
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
-from ..errors import ParameterError, UnsupportedError
+from ..errors import UnsupportedError
 from ..params import CONSTRAINTS, UNCONSTRAINED, GenerationParams, make_params
 from .plan import Plan, Prompts
-from .tools import Tools
+from .tools import Tools, refused_choice, toolbox_of
 
 __all__ = [
     "Kept",
@@ -48,13 +48,14 @@ def turn_params(
     fresh = own_seed and made.seed is not None
     if made.seed is None:
         made = made.replace(seed=own.seed)
-    toolbox = None if tools is None or into is not None else tools.box(choice)
+    toolbox = toolbox_of(tools, choice)
     if into is not None:
         made = into.constrain(made)
     elif toolbox is not None and not made.replace(reasoning=None).is_constrained:
         made = toolbox.constrain(made)
-    _check_choice(choice, tools, made, toolbox)
     toolbox = _binding(toolbox, made)
+    if choice == "required" and toolbox is None:
+        raise refused_choice(choice, "into, or another constraint, binds this answer")
     if shifts:
         made = made.replace(context_overflow="shift")
     elif made.context_overflow == "shift":
@@ -62,25 +63,6 @@ def turn_params(
             "a conversation shifts its context by overflow='shift', not by context_overflow"
         )
     return made, toolbox, fresh
-
-
-def _check_choice(
-    choice: ToolChoice, tools: Tools | None, params: GenerationParams, toolbox: Toolbox | None
-) -> None:
-    """Raises ParameterError where something must be called, and nothing can be."""
-    why = ""
-    if choice not in ("auto", "required"):
-        why = "it must be 'auto' or 'required'"
-    elif choice == "required" and (tools is None or tools.box(choice) is None):
-        why = "there are no tools"
-    elif choice == "required" and toolbox is not None and toolbox.grammar is None:
-        why = "this model writes calls in a way unknown here"
-    elif choice == "required" and _binding(toolbox, params) is None:
-        why = "into, or another constraint, binds this answer"
-    if why:
-        raise ParameterError(
-            f"tool_choice={choice!r}: {why}", parameter="tool_choice", value=choice
-        )
 
 
 def _binding(toolbox: Toolbox | None, params: GenerationParams) -> Toolbox | None:

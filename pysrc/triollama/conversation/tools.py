@@ -29,9 +29,11 @@ __all__ = [
     "check_not_run",
     "check_on_error",
     "reader_for",
+    "refused_choice",
     "result_of",
     "show",
     "told_of",
+    "toolbox_of",
 ]
 
 OnToolError = Literal["tell", "raise"]
@@ -76,16 +78,14 @@ class Tools:
             )
         return cls(sources, calling_of(template), vocab)
 
-    def box(self, choice: ToolChoice) -> Toolbox | None:
-        """For one answer; None where there are no tools."""
-        if not self._tools:
-            return None
+    def box(self, choice: ToolChoice) -> Toolbox:
+        """For one answer."""
         return Toolbox(self._tools.values(), self._calling.format, self._vocab, choice)
 
-    def show(self, prompts: Prompts) -> None:
-        """Let these prompts tell the model of them."""
-        prompts.tools = [tool.spec for tool in self._tools.values()]
-        prompts.calling = self._calling if self._calling.needs_help else None
+    @property
+    def specs(self) -> list[Mapping[str, Any]]:
+        """As templates are given them."""
+        return [tool.spec for tool in self._tools.values()]
 
     def begin(self, call: ToolCall) -> Any:
         """Call the function: what it returns, perhaps to be awaited. Raises what it raises, and
@@ -95,11 +95,26 @@ class Tools:
         return tool.function(**tool.keywords(call.arguments))
 
 
+def toolbox_of(tools: Tools | None, choice: ToolChoice) -> Toolbox | None:
+    """What one answer may call; None where there are no tools. Raises ParameterError where it must
+    call one, and none can be called."""
+    if choice not in ("auto", "required"):
+        raise refused_choice(choice, "it must be 'auto' or 'required'")
+    toolbox = tools.box(choice) if tools is not None and tools.sources else None
+    if choice == "required" and (toolbox is None or toolbox.format is None):
+        unknown = "this model writes calls in a way unknown here"
+        raise refused_choice(choice, "there are no tools" if toolbox is None else unknown)
+    return toolbox
+
+
+def refused_choice(choice: Any, why: str) -> ParameterError:
+    """The error of a ``tool_choice`` that cannot be honoured."""
+    return ParameterError(f"tool_choice={choice!r}: {why}", parameter="tool_choice", value=choice)
+
+
 def show(tools: Tools | None, prompts: Prompts) -> None:
     """Let these prompts tell the model of these tools, and no others."""
-    prompts.tools, prompts.calling = None, None
-    if tools is not None:
-        tools.show(prompts)
+    prompts.tools = None if tools is None else tools.specs
 
 
 def reader_for(toolbox: Toolbox | None, plan: Plan, source: str, vocab: Any) -> Calls | None:

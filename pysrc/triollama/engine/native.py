@@ -21,7 +21,7 @@ from .._engine import (
     Sampler,
     read_control_vector,
 )
-from ..checks import check_kind, shown
+from ..checks import check_kind, shown, told_as
 from ..errors import LoadCancelled, ParameterError, StateWriteError
 from ..files.store import name_of
 from ..params import GenerationParams
@@ -328,7 +328,13 @@ async def load(
                 "pooling": "none",
                 **context_options,
             }
-            context = Context(model, **options)
+            with told_as(
+                n_seq_max="max_streams",
+                n_threads="threads",
+                n_threads_batch="batch_threads",
+                exact="deterministic",
+            ):
+                context = Context(model, **options)
             try:
                 trio.from_thread.check_cancelled()
                 decoder = Decoder(

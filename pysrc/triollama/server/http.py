@@ -79,11 +79,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             check_count("max_tokens", self.max_tokens, 1)
         for name in ("seconds", "idle_seconds", "receive_seconds", "drain_seconds"):
             value = getattr(self, name)
-            least = "0 on" if name == "drain_seconds" else "above 0"
+            at_once = name == "drain_seconds"  # 0 has a meaning
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (value > 0 or (value == 0 and least == "0 on")):
+            if not number or not (value > 0 or (value == 0 and at_once)):
+                least = "0 or more" if at_once else "more than 0"
                 raise ParameterError(
-                    f"{name} must be a number of seconds from {least}, not {shown(value)}",
+                    f"{name} must be {least} seconds, not {shown(value)}",
                     parameter=name,
                     value=value,
                 )

@@ -15,7 +15,7 @@ from ..conversation.choices import given
 from ..conversation.history import State
 from ..conversation.plan import Plan, Prompts
 from ..conversation.samplers import planned_params
-from ..conversation.tools import Tools, show
+from ..conversation.tools import Tools, show, toolbox_of
 from ..engine.core import LONG
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import ParameterError
@@ -252,11 +252,9 @@ class Service:
 def bound_by_tools(
     params: GenerationParams, tools: Tools | None, choice: ToolChoice
 ) -> tuple[GenerationParams, Toolbox | None]:
-    """``params`` with what ``tools`` bring, and what may be called. Raises Fault where that cannot
-    be honoured, ParameterError where something else binds the answer."""
-    box = None if tools is None else tools.box(choice)
-    if box is not None and box.format is not None:
-        return box.constrain(params), box
-    if box is not None and choice == "required":
-        raise Fault(400, "this model writes calls in a way unknown here", param="tool_choice")
-    return params, None
+    """``params`` with what ``tools`` bring, and what may be called. Raises ParameterError where
+    that cannot be honoured, or something else binds the answer."""
+    box = toolbox_of(tools, choice)
+    if box is None or box.format is None:
+        return params, None
+    return box.constrain(params), box

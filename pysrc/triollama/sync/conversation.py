@@ -175,6 +175,14 @@ class Conversation:
         self._adapters = self._house.check_adapters(adapters)
         self.updated = now()
 
+    def set_tools(self, tools: Iterable[ToolSource] | None) -> None:
+        """Offer these from the next turn on, in place of those before; ``None``: none. See
+        ``Llama.chat``. BusyError in mid-turn; ParameterError, UnsupportedError."""
+        self._check_idle()
+        self.tools = Tools.of(tools, self.template, self._house.vocab)
+        show(self.tools, self._prompts)
+        self.updated = now()
+
     @property
     def is_busy(self) -> bool:
         """Whether a turn is running."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from .. import models
 from .._engine import Adapter, Batch, Context, Model, read_control_vector, score_tokens
-from ..checks import check_kind, shown
+from ..checks import check_kind, shown, told_as
 from ..engine import loaded
 from ..engine.loaded import LoadedAdapter, Scaled
 from ..errors import AnswerError, BusyError, ParameterError, UnsupportedError
@@ -120,7 +120,8 @@ class Llama:
             **(context_options or {}),
         }
         try:
-            self.context = Context(self.model, **options)
+            with told_as(n_threads="threads", n_threads_batch="batch_threads"):
+                self.context = Context(self.model, **options)
         except BaseException:
             if self._owns_model:
                 self.model.close()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-from ..checks import check_kind, shown
+from ..checks import check_count, check_kind, shown
 from ..engine.protocol import Sampler
 from ..engine.statistics import Statistics
 from ..errors import (
@@ -66,8 +66,9 @@ class FakeEngine(FakeMemory):
         max_queue: int = 1024,
     ) -> None:
         check_kind("reply", reply, Callable)
-        for sizes in (n_ctx, max_streams, max_queue):
-            check_kind("n_ctx, max_streams and max_queue", sizes, int)
+        check_count("n_ctx", n_ctx, 1)
+        check_count("max_streams", max_streams, 1)
+        check_count("max_queue", max_queue, 0)
         for seconds in (token_seconds, prompt_token_seconds, cancel_seconds, load_seconds):
             check_kind("seconds", seconds, int, float)
         check_kind("load_error", load_error, Exception, type(None))
