@@ -62,6 +62,8 @@ struct Work {
     Piece piece;                        // tokens whose text is not complete
     std::vector<Update> updates;
     bool sampling = false;              // the worker has its sampler
+    std::atomic<bool> has_sampled{false};       // and this is what came of it
+    Sampled sampled;
     bool slow = false;
     double sample_s = 0.0;
     std::vector<float> logits;          // a copy for the worker
@@ -139,6 +141,7 @@ struct Decoder::Impl {
     const int32_t n_vocab;
     std::vector<StreamPtr> queue;                   // by priority, then order of submission
     std::vector<StreamPtr> active;                  // have a slot
+    std::vector<StreamPtr> beside;                  // the worker samples for them
     std::unordered_map<uint64_t, ContextSet> sets;
     Mode     mode;
     int32_t  steps_in_mode = 0;
@@ -219,6 +222,7 @@ struct Decoder::Impl {
     // ------------------------------------------------------------------ tokens: tokens.cpp
     void sample_all(std::vector<Sampling> & samplings);
     void sample_beside(const StreamPtr & stream, const float * logits);
+    void take_sampled();
     void emit(const StreamPtr & stream, Sampled sampled);
     bool say(const StreamPtr & stream, llama_token token, TokenScore score);
     void note_first_token(double seconds);

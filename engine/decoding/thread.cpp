@@ -75,6 +75,7 @@ void Decoder::Impl::serve(bool wait) {
             throw;
         }
     }
+    take_sampled();
     drop_cancelled();
 }
 
@@ -113,6 +114,9 @@ void Decoder::Impl::finish_all() {
             try_to(command);
         }
         commands.clear();
+    }
+    while (!beside.empty()) {           // the worker has answered all, and is gone
+        try_to([this] { take_sampled(); });
     }
     std::vector<StreamPtr> rest = active;
     rest.insert(rest.end(), queue.begin(), queue.end());

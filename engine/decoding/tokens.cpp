@@ -18,7 +18,7 @@ Failure failure_of(const std::exception & e) {
     return dynamic_cast<const std::bad_alloc *>(&e) ? Failure::memory : Failure::sampler;
 }
 
-// `begins`: nothing was said yet.
+// `begins`: nothing was said yet. It does not throw: who calls it in another thread could not tell anybody.
 Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & request, float * logits, bool begins) {
     const std::vector<llama_token> & ends  = request.end_tokens;
     const std::vector<llama_token> & stops = request.stop_tokens;
@@ -68,7 +68,11 @@ Sampled sample(const llama_vocab * vocab, int32_t n_vocab, const Request & reque
         }
     } catch (const std::exception & e) {
         out.failure = failure_of(e);
-        out.message = e.what();
+        try {
+            out.message = e.what();
+        } catch (const std::bad_alloc &) {
+            // No memory for the words either.
+        }
     }
     out.seconds = 1e-9 * (double) (now_ns() - start);
     return out;
@@ -100,27 +104,47 @@ void Decoder::Impl::sample_all(std::vector<Sampling> & samplings) {
 
 void Decoder::Impl::sample_beside(const StreamPtr & stream, const float * logits) {
     Work & w = *stream->work;
-    w.logits.assign(logits, logits + n_vocab);
+    try {
+        w.logits.assign(logits, logits + n_vocab);
+        beside.push_back(stream);
+        worker.run([this, stream] {
+            Work & w = *stream->work;
+            w.sampled = sample(vocab, n_vocab, stream->request, w.logits.data(), w.generated == 0);
+            w.has_sampled.store(true, std::memory_order_release);   // an answer that takes no memory: there may be none
+            nudge();
+        });
+    } catch (const std::bad_alloc & e) {
+        beside.erase(std::remove(beside.begin(), beside.end(), stream), beside.end());
+        fail(stream, Failure::memory, e.what());
+        return;
+    }
     w.sampling = true;
     count.slow_samples++;
-    worker.run([this, stream] {
+}
+
+// What the worker has answered.
+void Decoder::Impl::take_sampled() {
+    for (size_t i = 0; i < beside.size();) {
+        const StreamPtr stream = beside[i];
         Work & w = *stream->work;
-        auto result = std::make_shared<Sampled>(sample(vocab, n_vocab, stream->request, w.logits.data(), w.generated == 0));
-        post([this, stream, result] {
-            Work & w = *stream->work;
-            w.sampling = false;
-            // A token that the sampler has taken is said, also of a stream that was cancelled meanwhile: else its sampler
-            // would have seen more than its text has.
-            const bool ending = w.ending;           // what is not may be over, and gone, after emit
-            const bool said = !ending || (w.ending_as == Finish::cancelled && result->failure == Failure::none);
-            if (said && !dead) {
-                emit(stream, std::move(*result));
-            }
-            if (ending) {
-                complete(stream, w.ending_as);
-            }
-        });
-    });
+        if (!w.has_sampled.load(std::memory_order_acquire)) {
+            i++;
+            continue;
+        }
+        beside.erase(beside.begin() + i);
+        w.has_sampled = false;
+        w.sampling = false;
+        // A token that the sampler has taken is said, also of a stream that was cancelled meanwhile: else its sampler
+        // would have seen more than its text has.
+        const bool ending = w.ending;               // what is not may be over, and gone, after emit
+        const bool said = !ending || (w.ending_as == Finish::cancelled && w.sampled.failure == Failure::none);
+        if (said && !dead) {
+            emit(stream, std::move(w.sampled));
+        }
+        if (ending) {
+            complete(stream, w.ending_as);
+        }
+    }
 }
 
 void Decoder::Impl::emit(const StreamPtr & stream, Sampled sampled) {

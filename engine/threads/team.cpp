@@ -77,7 +77,8 @@ private:
     };
     static_assert(sizeof(Attributes) == 48, "SCHED_ATTR_SIZE_VER0");
 
-    // The slice until now; 0 where nothing was changed. All else is set as it is now: somebody may renice us.
+    // The slice until now; 0 where nothing was changed. All else is set as it is now: somebody may renice us. Who does so
+    // between the two calls has not: Linux has none that sets a slice alone (SCHED_FLAG_KEEP_PARAMS keeps that, too).
     static uint64_t exchange(uint64_t slice) {
         Attributes now = {};
         if (syscall(SYS_sched_getattr, 0, &now, sizeof(now), 0) != 0 || now.policy != SCHED_OTHER) {

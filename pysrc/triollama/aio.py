@@ -126,9 +126,11 @@ class _Guest:
             await asyncio.shield(ended)
         except asyncio.CancelledError:
             scope.cancel()
-            await _through(ended)
-            if results and late is not None:
-                late(results[0])
+            try:
+                await _through(ended)
+            finally:  # also if that was cancelled once more
+                if results and late is not None:
+                    late(results[0])
             raise
         if not results:
             raise error
@@ -190,7 +192,13 @@ class _There:
         return await self._guest.call(self._it.receive, self._late.append)
 
     async def __aenter__(self) -> Any:
-        await self._guest.call(self._it.__aenter__)
+        entered: list[Any] = []
+        try:
+            await self._guest.call(self._it.__aenter__, entered.append)
+        except asyncio.CancelledError as error:
+            if entered:  # nobody else will leave it
+                await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     async def __aexit__(self, *exc: Any) -> Any:

@@ -181,6 +181,57 @@ def test_no_piece_is_lost_by_a_cancellation() -> None:
     run(test, FakeEngine(lambda prompt: text, token_seconds=0.0))
 
 
+@pytest.mark.parametrize("again", [0, 1, 2])
+def test_what_is_cancelled_while_it_is_entered_is_left(again: int) -> None:
+    """Whenever it comes, and however often: also in the moment in which it was entered."""
+
+    async def test(llama: Any) -> None:
+        chat = llama.conversation(template="plain")
+        for n in range(30):
+            for entered in (llama.stream("x"), chat.stream("x")):
+
+                async def enter(it: Any = entered) -> None:
+                    async with it:
+                        await asyncio.Event().wait()
+
+                task = asyncio.create_task(enter())
+                for _ in range(n):
+                    await asyncio.sleep(0)
+                for _ in range(again + 1):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert llama.active() == []
+                assert not chat.is_busy
+
+    run(test, FakeEngine(token_seconds=9.0))
+
+
+def test_no_piece_is_lost_by_two_cancellations() -> None:
+    text = "".join(chr(65 + i % 26) for i in range(300))
+
+    async def test(llama: Any) -> None:
+        async with llama.stream("x", max_tokens=None) as stream:
+            got = ""
+            for n in range(100_000):
+                task = asyncio.create_task(stream.receive())
+                for _ in range(n % 7):
+                    await asyncio.sleep(0)
+                for _ in range(2):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                try:
+                    got += (await task).text
+                except asyncio.CancelledError:
+                    pass
+                except trio.EndOfChannel:
+                    break
+            assert got == text
+
+    run(test, FakeEngine(lambda prompt: text, token_seconds=0.0))
+
+
 def test_errors_are_the_library_s() -> None:
     async def test(llama: Any) -> None:
         with pytest.raises(triollama.ParameterError):

@@ -226,7 +226,8 @@ def test_tools_count_where_the_answer_goes_on_by_their_grammar(tiny: Any) -> Non
         assert after(calling, calling) == (calling, box)
         assert after(bound, calling) == (bound, None)
         assert after(calling, bound) == (bound, None)
-        assert after(calling, free) == (calling, None)
+        with pytest.raises(ParameterError, match="set_tools"):
+            after(calling, free)
 
 
 def test_thoughts_in_raw_text(tiny: Any) -> None:

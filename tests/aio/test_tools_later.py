@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from triollama import GenerationParams, Llama, open_llama
+from triollama.errors import AnswerError, ParameterError
 from triollama.testing import FakeEngine, open_fake_llama
 
 GREEDY = GenerationParams(temperature=0.0, repeat_penalty=1.0, max_tokens=12, ignore_eos=True)
@@ -72,6 +74,65 @@ def test_a_restored_conversation_is_told_of_its_tools_once(tmp_path: Path) -> No
         assert "weather of a city" not in prompts[-1] and "What time it is" in prompts[-1]
 
     run(test)
+
+
+def test_tools_that_were_set_before_a_restore_are_told_of_after_it(tmp_path: Path) -> None:
+    async def test(llama: Llama, prompts: list[str]) -> None:
+        for tools, before in (([weather], None), (None, [weather]), ([clock], [weather])):
+            chat = llama.conversation("ann", template="chatml", tools=before)
+            await chat.say("One")
+            chat.set_tools(tools)
+            await llama.save(tmp_path / "chats")
+            (back,) = await llama.restore(tmp_path / "chats", replace=True)
+            await back.say("Two")
+            assert ("weather of a city" in prompts[-1]) == (tools == [weather])
+            assert ("What time it is" in prompts[-1]) == (tools == [clock])
+            back.delete()
+
+    run(test)
+
+
+FREE = GREEDY.replace(temperature=1.0, top_k=0, top_p=1.0, seed=3, max_tokens=90, ignore_eos=False)
+FLIP = {"name": "flip", "parameters": {"type": "object", "properties": {"up": {"type": "boolean"}}}}
+
+
+def test_an_answer_that_began_to_call_goes_on_to_the_calls(tiny: Any, tmp_path: Path) -> None:
+    """Also one that had to call, and after a restore; not without tools."""
+
+    async def main() -> None:
+        opened = open_llama(tiny("llama"), n_ctx=2048, threads=1, deterministic=True)
+        async with opened as llama:
+            found = set()
+            for seed in range(40):
+                params = FREE.replace(seed=seed)
+                chat = llama.conversation(
+                    "ann", template="chatml", params=params, tools=[FLIP], on_cancel="keep"
+                )
+                async with chat.stream("Flip.", tool_choice="required") as turn:
+                    await turn.receive()
+                await llama.save(tmp_path / "chats", [chat])
+                (back,) = await llama.restore(tmp_path / "chats", replace=True)
+                try:
+                    more = await back.go_on()
+                    assert more.tool_calls and {call.name for call in more.tool_calls} == {"flip"}
+                    assert "tool_call" not in back.messages[-1].content
+                    found.add("calls")
+                except AnswerError:  # by max_tokens
+                    found.add("cut")
+                if back.messages[-1].was_cut:
+                    back.set_tools(None)
+                    before = back.messages
+                    with pytest.raises(ParameterError, match="set_tools"):
+                        await back.go_on()
+                    assert back.messages == before and not back.is_busy
+                    assert (await back.go_on(regex="#{3}")).text == "###"
+                    found.add("gone")
+                back.delete()
+                if found >= {"calls", "gone"}:
+                    return
+            raise AssertionError(found)
+
+    trio.run(main)
 
 
 def test_what_the_new_tools_leave_alone_is_not_computed_again(tiny: Any) -> None:

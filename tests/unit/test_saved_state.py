@@ -63,7 +63,8 @@ def test_it_comes_back_as_it_was(n_turns: int, given: int) -> None:
 
 def test_turns_whose_tokens_are_gone_stay_turns() -> None:
     # A prompt that went on from the first 12 tokens alone, and is shorter than what was before.
-    one = msgspec.structs.replace(went_on_from(state(4), 12), tokens=tuple(range(20)))
+    one, tokens = state(4), tuple(range(20))
+    one = msgspec.structs.replace(went_on_from(one, 12, one.tokens[:12]), tokens=tokens)
     last = msgspec.structs.replace(one.turns[0], n_messages=9, n_tokens=20, n_computed=15)
     last = msgspec.structs.replace(last, sampler=b"state", params=PARAMS)
     message = msgspec.structs.replace(one.messages[8], n_context=20, n_computed=15)
@@ -85,6 +86,28 @@ def test_turns_whose_tokens_are_gone_stay_turns() -> None:
     assert there_and_back(odd).turns == one.turns
 
 
+def test_a_turn_whose_last_token_is_another_now_goes_by_its_text() -> None:
+    """It was not computed, so that all that was is there still."""
+    one = state(2)
+    other = went_on_from(one, one.n_computed, (*one.tokens[:-1], 99, 98))
+    assert [turn.n_tokens for turn in other.turns] == [10, 0]
+    assert (other.messages[-1].n_context, other.messages[-1].n_computed) == (0, 0)
+    assert went_on_from(one, one.n_computed, (*one.tokens, 98)) == one
+
+
+def test_what_was_generated_is_of_no_use_to_another_model() -> None:
+    one = state(2)
+    said = msgspec.structs.replace(one.messages[-1], tokens=(18, 19))
+    saved = SavedConversation(
+        id="a",
+        params=files.saved_params(PARAMS),
+        **to_saved(msgspec.structs.replace(one, messages=(*one.messages[:-1], said)), {}),
+    )
+    back = from_saved(saved, same=False)
+    assert not any((m.tokens, m.n_context, m.n_computed) != ((), 0, 0) for m in back.messages)
+    assert from_saved(saved).messages[-1] == said
+
+
 def test_an_answer_half_way_through_a_grammar() -> None:
     one = state(2)
     by = PARAMS.replace(grammar='root ::= "x" "y"')
@@ -97,11 +120,12 @@ def test_what_ends_with_a_question_has_no_tokens_to_go_on_from() -> None:
     one = state(2)
     asked = (*one.messages, Message(role="user", content="And?"))
     back = there_and_back(msgspec.structs.replace(one, messages=asked))
-    assert (back.messages, back.tokens) == (asked, ())
+    without = tuple(msgspec.structs.replace(m, n_context=0, n_computed=0) for m in asked)
+    assert (back.messages, back.tokens) == (without, ())
     assert [turn.n_tokens for turn in back.turns] == [0, 0]
-    assert back.after(1).messages == one.messages[:3]
+    assert back.after(1).messages == without[:3]
     base, added = again(back)  # it is what is to be answered
-    assert (base.messages, added) == (one.messages, asked[-1:])
+    assert (base.messages, added) == (without[:-1], without[-1:])
 
 
 def test_parameters_of_an_unfinished_answer_are_checked_as_others_are() -> None:

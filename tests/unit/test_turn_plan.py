@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from triollama import GenerationParams
 from triollama.chat import ChatTemplate, ChatTokenizer, TurnEnd
-from triollama.conversation.choices import again, edited, onward, said
+from triollama.conversation.choices import again, edited, onward, said, with_schema
 from triollama.conversation.history import Shift, State, Turn, common_length, shifted
 from triollama.conversation.plan import Plan, Planning, Prompts, make_plan
 from triollama.conversation.samplers import planned_params, turn_params
@@ -125,6 +125,68 @@ def test_the_oldest_turns_give_way_to_three_quarters() -> None:
     assert found.commit == 0
     with pytest.raises(ContextFullError, match="last turn alone"):
         plan(base, user("x" * 300), overflow="truncate_turns")
+
+
+def test_a_shift_of_what_is_rendered_anew() -> None:
+    """As where other tools are told of: it is longer than what the context held."""
+    base = committed(*((f"{number}" * 20, "y" * 20) for number in range(20)), system="Be brief.")
+    held = msgspec.structs.replace(base, told="others", tokens=base.tokens[-200:])
+    found, _ = plan(held, user("So?"), overflow="shift")
+    text = text_of(found.tokens)
+    assert text.startswith("<s>Be brief.") and text.endswith("y" * 20 + "<u>So?<a>")
+    assert len(found.tokens) + 8 == 192
+
+
+def test_a_shift_keeps_the_tools_of_now() -> None:
+    shows = ChatTemplate(
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>".replace(
+            "<{{", "{% if loop.first and tools %}[{{ tools[0].name }}]{% endif %}<{{"
+        )
+    )
+    asked, messages = prompts(shows), (Message(role="system", content="Be brief."), user("So?"))
+    assert asked.n_keep(messages) == len("<s>Be brief.<u>")
+    asked.tools = [{"name": "weather"}]
+    assert asked.n_keep(messages) == len("[weather]<s>Be brief.<u>")
+
+
+def test_an_answer_of_ours_goes_on_from_its_tokens() -> None:
+    """Where the prompt is rendered anew, too: they have thoughts, and calls."""
+    base = committed(("Hello", "Good"))
+    thought = msgspec.structs.replace(base.messages[-1], tokens=tuple(map(ord, "<t>Hm.</t>Good")))
+    base = msgspec.structs.replace(base, tokens=(), messages=(*base.messages[:-1], thought))
+    assert text_of(plan(base)[0].tokens) == "<u>Hello<a><t>Hm.</t>Good"
+    foreign = msgspec.structs.replace(base, turns=())  # a client's message says anything
+    assert text_of(plan(foreign)[0].tokens) == "<u>Hello<a>Good"
+
+
+def test_the_last_prompt_is_rendered_as_its_turn_wanted_it() -> None:
+    """Whoever renders it now, as after a restore: what goes on from it is the same."""
+    thinks = ChatTemplate(
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
+        "{% if enable_thinking is defined and not enable_thinking %}<t></t>{% endif %}"
+    )
+    live, late = prompts(thinks), prompts(thinks)
+    live.thinking = False
+    tokens = live.tokens(State(), (user("Hello"),), 0)
+    reply = Message(role="assistant", content="Good", tokens=tuple(map(ord, "Good")))
+    turn = Turn(2, len(tokens) + 4, len(tokens) + 3, b"", PARAMS.replace(thinking=False))
+    messages = (user("Hello"), reply)
+    base = State(messages=messages, tokens=(*tokens, *reply.tokens), turns=(turn,))
+    live._last = (messages[:1], 0, live.last_text)
+    live.thinking = late.thinking = None
+    found = [one.tokens(base, (user("And?"),), 0) for one in (live, late)]
+    assert found[0] == found[1]
+
+
+def test_what_is_edited_is_shown_no_schema() -> None:
+    schema = msgspec.structs.replace(user("How many?"), schema='{"type": "integer"}')
+    state = State(messages=(schema,))
+    assert edited(0, "Hello")(state)[1][0].schema == ""
+    # Nor one that it was said with, where the model knows the one that counts now.
+    params = PARAMS.replace(json_schema={"type": "integer"}, show_schema=True)
+    known = msgspec.structs.replace(user("So?"), schema=params.json_schema)
+    state = State(messages=(known,))
+    assert with_schema(lambda base: (base, (schema,)), params, None)(state)[1][0].schema == ""
 
 
 def test_a_shift_forgets_the_oldest_tokens_but_the_system_prompt() -> None:

@@ -36,6 +36,9 @@ _TYPES = {
 
 _COMPOUND = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
 
+_MARK = "// calls of tools\n"
+"""What grammars of answers that may call tools begin with: a comment."""
+
 ToolChoice = Literal["auto", "required"]
 """Whether the model may call tools, or must."""
 
@@ -213,6 +216,11 @@ class Toolbox:
         """Whether ``params`` have the grammar of ``constrain``."""
         return params.grammar is not None and params.grammar == self.grammar
 
+    @staticmethod
+    def bound(params: GenerationParams) -> bool:
+        """Whether ``params`` have the grammar of any tools."""
+        return params.grammar is not None and params.grammar.startswith(_MARK)
+
     def after_thoughts(self, reasoning: Reasoning) -> Reasoning:
         """Where thoughts stand in an answer that may call tools."""
         if self.format is None or not self.format.thoughts_end:
@@ -222,9 +230,9 @@ class Toolbox:
     @functools.cached_property
     def grammar(self) -> str | None:
         """What an answer may be, in llguidance's Lark."""
-        form = self.format
-        if form is None:
-            return None
+        return None if self.format is None else _MARK + self._grammar(self.format)
+
+    def _grammar(self, form: CallFormat) -> str:
         grammar = Grammar()
         grammar.add("gap", "GAP?")
         grammar.add("GAP", r"/[ \n]{1,6}/")

@@ -72,8 +72,9 @@ def with_schema(choose: Choose, params: GenerationParams, into: Structured[Any] 
     def chosen(state: State) -> tuple[State, tuple[Message, ...]]:
         base, added = choose(state)
         known = any(message.schema == schema for message in base.messages[base.dropped :])
-        if added and not known:
-            added = (*added[:-1], msgspec.structs.replace(added[-1], schema=schema))
+        if added:
+            shown = "" if known else schema
+            added = (*added[:-1], msgspec.structs.replace(added[-1], schema=shown))
         return base, added
 
     return chosen
@@ -149,7 +150,7 @@ def edited(index: int, text: str) -> Choose:
             raise ParameterError(
                 f"messages[{shown(index)}] is no message of a user", parameter="index", value=index
             )
-        new = msgspec.structs.replace(messages[index], content=text, created=now())
+        new = msgspec.structs.replace(messages[index], content=text, created=now(), schema="")
         if index < state.n_given:
             return State(messages=messages[:index]), (new,)
         n_turns = sum(turn.n_messages <= index for turn in state.turns)

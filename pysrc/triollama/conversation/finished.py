@@ -53,7 +53,7 @@ def state_after(plan: Plan, answer: Answer, continued: Continued, n_ctx: int) ->
     held, shifts = after_shifts(plan, answer.tokens, answer.drops, n_ctx)
     kept = _tokens_in_text(answer, continued)
     tokens = held[: len(held) - (len(answer.tokens) - len(kept))]
-    base = plan.base if shifts else went_on_from(plan.base, plan.commit)
+    base = went_on_from(plan.base, plan.commit, plan.tokens)
     for shift in shifts:
         base = shifted(base, shift)
     n_computed = min(answer.n_held, len(tokens))

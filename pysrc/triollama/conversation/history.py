@@ -83,12 +83,14 @@ def tools_key(tools: Sequence[Mapping[str, Any]] | None) -> str:
     return hashlib.sha256(repr(list(tools)).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def went_on_from(state: State, commit: int) -> State:
-    """A conversation whose prompt went on from its first ``commit`` tokens alone: those that turns
-    beyond ended with are of no use to a rewind, which then goes by their text."""
+def went_on_from(state: State, commit: int, tokens: tuple[int, ...]) -> State:
+    """A conversation whose prompt, ``tokens``, went on from its first ``commit`` ones alone: those
+    that turns beyond ended with are of no use to a rewind, which then goes by their text."""
     messages, turns = list(state.messages), list(state.turns)
+    # Beyond what is computed a turn has a token more, which may be another now.
+    same = common_length(state.tokens, tokens)
     for number, turn in enumerate(turns):
-        if turn.n_tokens and turn.n_computed > commit:
+        if turn.n_tokens and (turn.n_computed > commit or turn.n_tokens > same):
             turns[number] = msgspec.structs.replace(turn, n_tokens=0, n_computed=0)
             at = turn.n_messages - 1
             messages[at] = msgspec.structs.replace(messages[at], n_context=0, n_computed=0)

@@ -116,7 +116,7 @@ class Prompts:
         self.variables = check_variables(variables)
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._n_keep: int | None = None
+        self._n_keep: dict[str, int] = {}  # by the tools that are told of
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
         self.thinking: bool | None = None  # of the turn that is planned
         self.may_call = False  # the same
@@ -174,9 +174,10 @@ class Prompts:
         if not added:
             if base.tokens and dropped == base.dropped:
                 return base.tokens
-            asked = self.tokens(State(), base.messages[:-1], dropped)
-            answer = self._vocab.tokenize(base.messages[-1].content, False, False)
-            return (*asked, *answer)
+            asked, last = self.tokens(State(), base.messages[:-1], dropped), base.messages[-1]
+            # With thoughts and calls, where it is an answer of ours.
+            said = last.tokens if base.turns else ()
+            return (*asked, *(said or self._vocab.tokenize(last.content, False, False)))
         messages = (*base.messages, *added)
         rendered = self.render(messages, dropped)
         known, self._last = self._last, (messages, dropped, rendered.text)
@@ -184,25 +185,36 @@ class Prompts:
             before, last = base.messages[:-1], base.messages[-1]
             # What the last turn rendered, usually; the messages are then the same objects.
             same = known[:2] == (before, dropped)
-            prefix = known[2] if same else self.render(before, dropped).text
+            prefix = known[2] if same else self._rendered_for(base, before, dropped)
             prefix += self.text_of(last.tokens)
             if rendered.text.startswith(prefix):
                 rest = self._tokenizer.encode(rendered, start=len(prefix))
                 return (*base.tokens, *rest.tokens)
         return tuple(self._tokenizer.encode(rendered).tokens)
 
+    def _rendered_for(self, base: State, before: Sequence[Message], dropped: int) -> str:
+        """The text that asked for the last answer: with thoughts as its own turn wanted them."""
+        now, last = self.thinking, base.turns[-1].params if base.turns else None
+        self.thinking = now if last is None else last.thinking
+        try:
+            return self.render(before, dropped).text
+        finally:
+            self.thinking = now
+
     def n_keep(self, messages: Sequence[Message]) -> int:
         """Tokens of the system prompt and what stands before it: a shift keeps them."""
-        if self._n_keep is None:
-            first, self._n_keep = messages[:2], 1
+        told = tools_key(self.tools)
+        if told not in self._n_keep:
+            first, n_keep = messages[:2], 1
             if len(first) == 2 and first[0].role in ("system", "developer"):
                 rendered = self.render(first)
                 end = rendered.text.find(first[1].content, len(first[0].content))
                 if end > 0 and first[1].content:
                     whole = self._tokenizer.encode(rendered).tokens
                     rest = self._tokenizer.encode(rendered, start=end).tokens
-                    self._n_keep = len(whole) - len(rest)
-        return self._n_keep
+                    n_keep = len(whole) - len(rest)
+            self._n_keep = {told: n_keep}
+        return self._n_keep[told]
 
     def text_of(self, tokens: Iterable[int]) -> str:
         """The text that answers are made of."""
@@ -250,7 +262,7 @@ def make_plan(
         n_keep = prompts.n_keep((*base.messages, *added))
     if len(tokens) + room > n_ctx:
         if overflow == "shift":
-            shift = _shift(base, added, len(tokens), room, n_ctx, n_keep)
+            shift = _shift(base, added, tokens, room, n_ctx, n_keep)
             tokens, base = shift.of(tokens), shifted(base, shift)
         elif overflow == "truncate_turns":
             dropped, tokens = yield from _truncated(base, added, len(tokens), room, n_ctx)
@@ -282,11 +294,18 @@ def make_plan(
 
 
 def _shift(
-    base: State, added: tuple[Message, ...], n: int, room: int, n_ctx: int, keep: int
+    base: State,
+    added: tuple[Message, ...],
+    tokens: tuple[int, ...],
+    room: int,
+    n_ctx: int,
+    keep: int,
 ) -> Shift:
     """What to forget: down to three quarters of the context, nothing of what is said now."""
-    said = sum(len(message.content.encode()) for message in added)
-    last = len(base.tokens) if base.tokens else max(keep, n - said - WORTH_SHARING)
+    n, last = len(tokens), len(base.tokens)
+    if not last or tokens[:last] != base.tokens:  # all of it was rendered anew
+        said = sum(len(message.content.encode()) for message in added)
+        last = max(keep, n - said - WORTH_SHARING)
     drop = min(n + room - (n_ctx - n_ctx // 4), last - keep)
     if drop < 1 or n - drop + room > n_ctx:
         left = n - max(0, last - keep)

@@ -76,12 +76,14 @@ def planned_params(
     """``params``, which are by ``toolbox`` unless that is None, as the prompt wants them that was
     rendered last: with thoughts where its template puts them, or with the constraint of the answer
     that goes on; and with what ends the turn. ``toolbox`` is left where it still counts. Raises
-    UnsupportedError."""
+    UnsupportedError, ParameterError."""
     if plan.messages:
         params = _with_thoughts(params, prompts, toolbox)
+        toolbox = _binding(toolbox, params)
     else:
         params = _going_on(params, plan, toolbox)
-    toolbox = _binding(toolbox, params)
+        # The tools may be others now, or may be called: what reads calls is the same.
+        toolbox = toolbox if Toolbox.bound(params) else None
     return _with_end(params, end, prompts.template.source, toolbox), toolbox
 
 
@@ -136,7 +138,8 @@ def _with_thoughts(
 
 
 def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> GenerationParams:
-    """By the answer's constraint, unless the caller gives another; ``toolbox`` does not."""
+    """By the answer's constraint, unless the caller gives another; ``toolbox`` does not. Raises
+    ParameterError where that is of tools, and there are none to read its calls."""
     unfinished = _unfinished(plan)
     if unfinished is None:  # thoughts, if there were any, are over
         return params.replace(reasoning=None)
@@ -145,6 +148,12 @@ def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> 
         same = all(getattr(params, name) == getattr(before, name) for name in CONSTRAINTS)
         if not same:
             return params
+    if toolbox is None and Toolbox.bound(before):
+        raise ParameterError(
+            "the last answer may call tools that this conversation no longer has: give it some "
+            "(set_tools), or this answer another constraint",
+            parameter="tools",
+        )
     return params.replace(**_constraint(before))
 
 

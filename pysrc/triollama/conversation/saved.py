@@ -125,6 +125,7 @@ def saved_conversation(
         params={**unknown_params, **plain},
         overflow=overflow if isinstance(overflow, str) else "function",
         tools=None if prompts.tools is None else tuple(map(dict, prompts.tools)),
+        told=None if state.told == tools_key(prompts.tools) else state.told,
         variables={name: value for name, value in prompts.variables.items() if is_data(value)},
         adapters=loaded.saved(adapters),
         **to_saved(state, plain),
@@ -163,7 +164,7 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
     )
     if not turns or turns[-1].n_messages != len(one.messages) or not turns[-1].n_tokens:
         turns = tuple(Turn(turn.n_messages, 0, 0, b"", None) for turn in turns)
-        return State(messages=one.messages, turns=turns, dropped=one.dropped)
+        return State(messages=_counted(one, turns, same), turns=turns, dropped=one.dropped)
     unfinished: tuple[bytes, GenerationParams] | None = None
     if one.unfinished:
         unfinished = one.unfinished, files.known_params(one.unfinished_params)
@@ -174,12 +175,26 @@ def from_saved(one: SavedConversation, *, same: bool = True) -> State:
         unfinished=unfinished,
     )
     return State(
-        messages=one.messages,
+        messages=_counted(one, turns, same),
         tokens=one.tokens,
         n_computed=last.n_computed,
         turns=(*turns[:-1], last),
         dropped=one.dropped,
-        told=tools_key(one.tools),
+        told=tools_key(one.tools) if one.told is None else one.told,
+    )
+
+
+def _counted(one: SavedConversation, turns: Iterable[Turn], same: bool) -> tuple[Message, ...]:
+    """The messages, with the counts of these turns alone: others are of tokens that are gone. Not
+    the ``same`` model: what was generated is of a vocabulary that may be another."""
+    counts = {turn.n_messages - 1: turn.n_tokens for turn in turns}
+    return tuple(
+        message
+        if same and message.n_context == counts.get(at, 0)
+        else msgspec.structs.replace(
+            message, n_context=0, n_computed=0, tokens=message.tokens if same else ()
+        )
+        for at, message in enumerate(one.messages)
     )
 
 
@@ -193,10 +208,14 @@ def checked_state(
 ) -> State:
     """As ``from_saved``, of a file that anybody may have written: ``new`` makes samplers, to try
     the saved ones. Raises StateFormatError."""
-    if same and any(token >= n_vocab for token in one.tokens):
-        raise StateFormatError(
-            f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.tokens"
-        )
+    if same:
+        listed = {"tokens": one.tokens}
+        listed |= {f"messages[{at}].tokens": said.tokens for at, said in enumerate(one.messages)}
+        for name, tokens in listed.items():
+            if any(token >= n_vocab for token in tokens):
+                raise StateFormatError(
+                    f"a token is outside the vocabulary of {n_vocab}", place=f"{place}.{name}"
+                )
     state = from_saved(one, same=same)
     last = state.turns[-1] if state.turns else None
     if last is not None:

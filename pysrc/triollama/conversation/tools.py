@@ -123,7 +123,8 @@ def reader_for(toolbox: Toolbox | None, plan: Plan, source: str, vocab: Any) -> 
     if toolbox is None or toolbox.format is None:
         voice = voice_of(source)
         return None if voice is None else Calls(voice, vocab, {})
-    return toolbox.reader(sum(len(message.tool_calls) for message in plan.base.messages))
+    before = plan.base.messages if plan.messages else plan.base.messages[:-1]
+    return toolbox.reader(sum(len(message.tool_calls) for message in before))
 
 
 def result_of(value: Any) -> str:

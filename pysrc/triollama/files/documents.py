@@ -232,7 +232,8 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     ``overflow``, ``on_cancel``, ``tools`` and ``variables`` are as for ``Llama.conversation``; an
     overflow function is saved as "function", and variables that are no plain data are not.
     ``unfinished`` and ``unfinished_params``: the sampler and its parameters half way through a
-    grammar, where the last answer was cut short.
+    grammar, where the last answer was cut short. ``told`` stands for the tools that ``tokens`` tell
+    of, where these are others than ``tools``.
     """
 
     texts = (
@@ -262,6 +263,7 @@ class SavedConversation(Saved, frozen=True, kw_only=True):
     variables: dict[str, Any] = {}
     unfinished: bytes = b""
     unfinished_params: dict[str, Any] = {}
+    told: str | None = None
 
     @property
     def total_tokens(self) -> int:

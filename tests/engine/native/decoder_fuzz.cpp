@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <new>
 #include <poll.h>
 #include <pthread.h>
 #include <random>
@@ -50,6 +51,26 @@ extern "C" int start_or_refuse(pthread_t * thread, const pthread_attr_t * attrib
     return pthread_create(thread, attributes, work, data);
 }
 
+// A thread that finds no memory: once, or for as long as it works on its sampler's job.
+enum class Starves { never, once, on };
+static thread_local Starves starves = Starves::never;
+static std::atomic<long> total_starved{0};
+void * operator new(size_t size) {
+    if (starves != Starves::never) {
+        starves = starves == Starves::once ? Starves::never : starves;
+        total_starved++;
+        throw std::bad_alloc();
+    }
+    return std::malloc(size);
+}
+void operator delete(void * memory) noexcept { std::free(memory); }
+void operator delete(void * memory, size_t) noexcept { std::free(memory); }
+
+static bool is_worker() {
+    char name[16] = {};
+    return pthread_getname_np(pthread_self(), name, sizeof(name)) == 0 && std::string(name) == "triollama-slow";
+}
+
 // What a grammar leaves no choice about, after a token that was sampled.
 static std::vector<llama_token> forced_after(llama_token token) {
     std::vector<llama_token> forced;
@@ -70,7 +91,9 @@ struct Sampler::Impl {
 Sampler::Sampler(const llama_vocab *, SamplingParams params) : impl(new Impl{std::move(params), END}) {}
 Sampler::~Sampler() = default;
 llama_token Sampler::sample(float * logits) {
-    if (impl->params.seed == 13) {
+    starves = Starves::never;
+    if (impl->params.seed == 13 || impl->params.seed == 14) {
+        starves = impl->params.seed == 14 && is_worker() ? Starves::on : Starves::never;
         throw grammar_error("no token continues the text");
     }
     return (llama_token) (std::max_element(logits, logits + N_VOCAB) - logits);
@@ -114,6 +137,7 @@ struct Faults {
     std::atomic<int> abort_checks{3};
     std::atomic<bool> throws{false};
     std::atomic<int> poison{-1};        // a batch with this token fails with -2
+    std::atomic<bool> starves{false};   // no memory for what comes next to a row of logits
 };
 
 class ScriptedBackend final : public Backend {
@@ -156,7 +180,10 @@ public:
         const bool poisoned = std::find(b.token.begin(), b.token.end(), faults.poison.load()) != b.token.end();
         return poisoned || chance(faults.error) ? -2 : 0;
     }
-    float * logits(int32_t i) override { return rows.at(i).empty() ? nullptr : rows[i].data(); }
+    float * logits(int32_t i) override {
+        starves = faults.starves.exchange(false) ? Starves::once : Starves::never;
+        return rows.at(i).empty() ? nullptr : rows[i].data();
+    }
     const float * embeddings(int32_t) override { return nullptr; }
 
     bool seq_rm(llama_seq_id slot, llama_pos p0, llama_pos p1) override {
@@ -357,7 +384,7 @@ static void round(unsigned seed) {
             }
             Expected e;
             SamplingParams params;
-            params.seed = below(40) == 0 ? 13 : 1;
+            params.seed = below(20) == 0 ? 13 + below(2) : 1;
             if (below(3) == 0) {
                 params.grammar.text = "root ::= any";
             }
@@ -368,7 +395,7 @@ static void round(unsigned seed) {
             r.max_tokens = below(40);
             r.capacity = 1 + below(6);
             r.priority = below(3);
-            e.may_fail = params.seed == 13 || faults.error > 0;
+            e.may_fail = params.seed > 1 || faults.error > 0;
             e.history  = history;
             e.n_prompt = history.size();
             e.reads    = below(5) > 0;
@@ -518,6 +545,26 @@ static void poisoned() {
     check(streams[1]->message.find("scripted") != std::string::npos, "the cause was not told");
 }
 
+// No memory for what the worker is to do ends the stream that it was for.
+static void starved() {
+    Faults faults;
+    DecoderConfig config;
+    config.n_slots = 2;
+    config.n_ctx = 100;
+    Decoder decoder(std::make_unique<ScriptedBackend>(faults, 2, 200, true, 1), config);
+    for (int i = 0; i < 2; i++) {
+        Request r = simple({1, 2, 3}, 4);
+        SamplingParams params;
+        params.grammar.text = "root ::= any";       // its sampler runs beside the steps
+        r.sampler = std::make_unique<Sampler>(nullptr, params);
+        faults.starves = i == 0;
+        const StreamPtr stream = decoder.submit(std::move(r));
+        finish(decoder, stream);
+        check(i > 0 || (stream->finish() == Finish::error && stream->failure == Failure::memory), "starved, and not told so");
+        check(i == 0 || stream->finish() == Finish::length || stream->finish() == Finish::eos, "another suffered from it");
+    }
+}
+
 // An exception out of llama.cpp ends everything, with its cause, and no thread hangs.
 static void death() {
     Faults faults;
@@ -612,15 +659,16 @@ int main(int argc, char ** argv) {
     joins();
     depths();
     poisoned();
+    starved();
     death();
     for (unsigned i = 0; i < rounds; i++) {
         std::fprintf(stderr, "round %u\n", seed + i);
         round(seed + i);
     }
     std::printf("finished %ld cancelled %ld failed %ld generated %ld cached %ld aborts %ld evictions %ld restores %ld "
-                "preemptions %ld beside %ld alike %ld forced %ld refused %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
+                "preemptions %ld beside %ld alike %ld forced %ld refused %ld starved %ld\n", (long) total.finished, (long) total.cancelled, (long) total.failed,
                 (long) total.generated_tokens, (long) total.cached_tokens, (long) total.aborts, (long) total.evictions,
-                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike, total_forced.load(), total_refused.load());
+                (long) total.restores, (long) total.preemptions, (long) total.slow_samples, total_alike, total_forced.load(), total_refused.load(), total_starved.load());
     std::printf("ok\n");
     return 0;
 }
