@@ -249,6 +249,18 @@ class Pressed:
         return getattr(self.turn, name)
 
 
+def test_a_home_that_cannot_be_written_to(
+    terminal: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
+    chat = terminal("chat", "-m", tiny("llama"), "-t", "0", "-n", "3")
+    chat.wait("lines are not remembered", PROMPT)
+    chat.press("Hello\r")
+    chat.wait(SAID, PROMPT)
+    chat.press("/quit\r")
+    assert chat.end() == 0
+
+
 @pytest.mark.parametrize("after", [0, 3])
 def test_ctrl_c_ends_a_turn(session: Session, say: Any, capsys: Any, after: int) -> None:
     """Before the first piece nothing was said; later what was said stays. The chat goes on."""
