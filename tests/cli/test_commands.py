@@ -199,6 +199,18 @@ def test_streams_that_are_closed(tiny: Any) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_names_that_an_output_cannot_hold(tiny: Any, tmp_path: Path) -> None:
+    for name, encoding, status in (("caf\u65e5", "latin-1", 0), ("caf\udce9", "utf-8", 1)):
+        path = tmp_path / f"{name}.gguf"
+        path.symlink_to(tiny("llama"))
+        done = subprocess.run(
+            [sys.executable, "-m", "triollama", "inspect", str(path), *["--json"] * status],
+            env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == status and b"Traceback" not in done.stderr
+        assert b"/caf?.gguf" in done.stdout or b"is no utf-8" in done.stderr
+
+
 def test_tables_that_nobody_reads() -> None:
     end, nobody = os.pipe()
     os.close(end)
