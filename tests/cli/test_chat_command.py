@@ -117,6 +117,9 @@ def test_files(tiny: Any, session: Session, say: Any, tmp_path: Path) -> None:
         assert "this is b" in str(fresh.handle(f"/load {path}"))
         with pytest.raises(FileNotFoundError):
             fresh.handle("/load /nowhere")
+        for line in ("/load ~nobody-is-it/x", "/save ~nobody-is-it/x", "/adapter ~nobody-is-it/x"):
+            with pytest.raises((TriollamaError, OSError), match="~nobody-is-it/x"):
+                fresh.handle(line)
         llama.save(tmp_path / "none", [])
         with pytest.raises(TriollamaError, match="no conversation"):
             fresh.handle(f"/load {tmp_path / 'none'}")
