@@ -1,5 +1,4 @@
 """The context: a model's working memory, and the calls that compute."""
-from pathlib import Path
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
 
@@ -64,17 +63,17 @@ cdef int _MAX_CTX = 2**28
 
 
 def default_threads() -> int:
-    """Threads used unless told otherwise: the processors this process may run on, no more than its
-    container's quota pays for, at most 16."""
+    """Threads used unless told otherwise: the processors this process may run on, no more than a
+    quota of its container or service pays for, at most 16."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:
         count = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        count = min(count, int(quota) // int(period))
-    except (OSError, ValueError):  # no container, or one without a quota: "max"
-        pass
+    from triollama.cgroups import limits
+    for (told,) in limits("cpu.max"):
+        quota, _, period = told.partition(" ")
+        if quota.isdecimal():  # not "max"
+            count = min(count, int(quota) // int(period))
     return max(1, min(count, 16))
 
 

@@ -42,8 +42,18 @@ __all__ = [
 ]
 
 
+_MOST = 2000
+
+
 class TriollamaError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package. Its text is not all of a long one: what is told in it
+    was given by somebody, and may have any length."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= _MOST:
+            return text
+        return f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
 
 
 class ParameterError(TriollamaError, ValueError):

@@ -468,7 +468,7 @@ def make_raw_params(base: GenerationParams | None, changes: Mapping[str, Any]) -
 def _schema_text(schema: Any) -> str:
     if not isinstance(schema, (Mapping, bool)):
         raise ParameterError(
-            f"json_schema must be a dict, a bool or JSON text, not {schema!r}",
+            f"json_schema must be a dict, a bool or JSON text, not {shown(schema)}",
             parameter="json_schema",
             value=schema,
         )

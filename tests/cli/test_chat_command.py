@@ -117,6 +117,9 @@ def test_files(tiny: Any, session: Session, say: Any, tmp_path: Path) -> None:
         assert "this is b" in str(fresh.handle(f"/load {path}"))
         with pytest.raises(FileNotFoundError):
             fresh.handle("/load /nowhere")
+        for line in ("/load ~nobody-is-it/x", "/save ~nobody-is-it/x", "/adapter ~nobody-is-it/x"):
+            with pytest.raises((TriollamaError, OSError), match="~nobody-is-it/x"):
+                fresh.handle(line)
         llama.save(tmp_path / "none", [])
         with pytest.raises(TriollamaError, match="no conversation"):
             fresh.handle(f"/load {tmp_path / 'none'}")
@@ -247,6 +250,18 @@ class Pressed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.turn, name)
+
+
+def test_a_home_that_cannot_be_written_to(
+    terminal: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
+    chat = terminal("chat", "-m", tiny("llama"), "-t", "0", "-n", "3")
+    chat.wait("lines are not remembered", PROMPT)
+    chat.press("Hello\r")
+    chat.wait(SAID, PROMPT)
+    chat.press("/quit\r")
+    assert chat.end() == 0
 
 
 @pytest.mark.parametrize("after", [0, 3])

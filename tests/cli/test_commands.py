@@ -78,6 +78,9 @@ def test_mistakes_are_explained(command: Any, tiny: Any, tmp_path: Path) -> None
         (1, "hf:google/gemma/FILE.gguf", "run", "-m", "google/gemma", "x"),
         (2, "no parameter 'top_q'", "run", "-m", path, "--set", "top_q", "1", "x"),
         (2, "top_k cannot be", "run", "-m", path, "--set", "top_k", "many", "x"),
+        (2, "top_k cannot be", "run", "-m", path, "--set", "top_k", "[" * 100_000, "x"),
+        (2, "--params", "serve", path, "--params", '{"stop": ' + "[" * 100_000),
+        (1, "cannot be encoded as UTF-8", "run", "-m", path, "--raw", "caf\udce9"),
         (1, "ParameterError", "run", "-m", path, "-t", "-1", "x"),
         (2, "takes no --system", "run", "-m", path, "--raw", "--system", "s", "x"),
         (1, "cannot read the adapter", "run", "-m", path, "--adapter", tmp_path / "a=2", "x"),
@@ -87,7 +90,7 @@ def test_mistakes_are_explained(command: Any, tiny: Any, tmp_path: Path) -> None
     ):
         got, _, err = command(*words)
         assert got == status and says in err, (words, err)
-        assert "Traceback" not in err
+        assert "Traceback" not in err and len(err) < 3000
 
 
 @pytest.mark.parametrize(
@@ -194,6 +197,18 @@ def test_streams_that_are_closed(tiny: Any) -> None:
         done = subprocess.run(["sh", "-c", line], check=False, capture_output=True, text=True)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
+
+
+def test_names_that_an_output_cannot_hold(tiny: Any, tmp_path: Path) -> None:
+    for name, encoding, status in (("caf\u65e5", "latin-1", 0), ("caf\udce9", "utf-8", 1)):
+        path = tmp_path / f"{name}.gguf"
+        path.symlink_to(tiny("llama"))
+        done = subprocess.run(
+            [sys.executable, "-m", "triollama", "inspect", str(path), *["--json"] * status],
+            env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == status and b"Traceback" not in done.stderr
+        assert b"/caf?.gguf" in done.stdout or b"is no utf-8" in done.stderr
 
 
 def test_tables_that_nobody_reads() -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -269,22 +269,33 @@ def test_causal_attention_matters(context):
 
 
 @pytest.mark.parametrize(
-    ("said", "n"),
-    [("150000 100000", 1), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8), ("", 8)],
+    ("group", "said", "n"),
+    [
+        ("0::/", {"/": "150000 100000"}, 1),  # a container's own view
+        ("0::/", {"/": "350000 100000"}, 3),
+        ("0::/", {"/": "50000 100000"}, 1),
+        ("0::/", {"/": "max 100000"}, 8),
+        ("4:cpu:/x\n0::/a/b", {"/a/b": "max 100000"}, 8),
+        ("4:cpu:/x\n0::/a/b", {"/a/b": "300000 100000", "/a": "500000 100000"}, 3),  # a service
+        ("0::/a/b", {"/a/b": "500000 100000", "/a": "200000 100000"}, 2),
+        ("0::/../x", {"/": "400000 100000"}, 4),  # it came from outside the container
+        ("", {"/": "400000 100000"}, 4),
+        ("0::/", {}, 8),
+    ],
 )
-def test_no_more_threads_than_a_quota_pays_for(monkeypatch, said, n):
-    asked = []
+def test_no_more_threads_than_a_quota_pays_for(monkeypatch, group, said, n):
+    files = {"/proc/self/cgroup": group} if group else {}
+    root = PurePosixPath("/sys/fs/cgroup")
+    files |= {str(root / name.strip("/") / "cpu.max"): quota for name, quota in said.items()}
 
     def read(path, **_):
-        asked.append(str(path))
-        if not said:
+        if str(path) not in files:
             raise FileNotFoundError(path)
-        return said + "\n"
+        return files[str(path)] + "\n"
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", read)
     assert default_threads() == n
-    assert asked == ["/sys/fs/cgroup/cpu.max"]
 
 
 def test_threads_can_change(context):

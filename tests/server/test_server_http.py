@@ -248,6 +248,25 @@ def test_with_a_key() -> None:
     run_fake(test, api_key="right")
 
 
+def test_a_key_that_everybody_has_is_refused() -> None:
+    async def main() -> None:
+        async with open_fake_llama(Scripted()) as llama:
+            for key in ("", b"right", 5):
+                with pytest.raises(ParameterError, match="api_key"):
+                    Server(llama, api_key=key)  # type: ignore[arg-type]
+
+    trio.run(main)
+
+
+def test_a_key_may_be_any_bytes_of_the_environment() -> None:
+    async def test(site: Site) -> None:
+        headers = {"x-api-key": b"cl\xe9"}
+        assert (await site.get("/v1/models", headers=headers)).status_code == 200
+        assert (await site.get("/v1/models", headers={"x-api-key": "cl"})).status_code == 401
+
+    run_fake(test, api_key="cl\udce9")
+
+
 def test_a_key_is_what_its_bytes_are() -> None:
     async def test(site: Site) -> None:
         headers = {"Authorization": "Bearer cl\u00e9".encode()}
@@ -275,6 +294,26 @@ def test_a_head_is_an_answer_without_its_body() -> None:
         assert (await exchange(site, too_much)).startswith(b"HTTP/1.1 413")
 
     run_fake(test)
+
+
+def test_a_target_may_be_the_whole_address() -> None:
+    """As clients write it that take the server for a proxy."""
+
+    async def test(site: Site) -> None:
+        for target in ("http://localhost/health", "HTTP://LocalHost:80/health?x=http://y/z"):
+            line = f"GET {target} HTTP/1.1\r\nHost: LocalHost\r\nConnection: close\r\n\r\n"
+            assert (await exchange(site, line.encode())).startswith(b"HTTP/1.1 200")
+
+    run_fake(test)
+
+
+def test_a_path_makes_no_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(site: Site) -> None:
+        await site.get("/x%0d%0aGET%20/health%20200")
+
+    with caplog.at_level("INFO", "triollama.server"):
+        run_fake(test)
+    assert "GET /x%0D%0AGET%20/health%20200 404" in caplog.text
 
 
 def test_without_a_key_nobody_else_is_served() -> None:

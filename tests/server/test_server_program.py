@@ -98,7 +98,7 @@ def test_it_serves_and_ends_well(
         (["MODEL", "--adapter", "x"], 2, "NAME=FILE"),
         (["MODEL", "--adapter", "x=none.gguf"], 1, "none.gguf"),
         (["MODEL", "--adapter", "x=a.gguf", "--adapter", "x=b.gguf"], 2, "twice"),
-        (["MODEL", "--seconds", "nan"], 1, "above 0"),
+        (["MODEL", "--seconds", "nan"], 1, "more than 0"),
         (["MODEL", "--origin", "x"], 1, "https://"),
         (["MODEL", "--params", '{"heat": 1}'], 2, "heat"),
         (["MODEL", "--params", "{"], 2, "--params"),

@@ -30,6 +30,13 @@ def test_family(cls: type[Exception]) -> None:
     assert "what was wrong" in str(error)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_its_text_is_not_all_of_a_long_one(cls: type[Exception]) -> None:
+    text = str(cls("it begins " + "x" * 1_000_000 + " and ends"))
+    assert len(text) < 3000
+    assert "it begins x" in text and "x and ends" in text
+
+
 @pytest.mark.parametrize(
     ("cls", "builtin"),
     [

@@ -14,7 +14,7 @@ PACKAGE = Path(triollama.__file__).parent
 
 # From the bottom up. A module may import from its own layer (itself) and from those below.
 LAYERS = (
-    ("errors", "writing"),
+    ("cgroups", "errors", "writing"),
     ("checks", "fingerprints"),
     ("params", "results", "uninterrupted"),
     ("_engine",),

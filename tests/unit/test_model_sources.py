@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -191,6 +192,28 @@ def test_what_is_not_there_is_told(hub: Hub, fetch: Any) -> None:
     hub.gated = True
     (gated,) = fetch("hf:me/tiny/a.gguf")
     assert "licence accepted" in gated
+
+
+def test_a_hub_that_does_not_answer_is_one_short_error(run_isolated: Any, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="the extra hub")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+    code = """
+        import logging, sys, time
+        from triollama import models
+        time.sleep = lambda seconds: sys.exit(f"it sleeps {seconds}")
+        for update in (False, True):
+            try:
+                models.get("hf:me/tiny/m.gguf", update=update)
+            except models.path.ModelNotFoundError as error:
+                print(error)
+        """
+    for way in ({"HF_ENDPOINT": nobody}, {"https_proxy": nobody, "HTTPS_PROXY": nobody}):
+        told = run_isolated(code, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0", **way)
+        assert told.stderr == ""
+        for line in (lines := told.stdout.splitlines()):
+            assert line.startswith("hf:me/tiny/m.gguf was not fetched before") and "refused" in line
+        assert len(lines) == 2
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:

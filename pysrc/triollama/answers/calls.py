@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ..checks import shown
 from ..errors import AnswerError
 from ..results import ToolCall
 from .formats import CallFormat, filled, loose, parts_of
@@ -125,7 +126,7 @@ class Calls:
         calls: dict[str, ToolCall] = {}
         for number, name, arguments in found:
             if name not in self._schemas or not isinstance(arguments, dict):
-                raise AnswerError(f"the answer calls {name!r}, which is no tool", text=text)
+                raise AnswerError(f"the answer calls {shown(name)}, which is no tool", text=text)
             known = filled(self._format.call_id, {"{id}": number, "{name}": name})
             if not number or not known or known in calls:
                 # Nine letters and digits, which some templates insist on.

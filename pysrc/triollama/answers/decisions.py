@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..checks import shown
 from ..errors import ParameterError
 from ..results import Choice
 
@@ -21,7 +22,8 @@ def check_options(options: Any) -> None:
     for option in options:
         if not isinstance(option, str) or not option or options.count(option) > 1:
             raise ParameterError(
-                f"options must be strings that are not empty and differ, and there is {option!r}",
+                "options must be strings that are not empty and differ, and there is "
+                f"{shown(option)}",
                 parameter="options",
                 value=options,
             )

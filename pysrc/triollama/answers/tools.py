@@ -60,7 +60,7 @@ class Tool:
             name = function.get("name") if isinstance(function, Mapping) else None
             if not isinstance(name, str) or not name:
                 raise ParameterError(
-                    f"a tool's specification needs a name, and this has none: {source!r}",
+                    f"a tool's specification needs a name, and this has none: {shown(source)}",
                     parameter="tools",
                     value=source,
                 )
@@ -68,7 +68,7 @@ class Tool:
             self.schema: Any = function.get("parameters") or {"type": "object", "properties": {}}
             if not isinstance(self.schema, Mapping):
                 raise ParameterError(
-                    f"the parameters of the tool {name!r} are no schema: {shown(self.schema)}",
+                    f"the parameters of the tool {shown(name)} are no schema: {shown(self.schema)}",
                     parameter="tools",
                     value=source,
                 )
@@ -76,7 +76,7 @@ class Tool:
             return
         if not callable(source):
             raise ParameterError(
-                f"a tool is a function or the specification of one, not {source!r}",
+                f"a tool is a function or the specification of one, not {shown(source)}",
                 parameter="tools",
                 value=source,
             )

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from ..checks import check_kind
+from ..checks import check_kind, shown
 from ..errors import AnswerError, ParameterError
 from ..params import CONSTRAINTS, GenerationParams
 from .grammar import Grammar
@@ -34,7 +34,7 @@ class Structured(Generic[T]):
             self._decoder = msgspec.json.Decoder(into)
         except TypeError as error:
             raise ParameterError(
-                f"into={into!r} is no type that msgspec decodes: {error}",
+                f"into={shown(into)} is no type that msgspec decodes: {error}",
                 parameter="into",
                 value=into,
             ) from None

@@ -423,7 +423,7 @@ def named(name: str, *, bos_token: str = "", eos_token: str = "") -> ChatTemplat
     check_kind("name", name, str)
     if name not in BUILTIN:
         raise ParameterError(
-            f"there is no chat template {name!r}; the built-in ones are {', '.join(BUILTIN)}",
+            f"there is no chat template {shown(name)}; the built-in ones are {', '.join(BUILTIN)}",
             parameter="template",
             value=name,
         )

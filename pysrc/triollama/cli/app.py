@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the shell closed it, or there is none
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know few characters
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         with app.make_context("triollama", words) as context:
@@ -76,6 +79,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 141
     except UnicodeDecodeError as error:
         print(f"triollama: the input is not {error.encoding}: {error}", file=sys.stderr)
+        return 1
+    except UnicodeEncodeError as error:  # words of the command line are as the shell gives them
+        print(f"triollama: what was given is no {error.encoding}: {error}", file=sys.stderr)
         return 1
     except (TriollamaError, OSError) as error:
         print(f"triollama: {type(error).__name__}: {error}", file=sys.stderr)

@@ -175,7 +175,12 @@ def _prompt(session: Session, *, remember: bool) -> PromptSession[str]:
         else:
             buffer.validate_and_handle()
 
-    history: History = FileHistory(str(_history_file())) if remember else InMemoryHistory()
+    history: History = InMemoryHistory()
+    if remember:
+        try:
+            history = FileHistory(str(_history_file()))
+        except (OSError, RuntimeError) as error:  # a home that cannot be written to, or none
+            on_stderr.print(f"lines are not remembered: {error}", style="dim", markup=False)
     return PromptSession(
         history=history,
         key_bindings=keys,

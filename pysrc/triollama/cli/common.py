@@ -13,6 +13,7 @@ import msgspec
 from rich.console import Console
 
 from .. import models
+from ..checks import shown
 from ..engine.loaded import LoadedAdapter
 from ..params import GenerationParams, make_params
 from ..results import Completion
@@ -114,14 +115,16 @@ def passed_on(name: str, help: str, run: Callable[[str, list[str]], int]) -> cli
 def setting(name: str, text: str) -> Any:
     """The value of a parameter, as its type has it. Raises BadParameter."""
     if name not in _TYPES:
-        raise click.BadParameter(f"there is no parameter {name!r}; there are {', '.join(_TYPES)}")
+        raise click.BadParameter(
+            f"there is no parameter {shown(name)}; there are {', '.join(_TYPES)}"
+        )
     value: Any = text
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
     for candidate in (value, [value], text, [text]):
         with contextlib.suppress(msgspec.ValidationError):
             return msgspec.convert(candidate, _TYPES[name], strict=False)
-    raise click.BadParameter(f"{name} cannot be {text!r}")
+    raise click.BadParameter(f"{name} cannot be {shown(text)}")
 
 
 def params_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -178,12 +179,12 @@ class Session:
             number = float(scale)
         except ValueError:
             return "as: /adapter FILE 0.5"
-        self.chat.set_adapters([(self._llama.load_adapter(Path(file).expanduser()), number)])
+        self.chat.set_adapters([(self._llama.load_adapter(Path(os.path.expanduser(file))), number)])
         return f"{file} at {number:g}"
 
     def do_save(self, file: str = "") -> Reply:
         """Save all conversations; from then on each answer is."""
-        path = Path(file).expanduser() if file else self._file
+        path = Path(os.path.expanduser(file)) if file else self._file
         if path is None:
             return "as: /save FILE"
         if path.exists() and path.resolve() not in self._here:
@@ -195,7 +196,7 @@ class Session:
 
     def do_load(self, file: str) -> Reply:
         """Open the conversations of a file, and speak to the last."""
-        return self._load(Path(file).expanduser())
+        return self._load(Path(os.path.expanduser(file)))
 
     def _load(self, path: Path) -> str:
         note = ""

@@ -22,6 +22,7 @@ import trio
 
 from .. import files, params, tuning
 from .. import llama as facade
+from ..checks import shown
 from ..conversation.conversation import Conversation as Chat
 from ..engine.protocol import Model, Vocab
 from ..errors import ClosedError, ParameterError
@@ -223,7 +224,7 @@ class SwiftyLlama:
     def _find(self, id: str) -> Chat:
         if id not in self.llama.conversations:
             raise ParameterError(
-                f"there is no conversation {id!r}", parameter="conversation_id", value=id
+                f"there is no conversation {shown(id)}", parameter="conversation_id", value=id
             )
         return self.llama.conversations[id]
 

@@ -159,7 +159,9 @@ async def restore(
     check_kind("variables", options.get("variables"), Mapping, type(None))
     for name, value in options.items():
         if name not in ("overflow", "on_cancel", "tools", "variables"):
-            raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
+            raise ParameterError(
+                f"restore has no option {shown(name)}", parameter=name, value=value
+            )
     if "overflow" in options:
         chats.check_overflow(options["overflow"])
     if "on_cancel" in options:
@@ -230,7 +232,7 @@ async def _revive_all(
             adapters = chats.adapters.find(one.adapters) if same else None
             if adapters is None and same and on_mismatch == "error":
                 raise StateMismatchError(
-                    f"{place}: the conversation {one.id!r} used adapters that are not loaded: "
+                    f"{place}: the conversation {shown(one.id)} used adapters that are not loaded: "
                     f"{', '.join(adapter.path for adapter in one.adapters)} (load_adapter)",
                     what="adapters",
                 )

@@ -12,7 +12,7 @@ import msgspec
 
 from ..answers import Calls, Tool, Toolbox, ToolChoice, voice_of
 from ..chat import ChatTemplate
-from ..checks import check_count
+from ..checks import check_count, shown
 from ..errors import AnswerError, ParameterError, UnsupportedError
 from ..files import Message
 from ..results import Completion, ToolCall
@@ -52,7 +52,7 @@ class Tools:
         for tool in map(Tool, self.sources):
             if tool.name in self._tools:
                 raise ParameterError(
-                    f"two tools are called {tool.name!r}", parameter="tools", value=tool.name
+                    f"two tools are called {shown(tool.name)}", parameter="tools", value=tool.name
                 )
             self._tools[tool.name] = tool
         self._calling = calling
@@ -72,7 +72,7 @@ class Tools:
             return None
         if isinstance(sources, (str, bytes, Mapping)) or not isinstance(sources, Iterable):
             raise ParameterError(
-                f"tools must be a list of functions or specifications, not {sources!r}",
+                f"tools must be a list of functions or specifications, not {shown(sources)}",
                 parameter="tools",
                 value=sources,
             )
@@ -109,7 +109,9 @@ def toolbox_of(tools: Tools | None, choice: ToolChoice) -> Toolbox | None:
 
 def refused_choice(choice: Any, why: str) -> ParameterError:
     """The error of a ``tool_choice`` that cannot be honoured."""
-    return ParameterError(f"tool_choice={choice!r}: {why}", parameter="tool_choice", value=choice)
+    return ParameterError(
+        f"tool_choice={shown(choice)}: {why}", parameter="tool_choice", value=choice
+    )
 
 
 def show(tools: Tools | None, prompts: Prompts) -> None:
@@ -157,7 +159,7 @@ def check_on_error(on_error: Any) -> None:
     """Raises ParameterError."""
     if on_error not in ("tell", "raise"):
         raise ParameterError(
-            f"on_tool_error must be 'tell' or 'raise', not {on_error!r}",
+            f"on_tool_error must be 'tell' or 'raise', not {shown(on_error)}",
             parameter="on_tool_error",
             value=on_error,
         )

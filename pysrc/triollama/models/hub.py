@@ -26,10 +26,11 @@ def fetch(wanted: Reference, *, update: bool = False) -> Path:
         here = _fetched(hub, wanted, parts)
         if here is not None:
             return here
-    first = _download(hub, wanted, parts[0], wanted.revision)
+    silent = _why_silent(hub, wanted, parts[0])
+    first = _download(hub, wanted, parts[0], wanted.revision, silent)
     commit = _commit_of(first)
     for part in parts[1:]:
-        _download(hub, wanted, part, commit)
+        _download(hub, wanted, part, commit, silent)
     return first
 
 
@@ -54,11 +55,32 @@ def _commit_of(path: Path) -> str:
     return folders[len(folders) - 1 - folders[::-1].index("snapshots") + 1]
 
 
-def _download(hub: Any, wanted: Reference, file: str, revision: str | None) -> Path:
+def _why_silent(hub: Any, wanted: Reference, file: str) -> str:
+    """Why the hub does not answer; empty where it does, whatever it says. Its library asks again
+    for half a minute where nobody answers, and tells of every time."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        url = hub.hf_hub_url(wanted.repository, file, revision=wanted.revision)
+        hub.get_hf_file_metadata(url)
+    except errors.HfHubHTTPError as error:
+        return str(error).partition("\n")[0] if error.response.status_code >= 500 else ""
+    except Exception as error:  # of the library by which it speaks HTTP, which changes
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _download(hub: Any, wanted: Reference, file: str, revision: str | None, silent: str) -> Path:
+    """``silent``: why the hub is not asked."""
     from huggingface_hub import errors
 
+    here = bool(silent)
     try:
-        return Path(hub.hf_hub_download(wanted.repository, file, revision=revision))
+        return Path(
+            hub.hf_hub_download(wanted.repository, file, revision=revision, local_files_only=here)
+        )
     except errors.GatedRepoError as error:
         raise ModelNotFoundError(
             f"{wanted}: its owner wants the licence accepted: do so on the page of "
@@ -77,7 +99,8 @@ def _download(hub: Any, wanted: Reference, file: str, revision: str | None) -> P
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
-            f"{wanted} was not fetched before, and the hub cannot be reached now: {error}",
+            f"{wanted} was not fetched before, and the hub cannot be reached now: "
+            f"{silent or error}",
             path=str(wanted),
         ) from error
     except errors.EntryNotFoundError as error:
@@ -85,7 +108,7 @@ def _download(hub: Any, wanted: Reference, file: str, revision: str | None) -> P
             f"{wanted}: there is no file {file} in {wanted.repository}{_others(hub, wanted)}",
             path=str(wanted),
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"{wanted} cannot be fetched: {error}", path=str(wanted)) from error
 
 

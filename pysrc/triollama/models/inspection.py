@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from .._engine import gguf_bytes, memory_needs, read_gguf
+from ..cgroups import limits
 from .path import resolve
 from .reference import parts_of
 
@@ -185,20 +186,15 @@ def free_memory() -> int | None:
     """Bytes of host memory that this process could take now, within its container's limit."""
     if not sys.platform.startswith("linux"):
         return None
-    limits = []
+    free = []
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
-                    limits.append(int(line.split()[1]) * 1024)
+                    free.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError):
         pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            limits.append(max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return min(limits, default=None)
+    for most, used in limits("memory.max", "memory.current"):
+        if most.isdecimal():  # not "max"
+            free.append(max(0, int(most) - int(used)))
+    return min(free, default=None)

@@ -47,7 +47,7 @@ def get(name: str, *, revision: str | None = None, update: bool = False) -> Path
         return get_known(name)
     if not name.startswith("hf:"):
         raise ModelNotFoundError(
-            f"{name!r} is neither hf:OWNER/REPOSITORY/FILE.gguf nor a known model; known are "
+            f"{shown(name)} is neither hf:OWNER/REPOSITORY/FILE.gguf nor a known model; known are "
             f"{', '.join(KNOWN)}",
             path=name,
         )
@@ -72,7 +72,7 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
             f"path must be a path of a model file, not {shown(path)}", parameter="path", value=path
         ) from None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ModelNotFoundError(f"{text!r} is no path of a model file", path=str(text))
+        raise ModelNotFoundError(f"{shown(text)} is no path of a model file", path=str(text))
     if text.startswith("hf:") or (text in KNOWN and not os.path.exists(text)):
         text = str(get(text))
     try:

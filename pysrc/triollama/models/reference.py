@@ -6,6 +6,7 @@ import re
 
 import msgspec
 
+from ..checks import shown
 from ..errors import ModelNotFoundError
 
 __all__ = ["Reference", "parts_of"]
@@ -27,11 +28,12 @@ class Reference(msgspec.Struct, frozen=True):
         match = _NAME.fullmatch(name)
         if match is None:
             raise ModelNotFoundError(
-                f"{name!r} names no file: write hf:OWNER/REPOSITORY/FILE.gguf", path=name
+                f"{shown(name)} names no file: write hf:OWNER/REPOSITORY/FILE.gguf", path=name
             )
         if match[2] and revision not in (None, match[2]):
             raise ModelNotFoundError(
-                f"{name!r} names the revision {match[2]}, and revision={revision!r} another",
+                f"{shown(name)} names the revision {match[2]}, and revision={shown(revision)} "
+                "another",
                 path=name,
             )
         return cls(match[1], match[3], revision or match[2])

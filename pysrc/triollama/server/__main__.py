@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from ..checks import shown
 from ..errors import TriollamaError
 from ..params import GenerationParams, make_params
 from . import Limits, run_server
@@ -129,14 +130,14 @@ def make_parser() -> argparse.ArgumentParser:
 def _named(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     if not separator or not name or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not NAME=FILE")
     return name, path
 
 
 def _params(text: str) -> GenerationParams:
     try:
         return make_params(None, msgspec.json.decode(text, type=dict))
-    except (msgspec.MsgspecError, TriollamaError) as error:
+    except (msgspec.MsgspecError, TriollamaError, RecursionError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

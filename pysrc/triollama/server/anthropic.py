@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from ..answers import ToolChoice
+from ..checks import shown
 from ..results import FinishReason, ToolCall, Usage
 from ..streams.stream import Piece
 from .asked import chosen_tools, fields_of, params_of, split, text_content
@@ -102,7 +103,7 @@ def messages_of(given: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     Raises Fault. Hints of what is worth keeping in memory are taken: that happens by itself."""
     role, content = given.get("role"), given.get("content")
     if role not in ("user", "assistant"):
-        why = f"{place}.role must be 'user' or 'assistant', not {role!r}"
+        why = f"{place}.role must be 'user' or 'assistant', not {shown(role)}"
         raise Fault(400, why, param=f"{place}.role")
     for name in given.keys() - {"role", "content"}:
         raise Fault(400, f"{place}.{name} is not supported", param=f"{place}.{name}")

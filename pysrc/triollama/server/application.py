@@ -11,11 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 import trio
 
-from ..checks import shown
+from ..checks import check_kind, shown
 from ..engine.loaded import LoadedAdapter
 from ..errors import ParameterError, StateWriteError
 from ..params import GenerationParams
@@ -75,7 +76,7 @@ class Server:
         named = name or Path(llama.model.path).stem or llama.model.metadata.get("general.name", "")
         if named in (adapters or {}):
             raise ParameterError(
-                f"the model and an adapter are both called {named!r}: name one otherwise",
+                f"the model and an adapter are both called {shown(named)}: name one otherwise",
                 parameter="adapters",
                 value=adapters,
             )
@@ -89,7 +90,11 @@ class Server:
             limits=self.limits,
             chats=self._chats,
         )
-        self._key = api_key
+        check_kind("api_key", api_key, str, type(None))
+        if api_key == "":  # everybody would have it
+            raise ParameterError("api_key is empty", parameter="api_key", value=api_key)
+        # From the environment it may be any bytes.
+        self._key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
         self._web = web
         self._origins = frozenset(map(check_origin, origins))
         self.connections = Connections(self.limits, self._handle)
@@ -132,7 +137,7 @@ class Server:
         """
         if self._key is None and not is_loopback(host):
             raise ParameterError(
-                f"{host!r} can be reached from other machines: give an api_key, or listen on "
+                f"{shown(host)} can be reached from other machines: give an api_key, or listen on "
                 "127.0.0.1",
                 parameter="host",
                 value=host,
@@ -183,7 +188,7 @@ class Server:
                 if fault.status == 499:
                     raise GoneError from None
                 if fault.status == 500:
-                    _log.exception("%s %s failed", request.method, request.path)
+                    _log.exception("%s %s failed", request.method, quote(request.path))
                 await self._tell(fault, request, reply)
             status = reply.status
         except (trio.Cancelled, GoneError):
@@ -192,7 +197,9 @@ class Server:
         finally:
             self._service.metrics.note(path, status)
             seconds = time.monotonic() - started
-            _log.info("%s %s %d %.3f s", request.method, request.path, status, seconds)
+            # As it was sent, or a path could make lines of its own.
+            where = quote(request.path)[:200]
+            _log.info("%s %s %d %.3f s", request.method, where, status, seconds)
 
     async def _tell(self, fault: Fault, request: Request, reply: Reply) -> None:
         """As a status of its own, or where an answer has begun already as its last event."""
@@ -219,16 +226,16 @@ class Server:
                 raise Fault(403, f"web pages of {origin} may not use this server")
         if self._key is None:
             # A page whose name was made to point at this machine would have an origin like ours.
-            name = re.sub(r":\d+$", "", host).strip("[]")
+            name = re.sub(r":\d+$", "", host).strip("[]").lower()
             if not is_loopback(name):
-                raise Fault(403, f"this server has no API key, so it is not called {name!r}")
+                raise Fault(403, f"this server has no API key, so it is not called {shown(name)}")
         elif request.method != "OPTIONS" and request.path not in ("/health", "/"):
             given = request.headers.get("x-api-key", "")
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer":
                 given = token.strip()
             # Headers were read as Latin-1; a client sends a key's UTF-8.
-            if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), self._key):
                 reply.headers.append(("www-authenticate", "Bearer"))
                 raise Fault(401, "this server needs an API key, and this is not it")
 

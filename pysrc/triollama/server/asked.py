@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..answers import ToolChoice, structured
+from ..checks import shown
 from ..params import GenerationParams
 from .faults import Fault
 from .service import Service
@@ -68,7 +69,7 @@ def message_of(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A message for a template. Null and empty fields are as if they were not there. Raises
     Fault for what is no text."""
     if given.get("role") not in ("system", "developer", "user", "assistant", "tool"):
-        why = f"{place}.role is {given.get('role')!r}, which is none"
+        why = f"{place}.role is {shown(given.get('role'))}, which is none"
         raise Fault(400, why, param=f"{place}.role")
     message = {"role": given["role"], "content": text_content(given.get("content"), place)}
     for name, value in given.items():
@@ -96,7 +97,7 @@ def text_content(
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in kinds or not isinstance(text, str):
-            what = f"of the type {kind!r}" if kind else "no text and no part"
+            what = f"of the type {shown(kind)}" if kind else "no text and no part"
             param = f"{place}.content[{at}]"
             raise Fault(400, f"{param} is {what}: only text is understood here", param=param)
         texts.append(text)
@@ -107,14 +108,14 @@ def bound_by(kind: str, schema: Any, param: str) -> dict[str, Any]:
     """What makes an answer be of a format, as fields of GenerationParams. ``param``: the field that
     has the schema. Raises Fault."""
     if schema is not None and kind in ("text", "json_object"):
-        why = f"{param} is given, and the type is {kind!r}"
+        why = f"{param} is given, and the type is {shown(kind)}"
         raise Fault(400, why, param=param)
     if kind == "text":
         return {}
     if kind == "json_object":
         return {"grammar": structured(dict[str, Any]).grammar}
     if kind != "json_schema":
-        why = f"the type {kind!r} is none of 'text', 'json_object' and 'json_schema'"
+        why = f"the type {shown(kind)} is none of 'text', 'json_object' and 'json_schema'"
         raise Fault(400, why, param=f"{param.rpartition('.')[0]}.type")
     if not isinstance(schema, (dict, bool)):
         raise Fault(400, f"{param} has no schema", param=param)
@@ -136,6 +137,6 @@ def chosen_tools(
     name = function.get("name") if isinstance(function, dict) else None
     named = [tool for tool in tools if name and tool["function"].get("name") == name]
     if not named:
-        why = f"tool_choice is {choice!r}, and there is no such tool"
+        why = f"tool_choice is {shown(choice)}, and there is no such tool"
         raise Fault(400, why, param="tool_choice")
     return named, "required"

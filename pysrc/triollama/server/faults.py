@@ -22,21 +22,25 @@ from ..errors import (
     StateFormatError,
     StateWriteError,
     TokenError,
+    TriollamaError,
     UnsupportedError,
 )
 from .http import GoneError, RefusedError
 
 __all__ = ["Fault", "as_anthropic", "as_openai", "fault_of"]
 
+_MOST = 200
+"""Characters of a field's name."""
 
-class Fault(Exception):
+
+class Fault(TriollamaError):
     """Why there is no answer. ``param``: the field of the request that is to blame; ``code``: a
     name for programs."""
 
     def __init__(self, status: int, why: str, *, param: str = "", code: str = "") -> None:
         super().__init__(why)
         self.status = status
-        self.param = param
+        self.param = param[:_MOST]
         self.code = code
 
 

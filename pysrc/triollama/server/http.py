@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from email.utils import formatdate
@@ -237,7 +238,8 @@ class _Connection:
         if not isinstance(head, h11.Request):
             return None
         self.method = head.method.decode("ascii")
-        self.path = unquote(head.target.decode("ascii").partition("?")[0])
+        target = re.sub("(?i)^https?://[^/?]*", "", head.target.decode("ascii"))  # as to a proxy
+        self.path = unquote(target.partition("?")[0])
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         body = bytearray()
         with trio.move_on_after(self._limits.receive_seconds) as receiving:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from ..answers import ToolChoice
+from ..checks import shown
 from ..params import GenerationParams
 from ..results import ToolCall, Usage
 from ..streams.stream import Piece, Stream
@@ -179,7 +180,7 @@ def messages_of(given: str | Sequence[Json], before: Sequence[Json] = ()) -> lis
             result = {"role": "tool", "content": content, "tool_call_id": id}
             messages.append(result | ({"name": names[id]} if id in names else {}))
         else:
-            why = f"{place} is of the type {kind!r}, which is not supported here"
+            why = f"{place} is of the type {shown(kind)}, which is not supported here"
             raise Fault(400, why, param=f"{place}.type")
     return messages
 
@@ -222,7 +223,7 @@ class Kept:
     def get(self, id: str, param: str = "") -> tuple[Json, list[Json]]:
         """Raises Fault where there is none."""
         if id not in self._kept:
-            raise Fault(404, f"there is no answer {id!r} here, or none any more", param=param)
+            raise Fault(404, f"there is no answer {shown(id)} here, or none any more", param=param)
         return self._kept[id][:2]
 
     def take(self, id: str) -> None:

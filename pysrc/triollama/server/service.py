@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from ..answers import Toolbox, ToolChoice, voice_of
+from ..checks import shown
 from ..conversation.choices import given
 from ..conversation.history import State
 from ..conversation.plan import Plan, Prompts
@@ -94,14 +95,14 @@ class Service:
         elif model not in ("", self.name):
             raise Fault(
                 404,
-                f"there is no model {model!r} here; there are {', '.join(self.names)}",
+                f"there is no model {shown(model)} here; there are {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
         for one in lora:
             if one.name not in self.adapters:
                 names = ", ".join(self.adapters) or "none"
-                why = f"there is no adapter {one.name!r} here; there are: {names}"
+                why = f"there is no adapter {shown(one.name)} here; there are: {names}"
                 raise Fault(400, why, param="lora")
             chosen.append((self.adapters[one.name], one.scale))
         try:

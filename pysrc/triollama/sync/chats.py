@@ -167,7 +167,9 @@ class Chats:
         check_kind("variables", options.get("variables"), Mapping, type(None))
         for name, value in options.items():
             if name not in ("overflow", "on_cancel", "tools", "variables"):
-                raise ParameterError(f"restore has no option {name!r}", parameter=name, value=value)
+                raise ParameterError(
+                    f"restore has no option {shown(name)}", parameter=name, value=value
+                )
         document = source if isinstance(source, files.Document) else files.load_document(source)
         same = files.check_model(document.model, self.context.model.fingerprint, on_mismatch)
         tell_of_other_kernels(self._settings(), document.context)
@@ -198,7 +200,7 @@ class Chats:
         adapters = loaded.find(self._adapters, one.adapters) if same else None
         if adapters is None and same and on_mismatch == "error":
             raise StateMismatchError(
-                f"{place}: the conversation {one.id!r} used adapters that are not loaded: "
+                f"{place}: the conversation {shown(one.id)} used adapters that are not loaded: "
                 f"{', '.join(adapter.path for adapter in one.adapters)} (load_adapter)",
                 what="adapters",
             )

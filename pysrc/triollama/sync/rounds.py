@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ..answers import ToolChoice
+from ..checks import shown
 from ..conversation.choices import Choose
 from ..conversation.tools import OnToolError, Rounds, Tools, check_on_error, result_of, told_of
 from ..errors import ParameterError
@@ -47,7 +48,7 @@ def run_rounds(
     for source in tools.sources:
         if inspect.iscoroutinefunction(source):
             raise ParameterError(
-                f"{source!r} is async, which a script cannot run; see triollama.open_llama",
+                f"{shown(source)} is async, which a script cannot run; see triollama.open_llama",
                 parameter="tools",
                 value=source,
             )

@@ -21,6 +21,7 @@ import msgspec
 from .. import models
 from .._engine import Model, Trainer
 from ..chat import template_for_model
+from ..checks import shown
 from ..errors import TriollamaError
 from ..writing import beside, write_file
 from .config import QLoRAConfig, TrainingConfig
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of items")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number of items")
     return int(text)
 
 
@@ -178,7 +179,7 @@ def _config(options: argparse.Namespace) -> TrainingConfig:
                     value = msgspec.convert(value, field.type, strict=False)
                 except msgspec.ValidationError as error:
                     raise InvalidSettingError(
-                        f"{field.name} cannot be {value!r}: {error}",
+                        f"{field.name} cannot be {shown(value)}: {error}",
                         parameter=field.name,
                         value=value,
                     ) from None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._engine import Trainer, gguf_numbers, quantize, read_gguf
-from ..checks import check_kind, check_path
+from ..checks import check_kind, check_path, shown
 from ..errors import ModelFormatError, ModelNotFoundError, ParameterError
 from ..writing import beside, write_file
 from .config import MAX_RANK
@@ -111,13 +111,15 @@ def check_adapter(
 
     if keys.get("general.type") != "adapter" or keys.get("adapter.type") != "lora":
         problems.append(
-            f"it is no LoRA adapter: general.type is {keys.get('general.type')!r}, adapter.type"
-            f" {keys.get('adapter.type')!r}"
+            f"it is no LoRA adapter: general.type is {shown(keys.get('general.type'))}, "
+            f"adapter.type {shown(keys.get('adapter.type'))}"
         )
     architecture = str(keys.get("general.architecture", ""))
     expected = str(model_keys.get("general.architecture", ""))
     if architecture != expected:
-        problems.append(f"it is for the architecture {architecture!r}, the model is {expected!r}")
+        problems.append(
+            f"it is for the architecture {shown(architecture)}, the model is {shown(expected)}"
+        )
 
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (_, shape) in tensors.items():
@@ -155,7 +157,7 @@ def check_adapter(
         warnings.append(f"its rank is {rank}, above {MAX_RANK}: it cannot be trained further here")
     alpha = keys.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, (int, float)) or not np.isfinite(alpha):
-        problems.append(f"adapter.lora.alpha is {alpha!r}")
+        problems.append(f"adapter.lora.alpha is {shown(alpha)}")
         alpha = 0.0
     elif alpha == 0.0:
         warnings.append("adapter.lora.alpha is 0 or missing: llama.cpp then scales by 1")
@@ -312,7 +314,7 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
         )
 
     if config.get("peft_type") != "LORA":
-        raise refuse(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
+        raise refuse(f"peft_type is {shown(config.get('peft_type'))}, not 'LORA'")
     if config.get("use_dora"):
         raise refuse("DoRA cannot be expressed in llama.cpp's format")
     for key, want in (
@@ -321,7 +323,7 @@ def load_peft(trainer: Trainer, folder: str | PathLike[str]) -> None:
         ("use_rslora", trainer.rslora),
     ):
         if config.get(key, False if key == "use_rslora" else None) != want:
-            raise refuse(f"{key} is {config.get(key)!r}, this run has {want!r}")
+            raise refuse(f"{key} is {shown(config.get(key))}, this run has {want!r}")
     if (config.get("alora_invocation_tokens") or []) != list(trainer.invocation):
         raise refuse(
             f"alora_invocation_tokens is {config.get('alora_invocation_tokens')}, this run has"

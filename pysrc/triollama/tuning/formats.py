@@ -12,6 +12,7 @@ import msgspec
 
 from .. import files
 from ..chat import ROLES
+from ..checks import shown
 from .errors import DataError
 
 __all__ = ["Chat", "Completion", "Item", "Preference", "Text", "parse_item"]
@@ -209,9 +210,9 @@ def _wanted(message: Mapping[str, Any], path: str) -> bool:
     no."""
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
-        raise DataError(f"must be 0 or 1, not {weight!r}", path=f"{path}.weight")
+        raise DataError(f"must be 0 or 1, not {shown(weight)}", path=f"{path}.weight")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"must be true or false, not {train!r}", path=f"{path}.train")
+        raise DataError(f"must be true or false, not {shown(train)}", path=f"{path}.train")
     return weight != 0 and train is not False
 
 
@@ -236,7 +237,7 @@ def _message(given: Any, here: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": "", "tool_calls": _calls(call, here)}
     elif not isinstance(role, str) or role not in ROLES:
         if not isinstance(role, str) or role not in _ALIASES:
-            raise DataError(f"unknown role {role!r}", path=f"{here}.role")
+            raise DataError(f"unknown role {shown(role)}", path=f"{here}.role")
         message["role"] = _ALIASES[role]
     content = message.get("content")
     if isinstance(content, (list, tuple)):

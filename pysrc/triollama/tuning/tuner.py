@@ -22,7 +22,7 @@ import numpy as np
 
 from .._engine import Adapter, Batch, Model, Trainer, set_adapters
 from ..chat import ChatTemplate, ChatTokenizer, template_for_model
-from ..checks import check_kind, check_path
+from ..checks import check_kind, check_path, shown
 from ..errors import AdapterError, ParameterError
 from ..params import GenerationParams
 from ..sync import Llama
@@ -168,7 +168,7 @@ class Tuner:
     ) -> AppliedAdapter | None:
         if not isinstance(scale, (int, float)) or not np.isfinite(scale):
             raise InvalidSettingError(
-                f"scale must be a finite number, not {scale!r}", parameter="scale", value=scale
+                f"scale must be a finite number, not {shown(scale)}", parameter="scale", value=scale
             )
         self._serving()
         found = self.validate_lora_compatibility(path)
@@ -401,7 +401,7 @@ class Tuner:
             save_peft(self._trained.trainer, path)
         else:
             raise ModelExportError(
-                f"cannot export to {format!r}; choose gguf, gguf-adapter or peft"
+                f"cannot export to {shown(format)}; choose gguf, gguf-adapter or peft"
             )
 
     def apply_trained(self, scale: float = 1.0) -> AppliedAdapter:
