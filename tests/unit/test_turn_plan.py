@@ -140,12 +140,13 @@ def test_a_shift_of_what_is_rendered_anew() -> None:
 def test_a_shift_keeps_the_tools_of_now() -> None:
     shows = ChatTemplate(
         "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>".replace(
-            "<{{", "{% if loop.first and tools %}[{{ tools[0].name }}]{% endif %}<{{"
+            "<{{",
+            "{% if loop.first and tools %}[{{ tools[0].function.description }}]{% endif %}<{{",
         )
     )
     asked, messages = prompts(shows), (Message(role="system", content="Be brief."), user("So?"))
     assert asked.n_keep(messages) == len("<s>Be brief.<u>")
-    asked.tools = [{"name": "weather"}]
+    asked.tools = [{"type": "function", "function": {"name": "x", "description": "weather"}}]
     assert asked.n_keep(messages) == len("[weather]<s>Be brief.<u>")
 
 

@@ -10,7 +10,7 @@ import msgspec
 from ..answers import CallFormat, Structured, Toolbox, ToolChoice, reasoning_of, voice_of
 from ..chat import TurnEnd
 from ..engine.protocol import Engine, Sampler
-from ..errors import UnsupportedError
+from ..errors import ParameterError, UnsupportedError
 from ..params import CONSTRAINTS, UNCONSTRAINED, GenerationParams, make_params
 from .plan import Plan, Prompts
 from .tools import Tools, refused_choice, toolbox_of
