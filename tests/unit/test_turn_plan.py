@@ -148,6 +148,11 @@ def test_a_shift_keeps_the_tools_of_now() -> None:
     assert asked.n_keep(messages) == len("<s>Be brief.<u>")
     asked.tools = [{"type": "function", "function": {"name": "x", "description": "weather"}}]
     assert asked.n_keep(messages) == len("[weather]<s>Be brief.<u>")
+    without = prompts(shows)
+    without.tools = asked.tools
+    assert without.n_keep(messages[1:]) == len("[weather]<u>")
+    without.tools = None
+    assert without.n_keep(messages[1:]) == 1
 
 
 def test_an_answer_of_ours_goes_on_from_its_tokens() -> None:

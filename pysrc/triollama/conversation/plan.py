@@ -7,6 +7,7 @@ makes it decides where they are made.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -202,14 +203,16 @@ class Prompts:
             self.thinking = now
 
     def n_keep(self, messages: Sequence[Message]) -> int:
-        """Tokens of the system prompt and what stands before it: a shift keeps them."""
+        """Tokens of the system prompt, and of what is told of tools: a shift keeps them."""
         told = tools_key(self.tools)
         if told not in self._n_keep:
-            first, n_keep = messages[:2], 1
-            if len(first) == 2 and first[0].role in ("system", "developer"):
-                rendered = self.render(first)
-                end = rendered.text.find(first[1].content, len(first[0].content))
-                if end > 0 and first[1].content:
+            head = 1 if messages and messages[0].role in ("system", "developer") else 0
+            first, n_keep = messages[: head + 1], 1
+            if len(first) > head and (head or self.tools):
+                rendered, n = self.render(first), len(self.shown(first))
+                before = itertools.takewhile(lambda one: one.message != n - 1, rendered.segments)
+                end = sum(len(one.text) for one in before)
+                if 0 < end < len(rendered.text):
                     whole = self._tokenizer.encode(rendered).tokens
                     rest = self._tokenizer.encode(rendered, start=end).tokens
                     n_keep = len(whole) - len(rest)
