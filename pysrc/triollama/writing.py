@@ -173,16 +173,21 @@ def is_alive(pid: int) -> bool:
 
 
 def cache_dir() -> Path:
-    """The folder for files we make: ``TRIOLLAMA_CACHE_DIR``, or the system's place for caches."""
+    """The folder for files we make: ``TRIOLLAMA_CACHE_DIR``, or the system's place for caches. It
+    is one that cannot be written to where the user has no home."""
     given = os.environ.get("TRIOLLAMA_CACHE_DIR")
     if given:
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
+    try:
+        home = Path.home()
+    except RuntimeError:  # as of a container's user who is a number alone
+        home = Path("/nonexistent")
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = home / "Library" / "Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
     return Path(base) / "triollama"
 
 

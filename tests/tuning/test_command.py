@@ -74,7 +74,7 @@ def test_train_evaluate_and_compare(tiny: Any, data: Path, tmp_path: Path, capsy
     tuned = json.loads(capsys.readouterr().out)
     assert tuned["average_loss"] == pytest.approx(after, abs=1e-5)
 
-    assert main(["compare", "--model", model, adapter, "What is a and x?"]) == 0
+    assert main(["compare", "-m", model, adapter, "What is a and x?"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert compared["prompt"] == "What is a and x?"
     assert compared["base"] != compared["tuned"]

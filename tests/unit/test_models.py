@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triollama import models
+from triollama import fingerprints, models
+from triollama._engine import Model
 from triollama.errors import ModelError, ModelFormatError, ModelNotFoundError
 
 PARTS = (b"first part, ", b"second part\n" * 1000)
@@ -174,6 +175,23 @@ def test_cache_dir(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert models.cache_dir() == Path(expected)
+
+
+def test_without_a_home_nothing_is_noted(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a container's user who is a number alone."""
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    with Model(tiny("llama")) as model:
+        expected = model.fingerprint
+    for name in ("TRIOLLAMA_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(fingerprints, "_WORTH_NOTING", 0)
+    monkeypatch.setattr(fingerprints, "_write", lambda *_: None)  # root may write anywhere
+    with Model(tiny("llama")) as model:
+        assert model.fingerprint == expected
 
 
 def test_real_default_model(default_model_path: Path) -> None:

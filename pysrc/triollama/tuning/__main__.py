@@ -120,6 +120,7 @@ def _count(text: str) -> int:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "-m",
         "--model",
         metavar="MODEL",
         default=os.environ.get("TRIOLLAMA_MODEL"),
