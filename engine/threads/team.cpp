@@ -180,6 +180,7 @@ public:
             time = Clock::now();
             if (pause_of_thread.saw(time - before)) {
                 came_back();
+                time = Clock::now();
             }
             if (now() != old) {
                 return true;
@@ -361,10 +362,10 @@ void Crew::serve(Worker & worker) {
 
 void Crew::run(unsigned n, void (*work_)(void *), void * data_) {
     while (workers.size() + 1 < n) {
+        seats.emplace_back(-1);
         workers.emplace_back();
         workers.back().rank = (unsigned) workers.size();
         workers.back().state.set(Worker::RETIRED);
-        seats.emplace_back(-1);
     }
     unsigned found = 0;
     while (found + 1 < n && claim(workers[found])) {
@@ -427,7 +428,8 @@ void Crew::spread(unsigned rank) {
     }
     CPU_AND(&taken, &all, &taken);
     CPU_XOR(&free, &all, &taken);
-    if (sched_setaffinity(0, sizeof free, &free) == 0) {    // refused where none is free
+    // Who changes this thread's affinity between these calls has done so in vain.
+    if (CPU_COUNT(&free) > 0 && sched_setaffinity(0, sizeof free, &free) == 0) {
         seats[rank].store(sched_getcpu(), std::memory_order_relaxed);
         sched_setaffinity(0, sizeof all, &all);
     }

@@ -6,7 +6,7 @@
 
 namespace triollama::native::panels {
 
-const Kernel avx2_panels = {
+constexpr Kernel avx2_panels = {
     vector_i, sizeof(float), 1, lanes, rows_at_once, processor::avx2, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
 };
 

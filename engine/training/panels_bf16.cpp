@@ -198,10 +198,10 @@ void multiply_tiles(const char * left, size_t left_stride, int64_t first, int64_
 
 }  // namespace
 
-const Kernel dot_panels = { tile_i, 2, tile_k, 16, 0, dots_need, dequantizer, pack_tiles, multiply_dots, nullptr, round_row };
+constexpr Kernel dot_panels = { tile_i, 2, tile_k, 16, 0, dots_need, dequantizer, pack_tiles, multiply_dots, nullptr, round_row };
 
 #if TRIOLLAMA_HAS_TILES
-const Kernel tile_panels = { tile_i, 2, tile_k, 16, 0, dots_need | processor::tiles, dequantizer, pack_tiles, multiply_tiles, nullptr, round_row };
+constexpr Kernel tile_panels = { tile_i, 2, tile_k, 16, 0, dots_need | processor::tiles, dequantizer, pack_tiles, multiply_tiles, nullptr, round_row };
 #endif
 
 }  // namespace triollama::native::panels

@@ -6,7 +6,7 @@
 
 namespace triollama::native::panels {
 
-const Kernel neon_panels = {
+constexpr Kernel neon_panels = {
     vector_i, sizeof(float), 1, lanes, rows_at_once, 0, dequantizer, pack_vectors, multiply_vectors, put_side_by_side, nullptr,
 };
 

@@ -196,9 +196,11 @@ class _There:
         try:
             await self._guest.call(self._it.__aenter__, entered.append)
         except asyncio.CancelledError as error:
-            if entered:  # nobody else will leave it
-                await self.__aexit__(type(error), error, error.__traceback__)
-            raise
+            try:
+                if entered:  # nobody else will leave it
+                    await self.__aexit__(type(error), error, error.__traceback__)
+            finally:
+                raise error
         return self
 
     async def __aexit__(self, *exc: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import ParameterError
@@ -62,14 +63,15 @@ def check_path(name: str, value: Any) -> str:
 
 
 @contextlib.contextmanager
-def told_as(**names: str) -> Iterator[None]:
+def told_as(names: Mapping[str, str]) -> Iterator[None]:
     """Errors about parameters say the names that the caller knows, ``names`` by those within."""
     try:
         yield
     except ParameterError as error:
-        known = names.get(error.parameter, "")
-        if not known:
+        if type(error) is not ParameterError:
             raise
-        raise ParameterError(
-            str(error).replace(error.parameter, known), parameter=known, value=error.value
-        ) from None
+        told = str(error)
+        for name, known in names.items():
+            told = re.sub(rf"\b{name}\b", known, told)
+        parameter = names.get(error.parameter, error.parameter)
+        raise ParameterError(told, parameter=parameter, value=error.value) from None

@@ -424,9 +424,9 @@ class Llama:
         overflow: when a turn's prompt, and room for its answer (``max_tokens``, at most a quarter
             of the context), do not fit: "raise" ContextFullError before any work; "truncate_turns"
             no longer shows the model the oldest turns; "shift", not in deterministic mode, forgets
-            the oldest tokens after the system prompt and moves the others down, also within an
-            answer; or a function of the messages and the number of tokens that are too many, which
-            returns the messages to go on with.
+            the oldest tokens after the system prompt (and tools, where the template has them in
+            front) and moves the others down, also within an answer; or a function of the messages
+            and the number of tokens that are too many, which returns the messages to go on with.
         on_cancel: what a turn that is left early leaves: "rollback", nothing; "keep", what was
             said so far.
         tools: what the model may call (docs/answers.md): typed functions, which ``say`` runs, or

@@ -68,7 +68,7 @@ def test_it_goes_on_for_ever(path: Path) -> None:
             assert len(chat.messages) == 1 + 2 * 31
             assert len(cached) > 3  # shifts
             assert min(cached) > N_CTX // 4  # what stayed was not computed again
-            keep = chat._ledger.prompts.n_keep(chat.messages)
+            keep = chat._ledger.prompts.n_keep(chat.messages, chat.tokens)
             assert chat.tokens[:keep] == beginning[:keep]
             assert keep >= len(llama.tokenize(SYSTEM)) - 1
             assert first.usage.cached_tokens == 0
@@ -94,7 +94,7 @@ def test_a_shift_is_llama_cpp_s(tiny: Any) -> None:
                 before,
                 held,
                 chat.tokens,
-                chat._ledger.prompts.n_keep(chat.messages),
+                chat._ledger.prompts.n_keep(chat.messages, before),
                 list(reply.tokens),
             )
 

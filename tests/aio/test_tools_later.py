@@ -97,7 +97,7 @@ FLIP = {"name": "flip", "parameters": {"type": "object", "properties": {"up": {"
 
 
 def test_an_answer_that_began_to_call_goes_on_to_the_calls(tiny: Any, tmp_path: Path) -> None:
-    """Also one that had to call, and after a restore; not without tools."""
+    """Also one that had to call, after a restore and beside others; not without its tools."""
 
     async def main() -> None:
         opened = open_llama(tiny("llama"), n_ctx=2048, threads=1, deterministic=True)
@@ -112,6 +112,7 @@ def test_an_answer_that_began_to_call_goes_on_to_the_calls(tiny: Any, tmp_path: 
                     await turn.receive()
                 await llama.save(tmp_path / "chats", [chat])
                 (back,) = await llama.restore(tmp_path / "chats", replace=True)
+                back.set_tools([FLIP, {"name": "other"}])
                 try:
                     more = await back.go_on()
                     assert more.tool_calls and {call.name for call in more.tool_calls} == {"flip"}
@@ -120,10 +121,11 @@ def test_an_answer_that_began_to_call_goes_on_to_the_calls(tiny: Any, tmp_path: 
                 except AnswerError:  # by max_tokens
                     found.add("cut")
                 if back.messages[-1].was_cut:
-                    back.set_tools(None)
                     before = back.messages
-                    with pytest.raises(ParameterError, match="set_tools"):
-                        await back.go_on()
+                    for others in (None, [{"name": "other"}]):
+                        back.set_tools(others)
+                        with pytest.raises(ParameterError, match=r"may call flip.*set_tools"):
+                            await back.go_on()
                     assert back.messages == before and not back.is_busy
                     assert (await back.go_on(regex="#{3}")).text == "###"
                     found.add("gone")

@@ -137,22 +137,40 @@ def test_a_shift_of_what_is_rendered_anew() -> None:
     assert len(found.tokens) + 8 == 192
 
 
-def test_a_shift_keeps_the_tools_of_now() -> None:
-    shows = ChatTemplate(
-        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>".replace(
-            "<{{",
-            "{% if loop.first and tools %}[{{ tools[0].function.description }}]{% endif %}<{{",
-        )
-    )
-    asked, messages = prompts(shows), (Message(role="system", content="Be brief."), user("So?"))
-    assert asked.n_keep(messages) == len("<s>Be brief.<u>")
-    asked.tools = [{"type": "function", "function": {"name": "x", "description": "weather"}}]
-    assert asked.n_keep(messages) == len("[weather]<s>Be brief.<u>")
-    without = prompts(shows)
-    without.tools = asked.tools
-    assert without.n_keep(messages[1:]) == len("[weather]<u>")
-    without.tools = None
-    assert without.n_keep(messages[1:]) == 1
+EACH = "<{{ m.role[0] }}>{{ m.content }}"
+TOOLS = "{% if tools %}[{{ tools[0].function.description }}]{% endif %}"
+IN_FRONT = f"{TOOLS}{{% for m in messages %}}{EACH}{{% endfor %}}<a>"
+AT_THE_END = (
+    f"{{% for m in messages %}}{{% if loop.last %}}{TOOLS}{{% endif %}}{EACH}{{% endfor %}}<a>"
+)
+IN_THE_USER = (  # as Gemma's
+    "{% for m in messages %}{% if m.role == 'system' %}<u>{{ m.content }}|"
+    "{% elif loop.index0 == 1 and messages[0].role == 'system' %}{{ m.content }}"
+    f"{{% else %}}{EACH}{{% endif %}}{{% endfor %}}<a>"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "system", "tools", "kept"),
+    [
+        (IN_FRONT, True, False, "<s>Be brief.<u>"),
+        (IN_FRONT, True, True, "[weather]<s>Be brief.<u>"),
+        (IN_FRONT, False, True, "[weather]<u>"),
+        (AT_THE_END, True, True, "<s>Be brief."),
+        (AT_THE_END, False, True, "<"),  # one token at least
+        (IN_THE_USER, True, False, "<u>Be brief.|"),
+    ],
+)
+def test_a_shift_keeps_what_every_chat_begins_with(
+    source: str, system: bool, tools: bool, kept: str
+) -> None:
+    asked = prompts(ChatTemplate(source))
+    function = {"name": "x", "description": "weather"}
+    asked.tools = [{"type": "function", "function": function}] if tools else None
+    head = (Message(role="system", content="Be brief."),) if system else ()
+    chat = (*head, user("So?"), Message(role="assistant", content="Yes."), user("And?"))
+    tokens = asked.tokens(State(), chat, 0)
+    assert text_of(tokens[: asked.n_keep(chat, tokens)]) == kept
 
 
 def test_an_answer_of_ours_goes_on_from_its_tokens() -> None:

@@ -36,8 +36,8 @@ _TYPES = {
 
 _COMPOUND = {"anyOf", "oneOf", "allOf", "$ref", "patternProperties"}
 
-_MARK = "// calls of tools\n"
-"""What grammars of answers that may call tools begin with: a comment."""
+_MARK = "// calls of "
+"""What grammars of answers that may call tools begin with: a comment that lists their names."""
 
 ToolChoice = Literal["auto", "required"]
 """Whether the model may call tools, or must."""
@@ -214,12 +214,15 @@ class Toolbox:
 
     def binds(self, params: GenerationParams) -> bool:
         """Whether ``params`` have the grammar of ``constrain``."""
-        return params.grammar is not None and params.grammar == self.grammar
+        return self.called(params) is not None and params.grammar == self.grammar
 
     @staticmethod
-    def bound(params: GenerationParams) -> bool:
-        """Whether ``params`` have the grammar of any tools."""
-        return params.grammar is not None and params.grammar.startswith(_MARK)
+    def called(params: GenerationParams) -> list[str] | None:
+        """The tools that an answer by ``params`` may call; None where they are not of tools."""
+        if params.grammar is None or not params.grammar.startswith(_MARK):
+            return None
+        names = params.grammar.partition("\n")[0].removeprefix(_MARK)
+        return msgspec.json.decode(names, type=list[str])
 
     def after_thoughts(self, reasoning: Reasoning) -> Reasoning:
         """Where thoughts stand in an answer that may call tools."""
@@ -230,7 +233,10 @@ class Toolbox:
     @functools.cached_property
     def grammar(self) -> str | None:
         """What an answer may be, in llguidance's Lark."""
-        return None if self.format is None else _MARK + self._grammar(self.format)
+        if self.format is None:
+            return None
+        names = msgspec.json.encode(list(self.tools)).decode()
+        return f"{_MARK}{names}\n{self._grammar(self.format)}"
 
     def _grammar(self, form: CallFormat) -> str:
         grammar = Grammar()

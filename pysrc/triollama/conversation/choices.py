@@ -73,8 +73,8 @@ def with_schema(choose: Choose, params: GenerationParams, into: Structured[Any] 
         base, added = choose(state)
         known = any(message.schema == schema for message in base.messages[base.dropped :])
         if added:
-            shown = "" if known else schema
-            added = (*added[:-1], msgspec.structs.replace(added[-1], schema=shown))
+            last = msgspec.structs.replace(added[-1], schema="" if known else schema)
+            added = (*added[:-1], last)
         return base, added
 
     return chosen

@@ -7,7 +7,6 @@ makes it decides where they are made.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -36,6 +35,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_UNLIKE = "\ue000"
+"""What nobody says: in Unicode it is for private use."""
 
 COST_OF_MESSAGE = 500
 """Rendering a message takes as long as this many characters."""
@@ -117,7 +119,7 @@ class Prompts:
         self.variables = check_variables(variables)
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._n_keep: dict[str, int] = {}  # by the tools that are told of
+        self._beginning: tuple[str | None, tuple[int, ...]] = (None, ())  # with these tools
         self._last: tuple[tuple[Message, ...], int, str] = ((), 0, "")  # what was rendered last
         self.thinking: bool | None = None  # of the turn that is planned
         self.may_call = False  # the same
@@ -202,22 +204,16 @@ class Prompts:
         finally:
             self.thinking = now
 
-    def n_keep(self, messages: Sequence[Message]) -> int:
-        """Tokens of the system prompt, and of what is told of tools: a shift keeps them."""
+    def n_keep(self, messages: Sequence[Message], tokens: Sequence[int]) -> int:
+        """How many ``tokens`` of a prompt of these messages are those of every chat that begins as
+        they do: the system prompt, and tools where the template puts them there. A shift keeps
+        them."""
         told = tools_key(self.tools)
-        if told not in self._n_keep:
-            head = 1 if messages and messages[0].role in ("system", "developer") else 0
-            first, n_keep = messages[: head + 1], 1
-            if len(first) > head and (head or self.tools):
-                rendered, n = self.render(first), len(self.shown(first))
-                before = itertools.takewhile(lambda one: one.message != n - 1, rendered.segments)
-                end = sum(len(one.text) for one in before)
-                if 0 < end < len(rendered.text):
-                    whole = self._tokenizer.encode(rendered).tokens
-                    rest = self._tokenizer.encode(rendered, start=end).tokens
-                    n_keep = len(whole) - len(rest)
-            self._n_keep = {told: n_keep}
-        return self._n_keep[told]
+        if self._beginning[0] != told:
+            head = [one for one in messages[:1] if one.role in ("system", "developer")]
+            rendered = self.render([*head, Message(role="user", content=_UNLIKE)])
+            self._beginning = told, tuple(self._tokenizer.encode(rendered).tokens)
+        return max(1, common_length(self._beginning[1], tokens))
 
     def text_of(self, tokens: Iterable[int]) -> str:
         """The text that answers are made of."""
@@ -262,7 +258,7 @@ def make_plan(
     tokens = yield base, added, dropped
     shift, n_keep = None, 0
     if overflow == "shift":
-        n_keep = prompts.n_keep((*base.messages, *added))
+        n_keep = prompts.n_keep((*base.messages, *added), tokens)
     if len(tokens) + room > n_ctx:
         if overflow == "shift":
             shift = _shift(base, added, tokens, room, n_ctx, n_keep)
@@ -370,4 +366,6 @@ def _chosen(
         )
     if added:
         return State(messages=chosen[:-1]), chosen[-1:]
+    if chosen[-1] is not base.messages[-1]:  # its tokens are another text's
+        chosen = (*chosen[:-1], msgspec.structs.replace(chosen[-1], tokens=()))
     return State(messages=chosen, turns=base.turns[-1:]), ()

@@ -82,8 +82,8 @@ def planned_params(
         toolbox = _binding(toolbox, params)
     else:
         params = _going_on(params, plan, toolbox)
-        # The tools may be others now, or may be called: what reads calls is the same.
-        toolbox = toolbox if Toolbox.bound(params) else None
+        # There may be others now, or they had to be called: who reads calls is the same.
+        toolbox = None if Toolbox.called(params) is None else toolbox
     return _with_end(params, end, prompts.template.source, toolbox), toolbox
 
 
@@ -139,7 +139,7 @@ def _with_thoughts(
 
 def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> GenerationParams:
     """By the answer's constraint, unless the caller gives another; ``toolbox`` does not. Raises
-    ParameterError where that is of tools, and there are none to read its calls."""
+    ParameterError where that is of tools which are no more, so that nobody could read its calls."""
     unfinished = _unfinished(plan)
     if unfinished is None:  # thoughts, if there were any, are over
         return params.replace(reasoning=None)
@@ -148,10 +148,11 @@ def _going_on(params: GenerationParams, plan: Plan, toolbox: Toolbox | None) -> 
         same = all(getattr(params, name) == getattr(before, name) for name in CONSTRAINTS)
         if not same:
             return params
-    if toolbox is None and Toolbox.bound(before):
+    gone = set(Toolbox.called(before) or ()).difference(() if toolbox is None else toolbox.tools)
+    if gone:
         raise ParameterError(
-            "the last answer may call tools that this conversation no longer has: give it some "
-            "(set_tools), or this answer another constraint",
+            f"the last answer may call {', '.join(sorted(gone))}, which this conversation no "
+            "longer has: set_tools, or give this answer another constraint",
             parameter="tools",
         )
     return params.replace(**_constraint(before))

@@ -255,6 +255,15 @@ def spill_file(n_bytes: int, folder: str | os.PathLike[str] | None) -> IO[bytes]
         ) from error
 
 
+_NAMES = {
+    "n_seq_max": "max_streams",
+    "n_threads": "threads",
+    "n_threads_batch": "batch_threads",
+    "exact": "deterministic",
+}
+"""Of a Context's options: what they are called here."""
+
+
 async def load(
     path: str | os.PathLike[str] | None,
     *,
@@ -328,12 +337,7 @@ async def load(
                 "pooling": "none",
                 **context_options,
             }
-            with told_as(
-                n_seq_max="max_streams",
-                n_threads="threads",
-                n_threads_batch="batch_threads",
-                exact="deterministic",
-            ):
+            with told_as({k: v for k, v in _NAMES.items() if k not in context_options}):
                 context = Context(model, **options)
             try:
                 trio.from_thread.check_cancelled()

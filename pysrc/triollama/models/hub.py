@@ -65,8 +65,8 @@ def _why_silent(hub: Any, wanted: Reference, file: str) -> str:
     try:
         url = hub.hf_hub_url(wanted.repository, file, revision=wanted.revision)
         hub.get_hf_file_metadata(url)
-    except errors.HfHubHTTPError as error:
-        return str(error).partition("\n")[0] if error.response.status_code >= 500 else ""
+    except errors.HfHubHTTPError:  # an answer, and its library asks again where that may help
+        return ""
     except Exception as error:  # of the library by which it speaks HTTP, which changes
         return str(error) or type(error).__name__
     return ""

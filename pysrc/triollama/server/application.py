@@ -93,8 +93,12 @@ class Server:
         check_kind("api_key", api_key, str, type(None))
         if api_key == "":  # everybody would have it
             raise ParameterError("api_key is empty", parameter="api_key", value=api_key)
-        # From the environment it may be any bytes.
-        self._key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
+        try:  # from the environment it may be any bytes
+            self._key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise ParameterError(
+                "api_key has surrogates that stand for no byte", parameter="api_key"
+            ) from None
         self._web = web
         self._origins = frozenset(map(check_origin, origins))
         self.connections = Connections(self.limits, self._handle)
@@ -188,7 +192,7 @@ class Server:
                 if fault.status == 499:
                     raise GoneError from None
                 if fault.status == 500:
-                    _log.exception("%s %s failed", request.method, quote(request.path))
+                    _log.exception("%s %s failed", request.method, quote(request.path)[:200])
                 await self._tell(fault, request, reply)
             status = reply.status
         except (trio.Cancelled, GoneError):
@@ -197,7 +201,7 @@ class Server:
         finally:
             self._service.metrics.note(path, status)
             seconds = time.monotonic() - started
-            # As it was sent, or a path could make lines of its own.
+            # Quoted, or a path could make lines of its own.
             where = quote(request.path)[:200]
             _log.info("%s %s %d %.3f s", request.method, where, status, seconds)
 

@@ -239,7 +239,7 @@ class _Connection:
             return None
         self.method = head.method.decode("ascii")
         target = re.sub("(?i)^https?://[^/?]*", "", head.target.decode("ascii"))  # as to a proxy
-        self.path = unquote(target.partition("?")[0])
+        self.path = unquote(target.partition("?")[0]) or "/"
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
         body = bytearray()
         with trio.move_on_after(self._limits.receive_seconds) as receiving:

@@ -120,7 +120,8 @@ class Llama:
             **(context_options or {}),
         }
         try:
-            with told_as(n_threads="threads", n_threads_batch="batch_threads"):
+            names = {"n_threads": "threads", "n_threads_batch": "batch_threads"}
+            with told_as({k: v for k, v in names.items() if k not in (context_options or {})}):
                 self.context = Context(self.model, **options)
         except BaseException:
             if self._owns_model:

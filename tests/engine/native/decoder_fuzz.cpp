@@ -93,8 +93,9 @@ Sampler::~Sampler() = default;
 llama_token Sampler::sample(float * logits) {
     starves = Starves::never;
     if (impl->params.seed == 13 || impl->params.seed == 14) {
+        const grammar_error why("no token continues the text, which is more than a string has room for in itself");
         starves = impl->params.seed == 14 && is_worker() ? Starves::on : Starves::never;
-        throw grammar_error("no token continues the text");
+        throw why;
     }
     return (llama_token) (std::max_element(logits, logits + N_VOCAB) - logits);
 }
