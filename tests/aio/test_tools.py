@@ -175,7 +175,11 @@ def test_what_binds_a_cut_answer_binds_the_rest(tiny: Any, rules: dict[str, Any]
             assert three.messages[-1].content == cut.text + "###"
 
     run(main)
-    with sync.Llama(tiny("llama"), n_ctx=2048, threads=1) as llama:
+    exact: dict[str, Any] = {
+        "model_options": {"repack": "exact"},
+        "context_options": {"exact": True},
+    }
+    with sync.Llama(tiny("llama"), n_ctx=2048, threads=1, **exact) as llama:
         chats = [llama.chat(template="chatml", params=PARAMS, tools=[add]) for _ in range(2)]
         whole = chats[0].say("Where?", **rules)
         assert chats[1].say("Where?", **rules, max_tokens=3).finish_reason == "length"
