@@ -155,8 +155,9 @@ def test_files(world: World, tmp_path: Path) -> None:
     async def go_on() -> None:
         async with world.open() as llama:
             (chat,) = await llama.restore(path)
+            computed = chat.messages[2].n_computed
             reply = await chat.say("And then?")
-            assert reply.usage.cached_tokens == chat.messages[2].n_computed
+            assert reply.usage.cached_tokens == computed > 0
             (auto,) = await llama.restore(tmp_path / "auto", replace=True)
             assert auto.messages[-1].content == chat.messages[-1].content
             assert auto.n_turns == 2

@@ -67,7 +67,10 @@ def test_it_is_ours_where_queries_come_from_our_products(
     with Model(path) as model:
         expected = logits(model, type_k=type_k, type_v=type_k)
         made = logits(model, exact=False, type_k=type_k, type_v=type_k)
-    assert np.linalg.norm(made - expected) < 1e-3 * np.linalg.norm(expected)
+        true = logits(model, type_k="f32", type_v="f32")
+    # Some keys in blocks become another whole number: less than what blocks take from them.
+    error = np.linalg.norm(expected - true)
+    assert np.linalg.norm(made - expected) < max(1e-3 * np.linalg.norm(expected), 0.5 * error)
 
 
 @kernels_only
