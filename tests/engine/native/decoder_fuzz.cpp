@@ -55,13 +55,20 @@ extern "C" int start_or_refuse(pthread_t * thread, const pthread_attr_t * attrib
 enum class Starves { never, once, on };
 static thread_local Starves starves = Starves::never;
 static std::atomic<long> total_starved{0};
-void * operator new(size_t size) {
+void * operator new(size_t size, const std::nothrow_t &) noexcept {
     if (starves != Starves::never) {
         starves = starves == Starves::once ? Starves::never : starves;
         total_starved++;
-        throw std::bad_alloc();
+        return nullptr;
     }
     return std::malloc(size);
+}
+void * operator new(size_t size) {
+    void * memory = operator new(size, std::nothrow);
+    if (!memory) {
+        throw std::bad_alloc();
+    }
+    return memory;
 }
 void operator delete(void * memory) noexcept { std::free(memory); }
 void operator delete(void * memory, size_t) noexcept { std::free(memory); }
