@@ -204,7 +204,7 @@ class Prompts:
         finally:
             self.thinking = now
 
-    def n_keep(self, messages: Sequence[Message], tokens: Sequence[int]) -> int:
+    def n_keep(self, messages: Sequence[Message], tokens: tuple[int, ...]) -> int:
         """How many ``tokens`` of a prompt of these messages are those of every chat that begins as
         they do: the system prompt, and tools where the template puts them there. A shift keeps
         them."""
