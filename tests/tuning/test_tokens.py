@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import trio
 from triollama import Conversation, GenerationParams, open_llama
-from triollama._engine import Model
 from triollama.chat import BUILTIN, ChatTemplate, named
 from triollama.conversation.protocol import calling_of
 from triollama.testing import FakeEngine, open_fake_llama
@@ -161,22 +160,3 @@ def test_a_chat_with_tools_is_trained_as_it_was_served(name: str) -> None:
                     assert said.rstrip("]}") in after
 
     trio.run(main)
-
-
-def test_calls_are_learned_where_nothing_can_be_called_any_more(tiny: Any) -> None:
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
-    messages = [
-        {"role": "user", "content": "Weather in Lima?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "Sun"},
-        {"role": "assistant", "content": "It is sunny."},
-    ]
-    with Model(tiny("llama"), vocab_only=True) as model:
-        data = prepare_training_data(
-            [{"messages": messages}], vocab=model.vocab, template=named("chatml"),
-            validation_split=0.0, max_length=10_000,
-        )  # fmt: skip
-        (example,) = data.train
-        learned = example.tokens[example.targets.astype(bool)]
-        text = model.vocab.detokenize(learned, False, True)
-    assert '"name": "weather"' in text and "Lima" in text and "It is sunny." in text

@@ -152,10 +152,9 @@ class Prompts:
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Messages as the template is given them."""
         messages = with_schemas(messages)
-        calls = any(message.tool_calls or message.role == "tool" for message in messages)
-        if not (self.tools or calls) or not (calling := calling_of(self.template)).needs_help:
+        if not self.tools or not (calling := calling_of(self.template)).needs_help:
             return messages
-        return with_protocol(messages, self.tools or (), calling)
+        return with_protocol(messages, self.tools, calling)
 
     @property
     def shown_tools(self) -> list[Mapping[str, Any]] | None:

@@ -155,10 +155,8 @@ class Encoder:
         check_kind("learn", learn, Callable, type(None))
         check_kind("tools", tools, list, tuple, type(None))
         named = check_variables(variables)
-        chat = check_messages(messages)
-        calls = any(one.get("tool_calls") or one["role"] == "tool" for one in chat)
-        if (tools or calls) and self._needs_help():
-            messages, learn = self._with_protocol(chat, learn, tools or ())
+        if tools and self._needs_help():
+            messages, learn = self._with_protocol(messages, learn, tools)
             assert self._calling is not None
             tools = tools if self._calling.shows else None
         examples = []
@@ -193,7 +191,7 @@ class Encoder:
 
         assert self._calling is not None
         given = []
-        for index, message in enumerate(messages):
+        for index, message in enumerate(check_messages(messages)):
             learned = learn is None or learn(index)
             fields = {key: message[key] for key in message.keys() & Message.__struct_fields__}
             fields["content"] = message.get("content") or ""
