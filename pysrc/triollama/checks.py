@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from .errors import ParameterError
@@ -63,14 +63,15 @@ def check_path(name: str, value: Any) -> str:
 
 
 @contextlib.contextmanager
-def told_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about parameters say the names that the caller knows, ``names`` by those within."""
+def told_as(names: Mapping[str, str], given: Container[str]) -> Iterator[None]:
+    """Errors about parameters say the names that the caller knows, ``names`` by those within, but
+    for those that were ``given`` by the latter."""
     try:
         yield
     except ParameterError as error:
         if type(error) is not ParameterError:
             raise
-        told = str(error)
+        told, names = str(error), {name: names[name] for name in names if name not in given}
         for name, known in names.items():
             told = re.sub(rf"\b{name}\b", known, told)
         parameter = names.get(error.parameter, error.parameter)

@@ -337,7 +337,7 @@ async def load(
                 "pooling": "none",
                 **context_options,
             }
-            with told_as({k: v for k, v in _NAMES.items() if k not in context_options}):
+            with told_as(_NAMES, context_options):
                 context = Context(model, **options)
             try:
                 trio.from_thread.check_cancelled()

@@ -121,7 +121,7 @@ class Llama:
         }
         try:
             names = {"n_threads": "threads", "n_threads_batch": "batch_threads"}
-            with told_as({k: v for k, v in names.items() if k not in (context_options or {})}):
+            with told_as(names, context_options or {}):
                 self.context = Context(self.model, **options)
         except BaseException:
             if self._owns_model:

@@ -87,7 +87,6 @@ class Encoder:
         self._chats = ChatTokenizer(vocab)
         # Of its own: the other learns a template's markers, which bare texts do not have.
         self._texts = ChatTokenizer(vocab)
-        self._calling: Calling | None = None  # how the template takes part in calls
         self._turn_tokens = (
             frozenset() if template is None else frozenset(self._chats.turn_end(template).tokens)
         )
@@ -155,10 +154,13 @@ class Encoder:
         check_kind("learn", learn, Callable, type(None))
         check_kind("tools", tools, list, tuple, type(None))
         named = check_variables(variables)
-        if tools and self._needs_help():
-            messages, learn = self._with_protocol(messages, learn, tools)
-            assert self._calling is not None
-            tools = tools if self._calling.shows else None
+        if tools:
+            from ..conversation.protocol import calling_of
+
+            calling = calling_of(self.template)
+            if calling.needs_help:
+                messages, learn = self._with_protocol(messages, learn, tools, calling)
+                tools = tools if calling.shows else None
         examples = []
         for text in training_texts(self.template, messages, learn=learn, tools=tools, **named):
             made = self._chats.encode(text.rendered, text.spans, context=text.context)
@@ -172,24 +174,16 @@ class Encoder:
             examples.append(self._example(tokens, targets, source))
         return examples
 
-    def _needs_help(self) -> bool:
-        from ..conversation.protocol import calling_of
-
-        if self._calling is None:
-            assert self.template is not None
-            self._calling = calling_of(self.template)
-        return self._calling.needs_help
-
     def _with_protocol(
         self,
         messages: Sequence[Mapping[str, Any]],
         learn: Callable[[int], bool] | None,
         tools: Sequence[Mapping[str, Any]],
+        calling: Calling,
     ) -> tuple[list[dict[str, Any]], Callable[[int], bool]]:
         """The chat as serving gives it to a template that needs help with tools."""
         from ..conversation.protocol import with_protocol
 
-        assert self._calling is not None
         given = []
         for index, message in enumerate(check_messages(messages)):
             learned = learn is None or learn(index)
@@ -197,7 +191,7 @@ class Encoder:
             fields["content"] = message.get("content") or ""
             fields["tool_calls"] = tuple(message.get("tool_calls") or ())
             given.append(Message(**fields, finish_reason="" if learned else "length"))
-        placed = with_protocol(given, tools, self._calling)
+        placed = with_protocol(given, tools, calling)
         return [one.for_template() for one in placed], lambda index: not placed[index].was_cut
 
     def _ends_turn(self, token: int) -> bool:
