@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +14,7 @@ from triollama.conversation.choices import again, edited, onward, said, with_sch
 from triollama.conversation.history import Shift, State, Turn, common_length, shifted
 from triollama.conversation.plan import Plan, Planning, Prompts, make_plan
 from triollama.conversation.samplers import planned_params, turn_params
-from triollama.errors import ContextFullError, ParameterError, UnsupportedError
+from triollama.errors import ChatTemplateError, ContextFullError, ParameterError, UnsupportedError
 from triollama.files import Message
 from triollama.testing.fake_memory import FakeVocab
 
@@ -171,6 +173,34 @@ def test_a_shift_keeps_what_every_chat_begins_with(
     chat = (*head, user("So?"), Message(role="assistant", content="Yes."), user("And?"))
     tokens = asked.tokens(State(), chat, 0)
     assert text_of(tokens[: asked.n_keep(chat, tokens)]) == kept
+
+
+SHIPPED = sorted(Path(__file__).resolve().parents[2].glob("llama.cpp/source/**/*.jinja"))
+
+
+@pytest.mark.skipif(not SHIPPED, reason="llama.cpp's templates are not unpacked")
+def test_a_shift_keeps_it_with_every_template_that_llama_cpp_ships() -> None:
+    nothing = {"type": "object", "properties": {}}
+    function = {"name": "x", "description": "giraffe", "parameters": nothing}
+    one = [{"type": "function", "function": function}]
+    walked = 0
+    for path, tools in itertools.product(SHIPPED, (None, one)):
+        asked = prompts(ChatTemplate(path.read_text(encoding="utf-8"), bos_token="<s>"))
+        asked.tools = tools
+        said = (user("So what?"), Message(role="assistant", content="Yes."), user("And now?"))
+        chat = (Message(role="system", content="Be a zebra."), *said)
+        try:
+            tokens = asked.tokens(State(), chat, 0)
+        except ChatTemplateError:  # three cannot do without tools
+            assert tools is None, path.name
+            continue
+        kept = text_of(tokens[: asked.n_keep(chat, tokens)])
+        before = text_of(tokens).partition("So what?")[0]
+        assert before.startswith(kept)
+        for told in ("Be a zebra.", "giraffe"):
+            assert (told in before) == (told in kept), path.name
+        walked += 1
+    assert walked > 100
 
 
 def test_an_answer_of_ours_goes_on_from_its_tokens() -> None:

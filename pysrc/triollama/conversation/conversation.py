@@ -416,7 +416,7 @@ class Conversation:
         complete a character that was cut in the middle, for which U+FFFD stood. An answer by a
         grammar goes on by it, from where it was, unless another is given. In deterministic mode
         both together are what one longer answer would have been. Raises ParameterError where the
-        model had ended the answer itself, or it may call tools and the conversation has none now.
+        model had ended the answer itself, or it may call tools that the conversation has no more.
         """
         return await _whole(
             self.stream_on(
